@@ -6,6 +6,8 @@
 __all__ = ['logger', 'atomic_folder', 'write_json', 'claim_folder', 'train_policy', 'run_round', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
+import difflib
+import errno
 import gc
 import json
 import logging
@@ -13,19 +15,24 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .lists import LireError, atomic_write, load_lists, save_lists
-from .models import load_policy
+from .models import load_policy, quiet_transformers
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
-from .training import LIREConfig, LIRETrainer
+from .training import LIREConfig, LIRETrainer, use_training_bar
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/08_enhancement.ipynb #23efc0b2
+_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+
+
 @contextmanager
 def atomic_folder(
     folder: str | Path,  # must not exist yet
@@ -38,6 +45,10 @@ def atomic_folder(
         yield draft
         draft.chmod(0o755)
         draft.rename(folder)
+    except (OSError, SafetensorError) as e:
+        if isinstance(e, OSError) and e.errno not in _DISK_ERRORS:
+            raise
+        raise LireError(f"cannot be written: {e}", file=folder, remedy="free some space or choose another place; nothing half-written is left") from e
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -84,12 +95,14 @@ def train_policy(
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy on lists and save it, all or nothing."
+    _check_settings(settings)
     model, tokenizer = load_policy(policy)
     with atomic_folder(folder) as draft:
         args = LIREConfig(**({"output_dir": str(draft / "checkpoints"), "save_strategy": "no", "seed": seed, "report_to": "none"} | settings))
-        trainer = LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=callbacks, **(trainer_options or {}))
-        trainer.train()
-        trainer.save_model(str(draft))
+        trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=callbacks, **(trainer_options or {})))
+        with quiet_transformers():
+            trainer.train()
+            trainer.save_model(str(draft))
         (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle; lire_config.json says the same
         shutil.rmtree(draft / "checkpoints", ignore_errors=True)
         history = [_plain(h) for h in trainer.state.log_history if "loss" in h]
@@ -99,6 +112,15 @@ def train_policy(
     del model, trainer
     gc.collect()
     return Path(folder)
+
+
+def _check_settings(settings: dict) -> None:
+    "An unknown setting is said before a model is loaded, with the name that was probably meant."
+    known = [f.name for f in fields(LIREConfig)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or ["loss_type", "temperature", "learning_rate"]
+            raise LireError("unknown setting", field=name, allowed="a field of LIREConfig", remedy=f"did you mean {' or '.join(near)}?")
 
 
 def _plain(log: dict) -> dict:
@@ -134,7 +156,7 @@ def run_round(
     if not trained.exists():
         logger.info("round %d: training", number)
         train_policy(policy, load_lists(scored), trained, seed=derive_seed(seed, number, "train") % 2**31,
-                     **({"num_train_epochs": iterate, "disable_tqdm": not progress} | training))
+                     **({"num_train_epochs": iterate, "disable_tqdm": True} | training))
     return trained
 
 # %% ../nbs/08_enhancement.ipynb #5df40456

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['MeanReward', 'WinRate', 'KLDivergence', 'Perplexity', 'Interval', 'bootstrap_interval', 'paired_difference',
-           'preferences', 'win_rate', 'perplexity', 'judge_policy', 'compare_systems']
+           'preferences', 'win_rate', 'perplexity', 'judge_policy', 'compare_systems', 'evaluate_systems',
+           'write_jsonl', 'slug']
 
 # %% ../nbs/09_evaluation.ipynb #ee615c7a
+import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -16,7 +19,7 @@ import evaluate
 import numpy as np
 from scipy import stats
 
-from .lists import LireError
+from .lists import LireError, atomic_write
 from .logprobs import dataset_logps
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
@@ -201,3 +204,37 @@ def _movement(rows: list[dict], seed: int) -> list[tuple]:
         ("tokens", None, over_prompts(lambda r: r["tokens"])),
         ("ended", None, over_prompts(lambda r: [reason == "stop" for reason in r["finish_reasons"]])),
     ]
+
+# %% ../nbs/09_evaluation.ipynb #5c3a5d37
+def evaluate_systems(
+    run_folder: str | Path,
+    systems: dict[str, str | Path],  # name -> policy; the first is the start policy
+    prompts: list[dict],  # held-out
+    judges: dict[str, Reward],
+    *,
+    seed: int = 0,
+    **options,  # for `judge_policy`
+) -> list[dict]:  # the figures, as written to metrics.jsonl
+    "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl."
+    run, rows, start = Path(run_folder), {}, None
+    for number, (name, policy) in enumerate(systems.items()):
+        path = run / "evaluation" / f"{slug(name)}.jsonl"
+        if not path.exists():
+            start = start or _loaded(next(iter(systems.values())))
+            write_jsonl(path, judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed, **options))
+        with open(path, encoding="utf-8") as f:
+            rows[name] = [json.loads(line) for line in f]
+    figures = compare_systems(rows, seed=seed)
+    write_jsonl(run / "metrics.jsonl", figures)
+    return figures
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    "One JSON object a line, in a file that appears whole."
+    with atomic_write(path) as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def slug(name: str) -> str:
+    "A system's name as a file name."
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

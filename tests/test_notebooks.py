@@ -1,0 +1,148 @@
+"""The notebooks are the source: each one runs, and what is made from them is in step."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+EXPECTED = ["00_losses", "01_lists", "02_tasks", "03_models", "04_sampling", "05_rewards", "06_logprobs", "07_training", "08_enhancement",
+            "09_evaluation", "10_reporting", "11_cli", "index"]
+ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HUB_OFFLINE": "1"}
+
+
+def cells(name: str) -> list[dict]:
+    return json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run([str(BIN / command[0]), *command[1:]], cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+def test_every_expected_notebook_is_there_and_no_other():
+    assert sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb")) == sorted(EXPECTED)
+    assert not list((ROOT / "nbs").glob("**/.notest"))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_notebook_runs(name, tmp_path):
+    """nbdev_test runs the notebook, and a cell added at its end proves that the run came that far."""
+    nbs = tmp_path / "nbs"
+    shutil.copytree(ROOT / "nbs", nbs, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for entry in ("settings.ini", "lire_nb", "data"):
+        (tmp_path / entry).symlink_to(ROOT / entry)
+    notebook = json.loads((nbs / f"{name}.ipynb").read_text(encoding="utf-8"))
+    witness = tmp_path / "reached"
+    notebook["cells"].append({"cell_type": "code", "id": "witness", "metadata": {}, "execution_count": None, "outputs": [],
+                              "source": f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"})
+    (nbs / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    done = run("nbdev_test", "--path", f"nbs/{name}.ipynb", "--n_workers", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert witness.exists(), "nbdev_test reported success without running the notebook to its end"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_notebook_skips_nothing_but_slow_cells_and_carries_its_outputs(name):
+    skipping = re.compile(r"^#\|\s*(eval:\s*false|notest|skip_exec)", re.MULTILINE)
+    for cell in cells(name):
+        if cell["cell_type"] == "raw":
+            assert "skip_exec" not in source(cell)
+        if cell["cell_type"] != "code":
+            continue
+        assert not skipping.search(source(cell)), source(cell)[:200]
+        assert not any(o["output_type"] == "error" for o in cell["outputs"]), source(cell)[:200]
+        if re.match(r"#\|\s*slow", source(cell)):
+            assert cell["outputs"], f"a slow cell must carry its stored output: {source(cell)[:200]}"
+    shown = [c for c in cells(name) if c["cell_type"] == "code" and c["outputs"]]
+    assert shown, f"{name} shows no output at all"
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory) -> Path:
+    """A copy of the project after export and clean-up."""
+    copy = tmp_path_factory.mktemp("again")
+    for entry in ("settings.ini", "pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / entry, copy / entry)
+    for folder in ("nbs", "lire_nb"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for command in ("nbdev_export", "nbdev_clean"):
+        done = run(command, cwd=copy)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return copy
+
+
+def test_modules_are_the_export_of_the_notebooks(again):
+    files = sorted(p.name for p in (ROOT / "lire_nb").glob("*.py"))
+    assert files == sorted(p.name for p in (again / "lire_nb").glob("*.py"))
+    for name in files:
+        assert (ROOT / "lire_nb" / name).read_text() == (again / "lire_nb" / name).read_text(), f"lire_nb/{name} is not the export of its notebook: make export"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_notebook_is_clean(again, name):
+    assert (ROOT / "nbs" / f"{name}.ipynb").read_text() == (again / "nbs" / f"{name}.ipynb").read_text(), f"nbs/{name}.ipynb is not clean: make export"
+
+
+def test_readme_is_the_index_notebook():
+    made = run("python", "-c", "import sys; sys.path.insert(0, '.ci'); import readme; sys.stdout.write(readme.readme())")
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert made.stdout == (ROOT / "README.md").read_text(encoding="utf-8"), "README.md is not the index notebook: make export"
+
+
+def test_index_follows_from_the_committed_results(tmp_path):
+    """The stored tables of the index are what its cells give now."""
+    nbs = tmp_path / "nbs"
+    nbs.mkdir()
+    shutil.copy(ROOT / "nbs" / "index.ipynb", nbs)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    done = run("jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--output", "run.ipynb", "nbs/index.ipynb", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def outputs(path):
+        return [[(o.get("text"), {k: v for k, v in o.get("data", {}).items() if k.startswith("text")}) for o in c["outputs"]]
+                for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+    assert outputs(nbs / "run.ipynb") == outputs(ROOT / "nbs" / "index.ipynb")
+
+
+@pytest.mark.parametrize("module", [name.split("_", 1)[1] for name in EXPECTED if name != "index"])
+def test_module_imports_alone_and_only_from_lower_numbers(module):
+    """Works in the notebook, NameError in the module: import each in a fresh process, and keep the house in order."""
+    done = run("python", "-c", f"import lire_nb.{module}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    order = [name.split("_", 1)[1] for name in EXPECTED if name != "index"]
+    imported = set(re.findall(r"^\s*from lire_nb\.(\w+) import|^\s*from lire_nb import (\w+)", (ROOT / "lire_nb" / f"{module}.py").read_text(), re.MULTILINE))
+    later = {a or b for a, b in imported} - set(order[: order.index(module)])
+    assert not later, f"{module} imports {later}"
+
+
+def test_import_needs_no_nbdev_no_network_and_is_quick():
+    code = """
+import sys, time, socket
+def refuse(*args, **kwargs): raise AssertionError('network')
+socket.socket.connect = refuse
+began = time.perf_counter()
+import lire_nb
+seconds = time.perf_counter() - began
+assert seconds < 5, seconds
+from lire_nb import LIREConfig, LIRETrainer
+bad = {'nbdev', 'execnb', 'fastcore', 'ghapi'} & {name.split('.')[0] for name in sys.modules}
+assert not bad, bad
+"""
+    done = run("python", "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_losses_import_torch_only():
+    code = "import sys, lire_nb.losses; bad = {'transformers', 'datasets', 'pandas', 'lire_nb.lists'} & set(sys.modules); assert not bad, bad"
+    done = run("python", "-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
