@@ -194,7 +194,7 @@ def report_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #d1a7a233
 QUICKSTART = {
     "task": "sentiment", "policy": "smollm2", "backbone": "minilm", "reward_pairs": 1000, "prompts": 64, "candidates": 4, "rounds": 2, "passes": 2,
-    "max_new_tokens": 32, "eval_prompts": 96, "eval_samples": 2, "seed": 0,
+    "max_new_tokens": 24, "eval_prompts": 96, "eval_samples": 2, "seed": 0,
     "training": {"reward_transform": "zscore", "temperature": 2.0, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
 }
 

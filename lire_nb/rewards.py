@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .lists import LireError, lists_dataset
-from .models import has_bf16, load_reward_backbone, render_prompt
+from .models import has_bf16, load_reward_backbone, quiet_transformers, render_prompt
 
 # %% ../nbs/05_rewards.ipynb #e46efe29
 Reward = Callable[[list, list[str]], list[float]]  # (prompts, completions) -> one score for each
@@ -99,7 +99,8 @@ class RewardModel:
 
     def save(self, folder: str | Path) -> None:
         "Weights as safetensors, tokenizer and settings beside them."
-        self.model.save_pretrained(folder)
+        with quiet_transformers():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         settings = {"max_length": self.max_length, "name": self.name, "history": self.history}
         Path(folder, "reward_model.json").write_text(json.dumps(settings, indent=1))
@@ -139,7 +140,7 @@ def train_reward_model(
     *,
     lr: float = 1e-4,
     epochs: int = 1,
-    batch_size: int = 8,  # lists a step
+    batch_size: int = 16,  # lists a step
     max_length: int = 256,  # tokens of prompt and completion
     seed: int = 0,
     name: str = "reward-model",

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from .lists import LireError
 from .logprobs import IMPLS, ListCollator, dataset_logps, list_logps, tokenize_list
-from .losses import get_loss, list_metrics
+from .losses import get_loss, list_metrics, scored_mask
 from .models import has_bf16, load_policy
 
 # %% ../nbs/07_training.ipynb #cc313dd1
@@ -124,8 +124,9 @@ class LIRETrainer(Trainer):
         extra = {"lengths": lengths} if self.loss.needs_lengths or isinstance(self.args.loss_type, str) else {}
         if self.loss.needs_ref:
             extra["ref_logps"] = inputs["ref_logps"]
-        losses = self.loss.fn(logps, inputs["rewards"], inputs["mask"], **extra, **self.args.loss_settings())
-        metrics = list_metrics(logps.detach(), inputs["rewards"], inputs["mask"], temperature=self.args.temperature)
+        mask = scored_mask(inputs["rewards"], inputs["mask"])  # a candidate without a reward takes no part
+        losses = self.loss.fn(logps, inputs["rewards"], mask, **extra, **self.args.loss_settings())
+        metrics = list_metrics(logps.detach(), inputs["rewards"], mask, temperature=self.args.temperature)
         return losses, metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

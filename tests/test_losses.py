@@ -18,7 +18,7 @@ from losses_oracle import ORACLES, candidates, probs
 from torch.testing import assert_close
 
 from lire_nb import losses
-from lire_nb.losses import LOSSES, LossSpec, get_loss, lire_loss, list_metrics, list_probs, transform_rewards
+from lire_nb.losses import LOSSES, LossSpec, get_loss, lire_loss, list_metrics, list_probs, scored_mask, transform_rewards
 
 NAN, INF = float("nan"), float("inf")
 TRANSFORMS = ("softmax", "none", "zscore", "rank")
@@ -46,13 +46,14 @@ IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'defaults'}
 
 
 def random_list(rng: random.Random):
-    "One list as plain Python: log-probs, rewards, reference log-probs, lengths. Every third has ties, every fifth unscored candidates."
+    "One list as plain Python: log-probs, rewards, reference log-probs, lengths. Every third has ties, every fifth may have unscored candidates, never all."
     m = rng.randint(1, 8)
     centre = rng.uniform(-80, -10)
     logps = [rng.gauss(centre, 3) for _ in range(m)]
     rewards = [rng.choice((-1.0, 0.0, 0.5, 2.0)) for _ in range(m)] if rng.random() < 1 / 3 else [rng.gauss(0, 1.5) for _ in range(m)]
     if rng.random() < 1 / 5:
-        rewards = [NAN if rng.random() < 0.4 else r for r in rewards]
+        scored = rng.randrange(m)
+        rewards = [NAN if k != scored and rng.random() < 0.4 else r for k, r in enumerate(rewards)]
     refs = [s + rng.gauss(0, 4) for s in logps]
     return logps, rewards, refs, [max(1, round(-s / rng.uniform(0.8, 3))) for s in logps]
 
@@ -89,28 +90,27 @@ def call(name, logps, rewards, refs, lengths, mask=None, **options):
 # ---------------------------------------------------------------- a second implementation
 @pytest.mark.parametrize(("name", "options"), CONFIGS, ids=IDS)
 def test_agrees_with_plain_python_on_240_random_ragged_lists(name, options):
+    "A missing reward, left out with scored_mask, is a candidate that the plain lists do not have."
     rng = random.Random(f"{name} {sorted(options.items())}")
-    compared = 0
+    compared = missing = 0
     for _ in range(30):
         lists = [random_list(rng) for _ in range(8)]
         (logps, rewards, refs, lengths), mask, places = pack(lists, rng)
-        value, grad = call(name, logps, rewards, refs, lengths, mask, **options)
+        value, grad = call(name, logps, rewards, refs, lengths, scored_mask(rewards, mask), **options)
         for b, one in enumerate(lists):
             scored = [k for k in range(len(one[0])) if not math.isnan(one[1][k])]
-            expected, partials = 0.0, []
-            if scored:
-                dual = ORACLES[name](candidates(*[[column[k] for k in scored] for column in one]), **options)
-                expected, partials = dual.value, dual.partials
-            assert abs(value[b].item() - expected) <= 1e-9 * abs(expected) + 1e-300
+            dual = ORACLES[name](candidates(*[[column[k] for k in scored] for column in one]), **options)
+            assert abs(value[b].item() - dual.value) <= 1e-9 * abs(dual.value) + 1e-300
             wanted = [0.0] * logps.shape[1]
-            for k, partial_ in zip(scored, partials):
+            for k, partial_ in zip(scored, dual.partials):
                 wanted[places[b][k]] = partial_
             size = max(map(abs, wanted))
             worst = max(abs(got - want) for got, want in zip(grad[b].tolist(), wanted))
             # On an all-tied list the plain sums leave a rounding error, where the module is exactly zero.
             assert worst <= 1e-9 * size or (size < 1e-15 and not grad[b].any())
             compared += 1
-    assert compared >= 200
+            missing += len(scored) < len(one[0])
+    assert compared >= 200 and missing >= 10
 
 
 @given(st.integers(0, 2**32))
@@ -121,13 +121,9 @@ def test_metrics_agree_with_plain_python_and_scipy(seed):
     rng = random.Random(seed)
     lists = [random_list(rng) for _ in range(3)]
     (logps, rewards, *_), mask, _ = pack(lists, rng)
-    seen = list_metrics(logps, rewards, mask, temperature=1.5)
+    seen = list_metrics(logps, rewards, scored_mask(rewards, mask), temperature=1.5)
     for b, one in enumerate(lists):
         scored = [k for k in range(len(one[0])) if not math.isnan(one[1][k])]
-        if not scored:
-            assert all(math.isnan(seen[key][b]) for key in ("expected_reward", "entropy", "best_weight", "kendall"))
-            assert seen["no_signal"][b] == 1
-            continue
         s, r, f, n = [[column[k] for k in scored] for column in one]
         p = [d.value for d in probs(candidates(s, r, f, n), 1.5)]
         assert math.isclose(seen["expected_reward"][b], sum(a * c for a, c in zip(p, r)), rel_tol=1e-9, abs_tol=1e-12)
@@ -165,16 +161,22 @@ def test_plackett_luce_keeps_its_digits_where_a_stage_is_nearly_certain():
 # ---------------------------------------------------------------- properties, from B = 1, M = 1 up
 @st.composite
 def batches(draw, min_m=1, max_m=6, scored=False):
-    "float64 tensors (logps, rewards, refs, lengths) and a mask; no garbage."
+    "float64 tensors (logps, rewards, refs, lengths) and a mask; no garbage, nan for a missing reward, at least one scored in a list."
     b, m = draw(st.integers(1, 4)), draw(st.integers(min_m, max_m))
     rng = random.Random(draw(st.integers(0, 2**32)))
-    grid = lambda make: torch.tensor([[make() for _ in range(m)] for _ in range(b)], dtype=torch.float64)
+
+    def grid(make):
+        return torch.tensor([[make() for _ in range(m)] for _ in range(b)], dtype=torch.float64)
+
     logps = grid(lambda: rng.gauss(-30, 5))
     levels = draw(st.sampled_from((1, 2, 4, 1000)))  # few levels: many ties
     missing = 0.0 if scored else draw(st.sampled_from((0.0, 0.3)))
-    rewards = grid(lambda: NAN if rng.random() < missing else rng.randrange(levels) / 10 - 0.4)
+    rewards = grid(lambda: rng.randrange(levels) / 10 - 0.4)
     mask = torch.tensor([[rng.random() < 0.7 for _ in range(m)] for _ in range(b)])
-    mask[:, rng.randrange(m)] = True
+    gone = torch.tensor([[rng.random() < missing for _ in range(m)] for _ in range(b)])
+    there = rng.randrange(m)
+    mask[:, there], gone[:, there] = True, False
+    rewards[gone] = NAN
     return logps, rewards, grid(lambda: rng.gauss(-30, 5)), grid(lambda: rng.randint(1, 40)), mask
 
 
@@ -183,31 +185,30 @@ def batches(draw, min_m=1, max_m=6, scored=False):
 @settings(max_examples=25, deadline=None)
 def test_order_padding_and_missing_rewards(name, options, batch, seed):
     *tensors, mask = batch
-    value, grad = call(name, *tensors, mask, **options)
+    kept = scored_mask(tensors[1], mask)
+    value, grad = call(name, *tensors, kept, **options)
     assert value.shape == mask.shape[:1] and grad.shape == mask.shape
     assert value.isfinite().all() and grad.isfinite().all()
-    dead = ~mask | tensors[1].isnan()
-    assert not grad[dead].any()  # nothing for padding and unscored candidates
+    assert not grad[~kept].any()  # nothing for padding and unscored candidates
 
     order = torch.tensor(random.Random(seed).sample(range(mask.shape[1]), mask.shape[1]))
-    moved_value, moved_grad = call(name, *[t[:, order] for t in tensors], mask[:, order], **options)
+    moved_value, moved_grad = call(name, *[t[:, order] for t in tensors], kept[:, order], **options)
     assert_close(moved_value, value, rtol=1e-11, atol=1e-12)
     assert_close(moved_grad, grad[:, order], rtol=1e-11, atol=1e-12)
 
     garbage = [torch.where(mask, t, bad) for t, bad in zip(tensors, (NAN, INF, -INF, NAN))]
     padded = [torch.cat([t, t.new_full((len(t), 2), bad)], 1) for t, bad in zip(garbage, (-INF, NAN, INF, 0.0))]
-    wide = torch.cat([mask, mask.new_zeros(len(mask), 2)], 1)
+    wide = scored_mask(padded[1], torch.cat([mask, mask.new_zeros(len(mask), 2)], 1))
     pad_value, pad_grad = call(name, *padded, wide, **options)
     assert_close(pad_value, value, rtol=1e-12, atol=1e-13)
     assert_close(pad_grad[:, : mask.shape[1]], grad, rtol=1e-12, atol=1e-13)
     assert not pad_grad[:, mask.shape[1] :].any()
 
-    # An unscored candidate is a masked one; a list without any scored candidate has the loss 0.
-    some = (~dead).any(-1, keepdim=True)
-    assert not value[~some.squeeze(-1)].any()
-    masked_value, masked_grad = call(name, *tensors, torch.where(some, ~dead, mask), **options)
-    assert_close(masked_value, value, rtol=0, atol=0)
-    assert_close(masked_grad, grad, rtol=0, atol=0)
+    # Neither padding nor missing rewards: the same lists, cut down to what they have, one at a time and without a mask.
+    for b, row in enumerate(kept):
+        short_value, short_grad = call(name, *[t[b : b + 1, row] for t in tensors], **options)
+        assert_close(short_value, value[b : b + 1], rtol=1e-12, atol=1e-13)
+        assert_close(short_grad[0], grad[b, row], rtol=1e-12, atol=1e-13)
 
 
 @given(batch=batches(scored=True), shift=st.floats(-100, 100), scale=st.floats(0.01, 100), T=st.floats(0.1, 50))
@@ -241,9 +242,9 @@ def test_lire_identities(batch, shift, scale, T):
 @settings(max_examples=40, deadline=None)
 def test_tied_lists_and_single_candidates_give_an_exactly_zero_gradient(how, batch, level):
     logps, rewards, refs, lengths, mask = batch
-    tied = torch.where(rewards.isnan(), NAN, level)
+    mask, tied = scored_mask(rewards, mask), torch.where(rewards.isnan(), NAN, level)
     assert not value_and_grad(lire_loss, logps, tied, mask, reward_transform=how)[1].any()
-    assert not value_and_grad(lire_loss, logps[:, :1], rewards[:, :1], reward_transform=how)[1].any()
+    assert not value_and_grad(lire_loss, logps[:, :1], refs[:, :1], reward_transform=how)[1].any()
     for name in ("dpo", "plackett_luce_dpo", "slic"):
         value, grad = call(name, logps, tied, refs, lengths, mask)
         assert not value.any() and not grad.any()
@@ -281,7 +282,7 @@ def test_losses_match_the_values_worked_by_hand():
 def test_zscore_and_rank_do_not_see_units(how, batch, scale, shift):
     _, rewards, _, _, mask = batch
     rewards = (rewards * 10).round()  # ties stay ties under the change of units
-    transform = partial(transform_rewards, mask=mask, reward_transform=how)
+    transform = partial(transform_rewards, mask=scored_mask(rewards, mask), reward_transform=how)
     assert_close(transform(rewards * scale + shift), transform(rewards), rtol=1e-7, atol=1e-9)
 
 
@@ -291,7 +292,7 @@ def test_gradcheck(name, options):
     rng = random.Random(5)
     (logps, rewards, refs, lengths), mask, _ = pack([random_list(rng) for _ in range(6)], rng)
     logps = torch.where(mask, logps, 0.0).requires_grad_()
-    loss = partial(LOSSES[name].fn, rewards=rewards, mask=mask, ref_logps=refs, lengths=lengths, **options)
+    loss = partial(LOSSES[name].fn, rewards=rewards, mask=scored_mask(rewards, mask), ref_logps=refs, lengths=lengths, **options)
     assert torch.autograd.gradcheck(loss, (logps,), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
@@ -300,7 +301,7 @@ def test_gradcheck(name, options):
 def test_low_precision_is_computed_in_float32(name, options, dtype):
     rng = random.Random(6)
     (logps, rewards, refs, lengths), mask, _ = pack([random_list(rng) for _ in range(6)], rng)
-    low = torch.where(mask, logps, 0.0).to(dtype)
+    low, mask = torch.where(mask, logps, 0.0).to(dtype), scored_mask(rewards, mask)
     value, grad = call(name, low, rewards.float(), refs.float(), lengths.float(), mask, **options)
     wide, wide_grad = call(name, low.float(), rewards.float(), refs.float(), lengths.float(), mask, **options)
     assert value.dtype == torch.float32 and grad.dtype == dtype
@@ -314,7 +315,8 @@ def test_nothing_overflows(name, options, dtype):
     logps = torch.tensor([[-1e4, -1.0, -9e3, -1e4], [-1e4, -1e4, -1e4, -1e4]], dtype=dtype)
     lengths = torch.tensor([[1, 1, 4000, 2], [3, 4, 5, 6]])
     for rewards in ([1.0, 0.0, NAN, -1.0], [0.0, 1.0, 2.0, 1.0], [300.0, -300.0, 0.0, 0.0]):
-        value, grad = call(name, logps, torch.tensor([rewards] * 2), -logps.flip(-1), lengths, **options)
+        both = torch.tensor([rewards] * 2)
+        value, grad = call(name, logps, both, -logps.flip(-1), lengths, scored_mask(both), **options)
         assert value.isfinite().all() and grad.isfinite().all()
 
 
@@ -421,8 +423,14 @@ X, R, L = torch.tensor([[-3.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor
         (lambda: lire_loss(X, R, ref_logps=X[:, :1]), ["ref_logps", "(1, 1)", "(1, 2)"]),
         (lambda: lire_loss(X.T, R.T, torch.tensor([[True], [False]])), ["mask[1]", "all False", "at least one"]),
         (lambda: list_probs(X, torch.zeros(1, 2, dtype=torch.bool)), ["mask[0]", "all False"]),
-        (lambda: lire_loss(X, torch.tensor([[1.0, INF]])), ["rewards[0, 1]", "inf", "finite"]),
-        (lambda: lire_loss(X, torch.tensor([[-INF, 0.0]])), ["rewards[0, 0]", "-inf", "finite"]),
+        (lambda: lire_loss(X, torch.tensor([[1.0, INF]]), scored_mask(torch.tensor([[1.0, INF]]))), ["rewards[0, 1]", "inf", "finite"]),
+        (lambda: lire_loss(X.T, R.T * NAN, scored_mask(R.T * NAN)), ["mask[0]", "all False", "at least one", "leave out"]),
+        (lambda: scored_mask([[1.0, NAN]]), ["rewards", "list", "torch.Tensor"]),
+        (lambda: scored_mask(R[0]), ["rewards.shape", "(2,)", "(B, M)"]),
+        (lambda: scored_mask(R, torch.tensor([True, True])), ["mask.shape", "(2,)", "(1, 2)", "like rewards"]),
+        (lambda: scored_mask(R, torch.ones(1, 2)), ["mask.dtype", "float32", "torch.bool"]),
+        (lambda: scored_mask(R, torch.zeros(1, 2, dtype=torch.bool)), ["mask[0]", "all False"]),
+        (lambda: transform_rewards(R[0]), ["rewards.shape", "(2,)", "(B, M)"]),
         (lambda: lire_loss(X, torch.tensor([[1e39, 0.0]], dtype=torch.float64)), ["rewards[0, 0]", "inf", "finite"]),
         *((lambda T=T: lire_loss(X, R, temperature=T), ["temperature", repr(T), "> 0"]) for T in (0, -1.0, NAN, INF, "2", True)),
         (lambda: list_probs(X, temperature=0.0), ["temperature", "0.0", "> 0"]),
@@ -451,6 +459,36 @@ def test_bad_input_names_argument_value_and_what_is_allowed(call_it, words):
         call_it()
     for word in words:
         assert word in str(caught.value)
+
+
+REWARD_READERS = {
+    **{id_: partial(call, name, **options) for id_, (name, options) in zip(IDS, CONFIGS)},
+    **{f"transform-{how}": lambda logps, rewards, refs, lengths, mask=None, how=how: transform_rewards(rewards, mask, reward_transform=how) for how in TRANSFORMS},
+    "metrics": lambda logps, rewards, refs, lengths, mask=None: list_metrics(logps, rewards, mask),
+}
+
+
+@pytest.mark.parametrize("reader", REWARD_READERS.values(), ids=REWARD_READERS)
+@pytest.mark.parametrize("bad", (NAN, INF, -INF))
+def test_a_reward_that_is_not_masked_must_be_finite(reader, bad):
+    logps, lengths = torch.tensor([[-3.0, -1.0, -2.0]] * 2), torch.tensor([[4, 5, 6]] * 2)
+    rewards = torch.tensor([[1.0, 0.0, bad], [0.5, bad, 2.0]])
+    behind_one = torch.tensor([[True, True, False], [True, True, True]])
+    for mask, place in ((None, "[0, 2]"), (behind_one, "[1, 1]")):
+        with pytest.raises(ValueError) as caught:
+            reader(logps, rewards, logps, lengths, mask)
+        assert f"rewards{place} is {bad}: it must be a finite number" in str(caught.value)
+        assert "mask = scored_mask(rewards, mask)" in str(caught.value)
+    reader(logps, rewards, logps, lengths, behind_one & rewards.isfinite())
+
+
+def test_scored_mask():
+    rewards = torch.tensor([[1.0, NAN, INF, NAN], [NAN, NAN, -INF, 0.0]])
+    mask = torch.tensor([[True, True, True, False], [True, False, True, False]])
+    assert scored_mask(rewards).tolist() == [[True, False, True, False], [False, False, True, True]]
+    assert scored_mask(rewards, mask).tolist() == [[True, False, True, False], [False, False, True, False]]
+    assert scored_mask(rewards[:, :2]).tolist() == [[True, False], [False, False]]  # nothing scored: the loss will name the row
+    assert scored_mask(torch.tensor([[1, 2]])).all()  # integers are never missing
 
 
 def test_module_needs_only_torch_and_the_standard_library():
