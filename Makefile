@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: help quickstart test setup lint notebooks export readme clean
 
 help:
-	@echo "make quickstart   align a small model on a real task: table, figures, report (about 8 minutes on 2 cores)"
+	@echo "make quickstart   align a small model on a real task: table, figures, report (about 7 minutes on 2 cores)"
 	@echo "make test         notebooks and pytest"
 	@echo "make setup        only .venv with everything for development"
 	@echo "make notebooks    run all notebooks and store their outputs, then export, clean and write README.md"

@@ -43,6 +43,8 @@ def read_prompts(
         prompts = [{"id": prompt_id(r), "prompt": r, "meta": {}} if not isinstance(r, dict) else r for r in rows if r]
     if not prompts:
         raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt", remedy="give a file with one prompt a line, or records with a prompt")
+    if limit is not None and limit < 1:
+        raise LireError("too few", field="--limit", value=limit, allowed="1 or more", remedy="leave it out to use all prompts")
     return prompts[:limit]
 
 
@@ -57,7 +59,7 @@ def _prompt_of(row, path: Path) -> dict:
     if not row.value.get("prompt"):
         raise LireError("no prompt", file=path, line=row.line, field="prompt", value=row.value.get("prompt"), allowed="a text or messages", remedy="give every record a prompt")
     prompt = row.value["prompt"]
-    return {"id": row.value.get("id") or prompt_id(prompt), "prompt": prompt, "meta": row.value.get("meta") or {}}
+    return {"id": str(row.value.get("id") or prompt_id(prompt)), "prompt": prompt, "meta": row.value.get("meta") or {}}
 
 # %% ../nbs/11_cli.ipynb #521b6817
 def read_reward(name: str):
@@ -79,7 +81,11 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
 
 def settings_of(pairs: list[str]) -> dict:
     "['temperature=2', 'loss_type=dpo'] -> {'temperature': 2, 'loss_type': 'dpo'}"
+    words = {"true": True, "false": False, "none": None, "null": None}
+
     def value(text):
+        if text.lower() in words:
+            return words[text.lower()]
         try:
             return json.loads(text)
         except ValueError:
@@ -99,6 +105,8 @@ def _claim(out: str, **config) -> bool:
     path, name = Path(out), f"{Path(out).name}.config.json"
     if path.parent.is_dir() and not path.exists():
         path.with_name(name).unlink(missing_ok=True)  # of an attempt that left no output
+    if path.exists() and not path.with_name(name).exists():
+        raise LireError("is there already and was not made by this command", field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
     claim_folder(path.parent, {"output": path.name, **config}, name)
     if path.exists():
         _say(f"{out} is there already, made with the same settings")
@@ -115,10 +123,12 @@ def _hash(path: str) -> str:
 # %% ../nbs/11_cli.ipynb #ee919a08
 def sample_command(args) -> None:
     "Sample candidates for prompts."
+    from lire_nb.models import resolve_model
     from lire_nb.sampling import SamplingSettings, sample_lists
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
     prompts = read_prompts(args.prompts, args.limit)
+    resolve_model(args.policy)
     if _claim(args.out, policy=args.policy, prompts=[p["id"] for p in prompts], num_candidates=args.num_candidates, sampling=asdict(settings), seed=args.seed):
         _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
         save_lists(sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}"), args.out)
@@ -126,18 +136,23 @@ def sample_command(args) -> None:
 
 def score_command(args) -> None:
     "Score the candidates of lists."
+    from lire_nb.enhancement import reward_identity
     from lire_nb.rewards import score_lists
 
-    if _claim(args.out, lists=_hash(args.lists), reward=args.reward):
+    reward = read_reward(args.reward)
+    if _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward)):
         _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-        save_lists(score_lists(load_lists(args.lists), read_reward(args.reward)), args.out)
+        save_lists(score_lists(load_lists(args.lists), reward), args.out)
 
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
     from lire_nb.enhancement import train_policy
 
+    from lire_nb.models import resolve_model
+
     settings = settings_of(args.set)
+    resolve_model(args.policy)
     if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed):
         _say(f"training {args.policy} on {args.lists} into {args.out}")
         train_policy(args.policy, load_lists(args.lists), args.out, seed=args.seed, **settings)
@@ -169,16 +184,20 @@ def enhance_command(args) -> None:
 
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
-    from lire_nb.enhancement import claim_folder
+    from lire_nb.enhancement import claim_folder, reward_identity
     from lire_nb.evaluation import evaluate_systems
+    from lire_nb.models import resolve_model
     from lire_nb.sampling import SamplingSettings
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit)
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
-    claim_folder(args.out, {"systems": systems, "judges": judges, "prompts": [p["id"] for p in prompts], "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed})
+    for policy in systems.values():
+        resolve_model(policy)
+    rewards = {name: read_reward(judge) for name, judge in judges.items()}
+    claim_folder(args.out, {"systems": systems, "judges": {name: reward_identity(r) for name, r in rewards.items()}, "prompts": [p["id"] for p in prompts], "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed})
     _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-    evaluate_systems(args.out, systems, prompts, {name: read_reward(j) for name, j in judges.items()}, num_samples=args.num_samples, settings=settings, seed=args.seed)
+    evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings, seed=args.seed)
     report_command(args)
 
 
@@ -195,7 +214,7 @@ def report_command(args) -> None:
 QUICKSTART = {
     "task": "sentiment", "policy": "smollm2", "backbone": "minilm", "reward_pairs": 1000, "prompts": 64, "candidates": 4, "rounds": 2, "passes": 2,
     "max_new_tokens": 24, "eval_prompts": 96, "eval_samples": 2, "seed": 0,
-    "training": {"reward_transform": "zscore", "temperature": 2.0, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
+    "training": {"reward_transform": "zscore", "temperature": 20.0, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
 }
 
 
@@ -206,11 +225,15 @@ def quickstart(
     "Reward models, LIRE, one self-enhancement round, evaluation and report; goes on where it stopped."
     from lire_nb.enhancement import claim_folder, self_enhance, write_json
     from lire_nb.evaluation import evaluate_systems
+    from lire_nb.models import resolve_model
     from lire_nb.reporting import report
     from lire_nb.sampling import SamplingSettings
     from lire_nb.tasks import load_task
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
+    for name in ("policy", "backbone"):
+        resolve_model(config[name])  # a wrong name is said before the folder is claimed
+    fresh = not (Path(out) / "config.json").exists()
     run = claim_folder(out, config)
     stage = lambda text: _say(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}")  # noqa: E731
     task, settings = load_task(config["task"]), SamplingSettings(max_new_tokens=config["max_new_tokens"])
@@ -221,10 +244,10 @@ def quickstart(
                             after_round=lambda number, _: stage(f"round {number} done"))
     systems = {"start": config["policy"], **{"LIRE" if n == 1 else f"LIRE, round {n}": p for n, p in enumerate(policies, 1)}}
     stage(f"evaluating {len(systems)} systems on {config['eval_prompts']} held-out prompts")
-    evaluate_systems(run, systems, task.prompts["test"][: config["eval_prompts"]], judges, settings=settings, num_samples=config["eval_samples"], seed=config["seed"])
+    evaluate_systems(run, systems, task.prompts["test"][-config["eval_prompts"] :], judges, settings=settings, num_samples=config["eval_samples"], seed=config["seed"])
     stage("drawing the report")
     if not (run / "machine.json").exists():
-        write_json(run / "machine.json", {**machine(), "minutes": round((time.monotonic() - began) / 60, 1)})
+        write_json(run / "machine.json", {**machine(), "minutes": round((time.monotonic() - began) / 60, 1) if fresh else None})
     return report(run)
 
 
@@ -261,7 +284,7 @@ def _judges(run: Path, task, config: dict, stage) -> dict:
 
 # %% ../nbs/11_cli.ipynb #f1bad766
 def quickstart_command(args) -> None:
-    "The whole way on one small real task: about eight minutes on two cores."
+    "The whole way on one small real task: about seven minutes on two cores."
     from lire_nb import reporting
 
     _say(f"SmolLM2-135M learns to continue film reviews kindly; everything goes into {args.out}")
@@ -317,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lire {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"lire {args.command}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"lire {args.command}: stopped; what was finished is kept, the same command goes on after it", file=sys.stderr)
         return 130
     return 0
 

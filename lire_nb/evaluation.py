@@ -48,13 +48,13 @@ def bootstrap_interval(
     resamples: int = 4999,
     seed: int = 0,
 ) -> Interval:
-    "A percentile bootstrap interval over prompts (scipy). One prompt gives an interval without width."
+    "A percentile bootstrap interval over prompts (scipy); raises `LireError` for fewer than two prompts: one says nothing about others."
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5], allowed="one finite number a prompt",
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5], allowed="one finite number a prompt, two prompts or more",
                         remedy="average the samples of a prompt first; look for prompts without a score")
     point = float(statistic(values))
-    if len(values) == 1 or np.ptp(values) == 0:
+    if np.ptp(values) == 0:
         return Interval(point, point, point)
     result = stats.bootstrap((values,), statistic, n_resamples=resamples, confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed))
     return Interval(point, float(result.confidence_interval.low), float(result.confidence_interval.high))
@@ -138,7 +138,7 @@ def judge_policy(
     prompts: Iterable[dict],  # held-out records with "id" and "prompt"
     judges: dict[str, Reward],  # e.g. {"proxy": ..., "gold": ..., "vader": ...}
     *,
-    start=None,  # the start policy, for KL and perplexity: name or (model, tokenizer)
+    start,  # the start policy, for KL and perplexity: name or (model, tokenizer)
     num_samples: int = 2,
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
@@ -151,7 +151,7 @@ def judge_policy(
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": settings.max_new_tokens + 1}
     own = dataset_logps(*policy, lists, **limits)
-    base = own if start is None else dataset_logps(*start, lists, **limits)
+    base = dataset_logps(*start, lists, **limits)
     return [{"id": r["id"], "prompt": r["prompt"], "completions": r["completions"], "finish_reasons": r["meta"]["finish_reasons"],
              "scores": {name: values[i] for name, values in scores.items()}, "tokens": own[i][1], "logps": own[i][0], "start_logps": base[i][0]}
             for i, r in enumerate(lists)]
@@ -217,6 +217,9 @@ def evaluate_systems(
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
     "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl."
     run, rows, start = Path(run_folder), {}, None
+    slugs = [slug(name) for name in systems]
+    if "" in slugs or len(set(slugs)) < len(slugs):
+        raise LireError("names that are not different as file names", field="systems", value=list(systems), allowed="names that differ in letters and digits", remedy="rename one")
     for number, (name, policy) in enumerate(systems.items()):
         path = run / "evaluation" / f"{slug(name)}.jsonl"
         if not path.exists():

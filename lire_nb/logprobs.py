@@ -26,13 +26,16 @@ def tokenize_list(
     max_prompt_length: int = 256,  # tokens; the beginning is cut
     max_completion_length: int = 128,  # tokens; the end is cut
 ) -> dict:  # id, prompt_ids, completion_ids, rewards, cut
-    "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens."
+    "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, end-of-text included."
     text = render_prompt(record["prompt"], tokenizer)
     special = isinstance(record["prompt"], str)  # a chat template brings its own special tokens
     prompt_ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     if tokenizer.eos_token_id is not None and special and prompt_ids[-1:] == [tokenizer.eos_token_id]:
         prompt_ids = prompt_ids[:-1]  # encoder-style tokenizers end every text; a prompt goes on
     reasons = (record.get("meta") or {}).get("finish_reasons") or ["stop"] * len(record["completions"])
+    if len(reasons) != len(record["completions"]):
+        raise LireError("not one a completion", field=f"meta.finish_reasons of list {record['id']!r}", value=reasons, allowed=f"{len(record['completions'])} reasons",
+                        remedy="drop a candidate's reason together with the candidate")
     completions = [_completion_ids(c, r, text, prompt_ids, tokenizer, special) for c, r in zip(record["completions"], reasons, strict=True)]
     for j, ids in enumerate(completions):
         if not ids:
@@ -51,7 +54,7 @@ def _completion_ids(completion, reason, text, prompt_ids, tokenizer, special) ->
     else:
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
-    ends = reason == "stop" and ids and eos is not None and ids[-1] != eos
+    ends = reason == "stop" and eos is not None and ids[-1:] != [eos]
     return ids + [eos] if ends else ids
 
 
@@ -144,7 +147,8 @@ def logits_to_logps(
 
 # %% ../nbs/06_logprobs.ipynb #b10b2681
 # Families that change the logits after the head; there the head hands out real logits, still only where they are needed.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_AFTER_HEAD = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap", "logit_scale", "logits_scaling", "lm_head_multiplier",
+               "output_multiplier")
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -208,7 +212,9 @@ def _padded_token_logps(model, batch) -> torch.Tensor:
     options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
     with _head_of(model, rows["predict"], rows["targets"]):
         out = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], **options).logits
-    return out if out.dim() == 1 else logits_to_logps(out, rows["targets"])
+    if out.dim() == 1:
+        return out
+    return torch.cat([logits_to_logps(part, t) for part, t in zip(out.split(CHUNK), rows["targets"].split(CHUNK))])
 
 # %% ../nbs/06_logprobs.ipynb #e90f5923
 @torch.no_grad()

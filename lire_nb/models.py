@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .lists import LireError
 from .tasks import ASSETS, asset_path
@@ -58,15 +59,20 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     config.pop("quantization_config", None)
     clean = type(model)(type(model.config).from_dict(config))
     clean.load_state_dict(model.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    folder = None
     try:
-        clean.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        with quiet_transformers():
+            clean.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         if not target.exists():  # another process may have been faster
             folder.rename(target)
+    except (OSError, SafetensorError) as e:
+        raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache", remedy="free 600 MB, or name another place in LIRE_NB_CACHE") from e
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/03_models.ipynb #bd86b8e4
 def resolve_model(
@@ -152,6 +158,7 @@ def load_policy(
 def load_reward_backbone(
     name: str | Path = "minilm",  # asset name, folder or hub id
     *,
+    new_head: bool = True,  # False: raise when the scalar head is not in the weights
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **kwargs,
@@ -159,7 +166,10 @@ def load_reward_backbone(
     "Load an encoder or decoder with a scalar head; a missing head is initialized, seed it with `torch.manual_seed`."
     from transformers import AutoModelForSequenceClassification
 
-    model = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1, **kwargs)
+    model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1, output_loading_info=True, **kwargs)
+    if info["missing_keys"] and not new_head:
+        raise ModelError("no trained reward head in the weights", field="reward model", value=str(name), allowed="a sequence classification model with one label",
+                         remedy="train one: rewards.train_reward_model, or lire train-reward")
     tokenizer = load_tokenizer(name)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device or default_device()).eval(), tokenizer
@@ -171,9 +181,11 @@ def _from_pretrained(cls, name, **kwargs):
     try:
         with quiet_transformers():
             return cls.from_pretrained(source, **kwargs)
-    except OSError as e:
-        if isinstance(e, (PermissionError, MemoryError)):
+    except (OSError, ValueError, SafetensorError) as e:  # not there, not a model, or a damaged file
+        if isinstance(e, PermissionError):
             raise
+        if Path(source).is_dir():
+            raise ModelError(f"cannot be loaded: {str(e).splitlines()[0][:200]}", file=source, field="model", remedy="write the folder again with save_pretrained") from e
         raise ModelError("cannot be loaded", field="model", value=str(name), allowed=f"a hub id that can be reached, a folder, or one of {', '.join(MODEL_ASSETS)}",
                          remedy="check the id and the network, or use a folder or a bundled asset") from e
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reward', 'score_lists', 'VaderReward', 'RewardModel', 'ranking_loss', 'train_reward_model', 'pair_accuracy',
-           'longer_wins']
+           'longer_wins', 'RandomReward']
 
 # %% ../nbs/05_rewards.ipynb #31f08d04
 import json
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .lists import LireError, lists_dataset
 from .models import has_bf16, load_reward_backbone, quiet_transformers, render_prompt
+from .tasks import text_hash
 
 # %% ../nbs/05_rewards.ipynb #e46efe29
 Reward = Callable[[list, list[str]], list[float]]  # (prompts, completions) -> one score for each
@@ -107,11 +108,11 @@ class RewardModel:
 
     @classmethod
     def load(cls, name: str | Path, **options) -> "RewardModel":
-        "A reward model from a folder, an asset or the hub."
+        "A trained reward model from a folder or the hub; raises `LireError` when its head is missing."
         settings = Path(name, "reward_model.json")
         stored = json.loads(settings.read_text()) if settings.is_file() else {}
         history = stored.pop("history", [])
-        reward = cls(*load_reward_backbone(name), **{**stored, **options})
+        reward = cls(*load_reward_backbone(name, new_head=False), **{**stored, **options})
         reward.history = history
         return reward
 
@@ -206,3 +207,12 @@ def pair_accuracy(
 def longer_wins(prompts: list, completions: list[str]) -> list[float]:
     "The baseline that every reward model should beat: length in characters."
     return [float(len(c)) for c in completions]
+
+# %% ../nbs/05_rewards.ipynb #0a4409bc
+class RandomReward:
+    "A coin: the baseline of pair accuracy 0.5. The same text gets the same score."
+
+    name = "random"
+
+    def __call__(self, prompts, completions):
+        return [text_hash(c, "random") for c in completions]

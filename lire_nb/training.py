@@ -61,11 +61,18 @@ class LIREConfig(TrainingArguments):
             self.bf16 = not self.fp16 and has_bf16("cpu" if self.use_cpu else None)
         if self.logps_impl not in IMPLS:
             raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
-        try:
-            get_loss(self.loss_type)  # an unknown name should not wait for the first batch
-        except ValueError as e:
-            raise LireError(str(e), field="loss_type") from e
+        self._try_loss()
         super().__post_init__()
+
+    def _try_loss(self) -> None:
+        "An unknown loss or a setting it does not take should not wait for the first batch."
+        try:
+            loss = get_loss(self.loss_type)
+            if isinstance(self.loss_type, str):
+                one = torch.ones(1, 2)
+                loss.fn(-one, one, lengths=one, ref_logps=-one, **self.loss_settings())
+        except (ValueError, TypeError) as e:
+            raise LireError(str(e), field=f"loss {self.loss_type!r}", remedy="change this setting; 00_losses has the table of all losses") from e
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
@@ -105,6 +112,7 @@ class LIRETrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
         self.loss = get_loss(args.loss_type)
         prepare = lambda lists: prepare_lists(lists, processing_class, args, self.loss.needs_ref and (ref_model or model))  # noqa: E731
         super().__init__(
@@ -126,7 +134,10 @@ class LIRETrainer(Trainer):
             extra["ref_logps"] = inputs["ref_logps"]
         mask = scored_mask(inputs["rewards"], inputs["mask"])  # a candidate without a reward takes no part
         losses = self.loss.fn(logps, inputs["rewards"], mask, **extra, **self.args.loss_settings())
-        metrics = list_metrics(logps.detach(), inputs["rewards"], mask, temperature=self.args.temperature)
+        scores = logps.detach()
+        if self.args.loss_type == "lire" and self.args.length_normalize:  # what is logged describes the P of the loss
+            scores = scores / lengths.clamp(min=1)
+        metrics = list_metrics(scores, inputs["rewards"], mask, temperature=self.args.temperature)
         return losses, metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -156,7 +167,8 @@ class LIRETrainer(Trainer):
             values = torch.cat(parts)
             values = values[~values.isnan()]
             total = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), "sum")
-            logs[f"{'eval_' if mode == 'eval' else ''}{name}"] = round(float(total[0] / total[1].clamp(min=1)), 6)
+            if total[1] > 0:  # Kendall's tau does not exist where all are tied
+                logs[f"{'eval_' if mode == 'eval' else ''}{name}"] = round(float(total[0] / total[1]), 6)
         self._seen[mode].clear()
         super().log(logs, start_time)
 

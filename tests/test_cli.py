@@ -113,3 +113,66 @@ def test_run_folder_of_another_configuration(tmp_path):
     before = (tmp_path / "o.jsonl").read_bytes()
     one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "length", "vader")
     assert (tmp_path / "o.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A random policy of two layers with the real tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lire_nb.models import load_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("tiny"), load_tokenizer("smollm2")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_way_of_the_readme(tmp_path, tiny):
+    """Sample, score, train, evaluate with one judge and no proxy, report; the second time nothing is done again."""
+    steps = [
+        ("sample", "--prompts", "sentiment:train", "--limit", "4", "--policy", tiny, "--max-new-tokens", "4", "--out", "candidates.jsonl"),
+        ("score", "--lists", "candidates.jsonl", "--reward", "length", "--out", "lists.jsonl"),
+        ("train", "--lists", "lists.jsonl", "--policy", tiny, "--set", "max_steps=1", "--set", "bf16=False", "--out", "policy"),
+        ("evaluate", "--prompts", "sentiment:test", "--limit", "3", "--system", f"start={tiny}", "--system", "LIRE=policy", "--judge", "vader=vader",
+         "--max-new-tokens", "4", "--out", "eval"),
+    ]
+    for step in steps:
+        done = lire(*step, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 2 and "Traceback" not in page and "## Training" not in page
+    assert {"table.csv", "table.md", "samples.md", "metrics.jsonl", "config.json"} <= files(tmp_path / "eval")
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in ("candidates.jsonl", "lists.jsonl", "policy", "eval/evaluation/start.jsonl")}
+    for step in steps:
+        assert lire(*step, cwd=tmp_path).returncode == 0
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+
+
+def test_an_output_of_someone_else_is_not_adopted(tmp_path):
+    path = lists_file(tmp_path / "l.jsonl", [None, None])
+    (tmp_path / "o.jsonl").write_text("mine\n")
+    one_line(lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path), "o.jsonl", "not made by this command")
+    assert files(tmp_path) == {"l.jsonl", "o.jsonl"} and (tmp_path / "o.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("command", [
+    ("enhance", "--prompts", "p.txt", "--reward", "length", "--policy", "smolm2", "--out", "run"),
+    ("evaluate", "--prompts", "p.txt", "--system", "start=smolm2", "--judge", "v=vader", "--out", "run"),
+    ("quickstart", "--policy", "smolm2", "--out", "run"),
+    ("enhance", "--prompts", "p.txt", "--reward", "length", "--set", "temperature=-1", "--out", "run"),
+])
+def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, command):
+    (tmp_path / "p.txt").write_text("One.\nTwo.\n")
+    one_line(lire(*command, cwd=tmp_path))
+    assert files(tmp_path) == {"p.txt"}
+
+
+def test_a_reward_that_was_never_trained(tmp_path):
+    path = lists_file(tmp_path / "l.jsonl", [None, None])
+    one_line(lire("score", "--lists", path, "--reward", "minilm", "--out", "o.jsonl", cwd=tmp_path), "no trained reward head")
+    assert files(tmp_path) == {"l.jsonl"}

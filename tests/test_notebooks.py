@@ -52,7 +52,7 @@ def test_notebook_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_notebook_skips_nothing_but_slow_cells_and_carries_its_outputs(name):
-    skipping = re.compile(r"^#\|\s*(eval:\s*false|notest|skip_exec)", re.MULTILINE)
+    skipping = re.compile(r"^#\|\s*(eval:\s*false|notest|skip_exec)", re.MULTILINE | re.IGNORECASE)
     for cell in cells(name):
         if cell["cell_type"] == "raw":
             assert "skip_exec" not in source(cell)
