@@ -10,6 +10,7 @@ from lire_nb.lists import load_lists
 from lire_nb.rewards import longer_wins, pair_accuracy
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TASKS = ("dialogue", "summarization")
 
 
@@ -80,3 +81,12 @@ def test_nothing_is_filled_from_a_template(graded):
     counts = five_grams(texts)
     share = sum(n for n in counts.values() if n > 1) / counts.total()
     assert f"{share:.2%}".replace("%", " %") == card("share of repeated", task) and share < 0.02
+
+
+@pytest.mark.skipif(not (SHARED / "hh-rlhf").is_dir(), reason="the real HH files lie outside the project and are not here")
+def test_dialogue_from_a_folder_of_real_hh_files():
+    from lire_nb.tasks import load_task
+
+    task = load_task("dialogue", path=SHARED / "hh-rlhf")
+    assert task.notes == {"train": 0, "validation": 0, "test": 1498, "quarantined": 2, "also in test, taken out": 0}
+    assert all(r["prompt"][-1]["role"] == "user" for r in task.prompts["test"])
