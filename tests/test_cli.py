@@ -68,7 +68,7 @@ def test_empty_prompt_file(tmp_path):
     assert files(tmp_path) == {"p.txt"}
 
 
-@pytest.mark.parametrize("rewards, words", [([None, None], ("'a'", "nothing is scored", "score_lists")), ([float("nan"), 1.0], ("NaN", "l.jsonl:1"))])
+@pytest.mark.parametrize("rewards, words", [([None, None], ("'a'", "nothing is scored", "score_lists")), ([float("nan"), 1.0], ("nan", "l.jsonl:1", "null"))])
 def test_lists_without_usable_rewards(tmp_path, rewards, words):
     path = lists_file(tmp_path / "l.jsonl", rewards)
     one_line(lire("train", "--lists", path, "--out", "policy", cwd=tmp_path), *words)
