@@ -111,7 +111,7 @@ def test_run_folder_of_another_configuration(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
     assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path).returncode == 0
     before = (tmp_path / "o.jsonl").read_bytes()
-    one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "length", "vader")
+    one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "longer_wins", "vader")
     assert (tmp_path / "o.jsonl").read_bytes() == before
 
 
