@@ -36,7 +36,7 @@ $(VENV)/.ready: $(VENV)/bin/python $(SETUP)
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "Adding what the tests need …"
-	$(PIP) -c constraints.txt -e '.[assets,report,lora,server,peers,dev]'
+	$(PIP) -c constraints.txt -e '.[assets,report,lora,server,evaluation,peers,dev]'
 	@touch $@
 
 notebooks: $(VENV)/.ready-dev

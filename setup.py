@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name: settings[f"{name}_requirements"].split() for name in ("assets", "report", "lora", "server", "peers", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("assets", "report", "lora", "server", "evaluation", "peers", "dev")}
 
 setup(
     name=settings["lib_name"],

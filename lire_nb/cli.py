@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICKSTART', 'read_prompts', 'read_reward', 'named', 'settings_of', 'sample_command', 'score_command',
            'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'report_command',
-           'quickstart', 'machine', 'quickstart_command', 'main']
+           'quickstart', 'machine', 'quickstart_command', 'bench_command', 'read_rows_of', 'main']
 
 # %% ../nbs/11_cli.ipynb #dc03481d
 import argparse
@@ -295,6 +295,63 @@ def quickstart_command(args) -> None:
         print(line)
     _say(f"table: {Path(args.out, 'table.md')}   report: {page}   policies: {Path(args.out)}/round-*/policy")
 
+# %% ../nbs/11_cli.ipynb #5caed2a6
+def bench_command(args) -> None:
+    "Time and memory of a gradient step: the authors' way, padded, shared, and TRL with --peers."
+    import torch
+
+    from lire_nb import bench
+    from lire_nb.evaluation import write_jsonl
+    from lire_nb.logprobs import check_paths
+    from lire_nb.models import load_policy
+
+    points, repeats = [_point(text) for text in args.point] or bench.GRID, args.repeats
+    rows = read_rows_of(args.out) if Path(args.out).exists() else []
+    same = [r for r in rows if (r["policy"], r["repeats"]) == (args.policy, repeats)]
+    about = {"policy": args.policy, "repeats": repeats, "machine": machine()}
+    model, _ = load_policy(args.policy, dtype=torch.float32)
+    check = check_paths(model)
+    _say(f"{len(points)} points × {repeats} repeats on {about['machine']['processor']}; self-check {check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
+    ways = [way for way in bench.WAYS if check.shared or way != "shared"]
+    for point in points:
+        if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists) and not r["way"].startswith("dpo") for r in same):
+            continue
+        found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory)
+        rows += [row | about for row in found]
+        write_jsonl(args.out, rows)
+        for row in found:
+            grown = "" if row["peak_bytes"] is None else f"   peak +{row['peak_bytes'] / 2**20:,.0f} MiB"
+            print(f"P={point.P} R={point.R} M={point.M} × {point.lists}  {row['way']:8} {row['seconds']:6.2f} s   {row['speedup']:.2f}x of {row['flop_limit']:.2f}x{grown}")
+    if args.peers and not any(r["way"].startswith("dpo") for r in same):
+        del model
+        found = bench.bench_pairs(args.policy, bench.review_pairs(args.policy), repeats)
+        write_jsonl(args.out, rows + [row | about for row in found])
+        for row in found:
+            print(f"one DPO step, {row['way']:12} {row['seconds']:6.2f} s   {row['speedup_over_trl']:.2f}x of TRL's speed")
+
+
+def read_rows_of(path: str) -> list[dict]:
+    "Rows of a results file; raises `LireError` for a line that is not one."
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise LireError("not a JSON row", file=path, line=number, value=line[:60], allowed="the output of an earlier lire bench", remedy="delete the line or choose another file") from e
+    return rows
+
+
+def _point(text: str):
+    from lire_nb.bench import Point
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+        if not 3 <= len(numbers) <= 4 or min(numbers) < 1:
+            raise ValueError
+    except ValueError:
+        raise LireError("not a point", field="--point", value=text, allowed="P,R,M or P,R,M,LISTS, all 1 or more", remedy="for example --point 192,48,6,2") from None
+    return Point(*numbers)
+
 # %% ../nbs/11_cli.ipynb #6180f5ba
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lire", description="List-wise reward enhancement: align a language model from lists of candidates.")
@@ -324,6 +381,9 @@ def _parser() -> argparse.ArgumentParser:
     add("evaluate", evaluate_command, prompts, o("--system", action="append", required=True, metavar="NAME=POLICY", help="repeat; the first is the start policy"),
         o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat; the first is the reward that training saw"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, limit, seed, out)
     add("report", report_command, out)
+    add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
+        o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
+        o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
     whole = [o(f"--{name.replace('_', '-')}", type=type(QUICKSTART[name]), default=None, help=f"default: {QUICKSTART[name]}")
              for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")]
     add("quickstart", quickstart_command, o("--out", default="runs/quickstart", help="the run folder"), *whole)

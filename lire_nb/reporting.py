@@ -4,20 +4,28 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'read_jsonl', 'read_metrics', 'read_systems', 'results_table', 'markdown_table', 'figure_style', 'picture',
-           'save_figure', 'plot_training', 'independent_judge', 'plot_before_after', 'plot_reward_kl', 'pick_samples',
-           'findings', 'markdown_samples', 'report']
+           'save_figure', 'plot_training', 'independent_judge', 'prompt_means', 'plot_before_after', 'Worse',
+           'explain_worse', 'plot_reward_kl', 'reward_kl_frontier', 'non_dominated', 'plot_reward_kl_frontier',
+           'parting_point', 'overoptimization', 'overoptimization_steps', 'plot_overoptimization', 'plot_win_matrix',
+           'Calibration', 'calibration', 'plot_calibration', 'pick_samples', 'findings', 'markdown_samples',
+           'markdown_worse', 'parting_sentence', 'read_held_out', 'report']
 
 # %% ../nbs/10_reporting.ipynb #b94ac6a1
 import io
 import json
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import binomtest
 
-from .evaluation import slug
+from .evaluation import Interval, bootstrap_interval, paired_difference, slug, win_matrix
 from .lists import LireError, atomic_write
 
 # %% ../nbs/10_reporting.ipynb #06c8c0c0
@@ -42,7 +50,7 @@ def read_systems(run: str | Path) -> dict[str, list[dict]]:
 
 # %% ../nbs/10_reporting.ipynb #258fa271
 _COLUMNS = [("reward", "{} reward"), ("reward difference", "{} gain"), ("win rate", "{} win rate"), ("KL to start", "KL to start"),
-            ("perplexity under start", "perplexity"), ("tokens", "tokens")]
+            ("log-ratio to start", "log-ratio to start"), ("KL a token", "KL a token"), ("perplexity under start", "perplexity"), ("tokens", "tokens")]
 
 
 def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -50,8 +58,10 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
     table = {}
     for metric, title in _COLUMNS:
         for judge, part in metrics[metrics["metric"] == metric].groupby("judge", dropna=False, sort=False):
+            if part["value"].isna().all():
+                continue
             name = title.format(judge)
-            table[name] = {r.system: f"{_two(r.value)} [{_two(r.low)}, {_two(r.high)}]" for r in part.itertuples()}
+            table[name] = {r.system: f"{_two(r.value)} [{_two(r.low)}, {_two(r.high)}]" for r in part.itertuples() if pd.notna(r.value)}
     frame = pd.DataFrame(table).reindex(metrics["system"].unique()).fillna("–")
     return frame.rename_axis("system")
 
@@ -116,10 +126,14 @@ def plot_training(run: str | Path):
         start = 0
         for number, log in enumerate(logs, 1):
             color = COLORS[(number - 1) % len(COLORS)]
+            log = [h for h in log if "expected_reward" in h]  # an evaluation in between has none
             steps = [start + i for i in range(1, len(log) + 1)]
             values = pd.Series([h["expected_reward"] for h in log])
+            window = values.rolling(8, min_periods=3)
+            error = 1.96 * window.std() / window.count() ** 0.5
             axis.plot(steps, values, color=color, alpha=0.3, lw=1)
-            axis.plot(steps, values.rolling(8, min_periods=1).mean(), color=color, lw=2, label=f"round {number}")
+            axis.fill_between(steps, window.mean() - error, window.mean() + error, color=color, alpha=0.15, lw=0)
+            axis.plot(steps, window.mean(), color=color, lw=2, label=f"round {number}")
             start += len(log)
         axis.set(xlabel="optimizer step", ylabel="expected reward of a list, Σ P·R", title="Training: proxy reward under the policy's own weights")
         axis.legend()
@@ -132,41 +146,370 @@ def independent_judge(systems: dict[str, list[dict]]) -> str:
     return "gold" if "gold" in judges else next((j for j in judges if j != "proxy"), judges[0])
 
 
+def prompt_means(rows: list[dict], judge: str) -> np.ndarray:
+    "(N,) mean score of each prompt's samples; raises `LireError` for a judge that did not score them."
+    if judge not in rows[0]["scores"]:
+        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]), remedy="name one that scored this evaluation")
+    return np.array([np.mean(r["scores"][judge]) for r in rows])
+
+
 def plot_before_after(run: str | Path, judge: str | None = None, system: str | None = None):
     "Reward of every held-out prompt, start policy against a trained one (the last by default)."
     systems = read_systems(run)
     judge = judge or independent_judge(systems)
     start, system = next(iter(systems)), system or list(systems)[-1]
-    before, after = ([sum(r["scores"][judge]) / len(r["scores"][judge]) for r in systems[name]] for name in (start, system))
-    better, worse = sum(a > b for a, b in zip(after, before)), sum(a < b for a, b in zip(after, before))
-    low, high = min(before + after), max(before + after)
+    before, after = (prompt_means(systems[name], judge) for name in (start, system))
+    (x, x0, x1), (y, y0, y1) = bootstrap_interval(before), bootstrap_interval(after)
+    ends = [min(before.min(), after.min()), max(before.max(), after.max())]
     with figure_style():
-        figure, axis = _axes(4.6, 4.6)
-        axis.plot([low, high], [low, high], color="0.6", lw=1, zorder=1)
-        axis.scatter(before, after, s=16, color=[COLORS[0] if a >= b else COLORS[3] for a, b in zip(after, before)], alpha=0.75, lw=0)
-        axis.set(xlabel=f"{judge} reward, {start}", ylabel=f"{judge} reward, {system}", title=f"{better} prompts better, {worse} worse")
+        figure, axis = _axes(4.8, 4.8)
+        axis.plot(ends, ends, color="0.6", lw=1, zorder=1)
+        axis.scatter(before, after, s=18, color=np.where(after >= before, COLORS[0], COLORS[3]), alpha=0.7, lw=0)
+        axis.errorbar([x], [y], xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], color="black", lw=2, capsize=3, ls="none", label="mean, 95 % intervals")
+        axis.set(xlabel=f"{judge} reward, {start}", ylabel=f"{judge} reward, {system}", title=f"{(after > before).sum()} prompts better, {(after < before).sum()} worse")
         axis.set_aspect("equal")
+        axis.legend(loc="lower right")
     return figure
+
+# %% ../nbs/10_reporting.ipynb #23681b33
+class Worse(NamedTuple):
+    "What `explain_worse` found."
+    prompts: pd.DataFrame  # one prompt that got worse a row, the worst first
+    reasons: pd.DataFrame  # one reason a row: its share among the worse and among the others, with intervals
+
+
+def explain_worse(
+    systems: dict[str, list[dict]],  # rows of every system; the first is the start
+    judge: str | None = None,  # default: the independent one
+    system: str | None = None,  # default: the last
+) -> Worse:
+    "The prompts whose reward fell, with what may explain each, and how much each reason explains."
+    start, judge = next(iter(systems)), judge or independent_judge(systems)
+    old, new = systems[start], systems[system or list(systems)[-1]]
+    table = _changes(old, new, judge)
+    noise = 1.96 * np.sqrt(_sampling_variance(old, judge) + _sampling_variance(new, judge))
+    reasons = pd.DataFrame({
+        "models disagree": table["change"] * table.get("proxy change", 0.0) < 0,
+        "far from the start": table["KL"] > table["KL"].quantile(0.75),
+        "shorter": table["tokens"] < 0.8 * table["tokens before"],
+        "longer": table["tokens"] > 1.25 * table["tokens before"],
+        "good start": table["before"] > table["before"].quantile(0.75),
+        "within the noise": table["change"].abs() < noise,
+    })
+    worse = table["change"] < 0
+    table["reasons"] = [", ".join(reasons.columns[row]) or "none of these" for row in reasons.to_numpy()]
+    reasons["none of these"] = ~reasons.any(axis=1)
+    shares = {name: {**_share("worse", told[worse]), **_share("others", told[~worse])} for name, told in reasons.items()}
+    return Worse(table[worse].sort_values("change"), pd.DataFrame.from_dict(shares, orient="index").rename_axis("reason"))
+
+
+def _changes(old: list[dict], new: list[dict], judge: str) -> pd.DataFrame:
+    "One prompt a row: reward before and after, length, KL."
+    if [r["id"] for r in old] != [r["id"] for r in new]:
+        raise LireError("not the same prompts in the same order", field="systems", allowed="rows of one evaluation", remedy="evaluate both on the same prompts")
+    last = [r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1]["content"] for r in new]
+    before, after = prompt_means(old, judge), prompt_means(new, judge)
+    table = {"prompt": last, "change": after - before, "before": before, "after": after}
+    if judge != "proxy" and "proxy" in old[0]["scores"]:
+        table["proxy change"] = prompt_means(new, "proxy") - prompt_means(old, "proxy")
+    table["tokens before"], table["tokens"] = ([np.mean(r["tokens"]) for r in rows] for rows in (old, new))
+    table["KL"] = [np.mean(np.subtract(r["logps"], r["start_logps"])) if _plain_samples(r) else np.nan for r in new]
+    return pd.DataFrame(table, index=pd.Index([r["id"] for r in new], name="id"))
+
+
+def _plain_samples(row: dict) -> bool:
+    "Whether the samples came from the policy's own distribution; only then their log-ratio is a KL."
+    how = row.get("sampling") or {"temperature": 1, "top_p": 1, "top_k": 0}
+    return how["temperature"] == 1 and how["top_p"] == 1 and how["top_k"] == 0
+
+
+def _sampling_variance(rows: list[dict], judge: str) -> float:
+    "Variance of a prompt's mean when its samples are drawn again, pooled over prompts; infinite when nobody has two samples."
+    scores = [r["scores"][judge] for r in rows if len(r["scores"][judge]) > 1]
+    return float(np.mean([np.var(s, ddof=1) / len(s) for s in scores])) if scores else np.inf
+
+
+def _share(name: str, told: pd.Series) -> dict:
+    "A share with its Wilson interval."
+    if not len(told):
+        return {name: np.nan, f"{name} low": np.nan, f"{name} high": np.nan}
+    interval = binomtest(int(told.sum()), len(told)).proportion_ci(method="wilson")
+    return {name: told.mean(), f"{name} low": interval.low, f"{name} high": interval.high}
 
 # %% ../nbs/10_reporting.ipynb #c5b8b63c
 def plot_reward_kl(run: str | Path):
     "Gain over the start policy against KL to it, for every judge, in units of the start policy's spread over prompts."
     metrics, systems = read_metrics(run), read_systems(run)
     names = list(systems)
-    kl = metrics[metrics["metric"] == "KL to start"].set_index("system")
-    gains = metrics[metrics["metric"] == "reward difference"]
+    kl = metrics[metrics["metric"] == "KL to start"].dropna(subset="value").set_index("system")
+    gains = metrics[(metrics["metric"] == "reward difference") & metrics["system"].isin(kl.index)]
     with figure_style():
         figure, axis = _axes(6.4, 3.8)
-        for color, (judge, part) in zip(COLORS, gains.groupby("judge", sort=False)):
+        for color, marker, (judge, part) in zip(COLORS, "osD^vP*", gains.groupby("judge", sort=False)):
             spread = pd.Series([sum(r["scores"][judge]) / len(r["scores"][judge]) for r in systems[names[0]]]).std()
             rows = [(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)] + [
                 (k.value, k.value - k.low, k.high - k.value, r.value / spread, (r.value - r.low) / spread, (r.high - r.value) / spread)
                 for r in part.itertuples() for k in [kl.loc[r.system]]]
             x, x0, x1, y, y0, y1 = zip(*rows)
-            axis.errorbar(x, y, xerr=(x0, x1), yerr=(y0, y1), marker="o", ms=5, capsize=2, lw=1.5, color=color, label=judge)
+            axis.errorbar(x, y, xerr=(x0, x1), yerr=(y0, y1), marker=marker, ms=5, capsize=2, lw=1.5, color=color, label=judge)
         axis.axhline(0, color="0.6", lw=1)
         axis.set(xlabel="KL to the start policy, nats a completion", ylabel="gain, standard deviations of the start", title="Reward against distance, 95 % intervals")
         axis.legend(title="judge")
+    return figure
+
+# %% ../nbs/10_reporting.ipynb #6394feff
+def reward_kl_frontier(
+    runs: dict[str, str | Path] | Iterable[str | Path],  # name -> run folder, or folders
+    judge: str | None = None,  # default: gold, else the first that is not the proxy
+) -> pd.DataFrame:  # run, system, kl, kl_low, kl_high, gain, gain_low, gain_high, frontier
+    "Every trained system of every run as a point, and whether it is on the reward-KL frontier."
+    runs = runs if isinstance(runs, dict) else {Path(run).name: run for run in runs}
+    points = []
+    for name, run in runs.items():
+        metrics = read_metrics(run)
+        judges = list(metrics["judge"].dropna().unique())
+        chosen = judge or next((j for j in ("gold", *judges) if j in judges and j != "proxy"), judges[0])
+        if chosen not in judges:
+            raise LireError("no such judge", file=run, field="judge", value=chosen, allowed=", ".join(judges), remedy="name a judge that all runs have")
+        kl = metrics[metrics["metric"] == "KL to start"].dropna(subset="value").set_index("system")
+        for r in metrics[(metrics["metric"] == "reward difference") & (metrics["judge"] == chosen) & metrics["system"].isin(kl.index)].itertuples():
+            k = kl.loc[r.system]
+            points.append({"run": name, "system": r.system, "kl": k.value, "kl_low": k.low, "kl_high": k.high, "gain": r.value, "gain_low": r.low, "gain_high": r.high})
+    if not points:
+        raise LireError("no trained system with a KL", field="runs", value=list(runs), allowed="runs with a start, another system, and plain samples", remedy="evaluate at temperature 1 without top-p and top-k")
+    frame = pd.DataFrame(points).assign(frontier=non_dominated([p["kl"] for p in points], [p["gain"] for p in points]))
+    frame.attrs["judge"] = chosen
+    return frame
+
+
+def non_dominated(cost: list[float], value: list[float]) -> list[bool]:
+    "Whether no other point, nor (0, 0), has at most the cost and at least the value, one of them strictly."
+    points = [*zip(cost, value), (0.0, 0.0)]
+    return [not any(c <= x and v >= y and (c, v) != (x, y) for c, v in points) for x, y in points[:-1]]
+
+
+def plot_reward_kl_frontier(points: pd.DataFrame):
+    "The points of `reward_kl_frontier` with both intervals; filled and joined on the frontier, hollow where dominated."
+    with figure_style():
+        figure, axis = _axes(6.4, 4.0)
+        for color, (run, part) in zip(COLORS * len(points), points.groupby("run", sort=False)):
+            for marker, p in zip("osD^vP*X" * len(part), part.itertuples()):
+                axis.errorbar([p.kl], [p.gain], xerr=[[p.kl - p.kl_low], [p.kl_high - p.kl]], yerr=[[p.gain - p.gain_low], [p.gain_high - p.gain]], color=color, marker=marker,
+                              ms=6, capsize=2, lw=1.2, ls="none", mfc=color if p.frontier else "white", label=f"{run}: {p.system}", zorder=3)
+        best = points[points["frontier"]].sort_values("kl")
+        x, y = [0.0, *best["kl"], points["kl_high"].max()], [0.0, *best["gain"], best["gain"].max() if len(best) else 0.0]
+        axis.step(x, y, where="post", color="0.4", lw=1.2, ls="--", label="frontier", zorder=2)
+        axis.set(xlabel="KL to the start policy, nats a completion", ylabel=f"gain of {points.attrs.get('judge', 'the')} reward", title="Reward-KL frontier, 95 % intervals")
+        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return figure
+
+# %% ../nbs/10_reporting.ipynb #280eaf36
+def parting_point(
+    proxy: np.ndarray,  # (K, N) rewards of N prompts at K points of training
+    gold: np.ndarray,  # (K, N) of the same
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[int, str] | None:  # (point, "falls" or "stalls"), or None when they do not part
+    "Where the proxy still rises while gold falls or stalls; see the rule above."
+    proxy, gold = (np.asarray(x, float) / (np.std(x[0], ddof=1) or 1.0) for x in (proxy, gold))
+    counts = np.random.default_rng(seed).multinomial(proxy.shape[1], np.full(proxy.shape[1], 1 / proxy.shape[1]), resamples) / proxy.shape[1]
+    p, g = counts @ proxy.T, counts @ gold.T  # (resamples, K)
+
+    def bounds(k):
+        rises = p[:, k + 1 :] - p[:, k : k + 1], g[:, k + 1 :] - g[:, k : k + 1]
+        return (*(np.quantile(x, 0.025, axis=0) for x in (*rises, rises[0] - rises[1])), np.quantile(rises[1], 0.975, axis=0))
+
+    return _parting(len(proxy), bounds)
+
+
+def _parting(points: int, bounds) -> tuple[int, str] | None:
+    "The rule; `bounds(k)`: lower bounds of the rise after k of proxy, gold and their gap, and gold's upper bounds, one for each later point."
+    for k in range(points - 1):
+        low_proxy, low_gold, low_gap, high_gold = bounds(k)
+        if (low_gold <= 0).all() and ((low_proxy > 0) & (low_gap > 0)).any():
+            return k, "falls" if high_gold[-1] < 0 else "stalls"
+    return None
+
+
+def overoptimization(
+    systems: dict[str, list[dict]],  # points of training in order: rounds, steps, systems; the first is the start
+    proxy: str = "proxy",
+    gold: str | None = None,  # default: the independent judge
+    positions: dict[str, float] | None = None,  # where each stands on the axis, e.g. its step or KL; default: 0, 1, 2, …
+) -> pd.DataFrame:  # system, position, proxy, proxy_low, proxy_high, gold, gold_low, gold_high, parts
+    "Gains of proxy and gold over the start, in its standard deviations, paired; `parts` says 'falls' or 'stalls' at the parting point."
+    gold = gold or independent_judge(systems)
+    if len(systems) < 2 or gold == proxy:
+        raise LireError("nothing to compare", field="systems", value=(list(systems), proxy, gold), allowed="two systems or more, and two judges", remedy="evaluate with a second judge: lire evaluate --judge gold=…")
+    values = {judge: np.array([prompt_means(rows, judge) for rows in systems.values()]) for judge in (proxy, gold)}
+    rows = [{"system": name, "position": (positions or {}).get(name, number)} for number, name in enumerate(systems)]
+    for title, judge in (("proxy", proxy), ("gold", gold)):
+        spread = values[judge][0].std(ddof=1) or 1.0
+        for row, point in zip(rows, values[judge]):
+            gain = paired_difference(point / spread, values[judge][0] / spread)
+            row |= {title: gain.value, f"{title}_low": gain.low, f"{title}_high": gain.high}
+    parting = parting_point(values[proxy], values[gold])
+    for number, row in enumerate(rows):
+        row["parts"] = parting[1] if parting and parting[0] == number else ""
+    frame = pd.DataFrame(rows)
+    frame.attrs["judges"] = (proxy, gold)
+    return frame
+
+
+def overoptimization_steps(
+    history: list[dict],  # a trainer's log, with the eval_<judge>_reward and eval_<judge>_reward_se of `evaluation.EvaluationCallback`
+    prompts: int,  # held-out prompts behind each of them
+    proxy: str = "proxy",
+    gold: str = "gold",
+) -> pd.DataFrame:  # as from `overoptimization`, the position is the step
+    "The same along the steps of one training. A log has means and standard errors only, so differences are not paired: wider intervals, later findings."
+    names = [f"eval_{judge}_reward" for judge in (proxy, gold)]
+    log = [h for h in history if all(n in h and f"{n}_se" in h for n in names)]
+    if len(log) < 2:
+        raise LireError("too few evaluations in the log", field="history", value=len(log), allowed=f"two records or more with {', '.join(names)} and their _se", remedy="train with an EvaluationCallback that has both judges")
+    mean, error = (np.array([[h[n + end] for h in log] for n in names]) for end in ("", "_se"))  # (2, K)
+    unit = error[:, :1] * prompts**0.5  # the start's standard deviation
+    mean, error = mean / np.where(unit > 0, unit, 1.0), error / np.where(unit > 0, unit, 1.0)
+
+    def bounds(k):
+        rise, wide = mean[:, k + 1 :] - mean[:, k : k + 1], 1.96 * np.hypot(error[:, k + 1 :], error[:, k : k + 1])
+        return rise[0] - wide[0], rise[1] - wide[1], rise[0] - rise[1] - np.hypot(*wide), rise[1] + wide[1]
+
+    parting = _parting(len(log), bounds)
+    frame = pd.DataFrame({"system": [f"step {h['step']}" for h in log], "position": [h["step"] for h in log]})
+    for i, title in enumerate(("proxy", "gold")):
+        gain, wide = mean[i] - mean[i, 0], np.where(np.arange(len(log)) > 0, 1.96 * np.hypot(error[i], error[i, 0]), 0.0)
+        frame[title], frame[f"{title}_low"], frame[f"{title}_high"] = gain, gain - wide, gain + wide
+    frame["parts"] = [parting[1] if parting and parting[0] == k else "" for k in range(len(log))]
+    frame.attrs["judges"] = (proxy, gold)
+    return frame
+
+
+def plot_overoptimization(frame: pd.DataFrame, xlabel: str | None = None):
+    "Proxy and gold gains of `overoptimization` with intervals, and a line where they part."
+    names = dict(zip(("proxy", "gold"), frame.attrs.get("judges", ("proxy", "gold"))))
+    x = frame["position"].to_numpy(float)
+    shift = 0.006 * (x.max() - x.min())  # so that two intervals at one point do not hide each other
+    with figure_style():
+        figure, axis = _axes(6.4, 3.8 if xlabel or len(x) <= 5 else 4.6)
+        for title, color, marker, side in (("proxy", COLORS[0], "o", -1), ("gold", COLORS[1], "s", 1)):
+            y, low, high = (frame[title + part].to_numpy() for part in ("", "_low", "_high"))
+            axis.errorbar(x + side * shift, y, yerr=(y - low, high - y), color=color, marker=marker, ms=5, lw=1.8, capsize=3, label=f"{names[title]} reward")
+        for row in frame[frame["parts"] != ""].itertuples():
+            axis.axvline(row.position, color="0.3", ls="--", lw=1.2, label=f"they part: {names['gold']} {row.parts}")
+        axis.axhline(0, color="0.6", lw=1)
+        if xlabel is None:
+            slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(x) > 5 else {}
+            axis.set_xticks(x, [name if slanted else _wrapped(name) for name in frame["system"]], **slanted)
+        axis.set(xlabel=xlabel or "", ylabel="gain, standard deviations of the start", title="Over-optimisation: proxy against independent reward, 95 % intervals")
+        axis.legend(loc="best")
+    return figure
+
+
+def _wrapped(name: str, width: int = 14) -> str:
+    "A system's name in lines that fit under a tick."
+    import textwrap
+
+    return "\n".join(textwrap.wrap(name, width))
+
+# %% ../nbs/10_reporting.ipynb #a01658d1
+def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None = None):
+    "Heat map of win rates, the row against the column, with the interval in each cell."
+    systems = run if isinstance(run, dict) else read_systems(run)
+    judge, names = judge or independent_judge(systems), list(systems)
+    rates, colors = np.full((len(names), len(names)), np.nan), matplotlib.colormaps["PuOr_r"]  # told apart by colour-blind readers
+    with figure_style():
+        figure, axis = _axes(1.8 + 1.05 * len(names), 1.1 + 0.75 * len(names))
+        for c in win_matrix(systems, [judge]):
+            i, j, rate = names.index(c["system"]), names.index(c["opponent"]), c["win_rate"]
+            rates[i, j] = rate
+            dark = np.dot(colors(rate)[:3], (0.299, 0.587, 0.114)) < 0.5  # luminance of the cell
+            axis.text(j, i, f"{rate:.0%}\n[{c['low']:.0%}, {c['high']:.0%}]", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        image = axis.imshow(rates, cmap=colors, vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(names)), [_wrapped(n) for n in names])
+        axis.set_yticks(range(len(names)), [_wrapped(n) for n in names])
+        axis.tick_params(length=0)
+        axis.grid(False)
+        axis.set(title=f"Row wins against column, judge: {judge}")
+        axis.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axis, format=PercentFormatter(1.0), shrink=0.9)
+    return figure
+
+# %% ../nbs/10_reporting.ipynb #f0ce5db7
+class Calibration(NamedTuple):
+    "What `calibration` found."
+    bins: pd.DataFrame  # one bin a row: predicted, observed, low, high, pairs
+    error: Interval  # expected calibration error
+    floor: float  # what a perfectly calibrated model would show on average
+    accuracy: Interval  # share of pairs whose favourite is the better one
+    pairs: int
+    lists: int
+
+
+def calibration(
+    rows: list[dict],  # of `rewards.graded_scores`: grades and scores of one held-out list each
+    bins: int = 8,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Calibration:
+    "Predicted against observed preference on held-out pairs; raises `LireError` when there are too few."
+    owner, confidence, right = _graded_pairs(rows)
+    lists = int(owner[-1]) + 1 if len(owner) else 0
+    if lists < 2 or len(owner) < 2 * bins:
+        raise LireError("too few pairs", field="rows", value=len(owner), allowed=f"two lists and {2 * bins} pairs with different grades", remedy="give more held-out lists, or fewer bins")
+    rank = np.argsort(np.argsort(confidence, kind="stable"), kind="stable")
+    place = rank * bins // len(confidence)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(lists, np.full(lists, 1 / lists), resamples)[:, owner]  # (resamples, pairs): whole lists are drawn
+    member = np.eye(bins)[place]
+    count = np.maximum(weights @ member, 1e-9)
+    observed, predicted = (weights * right) @ member / count, (weights * confidence) @ member / count
+    low, high = np.quantile(observed, [0.025, 0.975], axis=0)
+    sizes = member.sum(0)
+    mean_confidence, mean_right = (x @ member / sizes for x in (confidence, right))
+    table = pd.DataFrame({"predicted": mean_confidence, "observed": mean_right, "low": low, "high": high, "pairs": sizes.astype(int)})
+    perfect = (rng.random((resamples, len(owner))) < confidence) @ member / sizes  # outcomes with exactly the stated probabilities
+    error = Interval(_distance(mean_right, mean_confidence, sizes), *np.quantile(_distance(observed, predicted, count), [0.025, 0.975]).tolist())
+    accuracy = Interval(right.mean().item(), *np.quantile((weights * right).sum(1) / weights.sum(1), [0.025, 0.975]).tolist())
+    return Calibration(table, error, float(_distance(perfect, mean_confidence, sizes).mean()), accuracy, len(owner), lists)
+
+
+def _distance(observed: np.ndarray, predicted: np.ndarray, pairs: np.ndarray):
+    "Mean distance over the bins in the last axis, weighted by pairs."
+    return (np.abs(observed - predicted) * pairs).sum(-1) / pairs.sum(-1)
+
+
+def _graded_pairs(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "(P,) number of the list, confidence 0.5 … 1 in the favourite, and whether it is the better one (equal scores: a half)."
+    pairs, number = [], 0
+    for row in rows:
+        grades, scores = row["grades"], row["scores"]
+        if len(grades) != len(scores):
+            raise LireError("unequal numbers", field=f"row {row.get('id')!r}", value=(len(grades), len(scores)), allowed="one score a grade", remedy="write the file with rewards.graded_scores")
+        own = [(scores[i] - scores[j], grades[i] - grades[j]) for i in range(len(grades)) for j in range(i) if grades[i] != grades[j]]
+        pairs += [(number, 1 / (1 + np.exp(-abs(s))), (np.sign(s * g) + 1) / 2) for s, g in own]
+        number += bool(own)
+    owner, confidence, right = (np.array(x) for x in zip(*pairs)) if pairs else (np.array([]),) * 3
+    return owner.astype(int), confidence, right
+
+
+def plot_calibration(rows: list[dict], name: str = "reward model", bins: int = 8):
+    "Reliability diagram of a reward model with intervals, and where its confidences lie."
+    found = calibration(rows, bins)
+    table = found.bins
+    with figure_style():
+        figure = Figure(figsize=(4.8, 5.2))
+        axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axis.plot([0.5, 1], [0.5, 1], color="0.6", lw=1, label="calibrated")
+        axis.errorbar(table["predicted"], table["observed"], yerr=(table["observed"] - table["low"], table["high"] - table["observed"]), color=COLORS[0], marker="o", ms=5, capsize=3, lw=1.5, label=name)
+        axis.set(ylabel="share of pairs it was right", xlim=(0.48, 1.02), title=f"{found.pairs} pairs of {found.lists} held-out lists\nexpected calibration error {found.error.value:.3f} "
+                 f"[{found.error.low:.3f}, {found.error.high:.3f}]", ylim=(min(0.45, table["low"].min() - 0.03), 1.02))
+        axis.legend(loc="upper left")
+        below.hist(_graded_pairs(rows)[1], bins=np.linspace(0.5, 1, 21), color=COLORS[5])
+        below.set(xlabel="predicted preference for the favourite, σ(s_i − s_j)", ylabel="pairs")
+        below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
 # %% ../nbs/10_reporting.ipynb #2a734ea1
@@ -199,57 +542,133 @@ def findings(metrics: pd.DataFrame) -> list[str]:
             word = "up" if gain.low > 0 else "down" if gain.high < 0 else "not clearly changed"
             parts.append(f"{judge} {word} by {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}], win rate {won.value:.0%} [{won.low:.0%}, {won.high:.0%}]")
         kl = pick(system, "KL to start")
-        lines.append(f"{system} against {systems[0]}: {'; '.join(parts)}; KL {kl.value:.1f} nats [{kl.low:.1f}, {kl.high:.1f}].")
+        distance = "KL not measured" if pd.isna(kl.value) else f"KL {kl.value:.1f} nats [{kl.low:.1f}, {kl.high:.1f}]"
+        lines.append(f"{system} against {systems[0]}: {'; '.join(parts)}; {distance}.")
     prompts = int(metrics["prompts"].max())
     return lines + [f"{prompts} held-out prompts, 95 % bootstrap intervals over prompts, paired. Training saw the {judges[0]} reward only."]
 
 # %% ../nbs/10_reporting.ipynb #3be6dd1b
-_CELLS = [
-    ("markdown", "# LIRE: what this run found"),
-    ("code", "import warnings\nwarnings.filterwarnings('ignore', message='IProgress not found')\nfrom IPython.display import Markdown\nfrom lire_nb import reporting\n"
-             "metrics, systems = reporting.read_metrics('.'), reporting.read_systems('.')\n"
-             "Markdown('\\n'.join(f'- {line}' for line in reporting.findings(metrics)))"),
-    ("markdown", "## Results\nEach cell: the estimate and its 95 % interval over held-out prompts. A judge called *proxy* is the reward that training saw; the others took no part in training. "
-                 "Perplexity is that of the outputs under the start policy."),
-    ("code", "Markdown(reporting.markdown_table(reporting.results_table(metrics).T.rename_axis('figure')))"),
-    ("markdown", "## Reward against distance"), ("code", "reporting.picture(reporting.plot_reward_kl('.'), 'gain against KL for every judge')"),
-    ("markdown", "## Before and after\nEach point is one held-out prompt. Orange points got worse."), ("code", "reporting.picture(reporting.plot_before_after('.'), 'gold reward of every prompt before and after')"),
-    ("markdown", "## Training"), ("code", "reporting.picture(reporting.plot_training('.'), 'expected reward over the steps')"),  # left out without logs
-    ("markdown", "## Samples\nThe prompts with the largest gain, the median and the largest loss of the independent judge's reward; the first sample of each system."),
-    ("code", "Markdown(reporting.markdown_samples(reporting.pick_samples(systems)))"),
-    ("markdown", "## Configuration"), ("code", "import json\nprint(json.dumps(json.load(open('config.json')), indent=1))"),
+def _has_training(run: Path) -> bool:
+    "A folder that only holds an evaluation has no training logs."
+    return any(run.glob("round-*/policy/training.jsonl"))
+
+
+def _has_held_out(run: Path) -> bool:
+    return any(run.glob("rewards/*/held_out.jsonl"))
+
+
+def _has_judges(run: Path) -> bool:
+    judges = set(read_metrics(run)["judge"].dropna())
+    return "proxy" in judges and len(judges) > 1
+
+
+def _has_rivals(run: Path) -> bool:
+    return read_metrics(run)["system"].nunique() > 2
+
+
+def _has_kl(run: Path) -> bool:
+    metrics = read_metrics(run)
+    return metrics[(metrics["metric"] == "KL to start") & (metrics["system"] != metrics["system"].iloc[0])]["value"].notna().any()
+
+
+def _always(run: Path) -> bool:
+    return True
+
+
+_CELLS = [  # what it needs, kind, text
+    (_always, "markdown", "# LIRE: what this run found"),
+    (_always, "code", "import warnings\nwarnings.filterwarnings('ignore', message='IProgress not found')\nfrom IPython.display import Markdown, display\nfrom lire_nb import reporting\n"
+                      "metrics, systems = reporting.read_metrics('.'), reporting.read_systems('.')\n"
+                      "Markdown('\\n'.join(f'- {line}' for line in reporting.findings(metrics)))"),
+    (_always, "markdown", "## Results\nEach cell: the estimate and its 95 % interval over held-out prompts. A judge called *proxy* is the reward that training saw; the others took no part in "
+                          "training. Perplexity is that of the outputs under the start policy."),
+    (_always, "code", "Markdown(reporting.markdown_table(reporting.results_table(metrics).T.rename_axis('figure')))"),
+    (_has_kl, "markdown", "## Reward against distance"),
+    (_has_kl, "code", "reporting.picture(reporting.plot_reward_kl('.'), 'gain against KL for every judge')"),
+    (lambda run: _has_kl(run) and _has_rivals(run), "code", "reporting.picture(reporting.plot_reward_kl_frontier(reporting.reward_kl_frontier({'this run': '.'})), 'the systems on and off the reward-KL frontier')"),
+    (_has_judges, "markdown", "## Over-optimisation\nThe reward that training saw against an independent one, in standard deviations of the start policy over prompts."),
+    (_has_judges, "code", "curve = reporting.overoptimization(systems)\nMarkdown(reporting.parting_sentence(curve))"),
+    (_has_judges, "code", "reporting.picture(reporting.plot_overoptimization(curve), 'gain of proxy and independent reward over the systems')"),
+    (_has_rivals, "markdown", "## Everyone against everyone"),
+    (_has_rivals, "code", "reporting.picture(reporting.plot_win_matrix(systems), 'win rates of all systems against all')"),
+    (_always, "markdown", "## Before and after\nEach point is one held-out prompt. Orange points got worse. The cross is the mean with its intervals."),
+    (_always, "code", "reporting.picture(reporting.plot_before_after('.'), 'reward of every prompt before and after')"),
+    (_always, "markdown", "### What got worse, and why\nThe share of each reason among the prompts that got worse, beside its share among the others, with 95 % intervals. Reasons overlap. A reason "
+                          "explains something where the first share is clearly the larger. Below, the worst ten."),
+    (_always, "code", "worse = reporting.explain_worse(systems)\nMarkdown(reporting.markdown_worse(worse))"),
+    (_has_training, "markdown", "## Training"),
+    (_has_training, "code", "reporting.picture(reporting.plot_training('.'), 'expected reward over the steps')"),
+    (_has_held_out, "markdown", "## Reward models\nPredicted against observed preference on held-out pairs."),
+    (_has_held_out, "code", "for name, rows in reporting.read_held_out('.').items():\n    display(reporting.picture(reporting.plot_calibration(rows, name), f'calibration of the {name} reward model'))"),
+    (_always, "markdown", "## Samples\nThe prompts with the largest gain, the median and the largest loss of the independent judge's reward; the first sample of each system."),
+    (_always, "code", "Markdown(reporting.markdown_samples(reporting.pick_samples(systems)))"),
+    (_always, "markdown", "## Configuration"),
+    (lambda run: (run / "config.json").is_file(), "code", "import json\nprint(json.dumps(json.load(open('config.json')), indent=1))"),
 ]
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h1, h2 {{ line-height: 1.2; margin-top: 2rem; }} img {{ max-width: 100%; height: auto; }} pre {{ overflow-x: auto; font-size: .85rem; background: #f6f6f6; padding: .8rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem; }} th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left; vertical-align: top; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }}
+h1, h2, h3 {{ line-height: 1.2; margin-top: 2rem; }} img {{ max-width: 100%; height: auto; }} pre {{ overflow-x: auto; font-size: .85rem; background: #f6f6f6; padding: .8rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem; margin: 1.2rem 0; }} td:first-child {{ min-width: 8rem; }} th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left; vertical-align: top; }}
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link {{ display: none; }}
+@media (max-width: 600px) {{ .output_png, .jp-RenderedImage {{ overflow-x: auto; }} img {{ max-width: none; zoom: .82; }} }}
 </style></head><body>{body}</body></html>
 """
 
 
+def _plain(text, limit: int | None = None) -> str:
+    "A text on one line, nothing in it read as Markdown or HTML."
+    text = " ".join(str(text).split())
+    text = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+    return text.replace("\\", "\\\\").replace("*", "\\*").replace("<", "&lt;").replace("|", "&#124;").replace("_", "\\_").replace("`", "\\`").replace("$", "\\$")
+
+
 def markdown_samples(samples: pd.DataFrame) -> str:
     "Samples as Markdown, one block a prompt."
-    quote = lambda text: " ".join(str(text).split()).replace("*", "\\*").replace("<", "&lt;")  # noqa: E731
-    blocks = [f"**{change}** — {quote(row['prompt'])} …\n\n" + "\n".join(f"- *{name}*: … {quote(text)}" for name, text in row.items() if name != "prompt")
+    blocks = [f"**{change}** — {_plain(row['prompt'])} …\n\n" + "\n".join(f"- *{name}*: … {_plain(text)}" for name, text in row.items() if name != "prompt")
               for change, row in samples.iterrows()]
     return "\n\n".join(blocks) + "\n"
+
+
+def markdown_worse(worse: Worse, most: int = 10) -> str:
+    "The reasons and the worst prompts of `explain_worse` as two Markdown tables."
+    if worse.prompts.empty:
+        return "No prompt got worse.\n"
+    cell = lambda r, name: "–" if np.isnan(r[name]) else f"{r[name]:.0%} [{r[name + ' low']:.0%}, {r[name + ' high']:.0%}]"  # noqa: E731
+    shares = pd.DataFrame({title: [cell(r, name) for _, r in worse.reasons.iterrows()] for title, name in (("of those that got worse", "worse"), ("of the others", "others"))}, index=worse.reasons.index)
+    shown = worse.prompts.head(most)
+    table = pd.DataFrame({"change": shown["change"].map("{:+.2f}".format), "proxy change": shown.get("proxy change", pd.Series(np.nan, shown.index)).map("{:+.2f}".format).replace("+nan", "–"),
+                          "tokens": [f"{a:.0f} → {b:.0f}" for a, b in zip(shown["tokens before"], shown["tokens"])], "KL": shown["KL"].map("{:.1f}".format).replace("nan", "–"), "reasons": shown["reasons"]})
+    table.index = pd.Index([_plain(p, 90) for p in shown["prompt"]], name="prompt")
+    return f"{len(worse.prompts)} prompts got worse.\n\n{markdown_table(shares)}\n{markdown_table(table)}"
+
+
+def parting_sentence(frame: pd.DataFrame) -> str:
+    "What `overoptimization` found, in words."
+    proxy, gold = frame.attrs.get("judges", ("proxy", "gold"))
+    for row in frame[frame["parts"] != ""].itertuples():
+        return f"From {row.system} on, {proxy} still rises while {gold} {row.parts}."
+    return f"No point was found from which {proxy} rises on while {gold} falls or stalls."
+
+
+def read_held_out(run: str | Path) -> dict[str, list[dict]]:
+    "The held-out scores of every reward model of a run, by name."
+    return {path.parent.name: read_jsonl(path) for path in sorted(Path(run).glob("rewards/*/held_out.jsonl"))}
 
 # %% ../nbs/10_reporting.ipynb #c86e0273
 def report(
     run_folder: str | Path,  # with metrics.jsonl and the files beside it
 ) -> Path:  # report.html
-    "Write table, figures, samples and the page of a run."
+    "Write tables, figures, samples and the page of a run."
     run = Path(run_folder)
     metrics, systems = read_metrics(run), read_systems(run)
-    table = results_table(metrics)
-    for name, text in (("table.csv", table.to_csv()), ("table.md", markdown_table(table)), ("samples.md", markdown_samples(pick_samples(systems)))):
+    table, worse = results_table(metrics), explain_worse(systems)
+    for name, text in (("table.csv", table.to_csv()), ("table.md", markdown_table(table)), ("samples.md", markdown_samples(pick_samples(systems))),
+                       ("worse.csv", worse.prompts.to_csv()), ("worse_reasons.csv", worse.reasons.to_csv())):
         with atomic_write(run / name) as f:
             f.write(text)
-    plots = [("before_after", plot_before_after), ("reward_kl", plot_reward_kl)] + [("training", plot_training)] * _has_training(run)
-    for name, plot in plots:
-        save_figure(plot(run), run / "figures", name)
+    for name, figure in _figures(run, systems):
+        save_figure(figure, run / "figures", name)
     notebook, page = _page(run)
     for name, text in (("report.ipynb", notebook), ("report.html", page)):
         with atomic_write(run / name) as f:
@@ -257,9 +676,21 @@ def report(
     return run / "report.html"
 
 
-def _has_training(run: Path) -> bool:
-    "A folder that only holds an evaluation has no training logs."
-    return any(run.glob("round-*/policy/training.jsonl"))
+def _figures(run: Path, systems: dict[str, list[dict]]):
+    "Name and figure of everything that the files of a run allow."
+    yield "before_after", plot_before_after(run)
+    if _has_kl(run):
+        yield "reward_kl", plot_reward_kl(run)
+    if _has_kl(run) and _has_rivals(run):
+        yield "frontier", plot_reward_kl_frontier(reward_kl_frontier({"this run": run}))
+    if _has_rivals(run):
+        yield "win_matrix", plot_win_matrix(systems)
+    if _has_judges(run):
+        yield "overoptimization", plot_overoptimization(overoptimization(systems))
+    if _has_training(run):
+        yield "training", plot_training(run)
+    for name, rows in read_held_out(run).items():
+        yield f"calibration-{slug(name)}", plot_calibration(rows, name)
 
 
 def _page(run: Path) -> tuple[str, str]:
@@ -271,8 +702,7 @@ def _page(run: Path) -> tuple[str, str]:
     except ImportError as e:
         raise LireError("not installed", field="report", value=e.name, allowed="nbconvert and ipykernel", remedy="pip install 'lire_nb[report]'") from e
     make = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
-    cells = [(kind, text) for kind, text in _CELLS if _has_training(run) or not ("plot_training" in text or text == "## Training")]
-    notebook = nbformat.v4.new_notebook(cells=[make[kind](text) for kind, text in cells])
+    notebook = nbformat.v4.new_notebook(cells=[make[kind](text) for needs, kind, text in _CELLS if needs(run)])
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(run)}}, extra_arguments=["--log-level=ERROR"]).execute()
     body, _ = HTMLExporter(template_name="basic", exclude_input=True).from_notebook_node(notebook)
     return nbformat.writes(notebook), _PAGE.format(title="LIRE report", body=body)
