@@ -111,8 +111,8 @@ def draw_tokens(
     if not torch.isfinite(total).all():
         raise LireError("no probabilities", field="policy", value=float(total[~torch.isfinite(total)][0]), allowed="finite scores for the next token",
                         remedy="the weights or their dtype are damaged: load the policy in float32 and look at its last training losses")
-    target = (uniform.to(total.device)[:, None] * total).float()
-    return torch.searchsorted(heap, torch.minimum(target, total.nextafter(torch.zeros_like(total))), right=True).squeeze(1)
+    target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below the total, in spite of rounding
+    return torch.searchsorted(heap, target, right=True).squeeze(1)
 
 # %% ../nbs/04_sampling.ipynb #20fb7777
 def decode_completion(
@@ -253,13 +253,14 @@ class LocalSampler:
 
     def _rows(self, encoded, numbers, settings, seed) -> list[list[int]]:
         "Tokens of B·M rows, each up to and with its end."
-        uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).to(self.model.device) if settings.temperature else None
+        uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device) if settings.temperature else None
         ends, warpers = self._ends(), _warpers(settings)
         never = [i for i in self.tokenizer.all_special_ids if i not in ends]
 
         def choose(scores, step, rows=slice(None)):
             scores = scores.to(torch.float32, copy=True)
-            scores[:, never + ends if step == 0 else never] = -torch.inf  # a completion has one token or more
+            banned = never + ends if step == 0 else never  # a completion has one token or more
+            scores[:, [i for i in banned if i < scores.shape[1]]] = -torch.inf
             scores[:, len(self.tokenizer) :] = -torch.inf  # some models have more rows than there are tokens
             return draw_tokens(warpers(None, scores), None if uniform is None else uniform[rows, step])
 

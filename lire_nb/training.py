@@ -30,7 +30,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .lists import LireError, atomic_write
-from .logprobs import IMPLS, ListCollator, dataset_logps, list_logps, tokenize_list
+from .logprobs import IMPLS, ListCollator, check_paths, context_of, list_logps, reference_logps, tokenize_list
 from .losses import get_loss, list_metrics, scored_mask
 from .models import file_hash, has_bf16, load_policy, quiet_transformers
 from .sampling import derive_seed
@@ -71,6 +71,7 @@ class LIREConfig(TrainingArguments):
     max_prompt_length: int = 256  # tokens; the beginning is cut
     max_completion_length: int = 128  # tokens; the end is cut
     logps_impl: str = "auto"  # path of `list_logps`
+    reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
@@ -426,12 +427,21 @@ class LIRETrainer(ExactTrainer):
             model = get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
         self.loss, self.ref_model = get_loss(args.loss_type), ref_model
-        prepare = lambda lists: _prepared(lists, processing_class, args, self.loss.needs_ref and (ref_model or model))  # noqa: E731
+        if args.logps_impl != "padded":
+            self._check_paths(model, args)
+        prepare = lambda lists: _prepared(lists, processing_class, args, self.loss.needs_ref and (ref_model or model), context_of(model))  # noqa: E731
         super().__init__(
             model=model, args=args, processing_class=processing_class, callbacks=callbacks, data_collator=TrainingCollator(processing_class.pad_token_id or 0),
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
         self._bad, self._step_ids, self._grad_norm = [], [], None
+
+    @staticmethod
+    def _check_paths(model, args) -> None:
+        "The self-check of the log-probs, before the model is wrapped."
+        check = check_paths(model)
+        if args.logps_impl == "shared" and not check.shared:
+            raise LireError(f"not exact for this model ({check.reason})", field="logps_impl", value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
 
     # What a step reads.
 
@@ -536,7 +546,7 @@ class LIRETrainer(ExactTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "As the Trainer's; lists, or a dict of lists, are taken as they are."
         with self._reference(eval_dataset) as reference:
-            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference)
+            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference, context_of(self.model))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @contextmanager
@@ -590,11 +600,11 @@ def _is_prepared(lists) -> bool:
     return lists is None or isinstance(lists, str) or "prompt_ids" in (getattr(lists, "column_names", None) or ())
 
 
-def _prepared(lists, tokenizer, args: LIREConfig, reference):
+def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
     "Lists, a dict of them, or what is prepared already."
     if isinstance(lists, dict):
-        return {name: _prepared(part, tokenizer, args, reference) for name, part in lists.items()}
-    return lists if _is_prepared(lists) else prepare_lists(lists, tokenizer, args, reference)
+        return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
+    return lists if _is_prepared(lists) else prepare_lists(lists, tokenizer, args, reference, context)
 
 # %% ../nbs/07_training.ipynb #9e25bb16
 def prepare_lists(
@@ -602,6 +612,7 @@ def prepare_lists(
     tokenizer,
     args: LIREConfig,
     ref_model=False,  # a model to compute reference log-probs with
+    context: int | None = None,  # tokens that the policy can read at most
 ) -> datasets.Dataset | None:
     "Token ids, rewards and, where asked for, reference log-probs of every list."
     if lists is None:
@@ -610,12 +621,12 @@ def prepare_lists(
     tokenized = []
     for record in lists:
         _check_rewards(record)
-        tokenized.append(tokenize_list(record, tokenizer, **limits))
+        tokenized.append(tokenize_list(record, tokenizer, context=context, **limits))
     if not tokenized:
         raise LireError("empty", field="lists", allowed="at least one list", remedy="check the file or split they come from")
     if ref_model:
         autocast = torch.bfloat16 if args.bf16 else None
-        for one, (logps, _) in zip(tokenized, dataset_logps(ref_model, tokenizer, lists, autocast=autocast, **limits)):
+        for one, logps in zip(tokenized, reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast, **limits)):
             one["ref_logps"] = logps
     prompts, completions = (sum(counts) for counts in zip(*(one.pop("cut") for one in tokenized)))
     if prompts or completions:

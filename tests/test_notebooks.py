@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-EXPECTED = ["00_losses", "01_lists", "02_tasks", "03_models", "04_sampling", "05_rewards", "06_logprobs", "07_training", "08_enhancement",
-            "09_evaluation", "09a_judging", "10_reporting", "10a_bench", "11_cli", "27_cost", "index"]
+EXPECTED = ["00_losses", "01_lists", "02_tasks", "03_models", "04_sampling", "05_rewards", "06_logprobs", "07_training", "07a_scale", "08_enhancement",
+            "08a_online", "09_evaluation", "09a_judging", "10_reporting", "10a_bench", "11_cli", "27_cost", "index"]
 MODULES = [name.split("_", 1)[1] for name in EXPECTED if name != "index" and name < "20"]  # 20 and above export nothing
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HUB_OFFLINE": "1"}
 

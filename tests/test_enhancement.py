@@ -1,0 +1,199 @@
+"""A self-enhancement run survives: killed anywhere, stopped politely, out of disk, with damaged files. The runs are forks of one process, see killed_runs.py."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_policy import make_start
+
+from lire_nb.enhancement import self_enhance, train_policy
+from lire_nb.lists import LireError, load_lists, make_record, save_lists
+from lire_nb.sampling import SamplingSettings
+
+HERE = Path(__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+STAGES = {"sampling", "scoring", "training", "checkpointing", "saving", "evaluation"}
+PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
+OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False, training=dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    done = subprocess.run([sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), "30", "0"], env=ENV, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_two_undisturbed_runs_leave_the_same_files(report):
+    assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors", "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
+                                "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"} <= set(report["files"])
+    assert not [f for f in report["files"] if "partial" in f or "/." in f]
+
+
+def test_killed_thirty_times_and_started_again_leaves_the_same_files(report):
+    """Bit for bit: weights, pool, logs, evaluation, manifests; nothing hidden, nothing partial."""
+    assert len(report["hits"]) >= 30 and not report["different"], report["different"]
+    assert STAGES <= set(report["hits"]), report["hits"]
+    assert report["resumed"] >= 3, "too few kills left a checkpoint to go on from"
+
+
+@pytest.mark.parametrize("stage", ["sampling", "scoring", "training"])
+def test_sigterm(report, stage):
+    case = report["cases"][f"term-{stage}"]
+    assert case["code"] == 128 + signal.SIGTERM and not case["left"] and case["wrong"] is None, case
+    assert (case["checkpoints"] > 0) == (stage == "training")
+
+
+@pytest.mark.parametrize("what, words", [("lists", "enhancement.json"), ("weights", "checkpoint-1"), ("optimizer", "checkpoint-1")])
+def test_full_disk(report, what, words):
+    case = report["cases"][f"disk-{what}"]
+    assert case["code"] == 3 and not case["left"] and case["wrong"] is None, case
+    assert words in case["error"] and "cannot be written" in case["error"] and "remedy" in case["error"] and "\n" not in case["error"]
+
+
+@pytest.mark.parametrize("what, file, word, remedy", [
+    ("cut-candidates", "round-1/candidates.jsonl", "truncated", "delete round-1/candidates.jsonl"),
+    ("cut-lists", "round-2/lists.jsonl", "truncated", "delete round-2/lists.jsonl"),
+    ("flipped-weights", "round-1/policy/model.safetensors", "altered", "delete round-1/policy"),
+    ("cut-manifest", "round-2/manifest.json", "cannot be read", "delete round-2"),
+])
+def test_damaged_file_is_named_and_the_remedy_mends_it(report, what, file, word, remedy):
+    case = report["cases"][what]
+    assert case["code"] == 3 and file in case["error"] and word in case["error"] and remedy in case["error"], case
+    assert case["wrong"] is None, case
+
+
+def test_drafts_of_killed_processes_are_swept(report):
+    case = report["cases"]["left-over"]
+    assert len(case["left"]) == 2 and case["wrong"] is None
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return make_start(tmp_path_factory.mktemp("policy") / "start")
+
+
+def short(prompts, completions):
+    return [-float(len(c)) for c in completions]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_order_of_prompts_and_lists_does_not_matter(tmp_path, start):
+    for name, prompts in (("a", PROMPTS), ("b", PROMPTS[::-1] + PROMPTS[:1])):
+        self_enhance(start, prompts, short, tmp_path / name, evolve=1, **OPTIONS)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    lists = load_lists(tmp_path / "a" / "round-1" / "lists.jsonl")
+    for name, order in (("c", lists), ("d", list(lists)[::-1])):
+        train_policy(start, load_lists(save_lists(order, tmp_path / f"{name}.jsonl")), tmp_path / name, loss_type="dpo", max_steps=2, **OPTIONS["training"])
+    assert files(tmp_path / "c") == files(tmp_path / "d")  # the reference log-probs are in the loss
+
+
+def test_a_moved_run_goes_on(tmp_path, start):
+    self_enhance(start, PROMPTS, short, tmp_path / "here", evolve=2, **OPTIONS)
+    (tmp_path / "here").rename(tmp_path / "there")
+    before = files(tmp_path / "there")
+    self_enhance(start, PROMPTS, short, tmp_path / "there", evolve=2, **OPTIONS)
+    assert files(tmp_path / "there") == before
+
+
+def test_another_policy_under_the_same_path_is_refused(tmp_path):
+    make_start(tmp_path / "start")
+    self_enhance(tmp_path / "start", PROMPTS, short, tmp_path / "run", evolve=1, **OPTIONS)
+    make_start(tmp_path / "start", seed=1)
+    with pytest.raises(LireError, match="fingerprint"):
+        self_enhance(tmp_path / "start", PROMPTS, short, tmp_path / "run", evolve=1, **OPTIONS)
+
+
+def test_a_policy_exchanged_between_rounds_is_refused(tmp_path, start):
+    self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, **OPTIONS)
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "round-1" / "policy")
+    (tmp_path / "run" / "round-1" / "manifest.json").unlink()
+    make_start(tmp_path / "run" / "round-1" / "policy", seed=1)
+    with pytest.raises(LireError, match="round-2.*sampled by another policy.*delete round-2"):
+        self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, **OPTIONS)
+
+
+def test_a_partial_training_of_something_else_is_refused(tmp_path, start):
+    lists = [make_record(f"film {i} was", [" good", " bad"], rewards=[1.0, 0.0], id=str(i)) for i in range(4)]
+    (tmp_path / "policy.partial").mkdir()
+    training = OPTIONS["training"]
+
+    class Failure(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise Failure
+
+    with pytest.raises(Failure):
+        train_policy(start, lists, tmp_path / "policy", callbacks=[Fail()], save_steps=1, num_train_epochs=2, **training)
+    assert [p.name for p in (tmp_path / "policy.partial").glob("checkpoint-*")] == ["checkpoint-1"]
+    for change, word in (({"seed": 1}, "seed: 0 there, 1 now"), ({"temperature": 3.0}, "temperature"), ({"lists": lists[:3]}, "lists:")):
+        with pytest.raises(LireError, match="another configuration") as e:
+            train_policy(start, change.pop("lists", lists), tmp_path / "policy", **({"save_steps": 1, "num_train_epochs": 2} | training | change))
+        assert word in str(e.value) and "delete policy.partial" in str(e.value)
+    train_policy(start, lists, tmp_path / "policy", save_steps=1, num_train_epochs=2, **training)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy"]
+
+
+def test_the_pool_keeps_its_origin(tmp_path, start):
+    """Round 2 holds candidates of both rounds and of people, each text once, with the policy of each round in its manifest."""
+    prompts = [{**p, "completions": [" by hand"], "rewards": [0.5], "sources": ["human"]} for p in PROMPTS]
+    self_enhance(start, prompts, short, tmp_path / "run", evolve=2, pool="keep", max_candidates=5, **OPTIONS)
+    first, second = (load_lists(tmp_path / "run" / f"round-{n}" / "lists.jsonl") for n in (1, 2))
+    assert {s for r in second for s in r["sources"]} == {"human", "policy:round-1", "policy:round-2"}
+    for old, new in zip(first, second):
+        assert new["completions"][0] == " by hand" and new["rewards"][0] == 0.5
+        assert len(new["completions"]) == len(set(new["completions"])) <= 5 and len(new["meta"]["finish_reasons"]) == len(new["completions"])
+        assert max(new["rewards"]) >= max(old["rewards"]) and min(new["rewards"]) <= min(old["rewards"])
+    sampled = [json.loads((tmp_path / "run" / f"round-{n}" / "manifest.json").read_text())["sampled_by"] for n in (1, 2)]
+    assert sampled[1]["policy"] == "round-1/policy" and sampled[0]["fingerprint"] != sampled[1]["fingerprint"] and sampled[0]["seed"] != sampled[1]["seed"]
+
+
+def test_contrastive_rewards_train_the_same_policy(tmp_path, start):
+    """A constant a prompt cannot change the LIRE loss; what is logged is relative to the start policy."""
+    import torch
+    from safetensors.torch import load_file
+
+    for name, contrastive in (("plain", False), ("contrastive", True)):
+        self_enhance(start, PROMPTS, short, tmp_path / name, evolve=1, contrastive=contrastive, **OPTIONS)
+    a, b = (load_file(tmp_path / name / "round-1" / "policy" / "model.safetensors") for name in ("plain", "contrastive"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+    baseline = json.loads((tmp_path / "contrastive" / "round-1" / "baseline.json").read_text())
+    for record in load_lists(tmp_path / "contrastive" / "round-1" / "lists.jsonl"):
+        assert baseline[record["id"]] == pytest.approx(sum(record["rewards"]) / len(record["rewards"]))
+    logs = [json.loads((tmp_path / name / "round-1" / "policy" / "training.jsonl").read_text().splitlines()[0])["expected_reward"] for name in ("plain", "contrastive")]
+    assert logs[0] < -1 and abs(logs[1]) < abs(logs[0])
+
+
+def test_a_stop_rule_is_asked_once(tmp_path, start):
+    asked = []
+
+    def stop(number, policy):
+        asked.append(number)
+        return "enough" if number == 2 else None
+
+    for _ in range(2):
+        assert len(self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=4, stop=stop, **OPTIONS)) == 2
+    assert asked == [1, 2] and [h["reason"] for h in json.loads((tmp_path / "run" / "stop.json").read_text())] == [None, None, "enough"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"pool": "all"}, "pool: unknown rule"), ({"max_candidates": 1}, "max_candidates: too few"), ({"prompts": [*PROMPTS, {"id": "p0", "prompt": "other"}]}, "same id"),
+])
+def test_bad_plans(tmp_path, start, change, words):
+    with pytest.raises(LireError, match=words):
+        self_enhance(start, change.pop("prompts", PROMPTS), short, tmp_path / "run", **(OPTIONS | change))
+    assert not (tmp_path / "run").exists()
