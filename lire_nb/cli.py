@@ -63,11 +63,15 @@ def _prompt_of(row, path: Path) -> dict:
 
 # %% ../nbs/11_cli.ipynb #521b6817
 def read_reward(name: str):
-    "A reward by name: vader, length, or the folder or hub id of a reward model."
+    "A reward by name: vader, length, an address, scalar-head:FOLDER, or the folder or hub id of a reward model."
     from lire_nb import rewards
 
     if name == "vader":
         return rewards.VaderReward()
+    if name.startswith(("http://", "https://")):
+        return rewards.ServerReward(name)
+    if name.startswith("scalar-head:"):
+        return rewards.load_scalar_head_model(name.removeprefix("scalar-head:"))
     return rewards.longer_wins if name == "length" else rewards.RewardModel.load(name)
 
 
@@ -94,8 +98,14 @@ def settings_of(pairs: list[str]) -> dict:
     return {k: value(v) for k, v in named(pairs, "--set").items()}
 
 # %% ../nbs/11_cli.ipynb #700f041e
+def _is_main() -> bool:
+    "Under accelerate launch every process runs the command; one of them speaks and claims."
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
-    print(f"lire: {text}", flush=True)
+    if _is_main():
+        print(f"lire: {text}", flush=True)
 
 
 def _claim(out: str, **config) -> bool:
@@ -103,6 +113,8 @@ def _claim(out: str, **config) -> bool:
     from lire_nb.enhancement import claim_folder
 
     path, name = Path(out), f"{Path(out).name}.config.json"
+    if not _is_main():
+        return not path.exists()
     if path.parent.is_dir() and not path.exists():
         path.with_name(name).unlink(missing_ok=True)  # of an attempt that left no output
     if path.exists() and not path.with_name(name).exists():
@@ -128,10 +140,15 @@ def sample_command(args) -> None:
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
     prompts = read_prompts(args.prompts, args.limit)
-    resolve_model(args.policy)
+    served = args.policy.startswith(("http://", "https://"))
+    journal = Path(f"{args.out}.journal.jsonl")
+    if not served:
+        resolve_model(args.policy)
+    options = {"journal": journal, "max_in_flight": args.in_flight} if served else {}
     if _claim(args.out, policy=args.policy, prompts=[p["id"] for p in prompts], num_candidates=args.num_candidates, sampling=asdict(settings), seed=args.seed):
         _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
-        save_lists(sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}"), args.out)
+        save_lists(sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}", **options), args.out)
+        journal.unlink(missing_ok=True)  # its answers are in the output now
 
 
 def score_command(args) -> None:
@@ -151,11 +168,22 @@ def train_command(args) -> None:
 
     from lire_nb.models import resolve_model
 
-    settings = settings_of(args.set)
+    settings, lora = settings_of(args.set), _lora(args)
     resolve_model(args.policy)
-    if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed):
+    if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed, **({"lora": lora} if lora else {})):
         _say(f"training {args.policy} on {args.lists} into {args.out}")
-        train_policy(args.policy, load_lists(args.lists), args.out, seed=args.seed, **settings)
+        train_policy(args.policy, load_lists(args.lists), args.out, seed=args.seed, trainer_options=_adapter(lora), **settings)
+
+
+def _lora(args) -> dict | None:
+    "The adapter that was asked for."
+    return args.lora_rank and {"rank": args.lora_rank, "alpha": args.lora_alpha or args.lora_rank, "targets": sorted(args.lora_targets.split(","))}
+
+
+def _adapter(lora: dict | None) -> dict | None:
+    from lire_nb.scale import lora_config
+
+    return {"peft_config": lora_config(**lora)} if lora else None
 
 
 def train_reward_command(args) -> None:
@@ -172,13 +200,18 @@ def train_reward_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.enhancement import self_enhance
+    from lire_nb.enhancement import StopRule, self_enhance
     from lire_nb.sampling import SamplingSettings
 
     prompts = read_prompts(args.prompts, args.limit)
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
+    settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
+    if args.stop_gold or args.stop_kl:
+        if not args.stop_prompts:
+            raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
+        stop = StopRule(read_prompts(args.stop_prompts, args.limit), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
     policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
-                            settings=SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), training=settings_of(args.set), seed=args.seed)
+                            settings=settings, training=settings_of(args.set), seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
     _say(f"the last policy is in {policies[-1]}")
 
 
@@ -266,7 +299,8 @@ def machine() -> dict:
 def _judges(run: Path, task, config: dict, stage) -> dict:
     "Proxy and gold reward models from separate lists, and VADER; trained ones are kept in the run folder with their held-out accuracy."
     from lire_nb.enhancement import atomic_folder, write_json
-    from lire_nb.rewards import RewardModel, VaderReward, pair_accuracy, train_reward_model
+    from lire_nb.evaluation import write_jsonl
+    from lire_nb.rewards import RewardModel, VaderReward, graded_scores, pair_accuracy, train_reward_model
 
     for name in ("proxy", "gold"):
         folder = run / "rewards" / name
@@ -276,9 +310,11 @@ def _judges(run: Path, task, config: dict, stage) -> dict:
             stage(f"training the {name} reward model on {len(lists)} pairs of reviews")
             reward = train_reward_model(lists, config["backbone"], max_length=64, seed=config["seed"], name=name)
             held_out = pair_accuracy(task.reward_lists["test"], reward)
+            graded = graded_scores(task.reward_lists["test"], reward)
             stage(f"{name} reward model: {held_out['accuracy']:.1%} of {held_out['pairs']} held-out pairs in the right order")
             with atomic_folder(folder) as draft:
                 reward.save(draft)
+                write_jsonl(draft / "held_out.jsonl", graded)
                 write_json(draft / "held_out.json", {k: held_out[k] for k in ("accuracy", "lists", "pairs")})
     return {**{name: RewardModel.load(run / "rewards" / name) for name in ("proxy", "gold")}, "vader": VaderReward()}
 
@@ -367,17 +403,22 @@ def _parser() -> argparse.ArgumentParser:
     policy, seed = o("--policy", default="smollm2", help="asset, folder or hub id"), o("--seed", type=int, default=0, help="seed of the run")
     lists, prompts = o("--lists", required=True, help="a file of lists"), o("--prompts", required=True, help="a file, or task:split such as sentiment:test")
     out, limit = o("--out", required=True, help="where the result goes"), o("--limit", type=int, default=None, help="use the first so many prompts")
-    reward = o("--reward", required=True, help="vader, length, or the folder of a reward model")
+    reward = o("--reward", required=True, help="vader, length, an address, scalar-head:FOLDER, or the folder of a reward model")
     settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=2")
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
-    add("sample", sample_command, prompts, policy, candidates, *sampling, limit, seed, out)
+    add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, limit, seed,
+        o("--in-flight", type=int, default=16, help="requests at a time, to a server"), out)
     add("score", score_command, lists, reward, out)
-    add("train", train_command, lists, policy, settings, seed, out)
+    add("train", train_command, lists, policy, settings, o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank"),
+        o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"), seed, out)
     add("train-reward", train_reward_command, lists, o("--backbone", default="minilm", help="asset, folder or hub id"), o("--max-length", type=int, default=256, help="tokens"),
         o("--epochs", type=int, default=1, help="passes"), seed, out)
     add("enhance", enhance_command, prompts, reward, policy, o("--evolve", type=int, default=2, help="rounds that sample"), o("--iterate", type=int, default=1, help="passes a round"),
-        candidates, *sampling, settings, limit, seed, out)
+        candidates, *sampling, settings, o("--pool", choices=("replace", "keep"), default="replace", help="keep: train also on the candidates of earlier rounds"),
+        o("--max-candidates", type=int, default=None, help="cap of a list"), o("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
+        o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"), o("--stop-kl", type=float, default=None, help="stop above so many nats"),
+        o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), limit, seed, out)
     add("evaluate", evaluate_command, prompts, o("--system", action="append", required=True, metavar="NAME=POLICY", help="repeat; the first is the start policy"),
         o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat; the first is the reward that training saw"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, limit, seed, out)
     add("report", report_command, out)
@@ -399,6 +440,11 @@ def main(argv: list[str] | None = None) -> int:
     except (LireError, OSError) as e:
         print(f"lire {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except SystemExit as e:  # SIGTERM during training or self-enhancement
+        if not hasattr(e, "message"):
+            raise
+        print(f"lire {args.command}: {e.message}", file=sys.stderr)
+        return e.code
     except KeyboardInterrupt:
         print(f"lire {args.command}: stopped; what was finished is kept, the same command goes on after it", file=sys.stderr)
         return 130

@@ -457,16 +457,15 @@ def _check(model, lm) -> tuple:
         truth = _probe(model, lm, batch, "plain")[0]
     except Exception as e:  # whatever a foreign model does
         return "full", False, f"a tiny batch fails: {_one_line(e)}", errors
-    problem = _compare(model, lm, batch, "padded", truth, tolerance, errors)
-    if problem:
-        return "full", False, problem, errors
     problem = _why_not(lm)
     if not problem:
         enable_shared(lm)  # the padded path must stay right with it
         problem = _compare(model, lm, batch, "shared", truth, tolerance, errors) or _compare(model, lm, batch, "padded", truth[:1], tolerance, errors)
-        if problem:
-            disable_shared(lm)
-    return "chunks", not problem, problem and f"{type(lm).__name__}: {problem}", errors
+        if not problem:
+            return "chunks", True, "", errors
+        disable_shared(lm)
+    broken = _compare(model, lm, batch, "padded", truth, tolerance, errors)
+    return "full" if broken else "chunks", False, broken or f"{type(lm).__name__}: {problem}", errors
 
 
 def _compare(model, lm, batch, path, truth, tolerance, errors) -> str:

@@ -243,10 +243,14 @@ def launch_command(
     lists: str = "lists.jsonl",
     out: str = "runs/policy",
 ) -> str:
-    "The line that trains this recipe with this start file, without its adapter."
+    "The line that trains this recipe with this start file."
     settings = {**recipe["training"], **step_settings(launch_plan(config)["processes"], recipe["lists_per_step"])}
     pairs = [f"--set {name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
-    return " ".join(["accelerate launch --config_file", shlex.quote(str(config)), "-m lire_nb.cli train --lists", lists, "--policy", shlex.quote(recipe["policy"]), "--out", out, *pairs])
+    return " ".join(["accelerate launch --config_file", shlex.quote(str(config)), "-m lire_nb.cli train --lists", lists, "--policy", shlex.quote(recipe["policy"]), "--out", out, *pairs, *_lora_options(recipe.get("lora"))])
+
+
+def _lora_options(lora: dict | None) -> list[str]:
+    return [f"--lora-rank {lora['rank']} --lora-alpha {lora['alpha']} --lora-targets {','.join(lora['targets'])}"] if lora else []
 
 # %% ../nbs/07a_scale.ipynb #a6749af3
 def lora_config(

@@ -69,6 +69,47 @@ def test_batch_times_accumulation(place, tmp_path, batch, accumulation):
     assert len(log) == len(again) and all(abs(a["loss"] - b["loss"]) < 1e-6 for a, b in zip(log, again))
 
 
+@pytest.mark.parametrize("loss_type", ["lire", "dpo"])
+def test_both_paths_train_the_same_policy(place, tmp_path, loss_type):
+    """Twenty steps by padding and by sharing the prompt: the losses and the weights stay together."""
+    settings = dict(max_steps=20, num_train_epochs=99, loss_type=loss_type)
+    (padded, by_padding), (shared, by_sharing) = (course(trainer(place / "start", tmp_path, logps_impl=impl, **settings)) for impl in ("padded", "shared"))
+    start = flat(load_policy(place / "start")[0])
+    assert len(padded) == len(shared) == 20 and all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(padded, shared))
+    assert (by_sharing - by_padding).norm() < 1e-3 * (by_padding - start).norm()
+
+
+def test_paths_are_checked_before_the_first_step(place, tmp_path, caplog):
+    """What cannot share is said at the start: by name an error, by itself a line."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    _, tokenizer = load_policy(place / "start")
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=96, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(LireError, match="logps_impl.*BloomForCausalLM"):
+        LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "logps_impl": "shared"}), LISTS, processing_class=tokenizer)
+    assert "takes no position_ids" in caplog.text
+    LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "max_steps": 1, "save_strategy": "no"}), LISTS, processing_class=tokenizer).train()
+
+
+def test_reference_log_probs_are_kept(place, tmp_path, monkeypatch):
+    import lire_nb.logprobs as logprobs
+
+    settings = dict(loss_type="dpo", max_steps=2, reference_cache=str(tmp_path / "cache"))
+    log, weights = course(trainer(place / "start", tmp_path / "a", **settings))
+    [file] = (tmp_path / "cache").iterdir()
+    assert len(file.read_text().splitlines()) == len(LISTS)
+    monkeypatch.setattr(logprobs, "dataset_logps", None)  # not asked again
+    again, same = course(trainer(place / "start", tmp_path / "b", lists=LISTS, **settings))
+    assert torch.equal(weights, same) and log == again
+
+
+def test_a_prompt_without_room_for_an_answer_is_named(place, tmp_path):
+    long = make_record("x" * 200, WORDS[:2], rewards=[1.0, 0.0], id="too-long")  # the policy reads 128 tokens
+    with pytest.raises(LireError, match="'too-long'.*no room"):
+        trainer(place / "start", tmp_path, lists=[*LISTS, long])
+    trainer(place / "start", tmp_path, lists=[*LISTS, long], max_prompt_length=100)
+
+
 def test_gradient_checkpointing_changes_nothing(place, tmp_path):
     for policy in ("start", "start-dropout"):
         _, without = course(trainer(place / policy, tmp_path, max_steps=3))
