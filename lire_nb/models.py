@@ -66,8 +66,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         with quiet_transformers():
             clean.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        if not target.exists():  # another process may have been faster
+        try:
             folder.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster
+                raise
     except (OSError, SafetensorError) as e:
         raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache", remedy="free 600 MB, or name another place in LIRE_NB_CACHE") from e
     finally:

@@ -11,6 +11,7 @@ __all__ = ['Reward', 'RewardError', 'score_lists', 'reward_name', 'VaderReward',
 import http.client
 import json
 import math
+import os
 import pickle
 import threading
 import urllib.error
@@ -321,7 +322,7 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
     warm = max(1, len(steps) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warm, (len(steps) - k) / max(1, len(steps) - warm)))
     reward.model.train()
-    for batch in tqdm(steps, desc=f"training {reward.name}", unit="step", disable=not progress or None):
+    for batch in tqdm(steps, desc=f"training {reward.name}", unit="step", disable=True if os.environ.get("TQDM_DISABLE") or not progress else None):
         scores = reward.scores([r["prompt"] for r in batch for _ in r["completions"]], [c for r in batch for c in r["completions"]])
         parts = scores.split([len(r["completions"]) for r in batch])
         loss = torch.stack([ranking_loss(s, r["rewards"]) for s, r in zip(parts, batch)]).mean()

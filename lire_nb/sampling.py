@@ -229,7 +229,7 @@ class LocalSampler:
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
         step = max(1, self.batch_size // num_candidates)
         results = [None] * len(prompts)
-        with tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not self.progress or None) as bar:
+        with tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=True if os.environ.get("TQDM_DISABLE") or not self.progress else None) as bar:
             for start in range(0, len(order), step):
                 chunk = order[start : start + step]
                 rows = self._rows([encoded[i] for i in chunk], [numbers[i] for i in chunk], settings, seed)
@@ -450,7 +450,7 @@ def run_requests(
     "Ask many things at once, each until it is answered; raises the first error that waiting does not mend, after the answers under way are kept."
     if max_in_flight < 1:
         raise LireError("out of range", field="max_in_flight", value=max_in_flight, allowed="1 or more", remedy="16 suits most servers")
-    with Journal(journal) as kept, tqdm(total=len(requests), desc=desc, unit="request", disable=not progress or None) as bar:
+    with Journal(journal) as kept, tqdm(total=len(requests), desc=desc, unit="request", disable=True if os.environ.get("TQDM_DISABLE") or not progress else None) as bar:
         missing = {key: request for key, request in requests.items() if key not in kept.answers}
         bar.update(len(requests) - len(missing))
         todo, done, patient = queue.SimpleQueue(), queue.SimpleQueue(), _Patience(ask, patience, max_retries, first_wait)

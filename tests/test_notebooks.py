@@ -62,9 +62,11 @@ def test_notebook_skips_nothing_but_slow_cells_and_carries_its_outputs(name):
         assert not skipping.search(source(cell)), source(cell)[:200]
         assert not any(o["output_type"] == "error" for o in cell["outputs"]), source(cell)[:200]
         text = json.dumps(cell["outputs"])
+        assert "jupyter.widget" not in text, f"a progress bar in an output: {source(cell)[:200]}"
         assert "site-packages" not in text and str(Path.home()) + "/" not in text, f"a path of one machine in an output: {source(cell)[:200]}"
         if re.match(r"#\|\s*slow", source(cell)):
             assert cell["outputs"], f"a slow cell must carry its stored output: {source(cell)[:200]}"
+    assert "widgets" not in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["metadata"]
     shown = [c for c in cells(name) if c["cell_type"] == "code" and c["outputs"]]
     assert shown, f"{name} shows no output at all"
 
