@@ -27,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-FIGURES = ["before_after", "calibration-dialogue", "frontier", "overoptimization", "reward_kl", "training", "win_matrix"]
+FIGURES = ["before_after", "calibration-dialogue", "calibration-gold", "calibration-proxy", "frontier", "overoptimization", "reward_kl", "training", "win_matrix"]
 
 
 def test_report_writes_every_figure_as_png_and_svg(run):
