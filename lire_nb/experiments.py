@@ -14,11 +14,12 @@ import gc
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def judges_of(
         if name == "vader":
             judges[name] = VaderReward()
         elif name in published:
-            judges[name] = load_scalar_head_model(published[name])
+            judges[name] = load_scalar_head_model(**published[name], label=name)
         else:
             judges[name] = RewardModel.load(reward_folder(reward_spec(config, task, name), work))
             judges[name].name = name
@@ -318,11 +319,16 @@ def _trained(config: dict, work: Path) -> str:
     parts = {k: config[k] for k in ("source", "take", "training", "seed", "paths", "lora") if k in config} | {"rewards": _proxy_of(config)}
     folder = Path(work) / "trained" / config_key(parts)
     options = {"trainer_options": {"peft_config": _lora(config["lora"])}} if config.get("lora") else {}
-    with _locked(folder.with_name(f".{folder.name}.lock")):
+    with _locked(folder.with_name(f".{folder.name}.lock")) if _alone() else nullcontext():
         if folder.exists():
             return str(folder)
         train_policy(_policy(config["source"]["policy"], work), trained_lists(config, work), folder, seed=config["seed"], **options, **_settings(config))
     return str(folder)
+
+
+def _alone() -> bool:
+    "Not one of the processes of accelerate launch, which train a policy together."
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _lora(options: dict):
@@ -336,7 +342,7 @@ def _train(config: dict, work: Path, keep: bool) -> dict:
     folder = _trained(config, work)
     trained = time.monotonic()
     result = _judge(folder, config, work)
-    if config["method"] != "start" and not keep:
+    if config["method"] != "start" and not keep and _alone():
         shutil.rmtree(folder, ignore_errors=True)
     return {**result, "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
 

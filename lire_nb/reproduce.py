@@ -327,6 +327,9 @@ class Results:
         "Write one row at the end of the table's file."
         row = {"key": run.key, "table": run.table, "code": code_version(), **about, "labels": run.labels, "config": run.config, "result": result}
         path = self.folder / f"{run.table}.jsonl"
+        if not _is_main():
+            self._take(row)
+            return row
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as f:
             _cut_half_line(f)
@@ -428,10 +431,17 @@ class _Workers:
         return failed
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _only_one(work: Path):
     "One command at a time in a work folder."
     work.mkdir(parents=True, exist_ok=True)
+    if not _is_main():  # of accelerate launch
+        yield
+        return
     with open(work / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -473,6 +483,8 @@ def reproduce(
         raise LireError("too few", field="--seeds", value=seeds, allowed="1 or more", remedy="leave it out for the scale's own number")
     _check_hardware(scale, SCALES[scale])
     work = Path(work or Path("runs", "reproduce", scale))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        jobs = 1  # the processes of accelerate launch train together
     jobs = jobs or max(1, (os.cpu_count() or 1) // SCALES[scale]["threads"] if SCALES[scale]["threads"] else 1)
     with _only_one(work):
         return _run_missing(names, scale, seeds, Path(results), work, jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
