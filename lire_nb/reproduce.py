@@ -20,10 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from .evaluation import Interval, bootstrap_interval, paired_difference, perplexity, preferences, win_rate
-from .experiments import code_version, config_key, expand, run_experiment
+from .experiments import code_version, config_key, run_experiment
 from .lists import LireError
 
 # %% ../nbs/10c_reproduce.ipynb #8bed9620
@@ -300,6 +298,10 @@ def table_of(name: str) -> Table:
     return TABLES[name]
 
 # %% ../nbs/10c_reproduce.ipynb #2ab5d480
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by accelerate launch
+
+
 class Results:
     "The rows of a folder of results, found by configuration."
 
@@ -429,10 +431,6 @@ class _Workers:
         if broken:
             raise broken[0]
         return failed
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
