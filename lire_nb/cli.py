@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUICKSTART', 'read_prompts', 'read_reward', 'named', 'settings_of', 'sample_command', 'score_command',
            'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'report_command',
-           'quickstart', 'machine', 'quickstart_command', 'bench_command', 'read_rows_of', 'main']
+           'quickstart', 'machine', 'quickstart_command', 'bench_command', 'read_rows_of', 'reproduce_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #dc03481d
 import argparse
@@ -388,6 +388,37 @@ def _point(text: str):
         raise LireError("not a point", field="--point", value=text, allowed="P,R,M or P,R,M,LISTS, all 1 or more", remedy="for example --point 192,48,6,2") from None
     return Point(*numbers)
 
+# %% ../nbs/11_cli.ipynb #5250f8d0
+def reproduce_command(args) -> None:
+    "Run what is missing of a table of the paper, at the scale of this machine; goes on where it stopped."
+    from lire_nb import reproduce as r
+
+    about = machine()
+    about = {"date": about.pop("date"), "machine": about}
+    if args.list:
+        return _list_tables(r.progress_rows(args.results or "data/results", args.scale if args.scale in r.SCALES else "laptop", args.seeds))
+    if not args.name:
+        raise LireError("missing", field="NAME", allowed=", ".join([*r.TABLES, "cost", "all"]), remedy="lire reproduce --list shows what each one is")
+    names = list(r.TABLES if args.scale != "paper" else r.RECIPES) if args.name == "all" else [args.name]
+    if args.name == "cost":
+        raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(r.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
+    if args.dry_run:
+        return _show_dry_run(names, r.dry_run)
+    results = args.results or (f"runs/reproduce/{args.scale}/results" if args.scale == "smoke" else "data/results")
+    count = r.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs, accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy)
+    _say(f"{count} experiments run; {'the notebooks of these tables draw from the rows' if results == 'data/results' else 'nothing is missing'}")
+
+
+def _list_tables(rows: list[dict]) -> None:
+    for row in rows:
+        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  {row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}")
+
+
+def _show_dry_run(names: list[str], dry_run) -> None:
+    for name in names:
+        for row in dry_run(name):
+            print(f"{name:14} {row['method']:18} {row['candidates']} candidates, {row['trained parameters']:,} trained parameters of the stand-in, first loss {row['loss']}")
+
 # %% ../nbs/11_cli.ipynb #6180f5ba
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lire", description="List-wise reward enhancement: align a language model from lists of candidates.")
@@ -425,6 +456,12 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
         o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
+    add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"), o("--list", action="store_true", help="the tables, and how far they are"),
+        o("--scale", default="laptop", help="smoke, laptop, gpu or paper"), o("--seeds", type=int, default=None, help="default: the scale's own number"),
+        o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results, for smoke a folder in runs"),
+        o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"), o("--accept", default=None, metavar="CODE", help="let rows of this other code version count"),
+        o("--most", type=int, default=None, help="stop after so many experiments"), o("--policy", default=None, help="folder or hub id, for the scale of the paper"),
+        o("--dry-run", action="store_true", help="the paper's recipe down to its first batch, with stand-ins"))
     whole = [o(f"--{name.replace('_', '-')}", type=type(QUICKSTART[name]), default=None, help=f"default: {QUICKSTART[name]}")
              for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")]
     add("quickstart", quickstart_command, o("--out", default="runs/quickstart", help="the run folder"), *whole)
