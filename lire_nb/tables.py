@@ -6,9 +6,10 @@
 __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'crossed_interval', 'crossed_bootstrap',
            'difference', 'wins', 'start_perplexity', 'spread_of', 'shown', 'system_table', 'search_table', 'plot_gains',
            'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'verdict', 'ablation', 'transfer_gain',
-           'verdict_table', 'paper_table']
+           'verdict_table', 'paper_table', 'verdict_text', 'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from scipy import stats
 from .evaluation import Interval, preferences
 from .experiments import expand
 from .lists import LireError
-from .reporting import COLORS, figure_style, non_dominated, plot_win_matrix
+from .reporting import COLORS, figure_style, non_dominated, picture, plot_win_matrix
 from .reproduce import NAMES, SCALES, Results, plan
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
@@ -208,7 +209,7 @@ def search_table(
             settings |= settings.pop("loss_kwargs", {})
             rows.append({"method": NAMES.get(method, method.upper()), "settings": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()), "validation proxy reward": f"{score:.3f}",
                          "taken": "✓" if score == max(scores) else ""})
-    return pd.DataFrame(rows).set_index(["method", "settings"])
+    return pd.DataFrame(rows, columns=["method", "settings", "validation proxy reward", "taken"]).set_index(["method", "settings"])
 
 # %% ../nbs/10d_tables.ipynb #d0f10856
 def _axes(width: float = 6.4, height: float = 3.6):
@@ -490,3 +491,35 @@ def paper_table(
         raise LireError("not in the file", file=path, field="table", value=table, allowed=", ".join(sorted(set(pd.read_csv(path)["table"]))), remedy="choose one of these")
     wide = rows.pivot(index="system", columns="metric", values="value").reindex(index=rows["system"].unique(), columns=rows["metric"].unique())
     return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")
+
+# %% ../nbs/10d_tables.ipynb #86af72c7
+def verdict_text(
+    notebook: str,
+    results: str | Path = "../data/results",
+) -> str:  # Markdown
+    "The verdicts of one notebook as a list."
+    table = verdict_table(results)
+    mine = table[[f"[{notebook}]" in cell for cell in table["notebook"]]]
+    return "\n".join(f"- **{row['verdict']}** ({row['said by']}): {claim}. Measured: {row['measurement, 95 % interval']}." for claim, row in mine.iterrows())
+
+
+def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
+    "Held-out accuracy of the judges of a table."
+    rows = []
+    for _, run in runs[runs["stage"] == "reward"].iterrows():
+        found, half = run["result"], 1.96 * (run["result"]["accuracy"] * (1 - run["result"]["accuracy"]) / run["result"]["lists"]) ** 0.5
+        rows.append({"judge": run["method"], "lists it learned from": found["trained_on"], "held-out pairs": found["pairs"], "held-out lists": found["lists"], "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
+    return pd.DataFrame(rows).set_index("judge")
+
+
+def sample_text(systems: dict[str, pd.DataFrame], which: int = 0) -> str:  # Markdown
+    "A completion of every system for one prompt."
+    example = lambda runs: runs["result"].iloc[0]["examples"][which]  # noqa: E731
+    first = example(next(iter(systems.values())))["prompt"]
+    texts = {"prompt": first if isinstance(first, str) else first[-1]["content"], **{name: example(runs)["completion"] for name, runs in systems.items()}}
+    return "\n".join(f"- *{name}*: {_plain(text)}" for name, text in texts.items())
+
+
+def _plain(text: str) -> str:
+    "One line without Markdown's own signs."
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
