@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 SETUP := settings.ini setup.py pyproject.toml constraints.txt assets.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help quickstart test setup lint notebooks export readme clean
+.PHONY: help quickstart test setup lint notebooks tables export readme clean
 
 help:
-	@echo "make quickstart   align a small model on a real task: table, figures, report (about 7 minutes on 2 cores)"
+	@echo "make quickstart   align a small model on a real task: table, figures, report (about 6 minutes on 2 cores)"
 	@echo "make test         notebooks and pytest"
+	@echo "make tables       run what is missing of the paper's tables (hours on 2 cores; may be stopped), then draw them"
 	@echo "make setup        only .venv with everything for development"
 	@echo "make notebooks    run all notebooks and store their outputs, then export, clean and write README.md"
 	@echo "make export       lire_nb/ and README.md from the notebooks, without running them"
@@ -43,6 +44,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 notebooks: $(VENV)/.ready-dev
 	for nb in nbs/*.ipynb; do $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$nb || exit 1; done
+	$(MAKE) export
+
+tables: $(VENV)/.ready-dev
+	$(BIN)/lire reproduce all
+	for nb in nbs/2*.ipynb nbs/index.ipynb; do $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$nb || exit 1; done
 	$(MAKE) export
 
 export: $(VENV)/.ready-dev
