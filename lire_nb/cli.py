@@ -396,22 +396,24 @@ def reproduce_command(args) -> None:
     about = machine()
     about = {"date": about.pop("date"), "machine": about}
     if args.list:
-        return _list_tables(r.progress_rows(args.results or "data/results", args.scale if args.scale in r.SCALES else "laptop", args.seeds))
+        return _list_tables(r.progress_rows(args.results or "data/results", args.scale, args.seeds))
     if not args.name:
         raise LireError("missing", field="NAME", allowed=", ".join([*r.TABLES, "cost", "all"]), remedy="lire reproduce --list shows what each one is")
-    names = list(r.TABLES if args.scale != "paper" else r.RECIPES) if args.name == "all" else [args.name]
+    names = list(r.TABLES if args.scale != "paper" and not args.dry_run else r.RECIPES) if args.name == "all" else [args.name]
     if args.name == "cost":
         raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(r.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
     if args.dry_run:
         return _show_dry_run(names, r.dry_run)
     results = args.results or (f"runs/reproduce/{args.scale}/results" if args.scale == "smoke" else "data/results")
-    count = r.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs, accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy)
-    _say(f"{count} experiments run; {'the notebooks of these tables draw from the rows' if results == 'data/results' else 'nothing is missing'}")
+    count = r.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs, accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy, reward=args.reward)
+    _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else '; policies for the transfer table stay in the work folder, which may be deleted'}")
 
 
 def _list_tables(rows: list[dict]) -> None:
     for row in rows:
-        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  {row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}")
+        other = f"   ({row['other']} more rows of other code, see --accept)" if row["other"] else ""
+        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  {row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
+    print("cost              made by lire bench --peers --out data/results/cost.jsonl   nbs/27_cost.ipynb")
 
 
 def _show_dry_run(names: list[str], dry_run) -> None:
@@ -461,6 +463,7 @@ def _parser() -> argparse.ArgumentParser:
         o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results, for smoke a folder in runs"),
         o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"), o("--accept", default=None, metavar="CODE", help="let rows of this other code version count"),
         o("--most", type=int, default=None, help="stop after so many experiments"), o("--policy", default=None, help="folder or hub id, for the scale of the paper"),
+        o("--reward", default=None, help="weights with a scalar head, for the scale of the paper"),
         o("--dry-run", action="store_true", help="the paper's recipe down to its first batch, with stand-ins"))
     whole = [o(f"--{name.replace('_', '-')}", type=type(QUICKSTART[name]), default=None, help=f"default: {QUICKSTART[name]}")
              for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")]

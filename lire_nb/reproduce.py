@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ _GRADED = {"lists": None, "epochs": 3, "batch_size": 8, "max_length": 160, "seed
 SCALES: dict[str, dict] = {
     "smoke": {
         "about": "a random policy, a few prompts: whether every step works; no figure means anything", "policy": "tiny", "backbone": "minilm", "seeds": 1, "points": 1, "threads": 1,
-        "epochs": 1, "batch": 2, "rounds": 2, "course_epochs": 2, "memory": 1,
+        "epochs": 1, "batch": 2, "rounds": 2, "course_epochs": 2,
         "tasks": {
             "sentiment": {"pool": 6, "sampled": 3, "prompts": 4, "candidates": 2, "tokens": 5, "given": 0, "validation": 3, "test": 4, "samples": 1, "reward": {**_FILMS, "lists": 16, "check": 8}},
             "dialogue": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 8, "epochs": 1, "check": 4}},
@@ -41,7 +42,7 @@ SCALES: dict[str, dict] = {
         "sizes": (2, 3),
     },
     "laptop": {
-        "about": "SmolLM2-135M on two processor cores", "policy": "smollm2", "backbone": "minilm", "seeds": 3, "points": 3, "threads": 1, "epochs": 1, "batch": 2, "rounds": 3, "course_epochs": 6, "memory": 5,
+        "about": "SmolLM2-135M on two processor cores", "policy": "smollm2", "backbone": "minilm", "seeds": 3, "points": 3, "threads": 1, "epochs": 1, "batch": 2, "rounds": 3, "course_epochs": 6,
         "tasks": {
             "sentiment": {"pool": 128, "sampled": 8, "prompts": 64, "candidates": 4, "tokens": 24, "given": 0, "validation": 48, "test": 96, "samples": 1, "reward": _FILMS},
             "dialogue": {"pool": 64, "sampled": 4, "prompts": 64, "candidates": 4, "tokens": 32, "given": 48, "validation": 48, "test": 56, "samples": 2, "reward": _GRADED},
@@ -53,7 +54,7 @@ SCALES: dict[str, dict] = {
 
 
 def _larger(scale: dict, policy: str, gigabytes: int, **tasks) -> dict:
-    return {**scale, "about": f"{policy} on one accelerator", "policy": policy, "threads": None, "batch": 8, "epochs": 2, "memory": None, "accelerator": gigabytes,
+    return {**scale, "about": f"{policy} on one accelerator", "policy": policy, "threads": None, "batch": 8, "epochs": 2, "accelerator": gigabytes,
             "tasks": {name: {**scale["tasks"][name], **sizes} for name, sizes in tasks.items()}}
 
 
@@ -63,7 +64,7 @@ SCALES["gpu"] = _larger(
 
 # %% ../nbs/10c_reproduce.ipynb #840a88c2
 NAMES = {"start": "start", "sft": "SFT", "dpo": "DPO", "plackett_luce_dpo": "Plackett–Luce DPO", "slic": "SLiC", "rrhf": "RRHF", "pro": "PRO", "lire": "LIRE"}
-CORE = ("sft", "dpo", "rrhf", "lire")  # with all seeds on every task; the others have one seed on the graded tasks
+CORE = ("sft", "dpo", "rrhf", "pro", "lire")  # with all seeds on every task; the others have one seed on the graded tasks
 _LOW, _HIGH = {"learning_rate": 5e-5}, {"learning_rate": 1e-4}
 SEARCH: dict[str, list[dict]] = {
     "sft": [_LOW, _HIGH, {"learning_rate": 2e-5}],
@@ -155,7 +156,7 @@ def _methods_plan(task: str, scale: dict, seeds: int, find: Find) -> list[Run]:
         tried, best = search(task, method, scale, find)
         runs += tried
         for seed in range(seeds if best and (task == "sentiment" or method in CORE) else min(seeds, 1) if best else 0):
-            runs.append(Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed}, keep=method in TRANSFERRED and seed < 2))
+            runs.append(Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed}, keep=method in TRANSFERRED))
     return runs
 
 
@@ -197,8 +198,8 @@ def _ablations_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     tokens = scale["tasks"]["sentiment"]["tokens"]
     changes = [("base", "", {}, {}), *(("temperature", T, {"temperature": T}, {}) for T in (2.0, 5.0, 10.0, 20.0, 50.0)),
                *(("reward_transform", t, {"reward_transform": t}, {}) for t in ("softmax", "none", "zscore", "rank")), *(("sft_weight", a, {"sft_weight": a}, {}) for a in (0.1, 1.0)),
-               ("length_normalize", True, {"length_normalize": True, "temperature": best["temperature"] / tokens}, {}), ("pair", "values", {}, {"how": "extremes"}),
-               ("pair", "order", {"reward_transform": "rank"}, {"how": "extremes"})]
+               ("length_normalize", True, {"length_normalize": True, "temperature": best["temperature"] / tokens}, {}), ("pair", "values", {"reward_transform": "none"}, {"how": "extremes"}),
+               ("pair", "order", {"reward_transform": "rank"}, {"how": "extremes"})]  # z-scores of two are always the same two numbers
     for setting, value, change, take in changes:
         runs += [Run("ablations", experiment(scale, "sentiment", "lire", seed, {**best, **change}, take=take), {"setting": setting, "value": value, "method": "lire", "seed": seed}) for seed in range(seeds)]
     for method in ("dpo", "plackett_luce_dpo"):
@@ -238,7 +239,7 @@ def _course_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     for method, extra in (("lire", {"sft_weight": 0.0}), ("lire", {"sft_weight": 1.0}), ("dpo", {})):
         tried, best = search("sentiment", method, scale, find)
         runs += tried
-        for seed in range(min(seeds, 2) if best else 0):
+        for seed in range(seeds if best else 0):
             made = experiment(scale, "sentiment", method, seed, {**best, **extra, "num_train_epochs": scale["course_epochs"]}, kind="course", every=every)
             made["judge"] = {**made["judge"], "prompts": max(2, sizes["test"] // 2)}
             runs.append(Run("overoptimization", made, {"method": method, "sft_weight": extra.get("sft_weight"), "seed": seed}))
@@ -249,11 +250,11 @@ def _transfer_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     "Train on one task, judge on another."
     runs = []
     for task in scale["tasks"]:
-        runs += _starts(scale, min(seeds, 2), task)
+        runs += _starts(scale, seeds, task)
         for method in TRANSFERRED:
             tried, best = search(task, method, scale, find)
             runs += tried
-            for seed in range(min(seeds, 2) if best else 0):
+            for seed in range(seeds if best else 0):
                 own = Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed, "task": task, "judged": task}, keep=True)
                 runs.append(own)
                 runs += [Run("transfer", experiment(scale, task, method, seed, best, judge=other), {"method": method, "task": task, "judged": other, "seed": seed}, keep=True)
@@ -307,10 +308,10 @@ def _is_main() -> bool:
 class Results:
     "The rows of a folder of results, found by configuration."
 
-    def __init__(self, folder: str | Path, code: str | None = None):  # None: rows of any code, the newest of a configuration
-        self.folder, self.code, self.rows, self.others = Path(folder), code, {}, {}
+    def __init__(self, folder: str | Path, codes: Iterable[str] | None = None):  # the code versions that count; None: any, the newest row of a configuration
+        self.folder, self.codes, self.rows, self.others = Path(folder), codes and set(codes), {}, {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)
                 except ValueError:
@@ -319,7 +320,7 @@ class Results:
                     self._take(row)
 
     def _take(self, row: dict) -> None:
-        known = self.rows if self.code in (None, row["code"]) else self.others
+        known = self.rows if self.codes is None or row["code"] in self.codes else self.others
         if row["key"] not in known or row["date"] >= known[row["key"]]["date"]:
             known[row["key"]] = row
 
@@ -330,24 +331,24 @@ class Results:
     def append(self, run: Run, result: dict, about: dict) -> dict:
         "Write one row at the end of the table's file."
         row = {"key": run.key, "table": run.table, "code": code_version(), **about, "labels": run.labels, "config": run.config, "result": result}
-        path = self.folder / f"{run.table}.jsonl"
-        if not _is_main():
-            self._take(row)
-            return row
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as f:
-            _cut_half_line(f)
-            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            f.flush()
-            os.fsync(f.fileno())
+        if _is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f"{run.table}.jsonl", "ab+") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                _cut_half_line(f)
+                f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                f.flush()
+                os.fsync(f.fileno())
         self._take(row)
         return row
 
 
 def _cut_half_line(f) -> None:
     f.seek(0)
-    end = f.read().rfind(b"\n") + 1
-    f.truncate(end)
+    there = f.read()
+    end = there.rfind(b"\n") + 1
+    if end < len(there):
+        f.truncate(end)
     f.seek(end)
 
 # %% ../nbs/10c_reproduce.ipynb #d12222ea
@@ -358,11 +359,16 @@ def _worker() -> None:
     for line in lines:
         job = json.loads(line)
         try:
-            answer = {"result": run_experiment(job["config"], job["work"], job["keep"])}
-        except LireError as e:
-            answer = {"error": " ".join(str(e).split())}
+            answer = {"result": run_experiment(job["config"], job["work"], job["keep"]), "code": code_version()}
+        except Exception as e:  # also a model that does not fit: the others go on
+            traceback.print_exc()
+            answer = {"error": _reason(e)}
         out.write(json.dumps(answer) + "\n")
         out.flush()
+
+
+def _reason(e: Exception) -> str:
+    return " ".join(str(e).split())[:300] if isinstance(e, LireError) else f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def _lines_or_exit():
@@ -412,6 +418,8 @@ class _Workers:
                 except BrokenPipeError:
                     line = ""
                 answer = json.loads(line) if line.endswith("\n") else {"error": f"its process ended; see {self.log.name}"}
+                if answer.get("code", code_version()) != code_version():
+                    answer = {"error": "the code was changed while this command ran; start it again"}
                 if "error" in answer:
                     process.kill()
                     process = None
@@ -446,8 +454,13 @@ def _only_one(work: Path):
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise LireError("another lire reproduce is at work there", file=work, remedy="wait for it, or give another --work and --out") from e
+            raise LireError("another lire reproduce is at work there", file=work, remedy="wait for it, or give another --work") from e
         yield
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in (*SCALES, "paper"):
+        raise LireError("unknown scale", field="--scale", value=scale, allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
 
 
 def _check_hardware(name: str, scale: dict) -> None:
@@ -458,6 +471,15 @@ def _check_hardware(name: str, scale: dict) -> None:
         if there < wanted:
             raise LireError("this machine has not what the scale needs", field="--scale", value=name, allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
                             remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its first batch with stand-ins")
+
+
+def _check_recipe(names, policy, reward, configs) -> None:
+    "What a recipe only describes must be given."
+    for name in names:
+        recipe = _recipe(name, configs)
+        for option, value in (("--policy", policy or recipe["policy"]), ("--reward", reward or recipe["reward"])):
+            if " " in value:
+                raise LireError("must be given for the paper's scale", field=option, value=value, allowed="a folder or hub id", remedy=f"{option} FOLDER")
 
 
 RECIPES = {"dialogue": "paper_hh.json", "summarization": "paper_tldr.json"}
@@ -477,18 +499,20 @@ def reproduce(
     say: Callable[[str], None] = print,
     most: int | None = None,  # stop after so many runs
     policy: str | None = None,  # of the paper's scale: folder or hub id
+    reward: str | None = None,  # of the paper's scale: weights with a scalar head, folder or hub id
     configs: str | Path = "data/configs",  # the recipes of the paper's scale
 ) -> int:  # how many experiments were run
     "Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what is left."
+    _check_scale(scale)
     names = list(names)
     for name in names:
         table_of(name) if scale != "paper" else _recipe(name, configs)
-    if scale not in (*SCALES, "paper"):
-        raise LireError("unknown scale", field="--scale", value=scale, allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
     if seeds is not None and seeds < 1:
         raise LireError("too few", field="--seeds", value=seeds, allowed="1 or more", remedy="leave it out for the scale's own number")
     size = SCALES.get(scale, PAPER)
     _check_hardware(scale, size)
+    if scale == "paper":
+        _check_recipe(names, policy, reward, configs)
     work = Path(work or Path("runs", "reproduce", scale))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         jobs = 1  # the processes of accelerate launch train together
@@ -496,12 +520,12 @@ def reproduce(
 
     def planned(find: Find) -> dict[str, Run]:
         if scale == "paper":
-            return _distinct(r for name in names for r in paper_plan(name, policy, configs, seeds or 1))
+            return _distinct(r for name in names for r in paper_plan(name, policy, configs, seeds or 1, reward))
         return _distinct(r for name in names for r in plan(name, scale, seeds, find))
 
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}, code {code_version()}")
-        return _run_missing(planned, size["threads"], Path(results), work, jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
+        return _run_missing(planned, size["threads"], Path(results), work / code_version(), jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
 
 
 def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
@@ -516,10 +540,8 @@ def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
 
 def _counting(folder: Path, accept: str | None, say) -> Results:
     "The rows that count: of this code, and of the one that is accepted."
-    store = Results(folder, accept or code_version())
-    if accept:
-        store.rows |= Results(folder, code_version()).rows
-    elif store.others:
+    store = Results(folder, {accept or code_version(), code_version()})
+    if store.others:
         codes = sorted({r["code"] for r in store.others.values()})
         say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count for {code_version()}; --accept {codes[-1]} lets them")
     return store
@@ -527,6 +549,7 @@ def _counting(folder: Path, accept: str | None, say) -> Results:
 
 def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most) -> int:
     store, count, failed = _counting(folder, accept, say), 0, {}
+    work.mkdir(parents=True, exist_ok=True)
     workers = _Workers(jobs, threads, work / "workers.log") if jobs > 1 else None
     while True:
         planned = plan_of(store.find)
@@ -549,9 +572,11 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
         else:
             for run in todo:
                 try:
-                    done(run, run_experiment(run.config, work, run.keep))
-                except LireError as e:
-                    failed[run.key] = " ".join(str(e).split())
+                    result = run_experiment(run.config, work, run.keep)
+                except Exception as e:
+                    failed[run.key] = _reason(e)
+                else:
+                    done(run, result)
     for key, why in failed.items():
         say(f"not done: {planned[key].table} {planned[key].labels}: {why}")
     if failed:
@@ -563,14 +588,17 @@ def progress_rows(
     results: str | Path = "data/results",
     scale: str = "laptop",
     seeds: int | None = None,
-) -> list[dict]:  # table, done, planned, more (whether searches must end before the rest is known), minutes, notebook, claim
-    "How far every table is."
-    store, rows = Results(results, code_version()), []
+) -> list[dict]:  # table, done, planned, more (whether searches must end before the rest is known), other (rows of other code), minutes, notebook, claim
+    "How far every table is; raises `LireError` for an unknown scale."
+    _check_scale(scale)
+    store, rows = Results(results, [code_version()]), []
     for name, table in TABLES.items():
-        runs = _distinct(plan(name, scale, seeds, store.find))
+        if scale == "paper" and name not in RECIPES:
+            continue
+        runs = _distinct(paper_plan(name, seeds=seeds or 1) if scale == "paper" else plan(name, scale, seeds, store.find))
         done = [store.rows[k] for k in runs if k in store.rows]
         open_search = any(r.labels.get("stage") == "search" and k not in store.rows for k, r in runs.items())
-        rows.append({"table": name, "done": len(done), "planned": len(runs), "more": open_search, "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60), "notebook": table.notebook, "claim": table.claim})
+        rows.append({"table": name, "done": len(done), "planned": len(runs), "more": open_search, "other": sum(k in store.others and k not in store.rows for k in runs), "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60), "notebook": table.notebook, "claim": table.claim})
     return rows
 
 # %% ../nbs/10c_reproduce.ipynb #481cdb12
@@ -591,9 +619,13 @@ def paper_plan(
     policy: str | None = None,  # folder or hub id; default: what the recipe says
     configs: str | Path = "data/configs",
     seeds: int = 1,
+    reward: str | None = None,  # the proxy: weights with a scalar head; default: what the recipe says
 ) -> list[Run]:
     "The configurations of the paper's recipe, one for each method and seed; raises `LireError` for a table without one."
     recipe = _recipe(table, configs)
+    from lire_nb.scale import step_settings
+
+    recipe |= {k: v for k, v in (("policy", policy), ("reward", reward)) if v}
     training, tokens = recipe["training"], recipe["sampling"]["max_new_tokens"]
     published = {"name": recipe["reward"], "backbone": "EleutherAI/gpt-j-6B"} if "gptj" in recipe["reward"] else {"name": recipe["reward"]}
     shared = {k: v for k, v in training.items() if k not in ("loss_type", "temperature", "reward_transform", "sft_weight")}
@@ -603,10 +635,10 @@ def paper_plan(
         for seed in range(seeds):
             config = {
                 "kind": "train", "method": method, "seed": seed, "threads": None, "paths": {table: HUB[table]}, "lora": recipe["lora"],
-                "source": {"task": table, "policy": policy or recipe["policy"], "prompts": 20000, "sampled": recipe["num_candidates"] - 2, "tokens": tokens, "given": training["max_completion_length"], "seed": seed},
+                "source": {"task": table, "policy": recipe["policy"], "prompts": 20000, "sampled": recipe["num_candidates"] - 2, "tokens": tokens, "given": training["max_completion_length"], "seed": seed},
                 "rewards": {"published": {"proxy": published}, table: {"backbone": "microsoft/deberta-v3-large", "lists": None, "check": 2000, "epochs": 1, "batch_size": 32, "max_length": 512, "seed": 0}},
                 "take": {"prompts": 20000, "sampled": recipe["num_candidates"] - 2, "how": "first"},
-                "training": {} if method == "start" else {**shared, **own.get(method, {}), "loss_type": method, "per_device_train_batch_size": 1, "gradient_accumulation_steps": recipe["lists_per_step"]},
+                "training": {} if method == "start" else {**shared, **own.get(method, {}), "loss_type": method, **step_settings(int(os.environ.get("WORLD_SIZE", 1)), recipe["lists_per_step"])},
                 "judge": {"task": table, "split": "test", "prompts": 512, "samples": 2, "tokens": tokens, "judges": ["proxy", "gold"]},
             }
             runs.append(Run(f"{table}-paper", config, {"stage": "final", "method": method, "seed": seed}))

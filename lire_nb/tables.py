@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'crossed_interval', 'crossed_bootstrap',
            'difference', 'wins', 'start_perplexity', 'spread_of', 'shown', 'system_table', 'search_table', 'plot_gains',
-           'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'verdict', 'ablation', 'transfer_gain',
-           'verdict_table', 'paper_table', 'summary_table', 'verdict_text', 'reward_table', 'sample_text']
+           'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured', 'verdict', 'off_mean',
+           'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table', 'verdict_text',
+           'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
 import re
@@ -21,7 +22,7 @@ from scipy import stats
 from .evaluation import Interval, preferences
 from .experiments import expand
 from .lists import LireError
-from .reporting import COLORS, figure_style, non_dominated, picture, plot_win_matrix
+from .reporting import COLORS, figure_style, non_dominated, plot_win_matrix
 from .reproduce import NAMES, SCALES, Results, plan
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
@@ -37,7 +38,8 @@ def load_runs(
     if not rows:
         raise LireError("no result yet", field="table", value=table, allowed=f"a table with rows in {Path(store.folder).name}/", remedy=f"lire reproduce {table} --scale {scale}")
     frame = pd.DataFrame(rows)
-    frame.attrs = {"table": table, "scale": scale, "planned": len(runs), "missing": len(runs) - len(frame), "unresolved": bool(_unresolved(runs, store))}
+    keys = {run.key for run in runs}
+    frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])), "unresolved": bool(_unresolved(runs, store))}
     return frame
 
 
@@ -50,12 +52,15 @@ def about_runs(
     frame: pd.DataFrame,  # of `load_runs`
 ) -> str:  # Markdown
     "One line: how many runs, what made them, when and where, and what is missing."
+    frame_attrs, frame = frame.attrs, frame.drop_duplicates("key")
     machines = sorted({f"{m['cores']} cores of {m['processor']}, torch {m['torch']}, transformers {m['transformers']}" for m in frame["machine"] if isinstance(m, dict)})
     minutes = sum(r["seconds"]["total"] for r in frame["result"]) / 60
     dates, codes = sorted(set(frame["date"])), sorted(set(frame["code"]))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} … {dates[-1]}"
-    missing = frame.attrs["missing"]
-    left = " All planned runs are there." if not missing and not frame.attrs["unresolved"] else f" **{missing} planned runs are missing{', and more that depend on them' if frame.attrs['unresolved'] else ''}.**"
+    missing = frame_attrs["missing"]
+    left = " All planned runs are there." if not missing and not frame_attrs["unresolved"] else f" **{missing} planned runs are missing{', and more that depend on them' if frame_attrs['unresolved'] else ''}.**"
+    if len(codes) > 1:
+        left += " **Rows of different code stand side by side.**"
     return f"{len(frame)} runs, {minutes:.0f} minutes of one core, {days}; code {', '.join(codes)}; {'; '.join(machines)}.{left}"
 
 
@@ -105,12 +110,12 @@ def crossed_interval(
         half = stats.t.ppf(0.975, N - 1) * by_prompt.std(ddof=1) / N**0.5
         return Interval(float(mean), float(mean - half), float(mean + half))
     rest = ((values - by_seed[:, None] - by_prompt + mean) ** 2).sum() / ((S - 1) * (N - 1))
-    seeds, prompts = max(N * by_seed.var(ddof=1), rest), max(S * by_prompt.var(ddof=1), rest)
-    total = seeds + prompts - rest
-    if total == 0:
-        return Interval(float(mean), float(mean), float(mean))
-    freedom = total**2 / (seeds**2 / (S - 1) + prompts**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1)))
-    half = stats.t.ppf(0.975, freedom) * (total / (S * N)) ** 0.5
+    seeds, prompts = N * by_seed.var(ddof=1), max(S * by_prompt.var(ddof=1), rest)
+    total, freedom = prompts, N - 1
+    if seeds > rest:  # else nothing is seen of them
+        total = seeds + prompts - rest
+        freedom = total**2 / (seeds**2 / (S - 1) + prompts**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1)))
+    half = stats.t.ppf(0.975, freedom) * (total / (S * N)) ** 0.5 if total > 0 else 0.0
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 
@@ -199,15 +204,16 @@ def _by_seed(a: pd.DataFrame, b: pd.DataFrame):
 def search_table(
     frame: pd.DataFrame,
 ) -> pd.DataFrame:  # method, settings, mean proxy reward on validation prompts, which was taken
-    "What the search tried for every method, and what it took."
+    "What the search tried for every method, with standard errors over prompts, and what it took."
     rows = []
     tried = frame[frame["stage"] == "search"]
     for method, part in tried.groupby("method", sort=False):
-        scores = [np.mean([np.mean(s) for s in r["scores"]["proxy"]]) for r in part["result"]]
-        for (_, run), score in zip(part.iterrows(), scores):
+        values = [np.array([np.mean(s) for s in r["scores"]["proxy"]]) for r in part["result"]]
+        scores = [v.mean() for v in values]
+        for (_, run), score, own in zip(part.iterrows(), scores, values):
             settings = {k: v for k, v in run["config"]["training"].items() if k in ("learning_rate", "beta", "temperature", "loss_kwargs")}
             settings |= settings.pop("loss_kwargs", {})
-            rows.append({"method": NAMES.get(method, method.upper()), "settings": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()), "validation proxy reward": f"{score:.3f}",
+            rows.append({"method": NAMES.get(method, method.upper()), "settings": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()), "validation proxy reward": f"{score:.2f} ± {own.std(ddof=1) / len(own) ** 0.5:.2f}",
                          "taken": "✓" if score == max(scores) else ""})
     return pd.DataFrame(rows, columns=["method", "settings", "validation proxy reward", "taken"]).set_index(["method", "settings"])
 
@@ -316,25 +322,47 @@ def points_of(
     return [(steps[i], runs.assign(result=[r[name][i] for r in runs["result"]])) for i in range(count)]
 
 # %% ../nbs/10d_tables.ipynb #5a99843a
+_LITTLE = 0.2  # standard deviations
+
+
+class NotMeasured(Exception):
+    "Rows that a claim needs are missing."
+
+
 def verdict(
     intervals: list[Interval],  # positive where the claim is right
+    seeds: int = 2,  # behind each of them
 ) -> str:
     "confirmed, refuted or open."
+    if seeds < 2 or not intervals:
+        return "open"
     if any(i.high < 0 for i in intervals):
         return "refuted"
-    return "confirmed" if intervals and all(i.low > 0 for i in intervals) else "open"
+    return "confirmed" if all(i.low > 0 for i in intervals) else "open"
 
 
 def _listed(found: dict[str, Interval], form: str = "+.2f") -> str:
     return "; ".join(f"{name} {shown(i, form)}" for name, i in found.items())
 
 
+def _seeds(*runs: pd.DataFrame) -> int:
+    if not all(len(r) for r in runs):
+        raise NotMeasured
+    return min(len(r) for r in runs)
+
+
+def _note(seeds: int) -> str:
+    return " (1 seed)" if seeds < 2 else ""
+
+
 def _against(task: str, opponents: tuple[str, ...]):
-    "LIRE minus others, gold reward."
+    "LIRE minus others, gold reward in standard deviations of the start."
     def measure(results):
         systems = systems_of(load_runs(task, results))
-        found = {NAMES[o]: difference(systems["LIRE"], systems[NAMES[o]]) for o in opponents if NAMES[o] in systems}
-        return f"gold reward of LIRE minus {_listed(found)}", verdict(list(found.values()))
+        others = {NAMES[o]: systems.get(NAMES[o], pd.DataFrame()) for o in opponents}
+        seeds, unit = _seeds(systems["LIRE"], *others.values()), spread_of(systems["start"])
+        found = {name: difference(systems["LIRE"], runs, unit=unit) for name, runs in others.items()}
+        return f"gold reward of LIRE minus that of {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
     return measure
 
@@ -342,10 +370,15 @@ def _against(task: str, opponents: tuple[str, ...]):
 def _over_start(task: str):
     def measure(results):
         systems = systems_of(load_runs(task, results))
-        gain, won = difference(systems["LIRE"], systems["start"]), wins(systems["LIRE"], systems["start"])
-        return f"gold gain {shown(gain)}, win rate {shown(won, '.0%')}, KL {values_of(systems['LIRE'], 'kl').mean():.1f} nats", verdict([gain])
+        seeds = _seeds(systems["LIRE"], systems["start"])
+        gain, won = difference(systems["LIRE"], systems["start"], unit=spread_of(systems["start"])), wins(systems["LIRE"], systems["start"])
+        return f"gold gain {shown(gain)}, win rate {shown(won, '.0%')}, KL {values_of(systems['LIRE'], 'kl').mean():.1f} nats{_note(seeds)}", verdict([gain], seeds)
 
     return measure
+
+
+def _start_of(runs: pd.DataFrame) -> pd.DataFrame:
+    return final_runs(runs, method="start")
 
 
 def _of_size(runs: pd.DataFrame, method: str, M, budget: str = "prompts") -> pd.DataFrame:
@@ -354,85 +387,97 @@ def _of_size(runs: pd.DataFrame, method: str, M, budget: str = "prompts") -> pd.
 
 def _more_candidates(budget: str):
     def measure(results):
-        runs = load_runs("candidates", results)
-        sizes = sorted({m for m in runs["M"].dropna() if m != "ragged"})
-        low, high = (_of_size(runs, "lire", m, budget) for m in (sizes[0], SCALES["laptop"]["sizes"][-1]))
-        gain = difference(high, low)
-        return f"gold reward at M = {sizes[-1]:g} minus M = {sizes[0]:g}: {shown(gain)}", verdict([gain])
+        runs, sizes = load_runs("candidates", results), SCALES["laptop"]["sizes"]
+        low, high = (_of_size(runs, "lire", m, budget) for m in (sizes[0], sizes[-1]))
+        seeds = _seeds(low, high)
+        gain, steps = difference(high, low, unit=spread_of(_start_of(runs))), [int(r["prompts"].iloc[0]) // SCALES["laptop"]["batch"] for r in (low, high)]
+        return f"gold reward at M = {sizes[-1]} ({steps[1]} steps) minus M = {sizes[0]} ({steps[0]} steps): {shown(gain)}{_note(seeds)}", verdict([gain], seeds)
 
     return measure
 
 
 def _weak_when_small(results):
-    runs = load_runs("candidates", results)
-    found = {f"{NAMES[m]}": difference(_of_size(runs, "lire", 2), _of_size(runs, m, 2)) for m in ("pro", "rrhf")}
-    return f"at M = 2, gold reward of LIRE minus {_listed(found)}", verdict(list(found.values()))
+    "How much more the others are behind LIRE at the smallest M than at the largest."
+    runs, sizes = load_runs("candidates", results), SCALES["laptop"]["sizes"]
+    unit, found, seeds = spread_of(_start_of(runs)), {}, []
+    for other in ("pro", "rrhf"):
+        parts = [_of_size(runs, m, M) for M in (sizes[0], sizes[-1]) for m in ("lire", other)]
+        seeds.append(_seeds(*parts))
+        small, large = (values_of(_paired(*pair)[0], "gold") - values_of(_paired(*pair)[1], "gold") for pair in (parts[:2], parts[2:]))
+        found[NAMES[other]] = crossed_interval((small - large) / unit)
+        found[f"{NAMES[other]} at M = {sizes[0]} alone"] = crossed_interval(small / unit)
+    text = f"how far behind LIRE at M = {sizes[0]}, less how far at M = {sizes[-1]}: {_listed(found)}{_note(min(seeds))}"
+    return text, verdict([i for name, i in found.items() if "alone" not in name], min(seeds))
 
 
-def ablation(
-    runs: pd.DataFrame,  # of the ablations
-    setting: str,
-    value,
-    against: tuple | None = None,  # another setting and value; default: the base
-    judge: str = "gold",
-) -> Interval:
-    "What one changed setting does to the reward, against the settings that the search found."
-    at = lambda s, v: final_runs(runs[[x == s for x in runs["setting"]]], value=v)  # noqa: E731
-    return difference(at(setting, value), at(*(against or ("base", ""))), judge)
+def _ablated(runs: pd.DataFrame, setting: str, value) -> pd.DataFrame:
+    "The runs with one changed setting."
+    return final_runs(runs[[x == setting for x in runs["setting"]]], value=value)
 
 
 def _temperature(results):
     runs = load_runs("ablations", results)
-    base = final_runs(runs, setting="base")["config"].iloc[0]["training"]["temperature"]
-    found = {f"T = {T:g}": ablation(runs, "temperature", T) for T in sorted(set(runs[runs["setting"] == "temperature"]["value"])) if T != base}
-    if not found:
-        raise KeyError("temperature")
-    return f"gold reward against T = {base:g}: {_listed(found)}", "refuted" if any(i.low > 0 or i.high < 0 for i in found.values()) else "open"
+    base, unit = _ablated(runs, "base", ""), spread_of(_start_of(runs))
+    T = base["config"].iloc[0]["training"]["temperature"]
+    parts = {t: _ablated(runs, "temperature", t) for t in (2.0, 5.0, 10.0, 20.0, 50.0) if t != T}
+    seeds = _seeds(base, *parts.values())
+    found = {f"T = {t:g}": difference(part, base, unit=unit) for t, part in parts.items()}
+    if seeds < 2:
+        decided = "open"
+    elif any(abs(i.value) > _LITTLE and (i.low > _LITTLE or i.high < -_LITTLE) for i in found.values()):
+        decided = "refuted"
+    else:
+        decided = "confirmed" if all(-_LITTLE < i.low and i.high < _LITTLE for i in found.values()) else "open"
+    return f"gold reward against T = {T:g}: {_listed(found)}{_note(seeds)}", decided
 
 
 def _list_or_values(results):
     runs = load_runs("ablations", results)
-    found = {"the list (against its best and worst alone)": difference(_ablated(runs, "base", ""), _ablated(runs, "pair", "values")),
-             "the values (against ranks)": difference(_ablated(runs, "base", ""), _ablated(runs, "reward_transform", "rank"))}
-    return f"gold reward gained by {_listed(found)}", verdict(list(found.values()))
-
-
-def _ablated(runs, setting, value):
-    return final_runs(runs[[x == setting for x in runs["setting"]]], value=value)
+    whole, ranks, pair = _ablated(runs, "reward_transform", "none"), _ablated(runs, "reward_transform", "rank"), _ablated(runs, "pair", "values")
+    seeds, unit = _seeds(whole, ranks, pair), spread_of(_start_of(runs))
+    found = {"the list (against its best and worst alone)": difference(whole, pair, unit=unit), "the values (against ranks)": difference(whole, ranks, unit=unit)}
+    return f"gold reward gained by {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
 
 def _prevents(results):
     runs = load_runs("overoptimization", results)
-    with_sft, without = (points_of(final_runs(runs, method="lire", sft_weight=a)) for a in (1.0, 0.0))
-    gap = {name: difference(points[-1][1], points[0][1], "proxy") for name, points in (("with", with_sft), ("without", without))}
-    gold = {name: difference(points[-1][1], points[0][1], "gold") for name, points in (("with", with_sft), ("without", without))}
-    better = difference(with_sft[-1][1], without[-1][1], "gold")
-    fall = {name: difference(points[-1][1], max(points, key=lambda p: values_of(p[1], "gold").mean())[1], "gold") for name, points in (("with", with_sft), ("without", without))}
-    text = f"after {without[-1][0]} steps the gold gain is {_listed(gold)}, the proxy gain {_listed(gap)}; gold since its best point {_listed(fall)}; with minus without {shown(better)}"
-    return text, verdict([better])
+    courses = {name: points_of(final_runs(runs, method="lire", sft_weight=a)) for name, a in (("with", 1.0), ("without", 0.0))}
+    seeds, unit = _seeds(*(points[0][1] for points in courses.values())), spread_of(courses["without"][0][1])
+    gains = {judge: {name: difference(points[-1][1], points[0][1], judge, spread_of(points[0][1], judge)) for name, points in courses.items()} for judge in ("gold", "proxy")}
+    since = {name: _since_best(points) / unit for name, points in courses.items()}
+    falls = {name: crossed_interval(values) for name, values in since.items()}
+    text = f"after {courses['without'][-1][0]} steps gold has gained {_listed(gains['gold'])}, proxy {_listed(gains['proxy'])}; gold since its best point {_listed(falls)}{_note(seeds)}"
+    if falls["without"].high >= 0:
+        return text + ": without the term nothing was over-optimized", "open"
+    return text, verdict([crossed_interval(since["with"] - since["without"])], seeds)
+
+
+def _since_best(points) -> np.ndarray:
+    "(S, N) gold reward at the end minus that of the point with the best mean; chosen on the same prompts, so it looks a little worse than it is."
+    best = max(points, key=lambda p: values_of(p[1], "gold").mean())[1]
+    return values_of(points[-1][1], "gold") - values_of(best, "gold")
 
 
 def _rounds_rise(results):
-    rounds = points_of(final_runs(load_runs("self_enhancement", results), method="lire", pool="replace"))
-    rises = {f"round {b[0]} over {a[0]}": difference(b[1], a[1]) for a, b in zip(rounds, rounds[1:])}
-    return f"gold reward of {_listed(rises)}", verdict(list(rises.values()))
+    runs = load_runs("self_enhancement", results)
+    rounds = [(0, _start_of(runs)), *points_of(final_runs(runs, method="lire", pool="replace"))]
+    seeds, unit = _seeds(*(r for _, r in rounds)), spread_of(rounds[0][1])
+    rises = {f"round {b[0]} over {a[0] or 'the start'}": difference(b[1], a[1], unit=unit) for a, b in zip(rounds, rounds[1:])}
+    return f"gold reward of {_listed(rises)}{_note(seeds)}", verdict(list(rises.values()), seeds)
+
+
+def off_mean(runs: pd.DataFrame, judge: str = "proxy") -> np.ndarray:
+    "(S, N) distances from the mean of the same seed: their mean is a measure of spread that has an interval (Levene)."
+    values = values_of(runs, judge)
+    return np.abs(values - values.mean(1, keepdims=True))
 
 
 def _variance_falls(results):
     runs = load_runs("self_enhancement", results)
     rounds = points_of(final_runs(runs, method="lire", pool="replace"))
-    first, last = (values_of(r, "proxy") for r in (final_runs(runs, method="start"), rounds[-1][1]))
-    fall = _spread_change(first, last)
-    return f"standard deviation of the proxy reward over prompts, start minus round {rounds[-1][0]}: {shown(fall)}", verdict([fall])
-
-
-def _spread_change(before: np.ndarray, after: np.ndarray) -> Interval:
-    "Standard deviation before minus after, prompts and seeds drawn together."
-    def deviation(x, r, c):
-        mean = np.einsum("ds,sn,dn->d", r, x, c)
-        return np.sqrt(np.maximum(np.einsum("ds,sn,dn->d", r, x**2, c) - mean**2, 0))
-
-    return crossed_bootstrap(before.shape, lambda r, c: deviation(before, r, c) - deviation(after, r, c))
+    start, last = _paired(_start_of(runs), rounds[-1][1])
+    fall = crossed_interval((off_mean(start) - off_mean(last)) / spread_of(start, "proxy"))
+    return f"mean distance of the proxy reward from its mean, start minus round {rounds[-1][0]}: {shown(fall)}{_note(_seeds(last))}", verdict([fall], _seeds(last))
 
 
 def transfer_gain(runs: pd.DataFrame, method: str, task: str, judged: str) -> Interval:
@@ -442,12 +487,11 @@ def transfer_gain(runs: pd.DataFrame, method: str, task: str, judged: str) -> In
 
 
 def _transfers(results):
-    runs = load_runs("transfer", results)
-    tasks = [t for t in SCALES["laptop"]["tasks"] if len(runs[(runs["method"] == "lire") & (runs["task"] == t)])]
-    found = {f"{a} → {b}": transfer_gain(runs, "lire", a, b) for a in tasks for b in SCALES["laptop"]["tasks"] if a != b and len(final_runs(runs, method="lire", task=a, judged=b))}
-    if not found:
-        raise KeyError("transfer")
-    return f"gold gain of LIRE in standard deviations: {_listed(found)}", verdict(list(found.values()))
+    runs, tasks = load_runs("transfer", results), list(SCALES["laptop"]["tasks"])
+    parts = {(a, b): final_runs(runs, method="lire", task=a, judged=b) for a in tasks for b in tasks if a != b}
+    seeds = _seeds(*parts.values())
+    found = {f"{a} → {b}": transfer_gain(runs, "lire", a, b) for a, b in parts}
+    return f"gold gain of LIRE: {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
 
 CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook, measurement
@@ -473,12 +517,12 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
 def verdict_table(
     results: str | Path = "../data/results",
 ) -> pd.DataFrame:  # claim, said by, measurement, verdict, notebook
-    "Every claim with what was measured here; open where nothing was yet."
+    "Every claim with what was measured here, differences in standard deviations of the start's reward; open where something was not yet."
     store, rows = Results(results), []
     for claim, who, notebook, measure in CLAIMS:
         try:
             found, decided = measure(store)
-        except (LireError, KeyError, IndexError, TypeError):  # a part of it has no rows yet
+        except (LireError, KeyError, IndexError, NotMeasured):  # a part of it has no rows yet
             found, decided = "not measured yet", "open"
         rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": f"[{notebook}]({notebook}.ipynb)"})
     return pd.DataFrame(rows).set_index("claim")
@@ -487,14 +531,27 @@ def verdict_table(
 def paper_table(
     table: str,
     path: str | Path = "../data/paper_tables.csv",
-) -> pd.DataFrame:  # system × metric; empty where no source is known
-    "What is published for a table."
+) -> pd.DataFrame:  # system × metric, as text; empty where no source is known
+    "What is published for a table; raises `LireError` for one that the file does not name."
     rows = pd.read_csv(path)
-    rows = rows[rows["table"] == table]
-    if rows.empty:
-        raise LireError("not in the file", file=path, field="table", value=table, allowed=", ".join(sorted(set(pd.read_csv(path)["table"]))), remedy="choose one of these")
-    wide = rows.pivot(index="system", columns="metric", values="value").reindex(index=rows["system"].unique(), columns=rows["metric"].unique())
+    mine = rows[rows["table"] == table]
+    if mine.empty:
+        raise LireError("not in the file", file=path, field="table", value=table, allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
+    wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(), columns=mine["metric"].unique())
     return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")
+
+
+def beside_paper(
+    systems: dict[str, pd.DataFrame],  # of `systems_of`
+    table: str,
+    path: str | Path = "../data/paper_tables.csv",
+) -> pd.DataFrame:  # paper's numbers and ours, by system
+    "The paper's table with ours beside it; systems that only one of them has keep empty cells."
+    ours = {name: {"ours: gold gain": "" if name == "start" else shown(difference(runs, systems["start"])), "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
+                   "ours: perplexity": f"{start_perplexity(runs).value:.1f}"} for name, runs in systems.items()}
+    theirs = paper_table(table, path).add_prefix("paper: ")
+    order = [*theirs.index, *(n for n in systems if n not in theirs.index)]
+    return theirs.join(pd.DataFrame(ours).T, how="outer").reindex(order).fillna("").rename_axis("system")
 
 # %% ../nbs/10d_tables.ipynb #bc196e18
 def summary_table(

@@ -23,7 +23,7 @@ LAPTOP = ROOT / "data" / "results"
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().split(b"\n") if line]
 
 
 def plain(result: dict) -> dict:
@@ -116,12 +116,17 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
     (tmp_path / "results").mkdir()
     for path in (smoke[0] / "results").iterdir():
         (tmp_path / "results" / path.name).write_text(path.read_text().replace(f'"code": "{code_version()}"', '"code": "0ld0ld0"'))
-    common = ["reproduce", "sentiment", "--scale", "smoke", "--jobs", "1", "--most", "0", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
-    assert main(common) == 0
+    common = ["reproduce", "sentiment", "--scale", "smoke", "--jobs", "1", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    assert main([*common, "--most", "0"]) == 0
     said = capsys.readouterr().out
     assert "0ld0ld0" in said and "--accept 0ld0ld0" in said
-    assert main([*common, "--accept", "0ld0ld0", "--most", "9"]) == 0
-    assert "0 experiments run" in capsys.readouterr().out
+    assert main(["reproduce", "--list", "--scale", "smoke", "--results", str(tmp_path / "results")]) == 0
+    assert "more rows of other code" in capsys.readouterr().out
+    path = tmp_path / "results" / "sentiment.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # one is missing
+    assert main([*common, "--accept", "0ld0ld0"]) == 0
+    assert "1 experiments run" in capsys.readouterr().out
+    assert [row["code"] for row in rows_of(tmp_path / "results") if row["table"] == "sentiment"].count(code_version()) == 1
 
 
 def test_one_command_at_a_time_in_a_work_folder(tmp_path):
@@ -138,6 +143,80 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(LireError, match="1 runs failed; 1 are kept"):
         R.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1, say=said.append)
     assert [row["key"] for row in rows_of(tmp_path / "results")] == [good.key] and any("unknown kind" in line for line in said)
+
+
+def test_a_worker_that_dies_is_said_and_the_others_go_on(tmp_path, monkeypatch):
+    """A process that is killed, as by a machine out of memory, costs its own run only."""
+    monkeypatch.setattr(R._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    runs, done = [R.Run("toy", {"kind": "train", "seed": n}, {"seed": n}) for n in range(6)], []
+    failed = R._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run, result: done.append(run.labels["seed"]))
+    assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run, _ in failed] == [3] and "its process ended" in failed[0][1]
+
+
+def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
+    changed = DYING.replace('"result": {}', '"result": {}, "code": "0ther"')
+    monkeypatch.setattr(R._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    failed = R._Workers(1, 1, tmp_path / "log").map([R.Run("toy", {"seed": 0})], tmp_path, lambda run, result: pytest.fail("taken"))
+    assert "code was changed" in failed[0][1]
+
+
+DYING = """
+import json, os, sys
+for line in sys.stdin:
+    if json.loads(line)["config"]["seed"] == 3:
+        os.kill(os.getpid(), 9)
+    print(json.dumps({"result": {}}), flush=True)
+"""
+
+
+def test_rows_survive_odd_letters_and_half_lines(tmp_path):
+    """A line separator inside a text is no end of a row, and a write cut in the middle of a letter is no error."""
+    run, about = R.Run("toy", {"seed": 0}), {"date": "2026-01-01"}
+    R.Results(tmp_path).append(run, {"text": "one\u2028two\x85three é"}, about)
+    with open(tmp_path / "toy.jsonl", "ab") as f:
+        f.write('{"key": "é'.encode()[:-1])
+    again = R.Results(tmp_path)
+    assert again.find(run.config) == {"text": "one\u2028two\x85three é"}
+    again.append(R.Run("toy", {"seed": 1}), {}, about)
+    assert len(rows_of(tmp_path)) == 2
+
+
+def invented(gold: dict, seeds: int = 3, prompts: int = 40):
+    """Runs of systems whose gold reward is known: mean, and noise around it."""
+    draw, rows = np.random.default_rng(0), []
+    base = draw.normal(size=(seeds, prompts))
+    for labels, mean in gold.items():
+        for seed in range(seeds):
+            values = (base[seed] + mean + draw.normal(0, 0.1, prompts)).tolist()
+            rows.append({**dict(labels), "seed": seed, "key": f"{labels}{seed}", "table": "toy", "config": {"training": {"temperature": 20.0}},
+                         "result": {"ids": "same", "scores": {j: [[v] for v in values] for j in ("gold", "proxy")}, **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}}})
+    return T.pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("dpo, seeds, expected", [(0.0, 3, "confirmed"), (1.0, 3, "refuted"), (0.5, 3, "open"), (0.0, 1, "open"), (None, 3, "open")])
+def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
+    """LIRE at 0.5 against opponents below, above, as good, with one seed, and missing."""
+    means = {(("method", "start"),): 0.0, (("method", "lire"),): 0.5, (("method", "rrhf"),): 0.1, **({(("method", "dpo"),): dpo} if dpo is not None else {})}
+    monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means, seeds))
+    try:
+        text, decided = T._against("toy", ("dpo", "rrhf"))(None)
+    except T.NotMeasured:
+        text, decided = "", "open"
+    assert decided == expected and ("(1 seed)" in text) == (seeds == 1)
+
+
+@pytest.mark.parametrize("worst, expected", [(0.0, "confirmed"), (-1.0, "refuted"), (-0.2, "open")])
+def test_a_setting_changes_little_or_not(monkeypatch, worst, expected):
+    means = {(("setting", "base"), ("value", ""), ("method", "lire")): 1.0, (("setting", ""), ("value", ""), ("method", "start")): 0.0,
+             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in (2.0, 5.0, 10.0, 20.0, 50.0)}}
+    monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means))
+    assert T._temperature(None)[1] == expected
+
+
+def test_every_claim_can_be_decided(smoke):
+    """At the smoke scale nothing is significant, but every measurement finds its rows."""
+    table = T.verdict_table(T.Results(smoke[0] / "results"))
+    assert len(table) == len(T.CLAIMS) and set(table["verdict"]) <= {"confirmed", "refuted", "open"}
 
 
 def test_the_search_budget_is_the_same_for_every_method():
