@@ -399,6 +399,20 @@ class _Workers:
         command = [sys.executable, "-c", "from lire_nb.reproduce import _worker; _worker()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=self.env)
 
+    def _ask(self, process: subprocess.Popen, run: Run, work: Path) -> dict:
+        "The answer of a worker: a result with its code, or an error."
+        try:
+            process.stdin.write(json.dumps({"config": run.config, "work": str(work), "keep": run.keep}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line.endswith("\n"):
+            return {"error": f"its process ended; see {self.log.name}"}
+        answer = json.loads(line)
+        changed = answer.get("code", code_version()) != code_version()
+        return {"error": "the code was changed while this command ran; start it again"} if changed else answer
+
     def map(self, runs: list[Run], work: Path, done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:  # what failed, and why
         "Every run on the next free worker; `done` is called in this process, one at a time."
         todo, lock, failed, broken = list(runs), threading.Lock(), [], []
@@ -411,23 +425,15 @@ class _Workers:
                         break
                     run = todo.pop(0)
                 process = process or self._start()
-                try:
-                    process.stdin.write(json.dumps({"config": run.config, "work": str(work), "keep": run.keep}) + "\n")
-                    process.stdin.flush()
-                    line = process.stdout.readline()
-                except BrokenPipeError:
-                    line = ""
-                answer = json.loads(line) if line.endswith("\n") else {"error": f"its process ended; see {self.log.name}"}
-                if answer.get("code", code_version()) != code_version():
-                    answer = {"error": "the code was changed while this command ran; start it again"}
-                if "error" in answer:
-                    process.kill()
-                    process = None
+                answer = self._ask(process, run, work)
                 with lock:
                     try:
                         failed.append((run, answer["error"])) if "error" in answer else done(run, answer["result"])
                     except BaseException as e:  # e.g. a full disk: no further run would be kept
                         broken.append(e)
+                if "error" in answer:
+                    process.kill()
+                    process = None
             if process is not None:
                 process.stdin.close()
                 process.wait()
