@@ -69,7 +69,7 @@ def final_runs(
     **labels,  # e.g. method="lire"
 ) -> pd.DataFrame:  # one row a seed, in the order of the seeds
     "The judged runs of one system."
-    rows = frame[frame["stage"] != "search"] if "stage" in frame else frame
+    rows = frame[~frame["stage"].isin(["search"] if "stage" in labels else ["search", "reason"])] if "stage" in frame else frame
     for name, value in labels.items():
         rows = rows[[v == value for v in rows[name]]]
     return rows.drop_duplicates("key").sort_values("seed")
@@ -377,6 +377,18 @@ def _over_start(task: str):
     return measure
 
 
+def _as_near(task: str):
+    "KL of the baseline minus that of LIRE: positive where LIRE stays nearer."
+    def measure(results):
+        systems = systems_of(load_runs(task, results))
+        ours, theirs = _paired(systems["LIRE"], systems["DPO"])
+        nearer = crossed_interval(values_of(theirs, "kl") - values_of(ours, "kl"))
+        ratio = start_perplexity(ours).value, start_perplexity(systems["start"]).value
+        return f"KL of DPO minus that of LIRE {shown(nearer, '+.1f')} nats; perplexity under the start {ratio[0]:.0f}, of the start's own texts {ratio[1]:.0f}{_note(_seeds(ours, theirs))}", verdict([nearer], _seeds(ours, theirs))
+
+    return measure
+
+
 def _start_of(runs: pd.DataFrame) -> pd.DataFrame:
     return final_runs(runs, method="start")
 
@@ -502,6 +514,8 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
     ("LIRE beats DPO, RRHF and PRO, summarization", "paper", "21_summarization", _against("summarization", ("dpo", "rrhf", "pro"))),
     ("LIRE beats DPO, RRHF and PRO, sentiment", "ours", "20a_sentiment", _against("sentiment", ("dpo", "rrhf", "pro"))),
     ("LIRE beats Plackett–Luce DPO and SLiC, sentiment", "reviewers ask", "20a_sentiment", _against("sentiment", ("plackett_luce_dpo", "slic"))),
+    ("without a reference model LIRE stays as near to the start as DPO with one, dialogue", "reviewers ask", "20_dialogue", _as_near("dialogue")),
+    ("the same, sentiment", "reviewers ask", "20a_sentiment", _as_near("sentiment")),
     ("LIRE gains with M, at equal prompts", "paper", "22_candidates", _more_candidates("prompts")),
     ("LIRE gains with M, at equal completions", "reviewers ask", "22_candidates", _more_candidates("completions")),
     ("PRO and RRHF are weak for small M", "paper", "22_candidates", _weak_when_small),
