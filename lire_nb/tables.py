@@ -23,7 +23,7 @@ from .evaluation import Interval, preferences
 from .experiments import expand
 from .lists import LireError
 from .reporting import COLORS, figure_style, non_dominated, plot_win_matrix
-from .reproduce import NAMES, SCALES, Results, plan
+from .reproduce import NAMES, SCALES, TEMPERATURES, Results, plan
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
 def load_runs(
@@ -431,7 +431,7 @@ def _temperature(results):
     runs = load_runs("ablations", results)
     base, unit = _ablated(runs, "base", ""), spread_of(_start_of(runs))
     T = base["config"].iloc[0]["training"]["temperature"]
-    parts = {t: _ablated(runs, "temperature", t) for t in (2.0, 5.0, 10.0, 20.0, 50.0) if t != T}
+    parts = {t: _ablated(runs, "temperature", t) for t in TEMPERATURES if t != T}
     seeds = _seeds(base, *parts.values())
     found = {f"T = {t:g}": difference(part, base, unit=unit) for t, part in parts.items()}
     if seeds < 2:
@@ -528,6 +528,11 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
 ]
 
 
+def _link(notebook: str, results: Path) -> str:
+    there = results.resolve().parents[1] / "nbs" / f"{notebook}.ipynb"
+    return f"[{notebook}]({notebook}.ipynb)" if there.exists() else notebook
+
+
 def verdict_table(
     results: str | Path = "../data/results",
 ) -> pd.DataFrame:  # claim, said by, measurement, verdict, notebook
@@ -538,7 +543,7 @@ def verdict_table(
             found, decided = measure(store)
         except (LireError, KeyError, IndexError, NotMeasured):  # a part of it has no rows yet
             found, decided = "not measured yet", "open"
-        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": f"[{notebook}]({notebook}.ipynb)"})
+        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": _link(notebook, store.folder)})
     return pd.DataFrame(rows).set_index("claim")
 
 # %% ../nbs/10d_tables.ipynb #3260f78f
@@ -592,7 +597,7 @@ def verdict_text(
 ) -> str:  # Markdown
     "The verdicts of one notebook as a list."
     table = verdict_table(results)
-    mine = table[[f"[{notebook}]" in cell for cell in table["notebook"]]]
+    mine = table[[notebook in cell for cell in table["notebook"]]]
     return "\n".join(f"- **{row['verdict']}** ({row['said by']}): {claim}. Measured: {row['measurement, 95 % interval']}." for claim, row in mine.iterrows())
 
 

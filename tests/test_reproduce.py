@@ -208,7 +208,7 @@ def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
 @pytest.mark.parametrize("worst, expected", [(0.0, "confirmed"), (-1.0, "refuted"), (-0.2, "open")])
 def test_a_setting_changes_little_or_not(monkeypatch, worst, expected):
     means = {(("setting", "base"), ("value", ""), ("method", "lire")): 1.0, (("setting", ""), ("value", ""), ("method", "start")): 0.0,
-             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in (2.0, 5.0, 10.0, 20.0, 50.0)}}
+             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in R.TEMPERATURES}}
     monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means))
     assert T._temperature(None)[1] == expected
 
