@@ -389,6 +389,15 @@ def _as_near(task: str):
     return measure
 
 
+def _written_texts(results):
+    "LIRE on lists with the written texts minus LIRE on the same lists without them."
+    runs = load_runs("dialogue", results)
+    systems, own = systems_of(runs), final_runs(runs, stage="reason", change="own candidates only")
+    seeds = _seeds(systems["LIRE"], own)
+    gain, ratio = difference(systems["LIRE"], own, unit=spread_of(systems["start"])), [start_perplexity(r).value for r in (systems["LIRE"], own, systems["start"])]
+    return f"gold reward with minus without them {shown(gain)}; perplexity under the start {ratio[0]:.0f} and {ratio[1]:.0f}, of the start's own texts {ratio[2]:.0f}{_note(seeds)}", verdict([gain], seeds)
+
+
 def _start_of(runs: pd.DataFrame) -> pd.DataFrame:
     return final_runs(runs, method="start")
 
@@ -514,6 +523,7 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
     ("LIRE beats DPO, RRHF and PRO, summarization", "paper", "21_summarization", _against("summarization", ("dpo", "rrhf", "pro"))),
     ("LIRE beats DPO, RRHF and PRO, sentiment", "ours", "20a_sentiment", _against("sentiment", ("dpo", "rrhf", "pro"))),
     ("LIRE beats Plackett–Luce DPO and SLiC, sentiment", "reviewers ask", "20a_sentiment", _against("sentiment", ("plackett_luce_dpo", "slic"))),
+    ("lists gain by the written texts in them, dialogue", "authors' code has them", "20_dialogue", _written_texts),
     ("without a reference model LIRE stays as near to the start as DPO with one, dialogue", "reviewers ask", "20_dialogue", _as_near("dialogue")),
     ("the same, sentiment", "reviewers ask", "20a_sentiment", _as_near("sentiment")),
     ("LIRE gains with M, at equal prompts", "paper", "22_candidates", _more_candidates("prompts")),
