@@ -23,7 +23,7 @@ from .evaluation import Interval, preferences
 from .experiments import expand
 from .lists import LireError
 from .reporting import COLORS, figure_style, non_dominated, plot_win_matrix
-from .reproduce import NAMES, SCALES, TEMPERATURES, Results, plan
+from .reproduce import NAMES, SCALES, Results, plan
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
 def load_runs(
@@ -440,7 +440,7 @@ def _temperature(results):
     runs = load_runs("ablations", results)
     base, unit = _ablated(runs, "base", ""), spread_of(_start_of(runs))
     T = base["config"].iloc[0]["training"]["temperature"]
-    parts = {t: _ablated(runs, "temperature", t) for t in TEMPERATURES if t != T}
+    parts = {t: _ablated(runs, "temperature", t) for t in SCALES["laptop"]["temperatures"] if t != T}
     seeds = _seeds(base, *parts.values())
     found = {f"T = {t:g}": difference(part, base, unit=unit) for t, part in parts.items()}
     if seeds < 2:
