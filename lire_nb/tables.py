@@ -71,7 +71,7 @@ def final_runs(
     "The judged runs of one system."
     rows = frame[~frame["stage"].isin(["search"] if "stage" in labels else ["search", "reason"])] if "stage" in frame else frame
     for name, value in labels.items():
-        rows = rows[[v == value for v in rows[name]]]
+        rows = rows.loc[np.array([v == value for v in rows[name]], bool)]  # also where no row is left
     return rows.drop_duplicates("key").sort_values("seed")
 
 
@@ -433,7 +433,7 @@ def _weak_when_small(results):
 
 def _ablated(runs: pd.DataFrame, setting: str, value) -> pd.DataFrame:
     "The runs with one changed setting."
-    return final_runs(runs[[x == setting for x in runs["setting"]]], value=value)
+    return final_runs(runs, setting=setting, value=value)
 
 
 def _temperature(results):
