@@ -36,10 +36,10 @@ SCALES: dict[str, dict] = {
         "epochs": 1, "batch": 2, "rounds": 2, "course_epochs": 2,
         "tasks": {
             "sentiment": {"pool": 6, "sampled": 3, "prompts": 4, "candidates": 2, "tokens": 5, "given": 0, "validation": 3, "test": 4, "samples": 1, "reward": {**_FILMS, "lists": 16, "check": 8}},
-            "dialogue": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 8, "epochs": 1, "check": 4}},
-            "summarization": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 8, "epochs": 1, "check": 4}},
+            "dialogue": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
+            "summarization": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
         },
-        "sizes": (2, 3), "temperatures": (2.0, 50.0), "transferred": ("lire",),
+        "sizes": (2, 3), "temperatures": (50.0,), "transferred": ("lire",),
     },
     "laptop": {
         "about": "SmolLM2-135M on two processor cores", "policy": "smollm2", "backbone": "minilm", "seeds": 3, "points": 3, "threads": 1, "epochs": 1, "batch": 2, "rounds": 3, "course_epochs": 6,

@@ -547,7 +547,7 @@ def verdict_table(
     results: str | Path = "../data/results",
 ) -> pd.DataFrame:  # claim, said by, measurement, verdict, notebook
     "Every claim with what was measured here, differences in standard deviations of the start's reward; open where something was not yet."
-    store, rows = Results(results), []
+    store, rows = results if isinstance(results, Results) else Results(results), []
     for claim, who, notebook, measure in CLAIMS:
         try:
             found, decided = measure(store)
@@ -587,7 +587,7 @@ def summary_table(
     results: str | Path = "../data/results",
 ) -> pd.DataFrame:  # method × task: gold gain [interval], share of wins, KL
     "Every method on every task."
-    store, columns = Results(results), {}
+    store, columns = results if isinstance(results, Results) else Results(results), {}
     for task in ("dialogue", "summarization", "sentiment"):
         try:
             systems = systems_of(load_runs(task, store))
