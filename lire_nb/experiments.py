@@ -311,7 +311,7 @@ def trained_lists(config: dict, work: Path) -> list[dict]:
     "The lists that an experiment trains on."
     return take_candidates(source_lists(config, work), **config["take"], seed=config["seed"])
 
-
+# %% ../nbs/10b_experiments.ipynb #67109221
 def _trained(config: dict, work: Path) -> str:
     "The folder of the trained policy; one that is kept from before is used again."
     if config["method"] == "start":
@@ -346,7 +346,7 @@ def _train(config: dict, work: Path, keep: bool) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
     return {**result, "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
 
-
+# %% ../nbs/10b_experiments.ipynb #f3e075b9
 class _Course(TrainerCallback):
     "Judges the policy every so many steps; training goes on as if it had not."
 
@@ -374,7 +374,7 @@ def _course(config: dict, work: Path, keep: bool) -> dict:
         LIRETrainer(model, args, trained_lists(config, work), processing_class=tokenizer, callbacks=[course]).train()
     return {"points": course.points}
 
-
+# %% ../nbs/10b_experiments.ipynb #973c9ae7
 def _enhance(config: dict, work: Path, keep: bool) -> dict:
     run, task, source = Path(work) / "runs" / config_key(config), _task(config, config["source"]["task"]), config["source"]
     prompts = prompts_of(task, "train", source["prompts"])
@@ -404,7 +404,7 @@ def _online(config: dict, work: Path, keep: bool) -> dict:
 def _reward(config: dict, work: Path, keep: bool) -> dict:
     return json.loads((reward_folder(reward_spec(config, config["task"], config["name"]), work) / "held_out.json").read_text())
 
-
+# %% ../nbs/10b_experiments.ipynb #598f153a
 KINDS: dict[str, Callable[[dict, Path, bool], dict]] = {"train": _train, "course": _course, "enhance": _enhance, "online": _online, "reward": _reward}
 
 # %% ../nbs/10b_experiments.ipynb #d59f6bad

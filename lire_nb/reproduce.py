@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .enhancement import _is_main
 from .experiments import code_version, config_key, run_experiment
 from .lists import LireError
 
@@ -147,7 +148,7 @@ def _reward_runs(task: str, scale: dict) -> list[Run]:
     spec = {task: {"backbone": scale["backbone"], **scale["tasks"][task]["reward"]}}
     return [Run(task, {"kind": "reward", "task": task, "name": name, "rewards": spec, "threads": scale["threads"]}, {"stage": "reward", "method": name}) for name in ("proxy", "gold")]
 
-
+# %% ../nbs/10c_reproduce.ipynb #5cabe89b
 def _methods_plan(task: str, scale: dict, seeds: int, find: Find) -> list[Run]:
     "Every method on one task."
     runs = _reward_runs(task, scale)
@@ -172,7 +173,7 @@ def _reasons(scale: dict, task: str, seed: int, best: dict) -> list[Run]:
     half = {"learning_rate": best["learning_rate"] / 2}
     return [run("own candidates only", {}, given=False), run("supervised term, α = 1", {"sft_weight": 1.0}), run("T = 100", {"temperature": 100.0}), run("half the learning rate", half)]
 
-
+# %% ../nbs/10c_reproduce.ipynb #5604c6fe
 def _candidates_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     "M at equal prompts and at an equal number of completions; ragged lists; the other losses at the same M."
     sizes, runs = scale["tasks"]["sentiment"], []
@@ -199,7 +200,7 @@ def _candidates_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
 def _starts(scale: dict, seeds: int, table: str = "sentiment") -> list[Run]:
     return [Run(table, experiment(scale, table, "start", seed), {"stage": "final", "method": "start", "seed": seed}) for seed in range(seeds)]
 
-
+# %% ../nbs/10c_reproduce.ipynb #7e59b29d
 def _ablations_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     "One setting of LIRE at a time, from the settings that the search found."
     runs, best = search("sentiment", "lire", scale, find)
@@ -218,7 +219,7 @@ def _ablations_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
         runs += [Run("sentiment", experiment(scale, "sentiment", method, seed, other), {"setting": "loss", "value": method, "method": method, "seed": seed}) for seed in range(seeds if other else 0)]
     return runs + _starts(scale, seeds)
 
-
+# %% ../nbs/10c_reproduce.ipynb #47e10e34
 def _enhancement_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     "Rounds with the pool replaced or kept, and RLOO on as many completions."
     runs, best = search("sentiment", "lire", scale, find)
@@ -241,7 +242,7 @@ def _enhancement_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
                      {"method": "rloo", "pool": "online", "seed": seed}) for seed in range(seeds)]
     return runs + _starts(scale, seeds)
 
-
+# %% ../nbs/10c_reproduce.ipynb #1a884407
 def _course_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     "Training far past the usual number of steps, with and without the supervised term."
     runs, sizes = [], scale["tasks"]["sentiment"]
@@ -271,7 +272,7 @@ def _transfer_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
                          for other in scale["tasks"] if other != task]
     return runs
 
-
+# %% ../nbs/10c_reproduce.ipynb #17773ccd
 @dataclass(frozen=True)
 class Table:
     "What can be reproduced."
@@ -311,10 +312,6 @@ def table_of(name: str) -> Table:
     return TABLES[name]
 
 # %% ../nbs/10c_reproduce.ipynb #2ab5d480
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by accelerate launch
-
-
 class Results:
     "The rows of a folder of results, found by configuration."
 
@@ -396,7 +393,7 @@ def _lines_or_exit():
     while True:
         yield lines.get()
 
-
+# %% ../nbs/10c_reproduce.ipynb #e3b0f6aa
 class _Workers:
     "Processes that run experiments side by side."
 
@@ -458,7 +455,7 @@ class _Workers:
             raise broken[0]
         return failed
 
-
+# %% ../nbs/10c_reproduce.ipynb #eec6096b
 @contextmanager
 def _only_one(work: Path):
     "One command at a time in a work folder."
@@ -497,7 +494,7 @@ def _check_recipe(names, policy, reward, configs) -> None:
             if " " in value:
                 raise LireError("must be given for the paper's scale", field=option, value=value, allowed="a folder or hub id", remedy=f"{option} FOLDER")
 
-
+# %% ../nbs/10c_reproduce.ipynb #f974e38e
 RECIPES = {"dialogue": "paper_hh.json", "summarization": "paper_tldr.json"}
 PAPER = {"about": "the recipe of the paper", "accelerator": 80, "threads": None}
 
@@ -553,7 +550,7 @@ def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
             found[run.key] = replace(known, keep=True)
     return found
 
-
+# %% ../nbs/10c_reproduce.ipynb #4168b72c
 def _counting(folder: Path, accept: str | None, say) -> Results:
     "The rows that count: of this code, and of the one that is accepted."
     store = Results(folder, {accept or code_version(), code_version()})

@@ -10,7 +10,6 @@ __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'val
            'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from scipy import stats
 from .evaluation import Interval, preferences
 from .experiments import expand
 from .lists import LireError
-from .reporting import COLORS, figure_style, non_dominated, plot_win_matrix
+from .reporting import COLORS, _plain, figure_style, non_dominated, plot_win_matrix
 from .reproduce import NAMES, SCALES, Results, plan
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
@@ -305,7 +304,8 @@ def plot_lines(
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if log:
             axes.set_xscale("log")
-            ticks = sorted({x for points in lines.values() for x in points})
+        ticks = sorted({x for points in lines.values() for x in points})
+        if log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9:  # counted things have no halves
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
         axes.legend()
@@ -354,7 +354,7 @@ def _seeds(*runs: pd.DataFrame) -> int:
 def _note(seeds: int) -> str:
     return " (1 seed)" if seeds < 2 else ""
 
-
+# %% ../nbs/10d_tables.ipynb #f15a34a3
 def _against(task: str, opponents: tuple[str, ...]):
     "LIRE minus others, gold reward in standard deviations of the start."
     def measure(results):
@@ -397,7 +397,7 @@ def _written_texts(results):
     gain, ratio = difference(systems["LIRE"], own, unit=spread_of(systems["start"])), [start_perplexity(r).value for r in (systems["LIRE"], own, systems["start"])]
     return f"gold reward with minus without them {shown(gain)}; perplexity under the start {ratio[0]:.0f} and {ratio[1]:.0f}, of the start's own texts {ratio[2]:.0f}{_note(seeds)}", verdict([gain], seeds)
 
-
+# %% ../nbs/10d_tables.ipynb #f7861332
 def _start_of(runs: pd.DataFrame) -> pd.DataFrame:
     return final_runs(runs, method="start")
 
@@ -430,7 +430,7 @@ def _weak_when_small(results):
     text = f"how far behind LIRE at M = {sizes[0]}, less how far at M = {sizes[-1]}: {_listed(found)}{_note(min(seeds))}"
     return text, verdict([i for name, i in found.items() if "alone" not in name], min(seeds))
 
-
+# %% ../nbs/10d_tables.ipynb #1ecd1426
 def _ablated(runs: pd.DataFrame, setting: str, value) -> pd.DataFrame:
     "The runs with one changed setting."
     return final_runs(runs, setting=setting, value=value)
@@ -459,7 +459,7 @@ def _list_or_values(results):
     found = {"the list (against its best and worst alone)": difference(whole, pair, unit=unit), "the values (against ranks)": difference(whole, ranks, unit=unit)}
     return f"gold reward gained by {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
-
+# %% ../nbs/10d_tables.ipynb #43d65b52
 def _prevents(results):
     runs = load_runs("overoptimization", results)
     courses = {name: points_of(final_runs(runs, method="lire", sft_weight=a)) for name, a in (("with", 1.0), ("without", 0.0))}
@@ -478,7 +478,7 @@ def _since_best(points) -> np.ndarray:
     best = max(points, key=lambda p: values_of(p[1], "gold").mean())[1]
     return values_of(points[-1][1], "gold") - values_of(best, "gold")
 
-
+# %% ../nbs/10d_tables.ipynb #5d36e914
 def _rounds_rise(results):
     runs = load_runs("self_enhancement", results)
     rounds = [(0, _start_of(runs)), *points_of(final_runs(runs, method="lire", pool="replace"))]
@@ -500,7 +500,7 @@ def _variance_falls(results):
     fall = crossed_interval((off_mean(start) - off_mean(last)) / spread_of(start, "proxy"))
     return f"mean distance of the proxy reward from its mean, start minus round {rounds[-1][0]}: {shown(fall)}{_note(_seeds(last))}", verdict([fall], _seeds(last))
 
-
+# %% ../nbs/10d_tables.ipynb #629bffdc
 def transfer_gain(runs: pd.DataFrame, method: str, task: str, judged: str) -> Interval:
     "Gold gain on `judged` of a policy that was trained on `task`, in standard deviations of the start's reward there."
     start = runs[(runs["method"] == "start") & (runs["table"] == judged)].drop_duplicates("key").sort_values("seed")
@@ -514,7 +514,7 @@ def _transfers(results):
     found = {f"{a} → {b}": transfer_gain(runs, "lire", a, b) for a, b in parts}
     return f"gold gain of LIRE: {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
-
+# %% ../nbs/10d_tables.ipynb #2e2e6fc3
 CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook, measurement
     ("LIRE improves on the start, dialogue", "paper", "20_dialogue", _over_start("dialogue")),
     ("LIRE improves on the start, summarization", "paper", "21_summarization", _over_start("summarization")),
@@ -626,8 +626,3 @@ def sample_text(systems: dict[str, pd.DataFrame], which: int = 0) -> str:  # Mar
     first = example(next(iter(systems.values())))["prompt"]
     texts = {"prompt": first if isinstance(first, str) else first[-1]["content"], **{name: example(runs)["completion"] for name, runs in systems.items()}}
     return "\n".join(f"- *{name}*: {_plain(text)}" for name, text in texts.items())
-
-
-def _plain(text: str) -> str:
-    "One line without Markdown's own signs."
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
