@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'crossed_interval', 'crossed_bootstrap',
-           'difference', 'wins', 'start_perplexity', 'spread_of', 'shown', 'system_table', 'search_table', 'plot_gains',
-           'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured', 'verdict', 'off_mean',
-           'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table', 'verdict_text',
+           'difference', 'gain', 'wins', 'start_perplexity', 'spread_of', 'shown', 'system_table', 'search_table',
+           'plot_gains', 'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured', 'verdict',
+           'off_mean', 'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table', 'verdict_text',
            'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
@@ -152,6 +152,11 @@ def difference(
     return crossed_interval((values_of(a, judge) - values_of(b, judge)) / unit)
 
 
+def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interval:
+    "Mean reward minus that of the start, in standard deviations of the start's reward."
+    return difference(runs, start, judge, spread_of(start, judge))
+
+
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
     "Share of comparisons won against `old` with the same seed, ties a half."
     a, b = _paired(new, old)
@@ -188,8 +193,8 @@ def system_table(
     for name, runs in systems.items():
         row = {"system": name, "seeds": len(runs)}
         for judge in judges:
-            row[f"{judge} gain"] = "" if name == start else shown(difference(runs, base, judge))
-        own = "" if name == start or len(runs) < 2 else "±{:.2f}".format(np.std([(values_of(a, judges[0]) - values_of(b, judges[0])).mean() for a, b in _by_seed(*_paired(runs, base))], ddof=1))
+            row[f"{judge} gain"] = "" if name == start else shown(gain(runs, base, judge))
+        own = "" if name == start or len(runs) < 2 else "±{:.2f}".format(np.std([difference(a, b, judges[0], spread_of(base, judges[0])).value for a, b in _by_seed(*_paired(runs, base))], ddof=1))
         row |= {"between seeds": own, f"{judges[0]} win rate": "" if name == start else shown(wins(runs, base, judges[0]), ".0%"), "KL, nats": "" if name == start else shown(crossed_interval(values_of(runs, "kl")), ".1f"),
                 "perplexity": shown(start_perplexity(runs), ".1f"), "tokens": f"{values_of(runs, 'tokens').mean():.1f}"}
         rows.append(row)
@@ -233,8 +238,7 @@ def plot_gains(
     with figure_style():
         figure, axes = _axes(6.4, 1.2 + 0.42 * len(names))
         for k, judge in enumerate(judges):
-            unit = spread_of(systems[start], judge)
-            found = [difference(systems[n], systems[start], judge, unit) for n in names]
+            found = [gain(systems[n], systems[start], judge) for n in names]
             y = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.28
             axes.errorbar([f.value for f in found], y, xerr=[[f.value - f.low for f in found], [f.high - f.value for f in found]], fmt="so"[judge == "gold"], color=COLORS[k], capsize=3, label=judge)
         axes.axvline(0, color="0.6", lw=1)
@@ -253,7 +257,7 @@ def plot_frontier(
 ) -> Figure:
     "Gold gain over KL; the dashed line joins the systems that no other beats in both."
     names = [n for n in systems if n != start]
-    gains = [difference(systems[n], systems[start], judge) for n in names]
+    gains = [gain(systems[n], systems[start], judge) for n in names]
     moved = [crossed_interval(values_of(systems[n], "kl")) for n in names]
     groups = groups or {n: n for n in names}
     colors, marks = dict(zip(dict.fromkeys(groups[n] for n in names), COLORS * 3)), dict(zip(dict.fromkeys(groups[n] for n in names), "osD^vP*Xh<>p" * 2))
@@ -268,7 +272,7 @@ def plot_frontier(
         line = sorted((m.value, g.value) for g, m, top in zip(gains, moved, best) if top)
         axes.step([0, *(x for x, _ in line)], [0, *(y for _, y in line)], where="post", color="0.5", ls="--", lw=1.1, label="frontier")
         axes.axhline(0, color="0.8", lw=1)
-        axes.set(xlabel="KL to the start policy, nats a completion", ylabel=f"gain of the {judge} reward", title=title)
+        axes.set(xlabel="KL to the start policy, nats a completion", ylabel=f"{judge} gain, standard deviations of the start", title=title)
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -292,11 +296,14 @@ def plot_lines(
     flat: dict[str, Interval] | None = None,  # values without a position, drawn as bands
 ) -> Figure:
     "Values with intervals along a number."
+    ticks = sorted({x for points in lines.values() for x in points})
+    counted = log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9  # a few positions that all lines share
     with figure_style():
-        figure, axes = _axes(6.4, 3.8)
-        for color, (name, points) in zip(COLORS * 3, lines.items()):
-            x, y = list(points), list(points.values())
-            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]], color=color, marker="o", capsize=3, label=name)
+        figure, axes = _axes(7.2, 3.8)
+        for n, (color, (name, points)) in enumerate(zip(COLORS * 3, lines.items())):
+            aside = 0.01 * (n - (len(lines) - 1) / 2) * counted  # of the width, so that bars do not hide each other
+            x, y = [t * (ticks[-1] / ticks[0]) ** aside if log else t + (ticks[-1] - ticks[0]) * aside for t in points], list(points.values())
+            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]], color=color, marker="o", ms=4, capsize=3, label=name)
         for color, (name, value) in zip(COLORS[len(lines):] + COLORS, (flat or {}).items()):
             axes.axhline(value.value, color=color, ls="--", label=name)
             axes.axhspan(value.low, value.high, color=color, alpha=0.12, lw=0)
@@ -304,11 +311,10 @@ def plot_lines(
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if log:
             axes.set_xscale("log")
-        ticks = sorted({x for points in lines.values() for x in points})
-        if log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9:  # counted things have no halves
+        if counted:  # and have no halves between them
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
-        axes.legend()
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 # %% ../nbs/10d_tables.ipynb #b406ce86
@@ -371,8 +377,8 @@ def _over_start(task: str):
     def measure(results):
         systems = systems_of(load_runs(task, results))
         seeds = _seeds(systems["LIRE"], systems["start"])
-        gain, won = difference(systems["LIRE"], systems["start"], unit=spread_of(systems["start"])), wins(systems["LIRE"], systems["start"])
-        return f"gold gain {shown(gain)}, win rate {shown(won, '.0%')}, KL {values_of(systems['LIRE'], 'kl').mean():.1f} nats{_note(seeds)}", verdict([gain], seeds)
+        up, won = gain(systems["LIRE"], systems["start"]), wins(systems["LIRE"], systems["start"])
+        return f"gold gain {shown(up)}, win rate {shown(won, '.0%')}, KL {values_of(systems['LIRE'], 'kl').mean():.1f} nats{_note(seeds)}", verdict([up], seeds)
 
     return measure
 
@@ -394,8 +400,8 @@ def _written_texts(results):
     runs = load_runs("dialogue", results)
     systems, own = systems_of(runs), final_runs(runs, stage="reason", change="own candidates only")
     seeds = _seeds(systems["LIRE"], own)
-    gain, ratio = difference(systems["LIRE"], own, unit=spread_of(systems["start"])), [start_perplexity(r).value for r in (systems["LIRE"], own, systems["start"])]
-    return f"gold reward with minus without them {shown(gain)}; perplexity under the start {ratio[0]:.0f} and {ratio[1]:.0f}, of the start's own texts {ratio[2]:.0f}{_note(seeds)}", verdict([gain], seeds)
+    more, ratio = difference(systems["LIRE"], own, unit=spread_of(systems["start"])), [start_perplexity(r).value for r in (systems["LIRE"], own, systems["start"])]
+    return f"gold reward with minus without them {shown(more)}; perplexity under the start {ratio[0]:.0f} and {ratio[1]:.0f}, of the start's own texts {ratio[2]:.0f}{_note(seeds)}", verdict([more], seeds)
 
 # %% ../nbs/10d_tables.ipynb #f7861332
 def _start_of(runs: pd.DataFrame) -> pd.DataFrame:
@@ -411,8 +417,8 @@ def _more_candidates(budget: str):
         runs, sizes = load_runs("candidates", results), SCALES["laptop"]["sizes"]
         low, high = (_of_size(runs, "lire", m, budget) for m in (sizes[0], sizes[-1]))
         seeds = _seeds(low, high)
-        gain, steps = difference(high, low, unit=spread_of(_start_of(runs))), [int(r["prompts"].iloc[0]) // SCALES["laptop"]["batch"] for r in (low, high)]
-        return f"gold reward at M = {sizes[-1]} ({steps[1]} steps) minus M = {sizes[0]} ({steps[0]} steps): {shown(gain)}{_note(seeds)}", verdict([gain], seeds)
+        more, steps = difference(high, low, unit=spread_of(_start_of(runs))), [int(r["prompts"].iloc[0]) // SCALES["laptop"]["batch"] for r in (low, high)]
+        return f"gold reward at M = {sizes[-1]} ({steps[1]} steps) minus M = {sizes[0]} ({steps[0]} steps): {shown(more)}{_note(seeds)}", verdict([more], seeds)
 
     return measure
 
@@ -464,7 +470,7 @@ def _prevents(results):
     runs = load_runs("overoptimization", results)
     courses = {name: points_of(final_runs(runs, method="lire", sft_weight=a)) for name, a in (("with", 1.0), ("without", 0.0))}
     seeds, unit = _seeds(*(points[0][1] for points in courses.values())), spread_of(courses["without"][0][1])
-    gains = {judge: {name: difference(points[-1][1], points[0][1], judge, spread_of(points[0][1], judge)) for name, points in courses.items()} for judge in ("gold", "proxy")}
+    gains = {judge: {name: gain(points[-1][1], points[0][1], judge) for name, points in courses.items()} for judge in ("gold", "proxy")}
     since = {name: _since_best(points) / unit for name, points in courses.items()}
     falls = {name: crossed_interval(values) for name, values in since.items()}
     text = f"after {courses['without'][-1][0]} steps gold has gained {_listed(gains['gold'])}, proxy {_listed(gains['proxy'])}; gold since its best point {_listed(falls)}{_note(seeds)}"
@@ -576,7 +582,7 @@ def beside_paper(
     path: str | Path = "../data/paper_tables.csv",
 ) -> pd.DataFrame:  # paper's numbers and ours, by system
     "The paper's table with ours beside it; systems that only one of them has keep empty cells."
-    ours = {name: {"ours: gold gain": "" if name == "start" else shown(difference(runs, systems["start"])), "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
+    ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])), "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
                    "ours: perplexity": f"{start_perplexity(runs).value:.1f}"} for name, runs in systems.items()}
     theirs = paper_table(table, path).add_prefix("paper: ")
     order = [*theirs.index, *(n for n in systems if n not in theirs.index)]
@@ -593,11 +599,10 @@ def summary_table(
             systems = systems_of(load_runs(task, store))
         except LireError:
             continue
-        unit = spread_of(systems["start"])
         for name, runs in systems.items():
             if name != "start":
-                gain, won, kl = difference(runs, systems["start"], unit=unit), wins(runs, systems["start"]), values_of(runs, "kl").mean()
-                columns.setdefault(task, {})[name] = f"{shown(gain)}, wins {won.value:.0%}, KL {kl:.1f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+                up, won, kl = gain(runs, systems["start"]), wins(runs, systems["start"]), values_of(runs, "kl").mean()
+                columns.setdefault(task, {})[name] = f"{shown(up)}, wins {won.value:.0%}, KL {kl:.1f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
     return pd.DataFrame(columns).reindex([n for n in NAMES.values() if n != "start"]).fillna("").rename_axis("method")
 
 # %% ../nbs/10d_tables.ipynb #86af72c7

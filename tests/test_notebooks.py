@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 EXPECTED = ["00_losses", "01_lists", "02_tasks", "03_models", "04_sampling", "05_rewards", "06_logprobs", "07_training", "07a_scale", "08_enhancement",
             "08a_online", "09_evaluation", "09a_judging", "10_reporting", "10a_bench", "10b_experiments", "10c_reproduce", "10d_tables", "11_cli",
-            "20_dialogue", "20a_sentiment", "22_candidates", "23_ablations", "24_self_enhancement", "27_cost", "index"]
+            "20_dialogue", "20a_sentiment", "21_summarization", "22_candidates", "23_ablations", "24_self_enhancement", "25_overoptimization", "26_transfer", "27_cost",
+            "index"]
 DRAWN = [name for name in EXPECTED if name >= "20"]  # from data/results alone
 MODULES = [name.split("_", 1)[1] for name in EXPECTED if name != "index" and name < "20"]  # 20 and above export nothing
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HUB_OFFLINE": "1"}
