@@ -260,14 +260,14 @@ def _course_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
 
 
 def _transfer_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
-    "Train on one task, judge on another."
+    "Train on one task, judge on another: LIRE with all seeds, the others with one."
     runs = []
     for task in scale["tasks"]:
         runs += _starts(scale, seeds, task)
         for method in scale["transferred"]:
             tried, best = search(task, method, scale, find)
             runs += tried
-            for seed in range(seeds if best else 0):
+            for seed in range((seeds if method == "lire" else min(seeds, 1)) if best else 0):
                 own = Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed, "task": task, "judged": task}, keep=True)
                 runs.append(own)
                 runs += [Run("transfer", experiment(scale, task, method, seed, best, judge=other), {"method": method, "task": task, "judged": other, "seed": seed}, keep=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'crossed_interval', 'crossed_bootstrap',
-           'difference', 'gain', 'wins', 'start_perplexity', 'spread_of', 'shown', 'system_table', 'search_table',
-           'plot_gains', 'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured', 'verdict',
-           'off_mean', 'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table', 'verdict_text',
-           'reward_table', 'sample_text']
+           'difference', 'gain', 'wins', 'distance', 'start_perplexity', 'spread_of', 'shown', 'system_table',
+           'search_table', 'plot_gains', 'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured',
+           'verdict', 'off_mean', 'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table',
+           'verdict_text', 'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
 from collections.abc import Callable
@@ -160,7 +160,14 @@ def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interv
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
     "Share of comparisons won against `old` with the same seed, ties a half."
     a, b = _paired(new, old)
-    return crossed_interval(np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])]))
+    found = crossed_interval(np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])]))
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+
+
+def distance(runs: pd.DataFrame) -> Interval:
+    "Mean KL to the start policy in nats a completion; no lower than zero."
+    found = crossed_interval(values_of(runs, "kl"))
+    return Interval(found.value, max(found.low, min(found.value, 0.0)), found.high)  # an estimate from samples may itself lie below zero
 
 
 def start_perplexity(runs: pd.DataFrame) -> Interval:
@@ -195,7 +202,7 @@ def system_table(
         for judge in judges:
             row[f"{judge} gain"] = "" if name == start else shown(gain(runs, base, judge))
         own = "" if name == start or len(runs) < 2 else "±{:.2f}".format(np.std([difference(a, b, judges[0], spread_of(base, judges[0])).value for a, b in _by_seed(*_paired(runs, base))], ddof=1))
-        row |= {"between seeds": own, f"{judges[0]} win rate": "" if name == start else shown(wins(runs, base, judges[0]), ".0%"), "KL, nats": "" if name == start else shown(crossed_interval(values_of(runs, "kl")), ".1f"),
+        row |= {"between seeds": own, f"{judges[0]} win rate": "" if name == start else shown(wins(runs, base, judges[0]), ".0%"), "KL, nats": "" if name == start else shown(distance(runs), ".1f"),
                 "perplexity": shown(start_perplexity(runs), ".1f"), "tokens": f"{values_of(runs, 'tokens').mean():.1f}"}
         rows.append(row)
     return pd.DataFrame(rows).set_index("system")
@@ -258,7 +265,7 @@ def plot_frontier(
     "Gold gain over KL; the dashed line joins the systems that no other beats in both."
     names = [n for n in systems if n != start]
     gains = [gain(systems[n], systems[start], judge) for n in names]
-    moved = [crossed_interval(values_of(systems[n], "kl")) for n in names]
+    moved = [distance(systems[n]) for n in names]
     groups = groups or {n: n for n in names}
     colors, marks = dict(zip(dict.fromkeys(groups[n] for n in names), COLORS * 3)), dict(zip(dict.fromkeys(groups[n] for n in names), "osD^vP*Xh<>p" * 2))
     best, seen = non_dominated([m.value for m in moved], [g.value for g in gains]), set()
@@ -314,7 +321,8 @@ def plot_lines(
         if counted:  # and have no halves between them
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
-        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        if len(lines) > 1 or flat:
+            axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 # %% ../nbs/10d_tables.ipynb #b406ce86
