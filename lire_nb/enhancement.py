@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .lists import LireError, atomic_write, load_lists, make_record, save_lists
+from .lists import LireError, atomic_write, load_lists, make_record, merge_candidates, save_lists, select_candidates
 from .logprobs import dataset_logps
 from .models import compute_dtype, file_hash, load_policy, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
@@ -299,20 +299,8 @@ def join_candidates(
     record: dict,  # a list
     more: dict,  # a newer one of the same prompt
 ) -> dict:
-    "One list with the candidates of both, each text once, the first one kept."
-    joined = {name: list(record[name]) for name in ("completions", "rewards", "sources")}
-    reasons, there = _reasons(record), set(record["completions"])
-    for text, reward, source, reason in zip(more["completions"], more["rewards"], more["sources"], _reasons(more)):
-        if text not in there:
-            there.add(text)
-            for name, value in (("completions", text), ("rewards", reward), ("sources", source)):
-                joined[name].append(value)
-            reasons.append(reason)
-    return {**record, **joined, "meta": {**record["meta"], **more["meta"], "finish_reasons": reasons}}
-
-
-def _reasons(record: dict) -> list[str]:
-    return list((record.get("meta") or {}).get("finish_reasons") or ["stop"] * len(record["completions"]))
+    "One list with the candidates of both, each text with its ending once, the first one kept."
+    return merge_candidates([record, more], "first")
 
 
 def cap_candidates(
@@ -327,8 +315,7 @@ def cap_candidates(
     known = [j for j in range(total) if record["rewards"][j] is not None]
     order = [*range(given), max(known, key=lambda j: (record["rewards"][j], -j)), min(known, key=lambda j: (record["rewards"][j], -j)), *range(total - 1, -1, -1)]
     keep = sorted(list(dict.fromkeys(order))[: max(count, given)])
-    chosen = {name: [record[name][j] for j in keep] for name in ("completions", "rewards", "sources")}
-    return {**record, **chosen, "meta": {**record["meta"], "finish_reasons": [_reasons(record)[j] for j in keep]}}
+    return select_candidates(record, keep)
 
 # %% ../nbs/08_enhancement.ipynb #625fce7d
 def run_round(
@@ -442,17 +429,17 @@ def _wait_for(ready: Callable[[], bool]) -> None:
 # %% ../nbs/08_enhancement.ipynb #04834821
 def _given_lists(prompts: list[dict]) -> list[dict]:
     "What the prompts brought along, as lists."
-    return [make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given", p["id"], p.get("meta")) for p in prompts if p.get("completions")]
+    given = [p for p in prompts if p.get("completions")]
+    given = [make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given", p["id"], p.get("meta")) for p in given]
+    return [merge_candidates([record]) for record in given]
 
 
 def _joined(before: Iterable[dict], new: Iterable[dict], dedupe: bool) -> list[dict]:
     before = {r["id"]: dict(r) for r in before}
     lists = []
     for record in map(dict, new):
-        if dedupe or record["id"] in before:
-            empty = {**record, "completions": [], "rewards": [], "sources": [], "meta": {**record["meta"], "finish_reasons": []}}
-            record = join_candidates(before.get(record["id"], empty), record)
-        lists.append(record)
+        known = [before[record["id"]]] if record["id"] in before else []
+        lists.append(merge_candidates([*known, record], "first") if known or dedupe else record)
     return lists
 
 

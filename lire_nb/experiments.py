@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from .enhancement import atomic_folder, self_enhance, train_policy, write_json
 from .evaluation import judge_policy, undisturbed
-from .lists import LireError, load_lists, make_record, save_lists
+from .lists import LireError, candidate_columns, load_lists, make_record, merge_candidates, save_lists, select_candidates
 from .models import compute_dtype, load_policy, load_tokenizer, quiet_transformers, resolve_model
 from .rewards import RewardModel, VaderReward, load_scalar_head_model, longer_wins, pair_accuracy, score_lists, train_reward_model
 from .sampling import SamplingSettings, derive_seed, sample_lists
@@ -212,9 +212,11 @@ def _make_lists(draft: Path, config: dict, work: Path) -> None:
 
 
 def _with_given(record: dict, given: list[tuple[str, str]]) -> dict:
-    texts, sources = [*record["completions"], *(t for t, _ in given)], [*record["sources"], *(s for _, s in given)]
-    reasons = [*record["meta"]["finish_reasons"], *("stop" for _ in given)]
-    return make_record(record["prompt"], texts, sources=sources, id=record["id"], meta={**record["meta"], "finish_reasons": reasons})
+    if not given:
+        return record
+    texts, sources = zip(*given)
+    facts = {name: value for name, value in record["meta"].items() if name not in candidate_columns(record)}
+    return merge_candidates([record, make_record(record["prompt"], texts, sources=sources, id=record["id"], meta=facts)], once=False)
 
 
 def _proxy_of(config: dict) -> dict:
@@ -248,9 +250,7 @@ def take_candidates(
         keep = [*range(count), *range(total, len(record["completions"]))]
         if how == "extremes":
             keep = sorted({max(keep, key=lambda j: record["rewards"][j]), min(keep, key=lambda j: record["rewards"][j])})
-        reasons = record["meta"].get("finish_reasons") or ["stop"] * len(record["completions"])
-        chosen.append({**record, **{name: [record[name][j] for j in keep] for name in ("completions", "rewards", "sources")},
-                       "meta": {**record["meta"], "finish_reasons": [reasons[j] for j in keep]}})
+        chosen.append(select_candidates(record, keep))
     return chosen
 
 

@@ -6,7 +6,8 @@
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS', 'LireError', 'ListError', 'validate_record',
            'prompt_id', 'make_record', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows',
            'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists', 'load_lists',
-           'merge_lists', 'to_trl_pairs', 'to_rrhf', 'list_table', 'describe_lists', 'plot_lists']
+           'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'to_trl_pairs', 'to_rrhf',
+           'list_table', 'describe_lists', 'plot_lists']
 
 # %% ../nbs/01_lists.ipynb #4a063116
 import csv
@@ -1202,34 +1203,124 @@ def load_lists(
     data = _to_dataset(_run(source, mapping, on_error, quarantine, report, _Seen(report)))
     return (data, report) if return_report else data
 
+# %% ../nbs/01_lists.ipynb #c0a1d002
+def candidate_columns(record: dict) -> dict[str, list]:
+    """The columns of `meta` that hold one value per candidate: lists with exactly M entries."""
+    count, meta = len(record["completions"]), record.get("meta") or {}
+    reasons = meta.get("finish_reasons", [None] * count)
+    if not isinstance(reasons, list) or len(reasons) != count:
+        remedy = "drop a candidate's reason together with the candidate"
+        raise ListError(
+            "not one a completion",
+            field="meta.finish_reasons",
+            value=reasons,
+            allowed=f"{count} reasons",
+            remedy=remedy,
+        )
+    return {k: v for k, v in meta.items() if isinstance(v, list) and len(v) == count and k != "merged"}
+
+
+def select_candidates(record: dict, keep: list[int]) -> dict:
+    """The record with the candidates at `keep` (from 0), each with its reward, source and columns of `meta`."""
+    count = len(record["completions"])
+    if not keep or not all(isinstance(j, int) and 0 <= j < count for j in keep):
+        raise ListError("no such candidates", field="keep", value=keep, allowed=f"at least one of 0 … {count - 1}")
+    own = {name: [record[name][j] for j in keep] for name in ("completions", "rewards", "sources")}
+    columns = {name: [values[j] for j in keep] for name, values in candidate_columns(record).items()}
+    return {**record, **own, "meta": {**(record.get("meta") or {}), **columns}}
+
+# %% ../nbs/01_lists.ipynb #c0a1d005
+_TEXT, _SCORE, _SOURCE = range(3)  # keys of a candidate that no column of meta can have
+
+
+def merge_candidates(records: list[dict], rewards: str = "mean", *, once: bool = True) -> dict:
+    """One record of all candidates of `records`, which share their prompt, under the id of the first.
+
+    rewards: for a candidate that occurs several times, the "mean" of its known rewards and all its sources (joined by
+    "+"), or the "first" of each.
+    once: False keeps equal candidates apart. What belongs to the prompt stays where all agree, else it goes to
+    meta["merged"]. Raises `ListError`.
+    """
+    if rewards not in ("mean", "first"):
+        raise ListError("unknown choice", field="rewards", value=rewards, allowed='"mean" or "first"')
+    records = [validate_record(record, num=num) for num, record in enumerate(records, 1)]
+    prompts = {prompt_id(record["prompt"]): record["prompt"] for record in records}
+    if len(prompts) != 1:
+        raise ListError(
+            "not one prompt",
+            field="prompt",
+            value=list(prompts.values()),
+            allowed="lists of one prompt",
+            remedy="use merge_lists",
+        )
+    drawn = [r["meta"].get("tokenizer") for r in records if any(candidate_columns(r).get("token_ids", []))]
+    tokenizer = drawn[0] if drawn else None
+    groups: dict[tuple, list[dict]] = {}
+    for n, row in enumerate(itertools.chain(*_candidate_rows(records, tokenizer))):
+        groups.setdefault((row[_TEXT], row.get("finish_reasons"), None if once else n), []).append(row)
+    rows = [_one_candidate(group, rewards) for group in groups.values()]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    own = [columns.pop(key) for key in (_TEXT, _SCORE, _SOURCE)]
+    return make_record(
+        records[0]["prompt"], *own, records[0]["id"], _prompt_meta(records, columns, tokenizer) | columns
+    )
+
+# %% ../nbs/01_lists.ipynb #c0a1d006
+def _candidate_rows(records: list[dict], tokenizer: str | None) -> Iterator[list[dict]]:
+    """For each record its candidates as dicts with the same keys: text, reward, source and the columns of meta."""
+    columns = [candidate_columns(record) for record in records]
+    every = dict.fromkeys(itertools.chain(*columns))
+    names = [n for n in every if all(n in own or n not in r["meta"] for own, r in zip(columns, records))]
+    for record, own in zip(records, columns):
+        blank = [None] * len(record["completions"])
+        defaults = {name: ["stop"] * len(blank) if name == "finish_reasons" else blank for name in names}
+        if record["meta"].get("tokenizer") != tokenizer:
+            own = {name: values for name, values in own.items() if name != "token_ids"}
+        values = {_TEXT: record["completions"], _SCORE: record["rewards"], _SOURCE: record["sources"]}
+        values |= {name: own.get(name, defaults[name]) for name in names}
+        yield [dict(zip(values, row)) for row in zip(*values.values())]
+
+# %% ../nbs/01_lists.ipynb #c0a1d007
+def _one_candidate(group: list[dict], rewards: str) -> dict:
+    """Equal candidates as one: the first known value of each column; tokens and log-probability from one draw."""
+    one = {name: next((row[name] for row in group if row[name] is not None), None) for name in group[0]}
+    if drawn := next((row for row in group if row.get("token_ids") is not None), None):
+        one |= {name: drawn[name] for name in ("token_ids", "logps") if name in drawn}
+    if rewards == "mean":
+        known = [row[_SCORE] for row in group if row[_SCORE] is not None]
+        one[_SCORE] = math.fsum(known) / len(known) if known else None
+        one[_SOURCE] = "+".join(dict.fromkeys(row[_SOURCE] for row in group))
+    return one
+
+
+def _prompt_meta(records: list[dict], columns: dict, tokenizer: str | None) -> dict:
+    """What belongs to the prompt: as it is where all records agree, else in "merged", by record."""
+    metas = [{name: value for name, value in record["meta"].items() if name not in columns} for record in records]
+    if "token_ids" in columns:  # the fingerprint is that of the tokens that were kept
+        known = {"tokenizer": tokenizer} if tokenizer else {}
+        metas = [{name: value for name, value in meta.items() if name != "tokenizer"} | known for meta in metas]
+    equal = {k: v for k, v in metas[0].items() if all(k in meta and meta[k] == v for meta in metas)}
+    if len({record["id"] for record in records}) == 1 and all(meta == equal for meta in metas):
+        return equal
+    merged = list(equal.get("merged", []))  # what was merged before adds its parts, not itself
+    for record, meta in zip(records, metas):
+        rest = {name: value for name, value in meta.items() if name not in equal}
+        merged += rest.get("merged") if isinstance(rest.get("merged"), list) else [{"id": record["id"], "meta": rest}]
+    return equal | {"merged": merged}
+
 # %% ../nbs/01_lists.ipynb #a2a73e66
 def merge_lists(lists: Dataset | Iterable[dict]) -> list[dict]:
     """One list a prompt: the candidates of all lists with the same prompt, under the id of the first.
 
-    A completion that occurs several times becomes one candidate with the mean of its known rewards (for pairs: the share of comparisons it won) and all
-    its sources, joined by "+". What the lists' meta held is kept in meta["merged"]. Lists with a prompt of their own stay as they are.
+    A completion that occurs several times with the same ending becomes one candidate with the mean of its known rewards
+    (for pairs: the share of comparisons it won) and all its sources, joined by "+"; see `merge_candidates`.
+    Lists with a prompt of their own stay as they are.
     """
     groups: dict[str, list[dict]] = {}
     for num, record in enumerate(_plain_rows(lists), 1):
         record = validate_record(record, num=num)
         groups.setdefault(prompt_id(record["prompt"]), []).append(record)
-    return [group[0] if len(group) == 1 else _merged(group) for group in groups.values()]
-
-
-def _merged(group: list[dict]) -> dict:
-    rewards, sources = {}, {}
-    for record in group:
-        for text, reward, source in zip(record["completions"], record["rewards"], record["sources"]):
-            rewards.setdefault(text, []).extend([] if reward is None else [reward])
-            sources.setdefault(text, {})[source] = None
-    return make_record(
-        group[0]["prompt"],
-        list(rewards),
-        [math.fsum(known) / len(known) if known else None for known in rewards.values()],
-        ["+".join(names) for names in sources.values()],
-        group[0]["id"],
-        {"merged": [{"id": record["id"], "meta": record["meta"]} for record in group]},
-    )
+    return [group[0] if len(group) == 1 else merge_candidates(group) for group in groups.values()]
 
 # %% ../nbs/01_lists.ipynb #75ed73e7
 def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, int]]:
