@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
-           'logits_to_logps', 'unwrap', 'causal_lm', 'context_of', 'packed_rows', 'PathCheck', 'check_paths',
-           'to_device', 'enable_shared', 'disable_shared', 'list_logps', 'token_ratio', 'dataset_logps', 'list_length',
-           'reference_logps']
+           'logits_to_logps', 'packed_rows', 'PathCheck', 'check_paths', 'to_device', 'enable_shared', 'disable_shared',
+           'list_logps', 'token_ratio', 'dataset_logps', 'list_length', 'reference_logps']
 
 # %% ../nbs/06_logprobs.ipynb #ed17be6c
 import hashlib
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .lists import LireError, atomic_write
-from .models import model_fingerprint, render_prompt
+from .models import causal_lm, context_of, model_fingerprint, render_prompt, text_config, unwrap
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
 logger = logging.getLogger(__name__)
@@ -176,33 +175,9 @@ _BENDS = {
 _OTHER_BENDS = ("logits_soft_cap", "output_logit_soft_cap", "logit_softcap", "lm_head_multiplier", "output_multiplier")
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    "The model inside DDP, FSDP or torch.compile wrappers."
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module", None) or model._orig_mod
-    return model
-
-
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    "The transformers model inside all wrappers and adapters."
-    model = unwrap(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _text_config(model):
-    config = causal_lm(model).config
-    return getattr(config, "get_text_config", lambda: config)()
-
-
-def context_of(model: torch.nn.Module) -> int | None:
-    "Tokens that the model can read at most; None where its configuration does not say."
-    config = _text_config(model)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
 def _bends(model) -> list[tuple]:
     "(owner, name, value) of what the model does to its logits after the head."
-    lm, config = causal_lm(model), _text_config(model)
+    lm, config = causal_lm(model), text_config(model)
     found = [(lm if hasattr(lm, name) else config, name) for name in (*_BENDS, *_OTHER_BENDS) if hasattr(lm, name) or hasattr(config, name)]
     return [(owner, name, getattr(owner, name)) for owner, name in found if getattr(owner, name) not in (None, 1, 1.0)]
 
@@ -450,7 +425,7 @@ def check_paths(
 
 def _check(model, lm) -> tuple:
     "head, shared, reason, errors: see `PathCheck`."
-    batch, errors = _tiny_batch(_text_config(lm).vocab_size, next(lm.parameters()).device), {}
+    batch, errors = _tiny_batch(text_config(lm).vocab_size, next(lm.parameters()).device), {}
     half = any(p.dtype in _HALF for p in lm.parameters())
     tolerance = (0.02, 0.15) if half else (1e-4, 1e-4)  # measured on SmolLM2 in bf16: right 0.000 and 0.03, a wrong mask 0.05 and 0.5
     try:
@@ -493,7 +468,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 # %% ../nbs/06_logprobs.ipynb #48bc131e
 def _why_not(lm) -> str:
     "What the configuration alone says against the shared path."
-    config = _text_config(lm)
+    config = text_config(lm)
     implementation = (config._attn_implementation or "").removeprefix(f"{SHARED}-")
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if "position_ids" not in inspect.signature(lm.forward).parameters:
@@ -509,7 +484,7 @@ def _why_not(lm) -> str:
 
 def _windows(lm) -> int:
     "How many layers have a sliding window."
-    config = _text_config(lm)
+    config = text_config(lm)
     if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
         return 0
     kinds = getattr(config, "layer_types", None)

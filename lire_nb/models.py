@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MODEL_ASSETS', 'ROLE_NAMES', 'ModelError', 'cache_dir', 'file_hash', 'resolve_model', 'default_device',
            'has_bf16', 'compute_dtype', 'load_tokenizer', 'load_policy', 'load_reward_backbone', 'quiet_transformers',
-           'render_prompt', 'model_fingerprint']
+           'render_prompt', 'unwrap', 'causal_lm', 'text_config', 'context_of', 'model_fingerprint']
 
 # %% ../nbs/03_models.ipynb #0ff45082
 import hashlib
@@ -225,6 +225,31 @@ def render_prompt(
         return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     turns = "".join(f"\n\n{ROLE_NAMES.get(m['role'], m['role'].title())}: {m['content']}" for m in prompt)
     return f"{turns}\n\nAssistant:"
+
+# %% ../nbs/03_models.ipynb #b01b2e47
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    "The model inside DDP, FSDP or torch.compile wrappers."
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = getattr(model, "module", None) or model._orig_mod
+    return model
+
+
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    "The transformers model inside all wrappers and adapters."
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: torch.nn.Module):
+    "The configuration of the part that reads text."
+    config = causal_lm(model).config
+    return getattr(config, "get_text_config", lambda: config)()
+
+
+def context_of(model: torch.nn.Module) -> int | None:
+    "Tokens that the model can read at most; None where its configuration does not say."
+    config = text_config(model)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 # %% ../nbs/03_models.ipynb #a393c931
 def model_fingerprint(

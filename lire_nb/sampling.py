@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers', 'candidate_numbers',
            'draw_tokens', 'decode_completion', 'cannot_share_prompts', 'LocalSampler', 'Journal', 'TryLater',
-           'run_requests', 'ServerSampler', 'sample_lists']
+           'NoAnswer', 'run_requests', 'check_address', 'ServerSampler', 'sample_lists', 'asked_records']
 
 # %% ../nbs/04_sampling.ipynb #b2d1c30d
 import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -19,18 +20,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .lists import LireError, lists_dataset, make_record, prompt_id
-from .models import compute_dtype, load_policy, render_prompt
+from lire_nb.conversations import (
+    MAX_PROMPT_LENGTH, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
+)
+from .lists import LireError, ListError, lists_dataset, make_record, prompt_id
+from .models import causal_lm, compute_dtype, context_of, load_policy
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
 logger = logging.getLogger(__name__)
@@ -46,21 +53,42 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()  # a completion ends before the first of these strings
 
     def __post_init__(self):
+        number, whole = _is_number, _is_whole
         rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"), "temperature": (self.temperature >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"), "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "stop": (not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop), "a tuple of strings, none of them empty"),
+            "max_new_tokens": (whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number, 1 or more"),
+            "temperature": (number(self.temperature) and self.temperature >= 0, "a number, 0 or more"),
+            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            "stop": (not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
+                     "a tuple of strings, none of them empty"),
         }
-        for field, (good, allowed) in rules.items():
+        for name, (good, allowed) in rules.items():
             if not good:
-                raise LireError("out of range", field=field, value=getattr(self, field), allowed=allowed, remedy="change this sampling setting")
+                raise LireError("out of range", field=name, value=getattr(self, name), allowed=allowed,
+                                remedy="change this sampling setting")
+
+    @property
+    def plain(self) -> "SamplingSettings":
+        "The same, from the policy's own distribution: temperature 1, nothing cut away."
+        return SamplingSettings(self.max_new_tokens, stop=self.stop)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Completion:
-    "One sampled completion."
+    "One sampled completion; two are equal when text and ending are."
     text: str
     finish_reason: str  # "stop": the policy ended it; "length": it was cut at max_new_tokens
+    token_ids: tuple[int, ...] | None = field(default=None, compare=False)  # as drawn, the end included; None: not known
+    logp: float | None = field(default=None, compare=False)  # their summed log-probability under the policy, at temperature 1
+    failed: str | None = None  # why there is no text
 
 
 class Sampler(Protocol):
@@ -132,10 +160,21 @@ def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(ends)], True) if ends else (text, False)
 
 
-def _has_stopped(tokenizer, last_prompt_id: int, ids: list[int], stop: tuple[str, ...]) -> bool:
+def _has_stopped(prompt, ids: list[int], tokenizer, stop: tuple[str, ...]) -> bool:
     "Whether the newest token completed a stop string. A short tail is decoded first: every token carries a byte or more."
-    tail = ids[-max(len(s.encode()) for s in stop) - 8 :]
-    return any(s in tokenizer.decode(tail) for s in stop) and _cut_at_stop(decode_completion(tokenizer, last_prompt_id, ids), stop)[1]
+    tail = tokenizer.decode(ids[-max(len(s.encode()) for s in stop) - 8 :])
+    return any(s in tail for s in stop) and _cut_at_stop(completion_text(prompt, ids, tokenizer), stop)[1]
+
+
+def _leading(prompt, ids: list[int], text: str, tokenizer) -> list[int] | None:
+    "The leading tokens that say exactly this text; None where a token reaches across its end, or nothing is left."
+    for end in range(len(ids), 0, -1):
+        said = completion_text(prompt, ids[:end], tokenizer)
+        if said == text:
+            return ids[:end] if text else None
+        if len(said) + 8 < len(text):  # half a letter decodes to as many as three signs
+            break
+    return None
 
 # %% ../nbs/04_sampling.ipynb #efa8985a
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +191,7 @@ class _Decoding:
         known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.positioned, self.cache = "position_ids" in known, None
-        ids, self.mask = (t.to(model.device) for t in _left_padded(prompts, pad))
+        ids, self.mask = (t.to(model.device) for t in _left_padded(prompts, pad or 0))  # nobody reads a pad
         self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
         self.choose(torch.arange(len(prompts), device=model.device).repeat_interleave(repeats))
 
@@ -202,39 +241,80 @@ def cannot_share_prompts(
 
 
 class _Chosen(LogitsProcessor):
-    "Tells `generate` which token to take."
+    "Tells `generate` which token to take, and keeps the log-probs of those taken."
 
-    def __init__(self, choose: Callable[[torch.Tensor, int], torch.Tensor], width: int):
-        self.choose, self.width = choose, width
+    def __init__(self, choose: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]], width: int):
+        self.choose, self.width, self.logps = choose, width, []
 
     def __call__(self, input_ids, scores):
-        return torch.full_like(scores, -torch.inf).scatter_(1, self.choose(scores, input_ids.shape[1] - self.width)[:, None], 0.0)
+        tokens, logps = self.choose(scores, input_ids.shape[1] - self.width)
+        self.logps.append(logps)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def _plain_generation(model):
+    "While active, `generate` does nothing that the model's own generation configuration asks for: its scores are the raw ones."
+    owners = list({id(m): m for m in (model, causal_lm(model)) if hasattr(m, "generation_config")}.values())
+    kept = [m.generation_config for m in owners]
+    for m, config in zip(owners, kept):
+        m.generation_config = GenerationConfig(cache_implementation=config.cache_implementation)
+    try:
+        yield
+    finally:
+        for m, config in zip(owners, kept):
+            m.generation_config = config
 
 # %% ../nbs/04_sampling.ipynb #94a5b34d
 class LocalSampler:
     "Samples from a transformers model in this process."
 
-    def __init__(self, model, tokenizer, batch_size: int = 128, max_prompt_length: int = 256, progress: bool = True, share_prompt: bool | None = None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        batch_size: int = 128,  # rows at once
+        max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens; what is longer is cut as `conversations.encode_prompt` does
+        progress: bool = True,
+        share_prompt: bool | None = None,  # None: share where it is exact
+    ):
+        for name, value in {"batch_size": batch_size, "max_prompt_length": max_prompt_length}.items():
+            if not (_is_whole(value) and value >= 1):
+                raise LireError("not a count", field=name, value=value, allowed="a whole number, 1 or more", remedy=f"change {name}")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
-        self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt  # None: share where it is exact
+        self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt
+
+    def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> list[tuple[list[int], bool]]:
+        "Token ids of all prompts, each with whether it was cut; raises `LireError` for a prompt that cannot be rendered or is too long for the model."
+        ids = ids or [prompt_id(p) for p in prompts]
+        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i) for p, i in zip(prompts, ids, strict=True)]
+        context, new = context_of(self.model), settings.max_new_tokens
+        for (tokens, _), name in zip(encoded, ids):
+            if context is not None and len(tokens) + new > context:
+                raise LireError("too long for the model", field=f"prompt of list {name!r}",
+                                value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
+                                allowed=f"{context} tokens, the model's context",
+                                remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
+        return encoded
 
     @torch.no_grad()
     def sample(self, prompts, num_candidates, settings, seed):
         "M completions for every prompt, in the order given, without dropout."
+        encoded = self._encode(prompts, settings)
         self.model.eval()
         if self.share_prompt is None:
             self._find_route()
-        encoded = self._encode(prompts)
         numbers = candidate_numbers(map(tuple, encoded), num_candidates)
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
         step = max(1, self.batch_size // num_candidates)
-        results = [None] * len(prompts)
+        results, ends = [None] * len(prompts), end_tokens(self.tokenizer, self.model)
         with tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=True if os.environ.get("TQDM_DISABLE") or not self.progress else None) as bar:
             for start in range(0, len(order), step):
                 chunk = order[start : start + step]
-                rows = self._rows([encoded[i] for i in chunk], [numbers[i] for i in chunk], settings, seed)
-                for k, i in enumerate(chunk):
-                    results[i] = [self._completion(encoded[i][-1], row, settings) for row in rows[k * num_candidates : (k + 1) * num_candidates]]
+                asked = [prompts[i] for i in chunk], [encoded[i] for i in chunk]
+                rows = iter(self._rows(*asked, [numbers[i] for i in chunk], settings, seed, ends))
+                for i in chunk:
+                    results[i] = [self._completion(prompts[i], next(rows), settings, ends) for _ in range(num_candidates)]
                 bar.update(len(chunk))
         return results
 
@@ -244,41 +324,49 @@ class LocalSampler:
         if reason:
             logger.warning("%s cannot share prompts (%s): every candidate computes its own prompt, which is slower", type(self.model).__name__, reason)
 
-    def _encode(self, prompts) -> list[list[int]]:
-        "Token ids, cut on the left at max_prompt_length."
-        encoded = [self.tokenizer(render_prompt(p, self.tokenizer), add_special_tokens=isinstance(p, str))["input_ids"] for p in prompts]
-        if cut := sum(len(ids) > self.max_prompt_length for ids in encoded):
-            logger.warning("%d of %d prompts are longer than %d tokens and lost their beginning; raise max_prompt_length", cut, len(encoded), self.max_prompt_length)
-        return [ids[-self.max_prompt_length :] for ids in encoded]
+    def _encode(self, prompts, settings) -> list[list[int]]:
+        "Token ids, none longer than max_prompt_length."
+        encoded = self.check(prompts, settings)
+        if cut := sum(was_cut for _, was_cut in encoded):
+            logger.warning("%d of %d prompts are longer than %d tokens and were cut; raise max_prompt_length", cut, len(encoded), self.max_prompt_length)
+        return [ids for ids, _ in encoded]
 
-    def _rows(self, encoded, numbers, settings, seed) -> list[list[int]]:
-        "Tokens of B·M rows, each up to and with its end."
+    def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
+        "Tokens of B·M rows with their log-probs, each row up to and with its end."
         uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device) if settings.temperature else None
-        ends, warpers = self._ends(), _warpers(settings)
+        warpers = _warpers(settings)
         never = [i for i in self.tokenizer.all_special_ids if i not in ends]
 
         def choose(scores, step, rows=slice(None)):
-            scores = scores.to(torch.float32, copy=True)
+            raw = scores.float()
+            scores = raw.clone()
             banned = never + ends if step == 0 else never  # a completion has one token or more
             scores[:, [i for i in banned if i < scores.shape[1]]] = -torch.inf
             scores[:, len(self.tokenizer) :] = -torch.inf  # some models have more rows than there are tokens
-            return draw_tokens(warpers(None, scores), None if uniform is None else uniform[rows, step])
+            tokens = draw_tokens(warpers(None, scores), None if uniform is None else uniform[rows, step])
+            return tokens, raw.gather(1, tokens[:, None]).squeeze(1) - raw.logsumexp(1)
 
-        write = self._write if self.share_prompt else self._generate
-        return write(encoded, len(numbers[0]), choose, set(ends), settings)
+        if self.share_prompt:
+            return self._write(prompts, encoded, len(numbers[0]), choose, set(ends), settings)
+        return self._generate(encoded, len(numbers[0]), choose, set(ends), settings)
 
-    def _write(self, encoded, repeats, choose, ends, settings) -> list[list[int]]:
+    def _write(self, prompts, encoded, repeats, choose, ends, settings) -> list[list[tuple[int, float]]]:
         "Each prompt is computed once, and rows that have ended leave the batch."
         decoding = _Decoding(self.model, encoded, repeats, self.tokenizer.pad_token_id)
         written = [[] for _ in range(len(encoded) * repeats)]
         rows = torch.arange(len(written), device=self.model.device)  # which row each line of the batch writes
         running = set(range(len(written)))
+
+        def stopped(row):
+            ids = [t for t, _ in written[row]]
+            return settings.stop and _has_stopped(prompts[row // repeats], ids, self.tokenizer, settings.stop)
+
         for step in range(settings.max_new_tokens):
-            tokens = choose(decoding.scores, step, rows)
-            for row, token in zip(rows.tolist(), tokens.tolist()):
+            tokens, logps = choose(decoding.scores, step, rows)
+            for row, token, logp in zip(rows.tolist(), tokens.tolist(), logps.tolist()):
                 if row in running:
-                    written[row].append(token)
-                    if token in ends or settings.stop and _has_stopped(self.tokenizer, encoded[row // repeats][-1], written[row], settings.stop):
+                    written[row].append((token, logp))
+                    if token in ends or stopped(row):
                         running.remove(row)
             if not running or step + 1 == settings.max_new_tokens:
                 return written
@@ -288,24 +376,25 @@ class LocalSampler:
                 rows, tokens = rows[lines], tokens[lines]
             decoding.append(tokens)
 
-    def _generate(self, encoded, repeats, choose, ends, settings) -> list[list[int]]:
+    def _generate(self, encoded, repeats, choose, ends, settings) -> list[list[tuple[int, float]]]:
         "Every row computes its own prompt, with the model's `generate`."
-        ids, mask = (t.repeat_interleave(repeats, 0).to(self.model.device) for t in _left_padded(encoded, self.tokenizer.pad_token_id))
-        plain = dict(do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0)  # whatever the model's own configuration says
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=list(ends),
-                                  logits_processor=LogitsProcessorList([_Chosen(choose, ids.shape[1])]), **plain)
-        rows = out[:, ids.shape[1] :].tolist()
-        return [row[: next((k + 1 for k, t in enumerate(row) if t in ends), None)] for row in rows]
+        pad = self.tokenizer.pad_token_id or 0
+        ids, mask = (t.repeat_interleave(repeats, 0).to(self.model.device) for t in _left_padded(encoded, pad))
+        chosen = _Chosen(choose, ids.shape[1])
+        with _plain_generation(self.model):
+            out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=settings.max_new_tokens, pad_token_id=pad,
+                                      eos_token_id=list(ends) or None, logits_processor=LogitsProcessorList([chosen]))
+        rows = [list(zip(*row)) for row in zip(out[:, ids.shape[1] :].tolist(), torch.stack(chosen.logps, 1).tolist())]
+        return [row[: next((k + 1 for k, (t, _) in enumerate(row) if t in ends), None)] for row in rows]
 
-    def _ends(self) -> list[int]:
-        "The end-of-text tokens of the model."
-        ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends if ends is not None else self.tokenizer.eos_token_id]
-
-    def _completion(self, last_prompt_id, row, settings) -> Completion:
-        ended = row[-1] in self._ends()
-        text, stopped = _cut_at_stop(decode_completion(self.tokenizer, last_prompt_id, row[:-1] if ended else row), settings.stop)
-        return Completion(text, "stop" if stopped or ended else "length")
+    def _completion(self, prompt, row, settings, ends) -> Completion:
+        ids = [t for t, _ in row]
+        ended = ids[-1] in ends
+        text, stopped = _cut_at_stop(completion_text(prompt, ids[:-1] if ended else ids, self.tokenizer), settings.stop)
+        if stopped:
+            ids = _leading(prompt, ids, text, self.tokenizer)
+        logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
+        return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
 
 
 def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
@@ -393,6 +482,10 @@ class TryLater(Exception):
         self.after, self.counts, self.silent = after, counts, silent
 
 
+class NoAnswer(LireError):
+    "This request gets no answer that can be used; others may."
+
+
 class _Patience:
     "Asks again and again, each time after a longer wait, until patience or retries are used up."
 
@@ -411,7 +504,9 @@ class _Patience:
                 since, failures = since or time.monotonic(), failures + e.counts
                 pause = max(e.after, wait * random.uniform(0.5, 1.0))
                 if self.over.is_set() or failures > self.max_retries or time.monotonic() + pause - since > self.patience:
-                    raise LireError(f"gave up: {e}", remedy="look whether the server runs and what it logs, then run the same command again: with a journal, only what is missing is asked") from e
+                    error = NoAnswer if failures > self.max_retries else LireError  # a server that is away answers nobody
+                    raise error(f"gave up: {e}", remedy="look whether the server runs and what it logs, then run the same "
+                                "command again: with a journal, only what is missing is asked") from e
                 self._tell(e)
                 self.over.wait(pause)
                 wait = min(2 * wait, self.longest_wait)
@@ -435,9 +530,12 @@ def _work(todo: queue.SimpleQueue, done: queue.SimpleQueue, ask: _Patience) -> N
             done.put((key, None, e))
 
 
+_TOO_MANY = 50  # failures in a row: then it is not the requests
+
+
 def run_requests(
     requests: Mapping[str, Any],  # key → request; the key says all that the answer depends on
-    ask: Callable[[Any], Any],  # request → an answer that JSON can hold; called in threads; raises `TryLater`, or any other error to stop
+    ask: Callable[[Any], Any],  # request → an answer that JSON can hold; called in threads; raises `TryLater`, `NoAnswer`, or any other error to stop
     *,
     journal: str | os.PathLike | None = None,  # where answers are kept; a key that is there is not asked again
     max_in_flight: int = 16,
@@ -446,6 +544,7 @@ def run_requests(
     first_wait: float = 0.5,  # seconds before the first retry; doubles up to 8
     progress: bool = True,
     desc: str = "asking",
+    failed: dict[str, NoAnswer] | None = None,  # is told which requests got no answer, and why; None: the first such stops the run
 ) -> dict[str, Any]:  # key → answer, in the order of `requests`
     "Ask many things at once, each until it is answered; raises the first error that waiting does not mend, after the answers under way are kept."
     if max_in_flight < 1:
@@ -460,10 +559,16 @@ def run_requests(
         for worker in workers:
             worker.start()
         try:
-            error, waiting = None, len(missing)
+            error, waiting, in_a_row = None, len(missing), 0
             while waiting and error is None:
-                waiting -= (taken := _take(done, kept, bar))[0]
-                error = taken[1]
+                came = _take(done, kept, bar)
+                waiting -= len(came)
+                for key, _, failure in came:
+                    in_a_row = 0 if failure is None else in_a_row + 1
+                    if isinstance(failure, NoAnswer) and failed is not None and in_a_row < _TOO_MANY:
+                        failed[key] = failure
+                    else:
+                        error = error or failure
             patient.over.set()
             if error is not None:
                 for worker in workers:  # what is under way has been paid for
@@ -472,25 +577,48 @@ def run_requests(
                 raise error
         finally:
             patient.over.set()
-        return {key: kept.answers[key] for key in requests}
+        return {key: kept.answers[key] for key in requests if key in kept.answers}
 
 
-def _take(done: queue.SimpleQueue, kept: Journal, bar, wait: bool = True) -> tuple[int, BaseException | None]:
-    "Keep all answers that are there: how many came, and the first error among them."
+def _take(done: queue.SimpleQueue, kept: Journal, bar, wait: bool = True) -> list[tuple]:
+    "Keep all answers that are there: (key, answer, error) of what came. A failure is not kept, so that it is asked again."
     came = [done.get()] if wait else []
     while not done.empty():
         came.append(done.get())
     kept.add({key: answer for key, answer, error in came if error is None})
     bar.update(sum(error is None for *_, error in came))
-    return len(came), next((error for *_, error in came if error is not None), None)
+    return came
 
 # %% ../nbs/04_sampling.ipynb #2b13af1e
 _RETRIED = (408, 409, 425, 429, 502, 503, 504)  # full, or on its way back; other faults of the server count against max_retries
+_WRONG = (400, 413, 422)  # this request is wrong, such as a prompt that is too long; the next may be right
 _APIS = ("auto", "chat", "completions")
 
 
 class _Refused(LireError):
     "The server answered that the request is wrong."
+
+
+class _RefusedOne(_Refused, NoAnswer):
+    "It answered so about this one request."
+
+
+def check_address(
+    address: str,  # "http://host:port/v1", with or without "#model"
+) -> str:
+    "The address of a server; raises `LireError` for one that holds a password, since addresses are written into files."
+    place = address.partition("://")[2]
+    secret = "@" in place.split("/")[0] or "?" in place
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # not a port
+        good = False
+    if secret or not good:
+        raise LireError("not an address of a server", field="address", value=address.partition("://")[0] + "://…" if secret else address,
+                        allowed="http:// or https://, a host, no password and no query in it",
+                        remedy="give the plain address; a key goes into OPENAI_API_KEY or api_key=")
+    return address
 
 
 class ServerSampler:
@@ -511,6 +639,7 @@ class ServerSampler:
         extra_body: dict | None = None,  # fields to send besides; None as a value takes a field away
         progress: bool = True,
     ):
+        check_address(base_url)
         if api not in _APIS:
             raise LireError("unknown API", field="api", value=api, allowed=", ".join(_APIS), remedy="choose one of these")
         try:
@@ -522,48 +651,72 @@ class ServerSampler:
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=0)
 
-    def sample(self, prompts, num_candidates, settings, seed):
-        "M completions for every prompt, in the order given."
+    def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
+        "Raises `LireError` for a prompt that this server cannot go on from."
         if self.kind is None:
             self._connect()
+        for prompt, name in zip(prompts, ids or map(prompt_id, prompts)):
+            if self._is_prefilled(prompt) and self.kind != "vllm" and "continue_final_message" not in self.extra_body:
+                raise LireError("this server's chat API begins a new turn after it", field=f"prompt of list {name!r}",
+                                value=prompt[-1], allowed="messages that end with a user turn, except from vLLM",
+                                remedy='give api="completions", or extra_body={"continue_final_message": True} where the server knows it')
+
+    def sample(self, prompts, num_candidates, settings, seed):
+        "M completions for every prompt, in the order given; those that were not answered say why in `failed`."
+        self.check(prompts, settings)
         ids = [prompt_id(p) for p in prompts]
         keys, requests = [], {}
         for prompt, name, numbers in zip(prompts, ids, candidate_numbers(ids, num_candidates)):
             for number in numbers:
                 request = self._request(prompt, settings, derive_seed(seed, name, number) % 2**31)  # more bits are not kept by every server
-                keys.append(f"{name}/{number}/{derive_seed(json.dumps(request, sort_keys=True)):016x}")
-                requests[keys[-1]] = request
-        answers = run_requests(requests, lambda r: self._ask(*r), journal=self.journal, desc="sampling", **self.running)
-        completions = [self._completion(answers[key], settings) for key in keys]
-        return [completions[k : k + num_candidates] for k in range(0, len(completions), num_candidates)]
+                keys.append((prompt, f"{name}/{number}/{derive_seed(json.dumps(request, sort_keys=True)):016x}"))
+                requests[keys[-1][1]] = request
+        failed = {}
+        answers = run_requests(requests, lambda r: self._ask(*r), journal=self.journal, desc="sampling", failed=failed, **self.running)
+        if not answers:
+            raise next(iter(failed.values()))
+        drawn = [self._completion(prompt, answers[key], settings) if key in answers else Completion("", "failed", failed=failed[key].reason)
+                 for prompt, key in keys]
+        return [drawn[k : k + num_candidates] for k in range(0, len(drawn), num_candidates)]
+
+    def _is_chat(self, prompt) -> bool:
+        return self.api == "chat" or self.api == "auto" and not isinstance(prompt, str)
+
+    def _is_prefilled(self, prompt) -> bool:
+        "Whether the answer goes on from words that are put into the assistant's mouth."
+        return self._is_chat(prompt) and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
 
     def _request(self, prompt, settings, seed) -> tuple[str, dict]:
         "Where to send it, and what."
-        chat = self.api == "chat" or self.api == "auto" and not isinstance(prompt, str)
+        chat = self._is_chat(prompt)
         if chat:
             content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
         else:
             content = {"prompt": render_prompt(prompt)}
+        if self._is_prefilled(prompt):
+            content |= {"add_generation_prompt": False, "continue_final_message": True}
         body = {"model": self.model, **content, "max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
         body |= {"stop": list(settings.stop)} if settings.stop else {}
         body = {**body, **_SPECIAL_FIELDS[self.kind](settings), **self.extra_body}
         return "/chat/completions" if chat else "/completions", {k: v for k, v in body.items() if v is not None}
 
     def _ask(self, path: str, body: dict) -> dict:
-        "One completion, checked; raises `TryLater` or `LireError`."
+        "One completion, checked; raises `TryLater`, `NoAnswer` or `LireError`."
         text = self._http(self.client.post, path, body=body)
         try:
             choice = json.loads(text)["choices"][0]
-            answer = {"text": choice["message"]["content"] if path.startswith("/chat") else choice["text"], "finish_reason": choice["finish_reason"]}
-        except (ValueError, KeyError, IndexError, TypeError):
-            answer = {}
-        if not isinstance(answer.get("text"), str) or answer.get("finish_reason") not in ("stop", "length"):
-            raise LireError("the answer is not a completion", field=f"server {self.base_url}{path}", value=text,
-                            allowed='choices with text (chat: message.content) and finish_reason "stop" or "length"',
-                            remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), and see the server's log")
+            message = choice["message"] if path.startswith("/chat") else {"content": choice["text"]}
+            answer = {"text": message["content"], "finish_reason": choice["finish_reason"]}
+            why = _why_unusable(**answer, refusal=message.get("refusal"), stop=body.get("stop"))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            why = "another form"
+        if why:
+            raise NoAnswer(f"the answer is not a completion ({why})", field=f"server {self.base_url}{path}", value=text,
+                           allowed='choices with text (chat: message.content) and finish_reason "stop" or "length"',
+                           remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), and see the server's log")
         return answer
 
-    def _completion(self, answer: dict, settings) -> Completion:
+    def _completion(self, prompt, answer: dict, settings) -> Completion:
         text, stopped = _cut_at_stop(answer["text"], settings.stop)
         return Completion(text, "stop" if stopped else answer["finish_reason"])
 
@@ -581,7 +734,8 @@ class ServerSampler:
             if status in _RETRIED or status >= 500:
                 after = e.response.headers.get("retry-after", "")
                 raise TryLater(f"{where} answers {status}: {said}", float(after) if after.isdecimal() else 0.0, counts=status not in _RETRIED) from e
-            raise _Refused(f"refuses the request ({status}): {said}", field=where, allowed="a model and an API that the server has",
+            refused = _RefusedOne if status in _WRONG else _Refused
+            raise refused(f"refuses the request ({status}): {said}", field=where, allowed="a model and an API that the server has",
                             remedy='name the model as the server does, after # in the address or as model=; api="chat" where there is no /completions; OPENAI_API_KEY where a key is asked for') from e
 
     def _connect(self) -> None:
@@ -616,6 +770,17 @@ class ServerSampler:
         return _parsed(_Patience(ask, self.running["patience"], 0, 0.5)(path))
 
 
+def _why_unusable(text, finish_reason, refusal, stop) -> str | None:
+    "What is wrong with an answer that has the right form."
+    if refusal:
+        return f"refused: {' '.join(str(refusal).split())[:80]}"
+    if finish_reason not in ("stop", "length"):
+        return f"ended by {finish_reason!r}"
+    if not isinstance(text, str):
+        return f"content is {'null' if text is None else 'no text'}"
+    return None if text or (stop and finish_reason == "stop") else "content is empty"  # a stop string may come first
+
+
 def _parsed(text: str) -> dict:
     try:
         value = json.loads(text)
@@ -645,22 +810,90 @@ def sample_lists(
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
+    chat: bool | None = None,  # True: a text is one turn of the user; False: texts are meant as they are; None: not said
     **sampler_options,  # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress …
 ) -> datasets.Dataset:  # lists, rewards not yet given
-    "Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1."
-    records = [p if isinstance(p, dict) else {"prompt": p} for p in prompts]
+    "Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling for a prompt that cannot be used."
+    if not (_is_whole(num_candidates) and num_candidates >= 1):
+        raise LireError("not a count", field="num_candidates", value=num_candidates, allowed="1 or more", remedy="ask for 2 or more to train from")
+    records = asked_records(prompts, source, chat)
+    sampler = _as_sampler(policy, sampler_options)
+    asked, ids, tokenizer = [r["prompt"] for r in records], [r["id"] for r in records], getattr(sampler, "tokenizer", None)
+    if hasattr(sampler, "check"):
+        sampler.check(asked, settings, ids)
+    if tokenizer is not None:
+        warn_text_prompts(records, tokenizer)
+    sampled = sampler.sample(asked, num_candidates, settings, seed)
+    _tell_failed(ids, sampled)
+    drawn_by = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+    kept = [(r, c) for r, c in zip(records, sampled, strict=True) if any(one.failed is None for one in c)]
+    if not kept:
+        raise LireError("no candidate", field="policy", value=next(c.failed for row in sampled for c in row), allowed="an answer to one prompt at least",
+                        remedy="look at what the policy says to these prompts")
+    return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in kept)
+
+
+def asked_records(
+    prompts: Iterable,  # texts, messages, or records with "id", "prompt" and "meta"
+    source: str = "policy",
+    chat: bool | None = None,
+) -> list[dict]:  # records with one empty candidate; in meta what belongs to the prompt
+    "Prompts as validated records; raises `LireError` with the number of the one that is wrong."
+    records = []
+    for number, prompt in enumerate(prompts, 1):
+        given = prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        try:
+            record = make_record(given.get("prompt"), [""], None, [source], given.get("id"), _meta_of_prompt(given))
+        except ListError as e:
+            raise e.at(None, None, number) from None
+        records.append(_with_chat(record, chat, given.get("id")))
     if not records:
         raise LireError("no prompt", field="prompts", allowed="at least one prompt", remedy="check the file or the split that they come from")
-    if num_candidates < 1:
-        raise LireError("too few", field="num_candidates", value=num_candidates, allowed="1 or more", remedy="ask for 2 or more to train from")
-    sampler = _as_sampler(policy, sampler_options)
-    sampled = sampler.sample([r["prompt"] for r in records], num_candidates, settings, seed)
-    return lists_dataset(_sampled_record(r, c, source) for r, c in zip(records, sampled, strict=True))
+    return records
 
 
-def _sampled_record(record: dict, completions: list[Completion], source: str) -> dict:
-    meta = {**(record.get("meta") or {}), "finish_reasons": [c.finish_reason for c in completions]}
-    return make_record(record["prompt"], [c.text for c in completions], sources=[source] * len(completions), id=record.get("id"), meta=meta)
+def _with_chat(record: dict, chat: bool | None, id: str | None) -> dict:
+    "The choice how a text is meant."
+    if chat is None or not isinstance(record["prompt"], str):
+        return record
+    if chat:
+        turn = [{"role": "user", "content": record["prompt"]}]
+        return {**record, "prompt": turn, "id": id or prompt_id(turn)}
+    return {**record, "meta": {**record["meta"], "chat": False}}
+
+
+_OF_CANDIDATES = ("finish_reasons", "token_ids", "logps", "tokenizer", "failed")  # of meta, as written below
+
+
+def _meta_of_prompt(record: dict) -> dict:
+    "Meta without what belongs to candidates that the record brings along."
+    meta, count = record.get("meta") or {}, len(record.get("completions") or ())
+    if not isinstance(meta, dict):
+        return meta  # make_record says so
+    own = {name for name, value in meta.items() if count and isinstance(value, list) and len(value) == count}
+    return {name: value for name, value in meta.items() if name not in own and name not in _OF_CANDIDATES}
+
+
+def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:
+    good = [c for c in completions if c.failed is None]
+    ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
+    meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids, "logps": [c.logp for c in good]}
+    if drawn_by and any(i is not None for i in ids):
+        meta["tokenizer"] = drawn_by
+    if len(good) < len(completions):
+        meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
+    return make_record(record["prompt"], [c.text for c in good], sources=[source] * len(good), id=record["id"], meta=meta)
+
+
+def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:
+    "One line about the candidates that were not answered."
+    rows = [(name, len(row), [c.failed for c in row if c.failed is not None]) for name, row in zip(ids, sampled)]
+    named = [f"{name!r} ({len(why)} of {count}: {why[0]})" for name, count, why in rows if why]
+    lost = [repr(name) for name, count, why in rows if len(why) == count]
+    if named:
+        logger.warning("%d candidates were not answered and are left out, of the prompts %s%s; with a journal, the same call asks for them again",
+                       sum(len(why) for *_, why in rows), ", ".join(named[:20]) + (" …" if len(named) > 20 else ""),
+                       f"; no list for {', '.join(lost)}" if lost else "")
 
 
 def _as_sampler(policy, options: dict) -> Sampler:
@@ -668,6 +901,6 @@ def _as_sampler(policy, options: dict) -> Sampler:
     if hasattr(policy, "sample"):
         return policy
     if isinstance(policy, str) and policy.startswith(("http://", "https://")):
-        url, _, model = policy.partition("#")
+        url, _, model = check_address(policy).partition("#")
         return ServerSampler(url, model or None, **{k: v for k, v in options.items() if k not in ("batch_size", "max_prompt_length")})  # the server's own affair
     return LocalSampler(*(policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())), **options)
