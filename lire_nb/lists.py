@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS', 'LireError', 'ListError', 'validate_record',
-           'prompt_id', 'make_record', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows',
-           'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists', 'load_lists',
-           'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'to_trl_pairs', 'to_rrhf',
-           'list_table', 'describe_lists', 'plot_lists']
+           'prompt_id', 'make_record', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows', 'spaced',
+           'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists',
+           'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'to_trl_pairs',
+           'to_rrhf', 'list_table', 'describe_lists', 'plot_lists']
 
 # %% ../nbs/01_lists.ipynb #4a063116
 import csv
@@ -610,9 +610,20 @@ def read_rows(source: str | os.PathLike | Dataset | Iterable[dict]) -> Iterator[
         yield from _chosen(path.with_suffix("") if path.suffix.lower() == ".gz" else path, _READERS, "read")(stream)
 
 # %% ../nbs/01_lists.ipynb #ace3a8ef
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
 _MARKS = {role: f"\n\n{speaker}:" for speaker, role in _SPEAKERS.items()}
-_turn = re.compile(r"\n\n(Human|Assistant):")
+_turn = re.compile(r"\n\n(Human|Assistant|System):")
+
+
+def spaced(text: str, glue: str = " ") -> str:
+    """`text` as it stands after a mark such as "Assistant:": behind `glue`, unless it brings whitespace of its own."""
+    return text if not text or text[0].isspace() else glue + text
+
+
+def unspaced(raw: str, glue: str = " ") -> str:
+    """The text behind a mark without its `glue`, where `spaced` would write it; else as it stands."""
+    text = raw.removeprefix(glue)
+    return text if spaced(text, glue) == raw else raw
 
 
 def parse_transcript(text: str) -> list[dict]:
@@ -621,12 +632,12 @@ def parse_transcript(text: str) -> list[dict]:
     before, *parts = _turn.split(text if text.startswith("\n\n") else "\n\n" + text)
     if before.strip() or not parts:
         raise ListError("text before the first turn", field="transcript", value=text, allowed='"\\n\\nHuman: …\\n\\nAssistant: …"', remedy="remove it, or give a mapping")
-    return [{"role": _SPEAKERS[who], "content": said.removeprefix(" ")} for who, said in zip(parts[::2], parts[1::2])]
+    return [{"role": _SPEAKERS[who], "content": unspaced(said)} for who, said in zip(parts[::2], parts[1::2])]
 
 
 def join_transcript(messages: list[dict]) -> str:
-    """The HH transcript of `messages`: what `parse_transcript` undoes. A system message stands before the first mark."""
-    return "".join(f"{_MARKS[m['role']]} {m['content']}" if m["role"] in _MARKS else m["content"] for m in messages)
+    """The HH transcript of `messages`: what `parse_transcript` undoes."""
+    return "".join(_MARKS[m["role"]] + spaced(m["content"]) for m in messages)
 
 # %% ../nbs/01_lists.ipynb #3bc8ad6f
 Notes = list[str]  # oddities of one row, counted in the report if the row is kept
