@@ -8,8 +8,8 @@ __all__ = ['logger', 'VERDICT_LAYOUTS', 'RIDGE', 'MeanReward', 'WinRate', 'Lengt
            'paired_difference', 'preferences', 'win_rate', 'VerdictReport', 'read_preference', 'load_verdicts',
            'leaderboard', 'length_controlled_win_rate', 'length_slope', 'win_matrix', 'system_difference',
            'judge_verdicts', 'judge_agreement', 'perplexity', 'token_kl', 'text_kl', 'distinct_n', 'self_bleu',
-           'LireMetric', 'judge_policy', 'compare_systems', 'evaluate_systems', 'write_jsonl', 'slug', 'undisturbed',
-           'EvaluationCallback']
+           'LireMetric', 'judge_policy', 'compare_systems', 'has_kl', 'evaluate_systems', 'write_jsonl', 'slug',
+           'undisturbed', 'EvaluationCallback']
 
 # %% ../nbs/09_evaluation.ipynb #ee615c7a
 import inspect
@@ -33,8 +33,9 @@ from scipy import stats
 from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
+from .conversations import MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
 from .lists import BLANK, LireError, Row, _Errors, atomic_write, prompt_id, read_rows
-from .logprobs import CHUNK, ListCollator, dataset_logps, padded_rows, tokenize_list, unwrap
+from .logprobs import CHUNK, ListCollator, measure_candidates, padded_rows, sampled_logps, tokenize_list, unwrap, without_ends
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, sample_lists
@@ -578,11 +579,14 @@ def text_kl(
     lists: Iterable[dict],  # records with texts in "completions"
     *,
     batch_size: int = 8,  # lists at once
-    max_prompt_length: int = 256,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
     max_completion_length: int = 128,
 ) -> list[list[list[float]]]:  # for each list, for each completion, the KL at each of its positions, in nats
-    "Exact per-token KL on given texts; its mean over a text's positions, or their sum, is what to report."
-    (model, tokenizer), start = _loaded(policy), None if start is None else _loaded(start)[0]
+    "Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's positions, or their sum, is what to report."
+    (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)
+    if other is not None and tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__, allowed="two models with the same tokenizer",
+                        remedy="compare a policy with the one it was trained from")
     modes = [(m, m.training) for m in (model, start) if m is not None]
     tokens = [tokenize_list(r, tokenizer, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length) for r in lists]
     device, results = next(model.parameters()).device, []
@@ -718,23 +722,40 @@ def judge_policy(
     num_samples: int = 2,
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
-    max_prompt_length: int = 256,
-    exact_kl: bool = False,  # also "token_kl", the mean exact per-token KL of every completion
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    exact_kl: bool = False,  # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
     progress: bool = True,
-) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, tokens, logps, start_logps, sampling
+) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
     "Sample, score and measure a policy on prompts it was not trained on."
-    policy, start = _loaded(policy), _loaded(start)
-    lists = sample_lists(policy, prompts, num_samples, settings=settings, seed=seed, max_prompt_length=max_prompt_length, progress=progress)
+    policy, start = _loaded_pair(policy, start)
+    lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed, max_prompt_length=max_prompt_length, progress=progress))
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": settings.max_new_tokens + 1}
-    own, base = (_measured(lists, settings, (0.0, 0), lambda part: [list(zip(*x)) for x in dataset_logps(*m, part, **limits)]) for m in (policy, start))
+    found = sampled_logps(policy, start, lists, stopped=bool(settings.stop), max_prompt_length=max_prompt_length)
     rows = [{"id": r["id"], "prompt": r["prompt"], "completions": r["completions"], "finish_reasons": r["meta"]["finish_reasons"],
-             "scores": {name: values[i] for name, values in scores.items()}, "tokens": [n for _, n in own[i]], "logps": [v for v, _ in own[i]],
-             "start_logps": [v for v, _ in base[i]], "sampling": _sampling(settings)} for i, r in enumerate(lists)]
+             "scores": {name: values[i] for name, values in scores.items()}, **measured, "sampling": _sampling(settings)}
+            for i, (r, measured) in enumerate(zip(lists, found))]
     if exact_kl:
-        for row, found in zip(rows, _measured(lists, settings, [], lambda part: text_kl(policy, start, part, **limits))):
-            row["token_kl"] = [float(np.mean(kls)) if kls else 0.0 for kls in found]
+        for row, kls in zip(rows, _token_kls(policy, start, lists, settings, max_prompt_length, rows[0]["same_tokenizer"])):
+            row["token_kl"] = kls
     return rows
+
+
+def _token_kls(policy, start, lists, settings: SamplingSettings, max_prompt_length: int, same_tokenizer: bool) -> list[list[float] | None]:
+    "The mean exact KL of a token, for every candidate; an empty text has none to measure."
+    if not same_tokenizer:
+        return [None] * len(lists)
+    if settings.stop:
+        lists = [without_ends(r, end_tokens(policy[1], policy[0])) for r in lists]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": settings.max_new_tokens + 1}
+    found = measure_candidates(lists, lambda part: text_kl(policy, start, part, **limits), [])
+    return [[float(np.mean(kls)) if kls else 0.0 for kls in row] for row in found]
+
+
+def _loaded_pair(policy, start) -> tuple:
+    "Both as (model, tokenizer); one name is loaded once."
+    same = not isinstance(policy, tuple) and not isinstance(start, tuple) and str(policy) == str(start)
+    policy = _loaded(policy)
+    return policy, policy if same else _loaded(start)
 
 
 def _loaded(policy):
@@ -749,19 +770,6 @@ def _is_plain(sampling: dict | None) -> bool:
     "Whether samples come from the policy's own distribution; rows of older files do not say and were plain."
     return not sampling or (sampling["temperature"] == 1 and sampling["top_p"] == 1 and sampling["top_k"] == 0)
 
-
-def _measured(lists, settings: SamplingSettings, empty, measure) -> list[list]:
-    "What `measure` finds for every candidate; with stop strings no end is counted, and an empty text has nothing to measure."
-    if not settings.stop:
-        return measure(lists)
-    kept = [[j for j, text in enumerate(r["completions"]) if text] for r in lists]
-    parts = [{**r, **{k: [r[k][j] for j in keep] for k in ("completions", "rewards", "sources")}, "meta": {"finish_reasons": ["length"] * len(keep)}}
-             for r, keep in zip(lists, kept) if keep]
-    found, results = iter(measure(parts) if parts else []), []
-    for r, keep in zip(lists, kept):
-        values = dict(zip(keep, next(found))) if keep else {}
-        results.append([values.get(j, empty) for j in range(len(r["completions"]))])
-    return results
 
 # %% ../nbs/09_evaluation.ipynb #990be1d7
 def compare_systems(
@@ -794,19 +802,29 @@ def _movement(rows: list[dict], seed: int) -> list[tuple]:
     def over_prompts(value):
         return bootstrap_interval([float(np.mean(value(r))) for r in rows], seed=seed)
 
-    ratio = over_prompts(lambda r: np.subtract(r["logps"], r["start_logps"]))
-    plain = all(_is_plain(r.get("sampling")) for r in rows)
+    none, kl_known = Interval(None, None, None), all(has_kl(r) for r in rows)
+    same = all(r.get("same_tokenizer", True) for r in rows)
+    ratio = over_prompts(lambda r: np.subtract(r["logps"], r["start_logps"])) if same else none
+    read = [(sum(r["start_logps"]), sum(r.get("start_tokens", r["tokens"]))) for r in rows]
     figures = [
-        ("KL to start", None, ratio if plain else Interval(None, None, None)),
-        ("perplexity under start", None, _perplexity_interval([sum(r["start_logps"]) for r in rows], [sum(r["tokens"]) for r in rows], seed)),
+        ("KL to start", None, ratio if kl_known else none),
+        ("perplexity under start", None, _perplexity_interval(*zip(*read), seed)),
         ("tokens", None, over_prompts(lambda r: r["tokens"])),
         ("ended", None, over_prompts(lambda r: [reason != "length" for reason in r["finish_reasons"]])),
     ]
-    if not plain:
+    if same and not kl_known:
         figures.append(("log-ratio to start", None, ratio))
     if all("token_kl" in r for r in rows):
-        figures.append(("KL a token", None, over_prompts(lambda r: r["token_kl"])))
+        figures.append(("KL a token", None, over_prompts(lambda r: r["token_kl"]) if all(r["token_kl"] for r in rows) else none))
     return figures
+
+
+def has_kl(
+    row: dict,  # of `judge_policy`
+) -> bool:
+    "Whether the log-ratios of these samples are a KL: drawn plainly, and read in the same tokens by both."
+    return _is_plain(row.get("sampling")) and row.get("same_tokenizer", True)
+
 
 # %% ../nbs/09_evaluation.ipynb #5c3a5d37
 def evaluate_systems(
@@ -880,7 +898,7 @@ class EvaluationCallback(TrainerCallback):
         num_samples: int = 1,
         settings: SamplingSettings = SamplingSettings(),
         seed: int = 0,  # the same at every evaluation, so that changes are the policy's
-        max_prompt_length: int = 256,
+        max_prompt_length: int | None = None,  # tokens; None: the trainer's own limit
         max_kl: float | None = None,  # stop when the KL passes it
         patience: int | None = None,  # stop after so many evaluations without a new best of `watch`
         watch: str | None = None,  # a judge; default: the last one
@@ -904,8 +922,13 @@ class EvaluationCallback(TrainerCallback):
         return trainer
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if self.max_prompt_length is None:
+            self.max_prompt_length = getattr(args, "max_prompt_length", MAX_PROMPT_LENGTH)
         if isinstance(self.start, str) or hasattr(self.start, "__fspath__"):
             self.start = load_policy(self.start)  # in the dtype of training, so that the KL begins at zero
+        if isinstance(self.start, tuple) and tokenizer_fingerprint(self.start[1]) != tokenizer_fingerprint(processing_class):
+            raise LireError("another tokenizer than the policy's", field="start", value=type(self.start[1]).__name__, allowed="the policy that training starts from",
+                            remedy="give that one: a KL needs the same tokens on both sides")
         if self.start is not None:
             self.start = (self.start[0] if isinstance(self.start, tuple) else self.start).to(next(model.parameters()).device)
         elif not hasattr(unwrap(model), "disable_adapter"):
@@ -925,14 +948,18 @@ class EvaluationCallback(TrainerCallback):
 
     def measure(self, model, tokenizer) -> dict:
         "The figures of the policy as it is now."
-        model = unwrap(model)
-        lists = sample_lists((model, tokenizer), self.prompts, self.num_samples, settings=self.settings, seed=self.seed, max_prompt_length=self.max_prompt_length, progress=False)
+        model, limit = unwrap(model), self.max_prompt_length or MAX_PROMPT_LENGTH
+        lists = list(sample_lists((model, tokenizer), self.prompts, self.num_samples, settings=self.settings, seed=self.seed, max_prompt_length=limit, progress=False))
         values = {f"{name}_reward": [np.mean(r["rewards"]) for r in score_lists(lists, judge)] for name, judge in self.judges.items()}
         start = None if self.start is None else (self.start, tokenizer)
-        limits = {"max_prompt_length": self.max_prompt_length, "max_completion_length": self.settings.max_new_tokens + 1}
+        if self.settings.stop:
+            lists = [without_ends(r, end_tokens(tokenizer, model)) for r in lists]
         if (start or hasattr(model, "disable_adapter")) and _is_plain(_sampling(self.settings)):
-            values["kl"] = [np.mean([sum(kls) for kls in r]) for r in _measured(lists, self.settings, [], lambda part: text_kl((model, tokenizer), start, part, **limits))]
-        values["length"] = [np.mean([len(tokenizer(c, add_special_tokens=False)["input_ids"]) for c in r["completions"]]) for r in lists]
+            limits = {"max_prompt_length": limit, "max_completion_length": self.settings.max_new_tokens + 1}
+            kls = measure_candidates(lists, lambda part: text_kl((model, tokenizer), start, part, **limits), [])
+            values["kl"] = [np.mean([sum(one) for one in row]) for row in kls]
+        counted = measure_candidates(lists, lambda part: [list(map(len, tokenize_list(r, tokenizer, max_completion_length=10**9)["completion_ids"])) for r in part], 0)
+        values["length"] = [np.mean(row) for row in counted]
         return {f"eval_{name}{end}": round(float(f(v)), 6) for name, v in values.items() for end, f in (("", np.mean), ("_se", _standard_error))}
 
     def _evaluate(self, args, state, control, model, tokenizer) -> None:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
            'logits_to_logps', 'packed_rows', 'PathCheck', 'check_paths', 'to_device', 'enable_shared', 'disable_shared',
-           'list_logps', 'token_ratio', 'dataset_logps', 'list_length', 'reference_logps']
+           'list_logps', 'token_ratio', 'dataset_logps', 'list_length', 'reference_logps', 'same_policy',
+           'measure_candidates', 'without_ends', 'sampled_logps']
 
 # %% ../nbs/06_logprobs.ipynb #ed17be6c
 import hashlib
@@ -19,13 +20,15 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .lists import LireError, atomic_write
+from .conversations import MAX_PROMPT_LENGTH, drawn_tokens, encode_prompt, end_tokens, tokenizer_fingerprint
+from .lists import LireError, atomic_write, select_candidates
 from .models import causal_lm, context_of, model_fingerprint, render_prompt, text_config, unwrap
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
@@ -713,3 +716,101 @@ def _read_cache(path: Path) -> dict[str, list[float]]:
         except (ValueError, KeyError, TypeError):
             continue
     return known
+
+# %% ../nbs/06_logprobs.ipynb #89725774
+def same_policy(
+    a: torch.nn.Module,
+    b: torch.nn.Module,
+) -> bool:
+    "Whether two models are one and the same: configuration, adapter, every weight."
+    def settings(model):
+        adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        lost = ("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "inference_mode")
+        return [{k: v for k, v in part.items() if k not in lost} for part in (causal_lm(model).config.to_dict(), *adapters.values())]
+
+    if a is b:
+        return True
+    if type(a) is not type(b) or settings(a) != settings(b):
+        return False
+    one, two = a.state_dict(), b.state_dict()
+    same = lambda x, y: x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y.to(x.device))  # noqa: E731
+    return one.keys() == two.keys() and all(same(one[name], two[name]) for name in one)
+
+
+def measure_candidates(
+    lists: list[dict],
+    measure: Callable[[list[dict]], list[list]],  # lists → for each list a value for each candidate
+    empty: Any,  # the value of a candidate that says nothing
+    wanted: list[list[bool]] | None = None,  # candidates to measure; the others get `empty` too; None: all
+) -> list[list]:
+    "What `measure` finds for the candidates that have something to measure."
+    said = [[bool(text or ids) for text, ids in zip(r["completions"], _column(r, "token_ids"))] for r in lists]
+    kept = [[j for j, good in enumerate(row) if good and (wanted is None or wanted[i][j])] for i, row in enumerate(said)]
+    parts = [select_candidates(r, keep) for r, keep in zip(lists, kept) if keep]
+    found, results = iter(measure(parts) if parts else []), []
+    for r, keep in zip(lists, kept):
+        values = dict(zip(keep, next(found))) if keep else {}
+        results.append([values.get(j, empty) for j in range(len(r["completions"]))])
+    return results
+
+
+def _column(record: dict, name: str) -> list:
+    "A column of meta, or nothing for each candidate."
+    return (record.get("meta") or {}).get(name) or [None] * len(record["completions"])
+
+# %% ../nbs/06_logprobs.ipynb #28fc5b41
+def without_ends(
+    record: dict,  # a sampled list
+    ends: list[int],  # tokens that end an answer
+) -> dict:
+    "The list as if every candidate had been cut; log-probs that counted an end are no longer known."
+    ids, logps = _column(record, "token_ids"), _column(record, "logps")
+    ended = [bool(row) and row[-1] in ends for row in ids]
+    columns = {"finish_reasons": ["length"] * len(ids), "token_ids": [row[:-1] if end else row for row, end in zip(ids, ended)],
+               "logps": [None if end else value for value, end in zip(logps, ended)]}
+    return {**record, "meta": {**(record.get("meta") or {}), **columns}}
+
+
+def sampled_logps(
+    policy,  # (model, tokenizer) that drew the candidates
+    start,  # (model, tokenizer) to compare with
+    lists: Iterable[dict],  # of `sample_lists`
+    *,
+    stopped: bool = False,  # stop strings were set: no end is counted
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    batch_size: int = 16,  # lists at once
+) -> list[dict]:  # tokens, logps, start_tokens, start_logps: a value for each candidate; same_tokenizer
+    "Log-probs of sampled candidates under both policies, on the tokens that were drawn."
+    lists, limit = [dict(r) for r in lists], {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
+    lists = [without_ends(r, end_tokens(policy[1], policy[0])) for r in lists] if stopped else lists
+    prints = [tokenizer_fingerprint(tokenizer) for _, tokenizer in (policy, start)]
+    read = lambda pair, wanted=None: measure_candidates(lists, lambda part: _text_logps(*pair, part, limit), (0.0, 0), wanted)  # noqa: E731
+    known = [[None if ids is None or logp is None or r["meta"].get("tokenizer") != prints[0] else (logp, len(ids))
+              for ids, logp in zip(_column(r, "token_ids"), _column(r, "logps"))] for r in lists]
+    missing = read(policy, [[value is None for value in row] for row in known])
+    own = [[a or b for a, b in zip(*rows)] for rows in zip(known, missing)]
+    same = same_policy(policy[0], start[0]) and _same_prompts(policy[1], start[1], lists, max_prompt_length)
+    base = own if same else read(start)
+    _tell_read_again(lists, start[1], prints[0] != prints[1])
+    return [{"tokens": [n for _, n in a], "logps": [v for v, _ in a], "start_tokens": [n for _, n in b], "start_logps": [v for v, _ in b],
+             "same_tokenizer": prints[0] == prints[1]} for a, b in zip(own, base)]
+
+
+def _text_logps(model, tokenizer, lists, limits) -> list[list[tuple[float, int]]]:
+    "Log-prob and number of tokens of every candidate, whole."
+    return [list(zip(*found)) for found in dataset_logps(model, tokenizer, lists, max_completion_length=10**9, **limits)]
+
+
+def _same_prompts(one, other, lists, max_prompt_length) -> bool:
+    "Whether two tokenizers read these prompts alike."
+    encode = lambda tokenizer, r: encode_prompt(r["prompt"], tokenizer, max_prompt_length)  # noqa: E731
+    return one is other or tokenizer_fingerprint(one) == tokenizer_fingerprint(other) and all(encode(one, r) == encode(other, r) for r in lists)
+
+
+def _tell_read_again(lists, tokenizer, other: bool) -> None:
+    "One line about candidates whose drawn tokens cannot be used."
+    drawn = [bool(ids) for r in lists for text, ids in zip(r["completions"], drawn_tokens(r, tokenizer)) if text]
+    if other:
+        logger.warning("the start policy has another tokenizer: %d of %d candidates are read in tokens of its own, and there is no KL", drawn.count(False), len(drawn))
+    elif not all(drawn):
+        logger.warning("%d of %d candidates have no drawn tokens that say their text: it was tokenized again", drawn.count(False), len(drawn))
