@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'write_json', 'claim_folder',
            'policy_identity', 'lists_identity', 'by_id', 'train_policy', 'join_candidates', 'cap_candidates',
-           'run_round', 'StopRule', 'should_stop', 'reward_identity', 'self_enhance']
+           'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'reward_identity', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
 import difflib
@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,11 +30,12 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .conversations import MAX_PROMPT_LENGTH, encode_prompt
 from .lists import LireError, atomic_write, load_lists, make_record, merge_candidates, save_lists, select_candidates
-from .logprobs import dataset_logps
-from .models import compute_dtype, file_hash, load_policy, model_fingerprint, quiet_transformers, resolve_model
+from .logprobs import sampled_logps
+from .models import compute_dtype, file_hash, load_policy, load_tokenizer, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
-from .sampling import SamplingSettings, derive_seed, sample_lists
+from .sampling import SamplingSettings, asked_records, derive_seed, sample_lists
 from lire_nb.training import (
     LIREConfig, LIRETrainer, Stopped, changed_files, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
@@ -339,7 +340,7 @@ def run_round(
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
     sampled = {"policy": _within(policy, run_folder), "fingerprint": policy_identity(policy), "round": number, "seed": derive_seed(seed, number, "sample"),
-               "num_candidates": num_candidates, "sampling": _plain_value(asdict(settings))}
+               "num_candidates": num_candidates, "sampling": _plain_value(asdict(settings)), "max_prompt_length": prompt_limit(training)}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
@@ -360,8 +361,16 @@ def run_round(
 
 def _sample_round(policy, prompts, num_candidates, settings, sampled: dict, progress: bool):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(prompts), num_candidates, policy)
-    asked = [{k: p[k] for k in ("id", "prompt", "meta") if k in p} for p in prompts]
-    return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"], source=f"policy:round-{sampled['round']}", progress=progress)
+    asked = [{k: p[k] for k in ("id", "prompt", "meta", "completions") if k in p} for p in prompts]
+    return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"], source=f"policy:round-{sampled['round']}",
+                        max_prompt_length=sampled["max_prompt_length"], progress=progress)
+
+
+def prompt_limit(
+    training: dict | None = None,  # settings for LIREConfig
+) -> int:  # tokens
+    "The length at which prompts are cut, in training and in everything beside it."
+    return (training or {}).get("max_prompt_length", MAX_PROMPT_LENGTH)
 
 
 def _score_round(folder: Path, number: int, prompts: list[dict], reward: Reward, pool: str, max_candidates: int | None, contrastive: bool) -> list[dict]:
@@ -460,29 +469,42 @@ class StopRule:
 
     prompts: list[dict]  # held-out
     gold: Reward | None = None  # an independent reward
-    max_kl: float | None = None  # nats for a completion, mean over samples of log π − log π_start
+    max_kl: float | None = None  # nats for a completion, mean over plain samples of log π − log π_start
     num_samples: int = 2
-    settings: SamplingSettings = SamplingSettings()
+    settings: SamplingSettings = SamplingSettings()  # of what the gold reward reads; the KL is always that of plain samples
     seed: int = 0
+    max_prompt_length: int | None = None  # tokens; None: as in training
 
     def __post_init__(self):
         self.prompts = by_id(self.prompts)
         if self.gold is None and self.max_kl is None:
             raise LireError("nothing to stop for", field="gold, max_kl", value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
+        rules = {"max_kl": (self.max_kl is None or self.max_kl > 0, "above 0 nats: the start itself is at 0"), "num_samples": (self.num_samples >= 1, "1 or more"),
+                 "prompts": (bool(self.prompts), "one held-out prompt or more")}
+        for name, (good, allowed) in rules.items():
+            if not good:
+                raise LireError("cannot be used", field=name, value=getattr(self, name), allowed=allowed, remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
 
     def identity(self) -> dict:
         gold = self.gold and reward_identity(self.gold)
-        return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings), "seed": self.seed, "prompts": lists_identity(self.prompts)}
+        return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings), "seed": self.seed,
+                "prompts": lists_identity(self.prompts), "max_prompt_length": self.max_prompt_length}
 
     def measure(self, policy: str | Path, start: str | Path) -> dict:
         "Gold reward and KL of a policy, means over prompts."
         found, model = {}, load_policy(policy, dtype=compute_dtype())
-        lists = sample_lists(model, self.prompts, self.num_samples, settings=self.settings, seed=self.seed, progress=False)
+        limit = {"max_prompt_length": self.max_prompt_length or MAX_PROMPT_LENGTH}
+        draw = lambda settings: list(sample_lists(model, self.prompts, self.num_samples, settings=settings, seed=self.seed, progress=False, **limit))  # noqa: E731
+        lists = draw(self.settings) if self.gold is not None or self.settings == self.settings.plain else None
         if self.gold is not None:
             found["gold"] = _mean(r["rewards"] for r in score_lists(lists, self.gold))
         if self.max_kl is not None:
-            both = [dataset_logps(*m, lists, max_completion_length=self.settings.max_new_tokens + 1) for m in (model, load_policy(start, dtype=compute_dtype()))]
-            found["kl"] = _mean([a - b for a, b in zip(own, base)] for (own, _), (base, _) in zip(*both))
+            lists = lists if self.settings == self.settings.plain else draw(self.settings.plain)
+            other = model if str(policy) == str(start) else load_policy(start, dtype=compute_dtype())
+            rows = sampled_logps(model, other, lists, stopped=bool(self.settings.stop), **limit)
+            if not rows[0]["same_tokenizer"]:
+                raise LireError("no KL between policies with different tokenizers", field="max_kl", value=self.max_kl, allowed="a start policy with the same tokenizer", remedy="leave max_kl out")
+            found["kl"] = _mean([a - b for a, b in zip(r["logps"], r["start_logps"])] for r in rows)
         return found
 
     def reason(self, history: list[dict]) -> str | None:
@@ -511,16 +533,16 @@ def should_stop(
     "The reason to stop after this round; what was decided before is read from stop.json."
     path = Path(run_folder) / "stop.json"
     history = json.loads(path.read_text()) if path.exists() else []
-    if isinstance(stop, StopRule) and not history:
-        history.append({"round": 0, **stop.measure(start, start), "reason": None})
-    elif not history:
-        history.append({"round": 0, "reason": None})
+    if not history:
+        history.append({"round": 0, **(stop.measure(start, start) if isinstance(stop, StopRule) else {}), "reason": None})
+        write_json(path, history)
     if len(history) <= number:
         history.append({"round": number, **(stop.measure(policy, start) if isinstance(stop, StopRule) else {})})
         reason = stop.reason(history) if isinstance(stop, StopRule) else stop(number, policy)
         history[-1]["reason"] = ("stop" if reason is True else reason) or None
         write_json(path, history)
     return history[number]["reason"]
+
 
 # %% ../nbs/08_enhancement.ipynb #5df40456
 def reward_identity(
@@ -552,15 +574,21 @@ def self_enhance(
     stop: StopRule | Callable[[int, Path], str | None] | None = None,  # asked after every round
 ) -> list[Path]:  # the policy folder of every round
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
-    prompts, training, start, run_folder = _distinct(prompts), training or {}, policy, Path(run_folder)
-    _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
+    prompts, training, start, run_folder = list(prompts), training or {}, policy, Path(run_folder)
     _check_settings(training)
+    if isinstance(stop, StopRule) and stop.max_prompt_length is None:
+        stop = replace(stop, max_prompt_length=prompt_limit(training))
+    _check_prompts(prompts, stop.prompts if isinstance(stop, StopRule) else [], policy, prompt_limit(training))
+    prompts = _distinct(prompts)
+    _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
     config = {"policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": [(p["id"], p["prompt"]) for p in prompts],
               "given": lists_identity(_given_lists(prompts)), "evolve": evolve, "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings), "training": _plain_value(training),
               "seed": seed, "pool": pool, "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else _plain_value(stop)}
     policies = []
     with on_sigterm("stopped by SIGTERM; the stages that are finished are kept, start again to go on"):
         _claim_run(run_folder, config)
+        if isinstance(stop, StopRule):
+            _decide(stop, 0, policy, start, run_folder)  # the start is measured first: what is wrong with the rule is said before the work
         for number in range(1, evolve + 1):
             policy = run_round(number, policy, prompts, reward, run_folder, iterate=iterate, num_candidates=num_candidates, settings=settings, seed=seed, training=training,
                                progress=progress, pool=pool, max_candidates=max_candidates, contrastive=contrastive)
@@ -578,6 +606,14 @@ def _claim_run(run_folder: Path, config: dict) -> None:
         claim_folder(run_folder, config, "enhancement.json")
         sweep_drafts(run_folder, within=True)
     _wait_for((run_folder / "enhancement.json").exists)
+
+
+def _check_prompts(prompts: list[dict], held_out: list[dict], policy, limit: int) -> None:
+    "Roles and chat template, before a model is loaded."
+    records = [*asked_records(prompts), *(asked_records(held_out) if held_out else [])]
+    tokenizer = load_tokenizer(policy)
+    for record in records:
+        encode_prompt(record["prompt"], tokenizer, limit, id=record["id"])
 
 
 def _decide(stop, number, policy, start, run_folder: Path) -> str | None:

@@ -958,8 +958,7 @@ class EvaluationCallback(TrainerCallback):
             limits = {"max_prompt_length": limit, "max_completion_length": self.settings.max_new_tokens + 1}
             kls = measure_candidates(lists, lambda part: text_kl((model, tokenizer), start, part, **limits), [])
             values["kl"] = [np.mean([sum(one) for one in row]) for row in kls]
-        counted = measure_candidates(lists, lambda part: [list(map(len, tokenize_list(r, tokenizer, max_completion_length=10**9)["completion_ids"])) for r in part], 0)
-        values["length"] = [np.mean(row) for row in counted]
+        values["length"] = [np.mean([_count(*pair, tokenizer) for pair in zip(r["completions"], r["meta"]["token_ids"])]) for r in lists]
         return {f"eval_{name}{end}": round(float(f(v)), 6) for name, v in values.items() for end, f in (("", np.mean), ("_se", _standard_error))}
 
     def _evaluate(self, args, state, control, model, tokenizer) -> None:
@@ -986,3 +985,9 @@ class EvaluationCallback(TrainerCallback):
         if self.patience is not None and len(seen) - 1 - int(np.argmax(seen)) >= self.patience:
             return f"no new best {self.watch} reward in {self.patience} evaluations"
         return None
+
+
+def _count(text: str, ids: list[int] | None, tokenizer) -> int:
+    "Tokens of a completion, as drawn where they are known."
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"] if ids is None else ids)
+

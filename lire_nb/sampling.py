@@ -36,7 +36,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lire_nb.conversations import (
     MAX_PROMPT_LENGTH, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
 )
-from .lists import LireError, ListError, lists_dataset, make_record, prompt_id
+from .lists import LireError, ListError, candidate_columns, lists_dataset, make_record, prompt_id
 from .models import causal_lm, compute_dtype, context_of, load_policy
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
@@ -867,10 +867,10 @@ _OF_CANDIDATES = ("finish_reasons", "token_ids", "logps", "tokenizer", "failed")
 
 def _meta_of_prompt(record: dict) -> dict:
     "Meta without what belongs to candidates that the record brings along."
-    meta, count = record.get("meta") or {}, len(record.get("completions") or ())
+    meta = record.get("meta") or {}
     if not isinstance(meta, dict):
         return meta  # make_record says so
-    own = {name for name, value in meta.items() if count and isinstance(value, list) and len(value) == count}
+    own = candidate_columns({**record, "meta": meta}) if record.get("completions") else {}
     return {name: value for name, value in meta.items() if name not in own and name not in _OF_CANDIDATES}
 
 
