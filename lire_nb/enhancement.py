@@ -479,7 +479,7 @@ class StopRule:
         self.prompts = by_id(self.prompts)
         if self.gold is None and self.max_kl is None:
             raise LireError("nothing to stop for", field="gold, max_kl", value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
-        rules = {"max_kl": (self.max_kl is None or self.max_kl > 0, "above 0 nats: the start itself is at 0"), "num_samples": (self.num_samples >= 1, "1 or more"),
+        rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0, "above 0 nats: the start itself is at 0"), "num_samples": (self.num_samples >= 1, "1 or more"),
                  "prompts": (bool(self.prompts), "one held-out prompt or more")}
         for name, (good, allowed) in rules.items():
             if not good:

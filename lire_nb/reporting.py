@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 
-from .evaluation import Interval, bootstrap_interval, paired_difference, slug, win_matrix
+from .evaluation import Interval, bootstrap_interval, has_kl, paired_difference, slug, win_matrix
 from .lists import LireError, atomic_write
 
 # %% ../nbs/10_reporting.ipynb #06c8c0c0
@@ -213,14 +213,8 @@ def _changes(old: list[dict], new: list[dict], judge: str) -> pd.DataFrame:
     if judge != "proxy" and "proxy" in old[0]["scores"]:
         table["proxy change"] = prompt_means(new, "proxy") - prompt_means(old, "proxy")
     table["tokens before"], table["tokens"] = ([np.mean(r["tokens"]) for r in rows] for rows in (old, new))
-    table["KL"] = [np.mean(np.subtract(r["logps"], r["start_logps"])) if _plain_samples(r) else np.nan for r in new]
+    table["KL"] = [np.mean(np.subtract(r["logps"], r["start_logps"])) if has_kl(r) else np.nan for r in new]
     return pd.DataFrame(table, index=pd.Index([r["id"] for r in new], name="id"))
-
-
-def _plain_samples(row: dict) -> bool:
-    "Whether the samples came from the policy's own distribution; only then their log-ratio is a KL."
-    how = row.get("sampling") or {"temperature": 1, "top_p": 1, "top_k": 0}
-    return how["temperature"] == 1 and how["top_p"] == 1 and how["top_k"] == 0
 
 
 def _sampling_variance(rows: list[dict], judge: str) -> float:
