@@ -29,6 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .conversations import encode_prompt
 from .lists import LireError, lists_dataset, make_record, prompt_id
 from .models import compute_dtype, load_policy, render_prompt
 
@@ -245,11 +246,11 @@ class LocalSampler:
             logger.warning("%s cannot share prompts (%s): every candidate computes its own prompt, which is slower", type(self.model).__name__, reason)
 
     def _encode(self, prompts) -> list[list[int]]:
-        "Token ids, cut on the left at max_prompt_length."
-        encoded = [self.tokenizer(render_prompt(p, self.tokenizer), add_special_tokens=isinstance(p, str))["input_ids"] for p in prompts]
-        if cut := sum(len(ids) > self.max_prompt_length for ids in encoded):
+        "Token ids, head and end kept at max_prompt_length."
+        encoded, shorter = zip(*(encode_prompt(p, self.tokenizer, self.max_prompt_length) for p in prompts))
+        if cut := sum(shorter):
             logger.warning("%d of %d prompts are longer than %d tokens and lost their beginning; raise max_prompt_length", cut, len(encoded), self.max_prompt_length)
-        return [ids[-self.max_prompt_length :] for ids in encoded]
+        return list(encoded)
 
     def _rows(self, encoded, numbers, settings, seed) -> list[list[int]]:
         "Tokens of B·M rows, each up to and with its end."
