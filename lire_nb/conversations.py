@@ -8,7 +8,7 @@ __all__ = ['logger', 'MAX_PROMPT_LENGTH', 'MAX_COMPLETION_LENGTH', 'render_promp
            'drawn_tokens', 'completion_ids', 'encode_conversation', 'warn_text_prompts', 'list_table', 'describe_lists',
            'plot_lists']
 
-# %% ../nbs/01a_conversations.ipynb #9caeceae
+# %% ../nbs/01a_conversations.ipynb #44ac74ff
 import hashlib
 import logging
 import math
@@ -23,11 +23,11 @@ import pandas as pd
 
 from .lists import LireError, ListError, _check_message, _check_prompt, _listed, _plain_rows, join_transcript, spaced, unspaced, validate_record
 
-# %% ../nbs/01a_conversations.ipynb #9528fd2e
+# %% ../nbs/01a_conversations.ipynb #d47ee6bd
 logger = logging.getLogger(__name__)
 MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH = 256, 128  # tokens; what is longer is cut
 
-# %% ../nbs/01a_conversations.ipynb #54344cfe
+# %% ../nbs/01a_conversations.ipynb #17326e1a
 def _where(id: str | None) -> str:
     return "prompt" if id is None else f"prompt of list {id!r}"
 
@@ -50,7 +50,7 @@ def _split(messages: list[dict]) -> tuple[list[dict], str]:
         return messages, ""
     return messages[:-1], messages[-1]["content"]
 
-# %% ../nbs/01a_conversations.ipynb #75bb636a
+# %% ../nbs/01a_conversations.ipynb #a67bfd8c
 def _has_template(prompt, tokenizer) -> bool:
     return not isinstance(prompt, str) and bool(getattr(tokenizer, "chat_template", None))
 
@@ -71,7 +71,7 @@ def _check_kept(text: str, messages: list[dict], shape: "_Shape", id: str | None
             raise LireError(f"the chat template leaves out the {m['role']} turn", field=_where(id), value=m["content"], allowed="a template that writes every system and user turn",
                             remedy="move its text into a turn that is written, or give the tokenizer another chat_template")
 
-# %% ../nbs/01a_conversations.ipynb #0d588863
+# %% ../nbs/01a_conversations.ipynb #3a0f3bef
 @dataclass(frozen=True)
 class _Shape:
     "What a template writes around the turns of a conversation, whatever they say."
@@ -116,7 +116,7 @@ def _first_special(tokenizer, text: str) -> int | None:
     special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if str(token).strip())}
     return next((i for i in _ids(text, tokenizer) if i in special), None)
 
-# %% ../nbs/01a_conversations.ipynb #4d9e33b7
+# %% ../nbs/01a_conversations.ipynb #4034a58c
 def render_prompt(
     prompt: str | list[dict],  # text, or messages [{"role", "content"}, ...]
     tokenizer=None,  # its chat template renders messages; None or no template: the HH transcript
@@ -139,7 +139,7 @@ def render_prompt(
     _check_kept(opened, closed, shape, id)
     return opened + begun
 
-# %% ../nbs/01a_conversations.ipynb #f57c0ca7
+# %% ../nbs/01a_conversations.ipynb #c01a9c97
 def render_conversation(
     prompt: str | list[dict],
     completion: str,  # the answer, whole
@@ -166,7 +166,7 @@ def _glue(prompt: str | list[dict], tokenizer) -> str:
         return ""
     return _shape(tokenizer, prompt).glue if _has_template(prompt, tokenizer) else " "
 
-# %% ../nbs/01a_conversations.ipynb #3166da63
+# %% ../nbs/01a_conversations.ipynb #a48fab29
 def _ids(text: str, tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -193,7 +193,7 @@ def _text_ids(text: str, prompt, tokenizer) -> list[int]:
     ids = _ids(text, tokenizer)
     return ids if _has_template(prompt, tokenizer) else _started(ids, _frame(tokenizer)[0])
 
-# %% ../nbs/01a_conversations.ipynb #52d20936
+# %% ../nbs/01a_conversations.ipynb #ac37ac7d
 def check_limit(
     value,
     field: str,  # what the limit is called
@@ -231,7 +231,7 @@ def _start_token(tokenizer, id: str | None) -> int:
         raise LireError("no token to predict from", field=_where(id), allowed="a prompt with at least one token", remedy="give the prompt some text")
     return start
 
-# %% ../nbs/01a_conversations.ipynb #3031448a
+# %% ../nbs/01a_conversations.ipynb #19d547b7
 def _shortened(prompt: str | list[dict], fits: Callable) -> list[dict] | None:
     "The longest conversation that fits: whole early turns go, then the beginning of the oldest user turn kept; system turns stay. None where there is none."
     messages = [] if isinstance(prompt, str) else prompt
@@ -263,10 +263,10 @@ def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list
         said = next((m["content"].strip() for m in prompt if m["content"].strip()), "")
         header = _text_ids(text[: max(0, text.find(said))], prompt, tokenizer)
         head = next((k for k, pair in enumerate(zip(header, ids)) if pair[0] != pair[1]), min(len(header), len(ids)))
-    head = head if head < limit else 0
+    head = head if head < limit else limit // 2
     return ids[:head] + ids[len(ids) - (limit - head):]
 
-# %% ../nbs/01a_conversations.ipynb #aef14f3e
+# %% ../nbs/01a_conversations.ipynb #35fc0a60
 def _decoded(ids: list[int], tokenizer) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -287,7 +287,7 @@ def _continued(text: str, before: list[int], tail: str, prompt, tokenizer) -> li
             return both[len(head):]
     return _ids(tail, tokenizer)
 
-# %% ../nbs/01a_conversations.ipynb #b2327c81
+# %% ../nbs/01a_conversations.ipynb #1b5aac45
 def encode_completion(
     prompt: str | list[dict],
     completion: str,
@@ -311,7 +311,7 @@ def _encode_completions(prompt, completions: list[str], tokenizer, ended: list[b
         rows.append(ids + [end] if closed and end is not None and not (ids and ids[-1] in ends) else ids)
     return rows
 
-# %% ../nbs/01a_conversations.ipynb #4bd12f91
+# %% ../nbs/01a_conversations.ipynb #d1aee538
 def end_token(
     prompt: str | list[dict],
     tokenizer,
@@ -331,7 +331,7 @@ def end_tokens(
     found += [getattr(tokenizer, "eos_token_id", None), end_token([{"role": "user", "content": "probe"}], tokenizer)]
     return list(dict.fromkeys(i for i in found if i is not None))
 
-# %% ../nbs/01a_conversations.ipynb #5761e446
+# %% ../nbs/01a_conversations.ipynb #1fdbe363
 def completion_text(
     prompt: str | list[dict],
     ids: list[int],  # (R,) as they were drawn, with or without their end
@@ -343,7 +343,7 @@ def completion_text(
     anchor = _ids("a", tokenizer)[-1:]  # a decoder may take the first space of a text away, so something stands before it
     return unspaced(_decoded([*anchor, *said], tokenizer)[len(_decoded(anchor, tokenizer)):], _glue(prompt, tokenizer))
 
-# %% ../nbs/01a_conversations.ipynb #25352ace
+# %% ../nbs/01a_conversations.ipynb #3c46aa6f
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (length, fingerprint)
 
 
@@ -376,7 +376,7 @@ def _says(prompt, ids: list[int], text: str, reason: str | None, tokenizer) -> b
     endings = [ids] if reason == "length" else [ids, ids[:-1]]
     return any(completion_text(prompt, some, tokenizer) == text for some in endings)
 
-# %% ../nbs/01a_conversations.ipynb #7e9da4a6
+# %% ../nbs/01a_conversations.ipynb #b62c1499
 def completion_ids(
     record: dict,  # one list
     tokenizer,
@@ -395,7 +395,7 @@ def completion_ids(
     known = meta.get("token_ids") or []
     return drawn, sum(j < len(known) and bool(known[j]) for j in todo)
 
-# %% ../nbs/01a_conversations.ipynb #e7a31658
+# %% ../nbs/01a_conversations.ipynb #8e09d814
 def encode_conversation(
     prompt: str | list[dict],
     completion: str,
@@ -422,7 +422,7 @@ def encode_conversation(
         return encode(shorter)
     return _ends_only(render_conversation(prompt, completion, tokenizer, id=id), ids, prompt, tokenizer, limit)
 
-# %% ../nbs/01a_conversations.ipynb #99551738
+# %% ../nbs/01a_conversations.ipynb #d305d22a
 def warn_text_prompts(
     records: Iterable[dict],
     tokenizer,
@@ -441,7 +441,7 @@ def warn_text_prompts(
                        plain, total)
     return plain
 
-# %% ../nbs/01a_conversations.ipynb #219e8e78
+# %% ../nbs/01a_conversations.ipynb #97e3fd8c
 def _lengths(record: dict, tokenizer) -> tuple[int, list[int]]:
     "Length of the prompt and of each completion: ids as they are trained, or words."
     if tokenizer is None:
@@ -469,7 +469,7 @@ def list_table(
         raise ListError("no lists", field="lists", allowed="at least one list", remedy="check what was loaded")
     return pd.DataFrame(rows)
 
-# %% ../nbs/01a_conversations.ipynb #32ec360b
+# %% ../nbs/01a_conversations.ipynb #7b93e736
 def _length_rows(name: str, lengths: pd.Series, unit: str, limit: int | None) -> dict:
     rows = {f"{name} {unit}, {label}": (lengths.quantile(q), None) for label, q in (("median", 0.5), ("95 %", 0.95), ("largest", 1))}
     if limit is not None:
@@ -508,7 +508,7 @@ def _describe(table: pd.DataFrame, unit: str, max_prompt_length: int | None, max
     rows |= _length_rows("completion", table["completion_lengths"].explode().astype(int), unit, max_completion_length)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "share"]).astype(float)
 
-# %% ../nbs/01a_conversations.ipynb #86d32958
+# %% ../nbs/01a_conversations.ipynb #c7b8c308
 def plot_lists(
     lists: Iterable[dict], tokenizer=None, max_prompt_length: int | None = None, max_completion_length: int | None = None
 ) -> object:
