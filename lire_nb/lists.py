@@ -7,13 +7,14 @@ __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS',
            'prompt_id', 'make_record', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows', 'spaced',
            'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists',
            'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'to_trl_pairs',
-           'to_rrhf', 'list_table', 'describe_lists', 'plot_lists']
+           'to_rrhf']
 
 # %% ../nbs/01_lists.ipynb #4a063116
 import csv
 import errno
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -33,7 +34,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
@@ -778,10 +778,16 @@ def _read_ranks(row: dict, notes: Notes) -> dict:
 
 
 def _read_rrhf(row: dict, notes: Notes) -> dict:
-    """RRHF and LIRE. Files written by `to_rrhf` may carry the exact prompt in a column of its own."""
+    """RRHF and LIRE. Files written by `to_rrhf` may carry the exact prompt and answers in columns of their own."""
     if "prompt" in row:
-        return _read_columns({k: v for k, v in row.items() if k != "query"}, "prompt", "responses", "scores", "sources")
-    return _read_columns(row, "query", "responses", "scores", "sources", prompt=_transcript_prompt(row["query"]) or row["query"])
+        exact = row.get("exact_responses", row["responses"])
+        row = {k: v for k, v in row.items() if k not in ("query", "exact_responses")} | {"responses": exact}
+        return _read_columns(row, "prompt", "responses", "scores", "sources")
+    turns, answers = _transcript_prompt(row["query"]), _listed(row["responses"])
+    if turns is None or not isinstance(answers, list):
+        return _read_columns(row, "query", "responses", "scores", "sources", prompt=row["query"])
+    answers = [unspaced(answer) if isinstance(answer, str) else answer for answer in answers]
+    return _read_columns({**row, "responses": answers}, "query", "responses", "scores", "sources", prompt=turns)
 
 
 def _read_distilabel(row: dict, notes: Notes) -> dict:
@@ -835,7 +841,7 @@ def _read_tldr(row: dict, notes: Notes) -> dict:
     kept["notes"] = [s.get("note") for s in summaries]
     return make_record(
         prompt=f"TITLE: {info['title']}\n\n{post}" if info.get("title") else post,
-        completions=[s["text"].removeprefix(" ") for s in summaries],
+        completions=[s["text"] for s in summaries],  # " A cat came back.": the space belongs to the text after the post
         rewards=[float(i == choice) for i in range(len(summaries))],
         sources=["unknown" if s.get("policy") is None else s["policy"] for s in summaries],
         id=_row_id(info),
@@ -872,7 +878,7 @@ def _read_pair(row: dict, notes: Notes) -> dict:
     prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
     turns = _transcript_prompt(prompt)
     if turns is not None and all(isinstance(answer, str) for answer in pair):
-        prompt, pair = turns, [answer.removeprefix(" ") for answer in pair]  # "Assistant:" and the space after it are the mark
+        prompt, pair = turns, [unspaced(answer) for answer in pair]
     if not (isinstance(prompt, str) and all(isinstance(answer, str) for answer in pair)):
         shared = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [] if prompt is None else _check_prompt(prompt)
         prompt, pair = _split_pair(_dialogue(pair[0], shared, "chosen"), _dialogue(pair[1], shared, "rejected"))
@@ -1377,11 +1383,17 @@ def _pair_features(chat: bool) -> Features:
 
 # %% ../nbs/01_lists.ipynb #e2e4e0fe
 def _rrhf_row(record: dict) -> dict:
-    prompt = record["prompt"]
-    query = prompt if isinstance(prompt, str) else join_transcript(prompt) + _MARKS["assistant"]
-    exact = {} if (_transcript_prompt(query) or query) == prompt else {"prompt": prompt}
-    kept = {name: record[name] for name in ("id", "sources", "meta")}
-    return {"query": query, "responses": record["completions"], "scores": record["rewards"], **kept, **exact}
+    prompt, answers = record["prompt"], record["completions"]
+    chat = not isinstance(prompt, str)
+    begun = chat and prompt[-1]["role"] == "assistant"  # the responses go on with this turn
+    query = join_transcript(prompt if begun else [*prompt, {"role": "assistant", "content": ""}]) if chat else prompt
+    responses = [spaced(answer) for answer in answers] if chat and not begun else answers
+    row = {"query": query, "responses": responses, "scores": record["rewards"], **{name: record[name] for name in ("id", "sources", "meta")}}
+    turns = _transcript_prompt(query)
+    if (turns or query) == prompt and (responses if turns is None else [unspaced(r) for r in responses]) == answers:
+        return row
+    exact = {} if responses == answers else {"exact_responses": answers}
+    return row | {"prompt": prompt, **exact}  # the query alone would not bring them back
 
 
 def to_rrhf(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path:
@@ -1391,106 +1403,12 @@ def to_rrhf(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path:
         _write_jsonl(rows, handle)
     return Path(path)
 
-# %% ../nbs/01_lists.ipynb #73db3f5b
-def _prompt_text(prompt: str | list[dict], tokenizer: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return join_transcript(prompt) + _MARKS["assistant"]
+# %% ../nbs/01_lists.ipynb #5d2c1a9e
+_MOVED = ("list_table", "describe_lists", "plot_lists")  # they read what a policy reads, so they live in 01a_conversations
 
 
-def _lengths(texts: list[str], tokenizer: Any) -> list[int]:
-    if tokenizer is None:
-        return [len(text.split()) for text in texts]
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def list_table(lists: Dataset | Iterable[dict], tokenizer: Any = None) -> pd.DataFrame:
-    """One row a list: candidates, scored, reward_min, reward_max, tied (candidates that share their reward), signal, empty, prompt_length, completion_lengths."""
-    rows = []
-    for num, record in enumerate(_plain_rows(lists), 1):
-        record = validate_record(record, num=num)
-        known = Counter(reward for reward in record["rewards"] if reward is not None)
-        prompt, *completions = _lengths([_prompt_text(record["prompt"], tokenizer), *record["completions"]], tokenizer)
-        rows.append(
-            {
-                "candidates": len(completions),
-                "scored": known.total(),
-                "reward_min": min(known, default=math.nan),
-                "reward_max": max(known, default=math.nan),
-                "tied": sum(count for count in known.values() if count > 1),
-                "signal": len(known) > 1,
-                "empty": sum(not text.strip() for text in record["completions"]),
-                "prompt_length": prompt,
-                "completion_lengths": completions,
-            }
-        )
-    if not rows:
-        raise ListError("no lists", field="lists", allowed="at least one list", remedy="check what was loaded")
-    return pd.DataFrame(rows)
-
-# %% ../nbs/01_lists.ipynb #aa649f07
-def _length_rows(name: str, lengths: pd.Series, unit: str, limit: int | None) -> dict:
-    rows = {f"{name} {unit}, {label}": (lengths.quantile(q), None) for label, q in (("median", 0.5), ("95 %", 0.95), ("largest", 1))}
-    if limit is not None:
-        rows[f"{name}s longer than {limit} {unit}"] = (int((lengths > limit).sum()), (lengths > limit).mean())
-    return rows
-
-
-def describe_lists(
-    lists: Dataset | Iterable[dict], tokenizer: Any = None, max_prompt_length: int | None = None, max_completion_length: int | None = None
-) -> pd.DataFrame:
-    """What a data set holds: a table with the columns value and share.
-
-    Lists, how many have M candidates, rewards and their spread inside a list, ties, lists without signal, lengths (tokens; words without a tokenizer), and
-    how many prompts and completions are longer than the limits, that is, will be cut. Raises `ListError`.
-    """
-    return _describe(list_table(lists, tokenizer), "words" if tokenizer is None else "tokens", max_prompt_length, max_completion_length)
-
-
-def _describe(table: pd.DataFrame, unit: str, max_prompt_length: int | None, max_completion_length: int | None) -> pd.DataFrame:
-    count, spread = len(table), (table["reward_max"] - table["reward_min"])[table["scored"] > 1]
-    rows = {"lists": (count, None), "candidates": (int(table["candidates"].sum()), None)}
-    rows |= {f"lists with M = {m}": (n, n / count) for m, n in table["candidates"].value_counts().sort_index().items()}
-    rows["candidates scored"] = (int(table["scored"].sum()), table["scored"].sum() / table["candidates"].sum())
-    rows |= {"lowest reward": (table["reward_min"].min(), None), "highest reward": (table["reward_max"].max(), None)}
-    rows |= {"spread of rewards in a list, mean": (spread.mean(), None), "spread of rewards in a list, median": (spread.median(), None)}
-    kinds = {
-        "lists with a tie": table["tied"] > 0,
-        "lists without signal": ~table["signal"],
-        "… because M = 1": table["candidates"] == 1,
-        "… because fewer than two are scored": (table["candidates"] > 1) & (table["scored"] < 2),
-        "… because all are tied": (table["scored"] > 1) & ~table["signal"],
-        "lists with an empty completion": table["empty"] > 0,
-    }
-    rows |= {name: (int(which.sum()), which.mean()) for name, which in kinds.items()}
-    rows |= _length_rows("prompt", table["prompt_length"], unit, max_prompt_length)
-    rows |= _length_rows("completion", table["completion_lengths"].explode().astype(int), unit, max_completion_length)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "share"]).astype(float)
-
-# %% ../nbs/01_lists.ipynb #07b089db
-def plot_lists(
-    lists: Dataset | Iterable[dict], tokenizer: Any = None, max_prompt_length: int | None = None, max_completion_length: int | None = None
-) -> Any:
-    """The figure of `describe_lists`: number of candidates, spread of rewards, prompt and completion lengths. Returns a matplotlib Figure."""
-    import matplotlib.pyplot as plt
-
-    table, unit = list_table(lists, tokenizer), "words" if tokenizer is None else "tokens"
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.8), layout="constrained")
-    sizes = table["candidates"].value_counts().sort_index()
-    axes[0].bar(sizes.index, sizes)
-    axes[0].set_xticks(sizes.index)
-    spread = (table["reward_max"] - table["reward_min"])[table["scored"] > 1]
-    axes[1].hist(spread, bins=20)
-    axes[2].hist(table["prompt_length"], bins=30)
-    axes[3].hist(table["completion_lengths"].explode().astype(int), bins=30)
-    for axis, limit in ((axes[2], max_prompt_length), (axes[3], max_completion_length)):
-        if limit is not None:
-            axis.axvline(limit, color="black", linestyle="--", label="cut here")
-            axis.legend(frameon=False)
-    labels = ("candidates M", f"spread of rewards ({(spread == 0).sum()} lists tied)", f"prompt, {unit}", f"completion, {unit}")
-    for axis, label, what in zip(axes, labels, ("lists", "lists", "lists", "completions")):
-        axis.set(xlabel=label, ylabel=what)
-    plt.close(figure)  # a notebook would show it twice
-    return figure
+def __getattr__(name: str) -> Any:
+    """The names that moved, where they were before."""
+    if name in _MOVED:
+        return getattr(importlib.import_module("lire_nb.conversations"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

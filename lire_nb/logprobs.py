@@ -27,9 +27,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .conversations import MAX_PROMPT_LENGTH, drawn_tokens, encode_prompt, end_tokens, tokenizer_fingerprint
+from lire_nb.conversations import (
+    MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, check_limit, completion_ids, drawn_tokens, encode_prompt, end_tokens, tokenizer_fingerprint,
+)
 from .lists import LireError, atomic_write, select_candidates
-from .models import causal_lm, context_of, model_fingerprint, render_prompt, text_config, unwrap
+from .models import causal_lm, context_of, model_fingerprint, text_config, unwrap
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
 logger = logging.getLogger(__name__)
@@ -39,59 +41,35 @@ def tokenize_list(
     record: dict,  # one list, as `load_lists` gives it
     tokenizer,
     *,
-    max_prompt_length: int = 256,  # tokens; the beginning is cut
-    max_completion_length: int = 128,  # tokens; the end is cut
+    max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens; head and end are kept
+    max_completion_length: int = MAX_COMPLETION_LENGTH,  # tokens; the end is cut
     context: int | None = None,  # tokens that the model can read at most, see `context_of`
-) -> dict:  # id, prompt_ids, completion_ids, rewards, cut
-    "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, end-of-text included, and for a prompt that leaves no room for one."
-    text = render_prompt(record["prompt"], tokenizer)
-    special = isinstance(record["prompt"], str)  # a chat template brings its own special tokens
-    prompt_ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    if tokenizer.eos_token_id is not None and special and prompt_ids[-1:] == [tokenizer.eos_token_id]:
-        prompt_ids = prompt_ids[:-1]  # encoder-style tokenizers end every text; a prompt goes on
-    reasons = (record.get("meta") or {}).get("finish_reasons") or ["stop"] * len(record["completions"])
-    if len(reasons) != len(record["completions"]):
-        raise LireError("not one a completion", field=f"meta.finish_reasons of list {record['id']!r}", value=reasons, allowed=f"{len(record['completions'])} reasons",
-                        remedy="drop a candidate's reason together with the candidate")
-    completions = [_completion_ids(c, r, text, prompt_ids, tokenizer, special) for c, r in zip(record["completions"], reasons, strict=True)]
+) -> dict:  # id, prompt_ids, completion_ids, rewards, cut, retokenized
+    "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, and for a prompt that leaves no room for one."
+    id, longest = record["id"], check_limit(max_prompt_length, "max_prompt_length", 0)
+    prompt_ids, shorter = encode_prompt(record["prompt"], tokenizer, max(1, longest), id=id)
+    completions, retokenized = completion_ids(record, tokenizer)
     for j, ids in enumerate(completions):
         if not ids:
-            raise LireError("no token", field=f"completions[{j}] of list {record['id']!r}", value=record["completions"][j], allowed="a completion with at least one token",
-                            remedy="drop this candidate from the list")
-    prompt_ids = prompt_ids or [_start_token(record, tokenizer)]
-    room = max_completion_length if context is None else min(max_completion_length, context - min(len(prompt_ids), max_prompt_length))
-    if room < 1 or max_prompt_length < 1:
-        raise LireError("no room for an answer", field=f"prompt of list {record['id']!r}", value=f"{len(prompt_ids)} tokens, limits {max_prompt_length} + {max_completion_length}, context {context}",
-                        allowed="at least one token of prompt and one of completion", remedy="lower max_prompt_length, or raise the limit that is too small")
-    cut = int(len(prompt_ids) > max_prompt_length), sum(len(c) > room for c in completions)
-    return {"id": record["id"], "prompt_ids": prompt_ids[-max_prompt_length:], "rewards": record["rewards"],
-            "completion_ids": [c[:room] for c in completions], "cut": cut}
-
-
-def _completion_ids(completion, reason, text, prompt_ids, tokenizer, special) -> list[int]:
-    joint = tokenizer(text + completion, add_special_tokens=special)["input_ids"]
-    if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
-        ids = joint[len(prompt_ids) :]
-    else:
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    ends = reason == "stop" and eos is not None and ids[-1:] != [eos]
-    return ids + [eos] if ends else ids
-
-
-def _start_token(record, tokenizer) -> int:
-    "An empty prompt still needs one token to predict from."
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise LireError("no token to predict from", field=f"prompt of list {record['id']!r}", value=record["prompt"], allowed="a prompt with at least one token", remedy="give the prompt some text")
-    return start
+            raise LireError("no token", field=f"completions[{j}] of list {id!r}", value=record["completions"][j],
+                            allowed="a completion with at least one token", remedy="drop this candidate from the list")
+    room = check_limit(max_completion_length, "max_completion_length", 0)
+    room = room if context is None else min(room, context - len(prompt_ids))
+    if room < 1 or longest < 1:
+        limits = f"{len(prompt_ids)} tokens, limits {max_prompt_length} + {max_completion_length}, context {context}"
+        raise LireError("no room for an answer", field=f"prompt of list {id!r}", value=limits,
+                        allowed="at least one token of prompt and one of completion",
+                        remedy="lower max_prompt_length, or raise the limit that is too small")
+    cut = int(shorter), sum(len(c) > room for c in completions)
+    return {"id": id, "prompt_ids": prompt_ids, "rewards": record["rewards"], "completion_ids": [c[:room] for c in completions],
+            "cut": cut, "retokenized": retokenized}
 
 # %% ../nbs/06_logprobs.ipynb #46af330d
 class ListCollator:
     "Turns tokenized lists into one batch of tensors; a pad is never read, whatever it is."
 
-    def __init__(self, pad_token_id: int = 0):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int | None = 0):
+        self.pad_token_id = pad_token_id or 0  # a tokenizer may have none
 
     def __call__(self, lists: list[dict]) -> dict:
         flat = [(b, j, ids) for b, one in enumerate(lists) for j, ids in enumerate(one["completion_ids"])]
@@ -134,6 +112,7 @@ def padded_rows(
     offset = column - prompt_lengths[:, None]  # (N, L): place inside the completion
     inside = (offset >= 0) & (offset < lengths[:, None])
     ids = torch.where(inside, completions.gather(1, offset.clamp(0, completions.shape[1] - 1)), ids)
+    ids = ids.masked_fill(column >= total[:, None], 0)  # a pad may lie beyond the model's vocabulary
     index = inside.flatten().nonzero().squeeze(1)
     return {"input_ids": ids, "attention_mask": (column < total[:, None]).long(), "index": index - 1, "targets": ids.flatten()[index]}
 
@@ -639,8 +618,8 @@ def dataset_logps(
     lists: Iterable[dict],
     *,
     batch_size: int = 16,  # lists at once
-    max_prompt_length: int = 256,
-    max_completion_length: int = 128,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
     autocast: torch.dtype | None = None,  # e.g. torch.bfloat16
     impl: str = "auto",  # as in `list_logps`
 ) -> list[tuple[list[float], list[int]]]:  # for each list: log-probs and token counts of its candidates
@@ -677,8 +656,8 @@ def reference_logps(
     lists: Iterable[dict],
     folder: str | Path | None = None,  # where reference-<fingerprint>.jsonl is kept; None: nothing is kept
     *,
-    max_prompt_length: int = 256,
-    max_completion_length: int = 128,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
     autocast: torch.dtype | None = None,
     batch_size: int = 16,
 ) -> list[list[float]]:  # for each list the (M,) log-probs of its candidates

@@ -22,11 +22,12 @@ import datasets
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+from .conversations import MAX_PROMPT_LENGTH, completion_text, encode_prompt, render_prompt
 from .enhancement import atomic_folder, by_id, lists_identity, policy_identity, reward_identity, write_json
 from .lists import LireError, make_record
-from .models import has_bf16, load_policy, quiet_transformers, render_prompt
+from .models import has_bf16, load_policy, quiet_transformers
 from .rewards import Reward, score_lists
-from .sampling import SamplingSettings, decode_completion
+from .sampling import SamplingSettings
 from .training import use_training_bar
 
 # %% ../nbs/08a_online.ipynb #170167dc
@@ -67,7 +68,7 @@ class OnlineReward:
         self.scored, self.__name__ = 0, "reward"
 
     def __call__(self, prompts, completions, completion_ids, index, **_):
-        texts = [decode_completion(self.tokenizer, self.encoded[p][-1], list(ids)) for p, ids in zip(prompts, completion_ids, strict=True)]
+        texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer) for i, ids in zip(index, completion_ids, strict=True)]
         lists, M = [], self.num_candidates
         for start in range(0, len(texts), M):
             record = self.records[index[start]]
@@ -80,16 +81,18 @@ class OnlineReward:
 def encode_prompts(
     records: list[dict],
     tokenizer,
-    max_prompt_length: int = 256,  # tokens; the beginning is cut
+    max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens; head and end are kept
 ) -> dict[str, list[int]]:  # rendered text -> token ids
-    "Prompts as `LocalSampler` encodes them."
-    encoded = {}
+    "Prompts as every other notebook encodes them."
+    encoded, cut = {}, 0
     for record in records:
-        text = render_prompt(record["prompt"], tokenizer)
-        encoded[text] = tokenizer(text, add_special_tokens=isinstance(record["prompt"], str))["input_ids"]
-    if cut := sum(len(ids) > max_prompt_length for ids in encoded.values()):
-        logger.warning("%d of %d prompts are longer than %d tokens and lost their beginning; raise max_prompt_length", cut, len(encoded), max_prompt_length)
-    return {text: ids[-max_prompt_length:] for text, ids in encoded.items()}
+        text = render_prompt(record["prompt"], tokenizer, id=record["id"])
+        encoded[text], shorter = encode_prompt(record["prompt"], tokenizer, max_prompt_length, id=record["id"])
+        cut += shorter
+    if cut:
+        logger.warning("%d of %d prompts are longer than %d tokens and lost their beginning; raise max_prompt_length",
+                       cut, len(encoded), max_prompt_length)
+    return encoded
 
 
 def _reading(trainer_class, encoded: dict[str, list[int]]):
@@ -172,7 +175,7 @@ def train_online(
     lists_per_step: int = 4,  # prompts in a step
     settings: SamplingSettings = SamplingSettings(),
     training: dict | None = None,  # settings for TRL's configuration, e.g. learning_rate, beta
-    max_prompt_length: int = 256,  # tokens
+    max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens
     peft_config=None,
     seed: int = 0,
     progress: bool = True,

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .conversations import encode_conversation, render_conversation
 from .lists import LireError, lists_dataset
-from .models import ModelError, default_device, has_bf16, load_reward_backbone, quiet_transformers, render_prompt
+from .models import ModelError, default_device, has_bf16, load_reward_backbone, quiet_transformers
 from .tasks import text_hash
 
 # %% ../nbs/05_rewards.ipynb #e46efe29
@@ -222,36 +223,66 @@ def _snippet(error: urllib.error.HTTPError) -> str:
         return ""
 
 # %% ../nbs/05_rewards.ipynb #bae694da
+def _usable_pad(config, tokenizer) -> int:
+    "A token to fill rows with: the tokenizer's, or its end of text where that lies beyond the model's vocabulary."
+    known = getattr(config, "vocab_size", None) or len(tokenizer)
+    found = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < known)
+    return next(found)
+
+
 class RewardModel:
     "A scalar head on a pretrained model; call it like any reward."
 
     def __init__(self, model, tokenizer, *, max_length: int = 256, batch_size: int = 64, name: str = "reward-model"):
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.batch_size, self.name, self.history = batch_size, name, []
-        tokenizer.truncation_side = "left"
+        self.pad = _usable_pad(model.config, tokenizer)
+        model.config.pad_token_id = self.pad  # decoders look for the last token that is not it
 
     def encode(self, prompts: list, completions: list[str]) -> dict:
-        "Token tensors of [prompt completion] texts."
-        texts = [_join(render_prompt(p, self.tokenizer), c) for p, c in zip(prompts, completions, strict=True)]
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        return {k: v.to(self.model.device) for k, v in batch.items()}
+        "Token tensors of whole conversations: (N, L) input_ids and attention_mask, padded on the right."
+        return self._batch([self._row(p, c) for p, c in zip(prompts, completions, strict=True)])
+
+    def _row(self, prompt, completion: str, id: str | None = None) -> list[int]:
+        return encode_conversation(prompt, completion, self.tokenizer, self.max_length, id=id)
+
+    def _batch(self, rows: list[list[int]]) -> dict:
+        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def scores(self, prompts: list, completions: list[str]) -> torch.Tensor:
         "(N,) float32 scores with gradients; autocast to bfloat16 where that is fast."
+        return self._scores(self.encode(prompts, completions))
+
+    def _scores(self, batch: dict) -> torch.Tensor:
         device = self.model.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=has_bf16(device)):
-            return self.model(**self.encode(prompts, completions)).logits.squeeze(-1).float()
+            return self.model(**batch).logits.squeeze(-1).float()
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         self.model.eval()
-        order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
-        results = [0.0] * len(completions)
+        rows = [self._checked_row(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        results = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            for i, s in zip(chunk, self.scores([prompts[i] for i in chunk], [completions[i] for i in chunk]).tolist()):
+            for i, s in zip(chunk, self._scores(self._batch([rows[i] for i in chunk])).tolist()):
                 results[i] = s
         return results
+
+    def _checked_row(self, i: int, prompt, completion: str) -> list[int]:
+        "A row, before anything is computed; an error says which of the texts it is about."
+        try:
+            return self._row(prompt, completion)
+        except LireError as e:
+            value = {"value": e.value} if e.has_value else {}
+            error = RewardError(e.reason, field=f"reward {self.name!r}, {e.field}", allowed=e.allowed, remedy=e.remedy, **value)
+            error.span = (i, i + 1)
+            raise error from e
 
     def save(self, folder: str | Path) -> None:
         "Weights as safetensors, tokenizer and settings beside them."
@@ -270,12 +301,6 @@ class RewardModel:
         reward = cls(*load_reward_backbone(name, new_head=False), **{**stored, **options})
         reward.history = history
         return reward
-
-
-def _join(prompt: str, completion: str) -> str:
-    "Prompt and completion as one text, with a space between words."
-    glue = "" if not prompt or not completion or prompt[-1].isspace() or completion[0].isspace() else " "
-    return prompt + glue + completion
 
 # %% ../nbs/05_rewards.ipynb #dab218f8
 def ranking_loss(
@@ -311,6 +336,8 @@ def train_reward_model(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         reward = RewardModel(*load_reward_backbone(backbone), max_length=max_length, name=name)
+        for r in lists:  # a template that refuses a conversation does so before the first step
+            render_conversation(r["prompt"], r["completions"][0], reward.tokenizer, id=r["id"])
         steps = [b for _ in range(epochs) for b in torch.randperm(len(lists)).split(batch_size)]
         _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress)
     return reward
@@ -390,7 +417,7 @@ _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions", ".inv_fre
 
 
 class ScalarHead(torch.nn.Module):
-    "A decoder with a linear scalar head without bias, read at the first end-of-text token."
+    "A decoder with a linear scalar head without bias, read at the last token of a text."
 
     def __init__(self, transformer, eos_token_id: int):
         super().__init__()
@@ -402,11 +429,11 @@ class ScalarHead(torch.nn.Module):
         return self.v_head.weight.device
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        "(B, T) token ids, each row with an end-of-text token, and their mask -> `.logits` (B, 1)."
+        "(B, T) token ids, padded on the right, and their mask -> `.logits` (B, 1)."
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        end = (input_ids == self.eos_token_id).int().argmax(1)
+        end = attention_mask.sum(1) - 1
         return SequenceClassifierOutput(logits=self.v_head(hidden[torch.arange(len(end), device=end.device), end]))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -418,18 +445,15 @@ class ScalarHead(torch.nn.Module):
 
 
 class ScalarHeadModel(RewardModel):
-    "A `RewardModel` whose texts end with an end-of-text token."
+    "A `RewardModel` whose plain texts end with an end-of-text token, the first one in them."
 
-    def encode(self, prompts: list, completions: list[str]) -> dict:
-        "Token ids and mask of [prompt completion end-of-text], the beginning cut where it is too long."
+    def _row(self, prompt, completion: str, id: str | None = None) -> list[int]:
+        "As the template closes a conversation; without one [prompt completion end-of-text]."
         eos = self.tokenizer.eos_token_id
-        texts = [_join(render_prompt(p, self.tokenizer), c) for p, c in zip(prompts, completions, strict=True)]
-        rows = [row[max(0, len(row) - self.max_length + 1) :] + [eos] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        ids = torch.full((len(rows), max(map(len, rows))), eos)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        row = encode_conversation(prompt, completion, self.tokenizer, self.max_length, closing=[eos], id=id)
+        if not isinstance(prompt, str) and self.tokenizer.chat_template:
+            return row
+        return row[: row.index(eos, 1) + 1] if eos in row[1:] else row  # the first may be a start token
 
 # %% ../nbs/05_rewards.ipynb #1e557ea3
 def _weight_files(name: str | Path) -> list[Path]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import datasets
 
-from .lists import LireError, lists_dataset, load_lists, make_record, prompt_id
+from .lists import LireError, lists_dataset, load_lists, make_record, prompt_id, spaced, unspaced
 
 # %% ../nbs/02_tasks.ipynb #f12c9d9d
 logger = logging.getLogger(__name__)
@@ -249,10 +249,17 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
     sources, counts = _read_source(name, path, tuple(tranches))
     parts, counts["also in test, taken out"] = split_lists(sources)
     if template is not None:
-        parts = {s: [{**r, "prompt": template(r["prompt"])} for r in records] for s, records in parts.items()}
+        parts = {s: [_templated(r, template) for r in records] for s, records in parts.items()}
     prompts = {split: [{k: r[k] for k in ("id", "prompt", "meta")} for r in records] for split, records in parts.items()}
     lists = {split: lists_dataset(records) for split, records in parts.items() if records}
     return Task(name, prompts=prompts, reward_lists=lists, notes={s: len(r) for s, r in parts.items()} | counts, **options)
+
+
+def _templated(record: dict, template: Callable) -> dict:
+    "The prompt as the task asks it; after plain text the answers begin with a space, in a turn of their own they do not."
+    prompt = template(record["prompt"])
+    write = spaced if isinstance(prompt, str) else unspaced
+    return {**record, "prompt": prompt, "completions": [write(c) for c in record["completions"]]}
 
 
 def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .conversations import warn_text_prompts
 from .lists import LireError, atomic_write
 from .logprobs import IMPLS, ListCollator, check_paths, context_of, list_logps, reference_logps, tokenize_list
 from .losses import get_loss, list_metrics, scored_mask
@@ -617,6 +618,7 @@ def prepare_lists(
     "Token ids, rewards and, where asked for, reference log-probs of every list."
     if lists is None:
         return None
+    warn_text_prompts(lists, tokenizer)
     limits = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
     tokenized = []
     for record in lists:
@@ -628,6 +630,8 @@ def prepare_lists(
         autocast = torch.bfloat16 if args.bf16 else None
         for one, logps in zip(tokenized, reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast, **limits)):
             one["ref_logps"] = logps
+    if again := sum(one.pop("retokenized") for one in tokenized):
+        logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an edited text): their text is tokenized anew", again)
     prompts, completions = (sum(counts) for counts in zip(*(one.pop("cut") for one in tokenized)))
     if prompts or completions:
         logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)

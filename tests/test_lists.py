@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from lire_nb import lists
+from lire_nb import conversations, lists
 from lire_nb.lists import ListError, iter_lists, load_lists, make_record, save_lists, to_rrhf, to_trl_pairs, validate_record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -77,7 +77,8 @@ def test_every_hh_pair_is_accounted_for(tmp_path):
         assert record["sources"] == ["chosen", "rejected"] and record["rewards"] == [1.0, 0.0]
         for name, answer in zip(("chosen", "rejected"), record["completions"]):
             said = [*record["prompt"], {"role": "assistant", "content": answer}]
-            joined = "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in said)
+            glue = lambda text: text if not text or text[0].isspace() else f" {text}"  # noqa: E731
+            joined = "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}:{glue(turn['content'])}" for turn in said)
             assert joined == row[name] == lists.join_transcript(said)
 
 
@@ -146,7 +147,7 @@ LAYOUTS = {
     "hh": ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
     "tldr": (
         {"info": {"id": "t3_x", "post": "It came back.", "title": "A cat", "subreddit": "cats"}, "summaries": [{"text": " Back.", "policy": "sup", "note": ""}, {"text": " Dog.", "policy": "ref", "note": "bad"}], "choice": 1, "worker": "w"},
-        "TITLE: A cat\n\nIt came back.", ["Back.", "Dog."], [0.0, 1.0], ["sup", "ref"],
+        "TITLE: A cat\n\nIt came back.", [" Back.", " Dog."], [0.0, 1.0], ["sup", "ref"],
     ),
     "ranks": ({"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}, "Hi", ["a", "b", "c"], [0.5, 1.0, 0.0], ["unknown"] * 3),
     "long": ({"prompt": "Hi", "response": "a", "score": "1.5", "model": "m"}, "Hi", ["a"], [1.5], ["m"]),
@@ -670,26 +671,26 @@ class Letters:
 
     chat_template = None
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, text, add_special_tokens):
         assert add_special_tokens is False
-        return {"input_ids": [list(map(ord, text)) for text in texts]}
+        return {"input_ids": list(map(ord, text))}
 
 
 def test_the_description_counts_what_it_says():
     records = [make_record("pp", ["aaaa", "b", "cc"], [1, 1, 0]), make_record(USER, ["a", ""], [2, 2]), make_record("q", ["a"], [5]), make_record("r", ["a", "b"])]
-    table = lists.describe_lists(records, Letters(), max_prompt_length=10, max_completion_length=1)["value"]
+    table = conversations.describe_lists(records, Letters(), max_prompt_length=10, max_completion_length=1)["value"]
     expected = {
         "lists": 4, "candidates": 8, "lists with M = 1": 1, "lists with M = 2": 2, "lists with M = 3": 1, "candidates scored": 6,
         "lowest reward": 0, "highest reward": 5, "spread of rewards in a list, mean": 0.5, "lists with a tie": 2, "lists without signal": 3, "… because M = 1": 1,
         "… because all are tied": 1, "… because fewer than two are scored": 1, "lists with an empty completion": 1,
-        "prompts longer than 10 tokens": 1, "completions longer than 1 tokens": 2, "completion tokens, largest": 4, "prompt tokens, largest": len("\n\nHuman: Hi\n\nAssistant:"),
+        "prompts longer than 10 tokens": 1, "completions longer than 1 tokens": 3, "completion tokens, largest": 4, "prompt tokens, largest": len("\n\nHuman: Hi\n\nAssistant:"),
     }
     assert {name: table[name] for name in expected} == expected
-    figure = lists.plot_lists(records, Letters(), max_completion_length=1)
+    figure = conversations.plot_lists(records, Letters(), max_completion_length=1)
     heights = [[bar.get_height() for bar in axis.patches] for axis in figure.axes]
     assert heights[0] == [1, 2, 1] and [sum(h) for h in heights[1:]] == [2, 4, 8] and len(figure.axes[3].lines) == 1
     with pytest.raises(ListError, match="no lists"):
-        lists.describe_lists([])
+        conversations.describe_lists([])
 
 
 def test_merged_lists_hold_every_candidate_once():

@@ -255,8 +255,8 @@ def test_scalar_head_agrees_with_a_plain_loop(gptj, tmp_path, monkeypatch, kind)
     write(state, tmp_path, kind)
     reward = R.load_scalar_head_model(tmp_path, backbone, batch_size=4)
     prompts = ["a b c", "a", "d e f g h", "", "b", "c"]
-    completions = ["d", "b c d e f g h a b c d", "", "a", "c <|endoftext|> a a a", "h " * 1400 + "a b"]
-    expected = [oracle(f"{p} {c}") for p, c in zip(prompts, completions)]
+    completions = [" d", " b c d e f g h a b c d", "", "a", " c <|endoftext|> a a a", " h" * 1400 + " a b"]
+    expected = [oracle(p + c) for p, c in zip(prompts, completions)]  # the text that a policy reads
     assert np.std(expected) > 0.5  # texts that the model tells apart
     torch.testing.assert_close(torch.tensor(reward(prompts, completions)), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     assert oracle("b c <|endoftext|> a a a") == oracle("b c")
@@ -268,7 +268,7 @@ def test_scalar_head_without_the_mask_or_the_right_end_is_something_else(gptj, t
     state, backbone, oracle = gptj
     write(state, tmp_path, "safetensors")
     reward = R.load_scalar_head_model(tmp_path, backbone)
-    batch = reward.encode(["a b c", "a"], ["d", "b c d e f g h a b c d"])
+    batch = reward.encode(["a b c", "a"], [" d", " b c d e f g h a b c d"])
     with torch.no_grad():
         hidden = reward.model.transformer(batch["input_ids"]).last_hidden_state @ state["v_head.weight"][0]
     assert abs(hidden[0, -1].item() - oracle("a b c d")) > 1e-2

@@ -1,0 +1,303 @@
+"""Faults of text and tokens: one fact with two homes. The numbers are those of the list of faults."""
+import importlib
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tokenizer_kinds import CHATML, FORGETS, GEMMA, KINDS, PHI, _bytes, _fast, _framed  # noqa: E402
+
+from lire_nb import lists as L  # noqa: E402
+from lire_nb.lists import LireError, load_lists, make_record, to_rrhf  # noqa: E402
+from lire_nb.logprobs import ListCollator, padded_rows, tokenize_list  # noqa: E402
+from lire_nb.models import load_tokenizer, render_prompt  # noqa: E402
+from lire_nb.online import encode_prompts  # noqa: E402
+from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists  # noqa: E402
+from lire_nb.sampling import LocalSampler  # noqa: E402
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text):
+    return {"role": "assistant", "content": text}
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+def judge(tokenizer, cls=RewardModel, **options):
+    return cls(SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer)), device="cpu"), tokenizer, **options)
+
+
+def judged(tokenizer, prompt, completion, **options):
+    batch = judge(tokenizer, **options).encode([prompt], [completion])
+    return batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+
+
+def trained(tokenizer, prompt, completion="Yes.", **limits):
+    return tokenize_list(make_record(prompt, [completion], [1.0]), tokenizer, **limits)
+
+
+# 1: the end token
+
+
+@pytest.mark.parametrize("kind, end", [("gemma", "<end_of_turn>"), ("bytes_chatml", "<|im_end|>"), ("phi_left", "<|end|>"), ("metaspace_llama2", "</s>")])
+def test_01_an_answer_ends_as_the_template_ends_it(kind, end):
+    tokenizer = KINDS[kind]()
+    for prompt in ([U("Hello")], [U("a"), A("b"), U("c")], [U("Hello"), A("Well, ")]):
+        assert tokenizer.convert_ids_to_tokens(trained(tokenizer, prompt, "Good.")["completion_ids"][0][-1]) == end
+
+
+def test_01_an_answer_to_plain_text_ends_with_the_end_of_text():
+    tokenizer = KINDS["gemma"]()
+    assert trained(tokenizer, "Hello", " Good.")["completion_ids"][0][-1] == tokenizer.eos_token_id
+    cut = make_record([U("Hello")], ["Good."], [1.0], meta={"finish_reasons": ["length"]})
+    assert tokenizer.decode(tokenize_list(cut, tokenizer)["completion_ids"][0]) == "Good."
+
+
+def test_01_drawn_tokens_are_read_as_they_were_drawn():
+    C = importlib.import_module("lire_nb.conversations")
+    tokenizer = KINDS["bytes_chatml"]()
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in "Yes."] + [tokenizer.eos_token_id]  # not as the tokenizer would write it, and another end
+    meta = {"token_ids": [letters, None, letters], "finish_reasons": ["stop"] * 3, "tokenizer": C.tokenizer_fingerprint(tokenizer)}
+    record = make_record([U("hi")], ["Yes.", "No.", "edited"], [1, 0, 0], meta=meta)
+    tokens = tokenize_list(record, tokenizer)
+    assert tokens["completion_ids"][0] == letters and tokens["retokenized"] == 1
+    other = tokenize_list(record | {"meta": meta | {"tokenizer": "0" * 16}}, tokenizer)
+    assert other["completion_ids"][0] != letters and tokenizer.decode(other["completion_ids"][0]) == "Yes.<|im_end|>" and other["retokenized"] == 2
+
+
+# 2: the start token
+
+
+@pytest.mark.parametrize("prompt", ["Once upon", [U("hi")], [S("Be brief."), U("hi")], [U("hi"), A("Well")]])
+def test_02_a_model_without_template_gets_its_start_token(prompt):
+    tokenizer = KINDS["bytes_bos"]()
+    for ids in (trained(tokenizer, prompt)["prompt_ids"], LocalSampler(None, tokenizer)._encode([prompt])[0], judged(tokenizer, prompt, "Yes.")):
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_02_a_rendered_text_gets_no_second_start_token():
+    for kind in ("bytes_bos", "metaspace_llama2"):
+        tokenizer = KINDS[kind]()
+        for ids in (trained(tokenizer, "<s>[INST] q [/INST]")["prompt_ids"], LocalSampler(None, tokenizer)._encode(["<s>[INST] q [/INST]"])[0]):
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+def test_02_a_long_prompt_keeps_its_start_token():
+    tokenizer = KINDS["bytes_bos"]()
+    for prompt in ("a b " * 50, [U("a b " * 50)], [S("Be brief."), U("a b " * 50)]):
+        ids = trained(tokenizer, prompt, max_prompt_length=40)["prompt_ids"]
+        assert ids == LocalSampler(None, tokenizer, max_prompt_length=40)._encode([prompt])[0] and len(ids) <= 40 and ids[0] == tokenizer.bos_token_id
+
+
+# 3: the boundary
+
+
+@pytest.mark.parametrize("text", ["\n\nHuman: hi\n\nAssistant: Yes.", "\n\nHuman: hi\n\nAssistant:\nYes.", "\n\nHuman:  hi \n\nAssistant: No.\n\nHuman: why?\n\nAssistant: \n Yes."])
+@pytest.mark.parametrize("kind", ["letters", "bytes_bos"])
+def test_03_a_transcript_is_trained_as_it_stands_in_the_file(kind, text):
+    tokenizer = KINDS[kind]()
+    (record,) = load_lists([{"chosen": text, "rejected": text + " no"}])
+    tokens = tokenize_list(record, tokenizer)
+    for ids, whole in zip(tokens["completion_ids"], (text, text + " no")):
+        assert tokenizer.decode(tokens["prompt_ids"] + ids).removeprefix("<s>").removesuffix(tokenizer.eos_token) == whole
+
+
+@pytest.mark.parametrize("row, whole", [
+    ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}, "\n\nHuman: hi\n\nAssistant: Yes."),
+    ({"query": "\n\nHuman: hi\n\nAssistant:", "responses": [" Yes."], "scores": [1]}, "\n\nHuman: hi\n\nAssistant: Yes."),
+    ({"info": {"post": "A cat came back.", "id": "t"}, "summaries": [{"text": " Cat back."}, {"text": " Dog."}], "choice": 0}, "A cat came back. Cat back."),
+    ({"prompt": "2+2=", "completions": ["4"]}, "2+2=4"), ({"prompt": "2+2=", "completions": [" 4"]}, "2+2= 4")])
+def test_03_every_layout_is_trained_as_it_stands_in_the_file(row, whole):
+    tokenizer = KINDS["letters"]()
+    tokens = tokenize_list(load_lists([row])[0], tokenizer)
+    assert tokenizer.decode(tokens["prompt_ids"] + tokens["completion_ids"][0][:-1]) == whole
+
+
+def test_03_rrhf_is_written_with_the_space(tmp_path):
+    import json
+
+    lists = [make_record([U("hi")], ["Yes.", "\nNo.", " two", ""], [1, 0, 0, None]), make_record("hi", ["Yes."]), make_record([U("q"), A("Sure")], [", it is"])]
+    rows = [json.loads(line) for line in to_rrhf(lists, tmp_path / "x.jsonl").read_text().splitlines()]
+    assert rows[0]["query"] + rows[0]["responses"][0] == "\n\nHuman: hi\n\nAssistant: Yes." and rows[0]["responses"][1] == "\nNo."
+    assert rows[1]["query"] + rows[1]["responses"][0] == "hiYes." and rows[2]["query"] + rows[2]["responses"][0] == "\n\nHuman: q\n\nAssistant: Sure, it is"
+    assert list(load_lists(tmp_path / "x.jsonl")) == lists
+
+
+# 4: a begun answer
+
+
+@pytest.mark.parametrize("kind", ["bytes_chatml", "gemma", "phi_left", "metaspace_llama2", "letters"])
+@pytest.mark.parametrize("begun", ["Sure, it is", "Sure, it is ", "1.\n", " {"])
+def test_04_a_begun_answer_is_continued(kind, begun):
+    tokenizer = KINDS[kind]()
+    prompt = [U("q"), A(begun)]
+    text = render_prompt(prompt, tokenizer)
+    assert text.endswith(begun) and text.count("ssistant") + text.count("model") <= 1
+    ids = LocalSampler(None, tokenizer)._encode([prompt])[0]
+    assert ids == trained(tokenizer, prompt)["prompt_ids"] and tokenizer.decode(ids).endswith(begun)
+    if tokenizer.chat_template:
+        assert judged(tokenizer, prompt, "so") == tokenizer.apply_chat_template([U("q"), A(begun + "so")])["input_ids"]
+
+
+# 5: reward models read what policies read
+
+
+@pytest.mark.parametrize("kind", ["bytes_chatml", "gemma", "phi_left", "metaspace_llama2"])
+def test_05_a_reward_model_reads_the_whole_conversation(kind):
+    tokenizer = KINDS[kind]()
+    for prompt in ([U("hi")], [U("hi"), A("yes?"), U("no")]):
+        whole = tokenizer.apply_chat_template([*prompt, A("Yes.")])["input_ids"]
+        assert judged(tokenizer, prompt, "Yes.") == whole == judged(tokenizer, prompt, "Yes.", cls=ScalarHeadModel)
+
+
+@pytest.mark.parametrize("kind", ["bytes_bos", "bytes_bos_eos", "unigram_eos", "letters"])
+def test_05_without_template_it_reads_the_policys_text(kind):
+    tokenizer = KINDS[kind]()
+    for prompt, completion, whole in (("2 two", " three", "2 two three"), ("2 two", "three", "2 twothree"), ([U("hi")], "Yes.", "\n\nHuman: hi\n\nAssistant: Yes.")):
+        assert judged(tokenizer, prompt, completion) == tokenizer(whole)["input_ids"]
+
+
+def test_05_too_long_a_conversation_keeps_its_head():
+    for kind in ("gemma", "bytes_bos", "bytes_bos_eos"):
+        tokenizer = KINDS[kind]()
+        for prompt in ([U("a b " * 50)], [U("a b " * 50), A("yes"), U("c")], "a b " * 50):
+            ids, start = judged(tokenizer, prompt, "Yes.", max_length=50), tokenizer.bos_token_id
+            assert len(ids) <= 50 and ids[0] == start and "Yes." in tokenizer.decode(ids)
+            assert "c" not in str(prompt) or len(prompt) < 3 or "yes" in tokenizer.decode(ids)
+
+
+def test_05_a_pad_beyond_the_vocabulary_is_not_looked_up():
+    tokenizer = KINDS["phi_left"]()
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=tokenizer.pad_token_id), device="cpu")
+    batch = RewardModel(model, tokenizer).encode([[U("hi")], [U("hi, how are you?")]], ["Yes."] * 2)
+    assert batch["input_ids"].max() < tokenizer.pad_token_id
+    assert model.config.pad_token_id == tokenizer.eos_token_id and not batch["attention_mask"][0, -1]  # padded on the right
+    one, two = (tokenize_list(make_record([U(text)], ["Yes."], [1.0]), tokenizer) for text in ("hi", "hi, how are you?"))
+    rows = padded_rows(ListCollator(tokenizer.pad_token_id)([one, two]))
+    assert rows["input_ids"].max() < tokenizer.pad_token_id
+
+
+# 6: two renderers
+
+
+def test_06_what_is_measured_is_what_is_trained():
+    tokenizer = KINDS["bytes_bos"]()
+    for prompt in ([S("Be brief."), U("hi")], [U("hi"), A("Well")], "hi"):
+        record = make_record(prompt, ["Yes.", "no"], [1, 0])
+        table, tokens = L.list_table([record], tokenizer), tokenize_list(record, tokenizer)
+        assert table["prompt_length"][0] == len(tokens["prompt_ids"])
+        assert table["completion_lengths"][0] == [len(ids) for ids in tokens["completion_ids"]]
+
+
+def test_06_a_system_turn_is_written_and_read_as_one():
+    talk = [S("Be brief."), U("hi"), A("yes"), U("no")]
+    assert render_prompt(talk) == "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: yes\n\nHuman: no\n\nAssistant:" == L.join_transcript(talk) + "\n\nAssistant:"
+    assert L.parse_transcript(L.join_transcript(talk)) == talk
+
+
+# 7: the prompt limit keeps the head
+
+
+@pytest.mark.parametrize("template, header", [(CHATML, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"), (PHI, "<|system|>\nBe brief.<|end|>\n<|user|>\n")])
+def test_07_a_cut_prompt_keeps_its_head(template, header):
+    tokenizer = KINDS["bytes_chatml"]() if template == CHATML else KINDS["phi_left"]()
+    prompt = [S("Be brief."), U("one two " * 60), A("three"), U("four?")]
+    ids = trained(tokenizer, prompt, max_prompt_length=110)["prompt_ids"]
+    text = tokenizer.decode(ids)
+    assert 100 <= len(ids) <= 110 and text.startswith(header) and text.endswith(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)[-60:])
+    assert list(encode_prompts([{"id": "r", "prompt": prompt}], tokenizer, 110).values()) == [ids] == LocalSampler(None, tokenizer, max_prompt_length=110)._encode([prompt])
+
+
+# 8: tokenizers that add an end of text
+
+
+@pytest.mark.parametrize("kind", ["bytes_bos_eos", "unigram_eos"])
+def test_08_an_added_end_is_no_part_of_a_prompt_nor_of_a_cut_answer(kind):
+    tokenizer = KINDS[kind]()
+    record = make_record("one two", [" three"] * 2, [1, 0], meta={"finish_reasons": ["length", "stop"]})
+    tokens = tokenize_list(record, tokenizer)
+    assert LocalSampler(None, tokenizer)._encode(["one two"]) == [tokens["prompt_ids"]] == list(encode_prompts([record], tokenizer).values())
+    assert tokenizer.eos_token_id not in tokens["prompt_ids"]
+    assert [ids.count(tokenizer.eos_token_id) for ids in tokens["completion_ids"]] == [0, 1]
+
+
+# 28: a template that refuses
+
+
+@pytest.mark.parametrize("template", [GEMMA, FORGETS])
+def test_28_a_template_that_refuses_names_the_list_everywhere(template):
+    tokenizer = _fast(_framed(_bytes(), "<bos> $A", bos="<bos>", eos="<eos>"), template, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    record = make_record([S("Be brief."), U("hi")], ["Yes."], [1.0], id="list-7")
+    asked = []
+
+    class Model(torch.nn.Module):
+        config, device = SimpleNamespace(vocab_size=len(tokenizer)), torch.device("cpu")
+
+        def forward(self, **inputs):
+            asked.append(inputs)
+
+    reward = RewardModel(Model(), tokenizer)
+    fine = make_record([U("hi")], ["Yes."], [1.0])
+    for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer), lambda: score_lists([fine, record], reward), lambda: L.list_table([record], tokenizer)):
+        with pytest.raises(LireError) as caught:
+            work()
+        assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower() and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(LireError, match="chat template"):
+        LocalSampler(None, tokenizer)._encode([record["prompt"]])
+    assert not asked
+
+
+# 29: what cannot be a prompt, a limit or a tokenizer
+
+
+@pytest.mark.parametrize("limit", [100.5, "100", None, True, -1])
+def test_29_a_limit_is_a_number_of_tokens(limit):
+    tokenizer = KINDS["bytes_bos"]()
+    for work in (lambda: trained(tokenizer, "a b c", max_prompt_length=limit), lambda: LocalSampler(None, tokenizer, max_prompt_length=limit)._encode(["a b c"]),
+                 lambda: encode_prompts([{"id": "r", "prompt": "a b c"}], tokenizer, limit)):
+        with pytest.raises(LireError, match="max_prompt_length: not a number of tokens"):
+            work()
+    with pytest.raises(LireError, match="max_completion_length: not a number of tokens"):
+        trained(tokenizer, "a b c", max_completion_length=limit)
+
+
+@pytest.mark.parametrize("prompt", [5, None, [], [5], [{"role": "human", "content": "hi"}], [{"role": "user"}], [{"role": "user", "content": 5}]])
+def test_29_what_is_no_prompt_is_refused_in_one_line(prompt):
+    for tokenizer in (KINDS["bytes_bos"](), KINDS["bytes_chatml"]()):
+        for work in (lambda: LocalSampler(None, tokenizer)._encode([prompt]), lambda: encode_prompts([{"id": "r", "prompt": prompt}], tokenizer),  # noqa: B023
+                     lambda: judged(tokenizer, prompt, "Yes."), lambda: render_prompt(prompt, tokenizer)):  # noqa: B023
+            with pytest.raises(LireError, match="prompt") as caught:
+                work()
+            assert len(str(caught.value).splitlines()) == 1
+
+
+def test_29_a_tokenizer_without_pad_and_end_is_refused_and_one_without_pad_is_not(tmp_path):
+    _fast(_bytes()).save_pretrained(tmp_path / "none")
+    (tmp_path / "none" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "none" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(LireError, match="no end-of-text token and no padding token.*eos_token"):
+        load_tokenizer(tmp_path / "none")
+    tokenizer = _fast(_bytes())
+    batch = ListCollator(tokenizer.pad_token_id)([trained(tokenizer, "a"), trained(tokenizer, "a b c")])
+    assert batch["prompt_ids"].shape[0] == 2
+
+
+# 37: text prompts and the chat template
+
+
+def test_37_text_prompts_before_a_chat_template_are_said_once(caplog):
+    C = importlib.import_module("lire_nb.conversations")
+    records = [make_record("Why is the sky blue?", ["a"]), make_record("b", ["a"], meta={"chat": False}), make_record([U("hi")], ["a"]), make_record("<|im_start|>user\nhi", ["a"])]
+    with caplog.at_level(logging.WARNING):
+        assert C.warn_text_prompts(records, KINDS["bytes_chatml"]()) == 1
+        assert len(caplog.records) == 1 and "1 of 4 prompts" in caplog.text and "chat=True" in caplog.text and "chat=False" in caplog.text
+        assert C.warn_text_prompts(records[1:], KINDS["bytes_chatml"]()) == 0 == C.warn_text_prompts(records, KINDS["letters"]()) and len(caplog.records) == 1
