@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers', 'candidate_numbers',
-           'draw_tokens', 'decode_completion', 'cannot_share_prompts', 'LocalSampler', 'Journal', 'TryLater',
-           'NoAnswer', 'run_requests', 'check_address', 'ServerSampler', 'sample_lists', 'asked_records']
+           'draw_tokens', 'cannot_share_prompts', 'LocalSampler', 'Journal', 'TryLater', 'NoAnswer', 'run_requests',
+           'check_address', 'ServerSampler', 'sample_lists', 'asked_records']
 
 # %% ../nbs/04_sampling.ipynb #b2d1c30d
 import hashlib
@@ -143,17 +143,6 @@ def draw_tokens(
     return torch.searchsorted(heap, target, right=True).squeeze(1)
 
 # %% ../nbs/04_sampling.ipynb #20fb7777
-def decode_completion(
-    tokenizer,
-    last_prompt_id: int,  # the token before the completion
-    ids: list[int],  # the completion's tokens
-) -> str:
-    "The completion's text, with its leading space where it has one."
-    before = tokenizer.decode([last_prompt_id])
-    text = tokenizer.decode([last_prompt_id, *[i for i in ids if i not in tokenizer.all_special_ids]])
-    return text[len(before):]
-
-
 def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     "The text before the first stop string, and whether there was one."
     ends = [i for s in stop if (i := text.find(s)) >= 0]
