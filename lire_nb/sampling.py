@@ -36,7 +36,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lire_nb.conversations import (
     MAX_PROMPT_LENGTH, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
 )
-from .lists import LireError, ListError, candidate_columns, lists_dataset, make_record, prompt_id
+from .lists import LireError, ListError, candidate_columns, lists_dataset, make_record, prompt_id, unspaced
 from .models import causal_lm, compute_dtype, context_of, load_policy
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
@@ -706,7 +706,10 @@ class ServerSampler:
         return answer
 
     def _completion(self, prompt, answer: dict, settings) -> Completion:
-        text, stopped = _cut_at_stop(answer["text"], settings.stop)
+        text = answer["text"]
+        if not self._is_chat(prompt) and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+            text = unspaced(text)  # it stands behind the transcript's "Assistant:"
+        text, stopped = _cut_at_stop(text, settings.stop)
         return Completion(text, "stop" if stopped else answer["finish_reason"])
 
     def _http(self, send, path: str, **options) -> str:
