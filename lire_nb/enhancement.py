@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .lists import LireError, atomic_write, load_lists, make_record, merge_candidates, save_lists, select_candidates
+from .lists import LireError, atomic_write, checked_prompts, load_lists, make_record, merge_candidates, prompt_facts, save_lists, select_candidates
 from .logprobs import dataset_logps
 from .models import compute_dtype, file_hash, load_policy, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
@@ -360,7 +360,7 @@ def run_round(
 
 def _sample_round(policy, prompts, num_candidates, settings, sampled: dict, progress: bool):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(prompts), num_candidates, policy)
-    asked = [{k: p[k] for k in ("id", "prompt", "meta") if k in p} for p in prompts]
+    asked = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in prompts]
     return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"], source=f"policy:round-{sampled['round']}", progress=progress)
 
 
@@ -466,7 +466,7 @@ class StopRule:
     seed: int = 0
 
     def __post_init__(self):
-        self.prompts = by_id(self.prompts)
+        self.prompts = by_id(checked_prompts(self.prompts))
         if self.gold is None and self.max_kl is None:
             raise LireError("nothing to stop for", field="gold, max_kl", value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
 
@@ -552,7 +552,7 @@ def self_enhance(
     stop: StopRule | Callable[[int, Path], str | None] | None = None,  # asked after every round
 ) -> list[Path]:  # the policy folder of every round
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
-    prompts, training, start, run_folder = _distinct(prompts), training or {}, policy, Path(run_folder)
+    prompts, training, start, run_folder = _distinct(checked_prompts(prompts)), training or {}, policy, Path(run_folder)
     _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
     _check_settings(training)
     config = {"policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": [(p["id"], p["prompt"]) for p in prompts],

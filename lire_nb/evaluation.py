@@ -33,7 +33,7 @@ from scipy import stats
 from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
-from .lists import BLANK, LireError, Row, _Errors, atomic_write, prompt_id, read_rows
+from .lists import BLANK, LireError, Row, _Errors, atomic_write, checked_prompts, prompt_id, read_rows
 from .logprobs import CHUNK, ListCollator, dataset_logps, padded_rows, tokenize_list, unwrap
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
@@ -723,6 +723,7 @@ def judge_policy(
     progress: bool = True,
 ) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, tokens, logps, start_logps, sampling
     "Sample, score and measure a policy on prompts it was not trained on."
+    prompts = checked_prompts(prompts)
     policy, start = _loaded(policy), _loaded(start)
     lists = sample_lists(policy, prompts, num_samples, settings=settings, seed=seed, max_prompt_length=max_prompt_length, progress=progress)
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}

@@ -6,8 +6,9 @@
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS', 'LireError', 'ListError', 'validate_record',
            'prompt_id', 'make_record', 'as_chat', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows',
            'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists', 'load_lists',
-           'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'checked_prompts', 'read_lines',
-           'load_prompts', 'to_trl_pairs', 'to_rrhf', 'list_table', 'describe_lists', 'plot_lists']
+           'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'checked_prompts',
+           'prompt_facts', 'read_lines', 'load_prompts', 'to_trl_pairs', 'to_rrhf', 'list_table', 'describe_lists',
+           'plot_lists']
 
 # %% ../nbs/01_lists.ipynb #4a063116
 import ast
@@ -2090,10 +2091,13 @@ def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
         raise error.at(None, None, num) from None
 
 
-def _without_columns(record: dict) -> dict:
-    """The meta of a list without what belongs to its candidates."""
-    columns = candidate_columns(record)
-    return {name: value for name, value in record["meta"].items() if name not in columns and name != "tokenizer"}
+def prompt_facts(record: dict) -> dict:
+    """The meta of a record without what belongs to its candidates."""
+    columns = candidate_columns(record) if record.get("completions") else {}
+    return {name: value for name, value in (record.get("meta") or {}).items() if name not in (*columns, *_DRAWN)}
+
+
+_DRAWN = ("finish_reasons", "token_ids", "logps", "tokenizer")  # never facts about a prompt
 
 # %% ../nbs/01_lists.ipynb #c0b1d032
 def read_lines(path: str | os.PathLike) -> list[str]:
@@ -2115,7 +2119,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict]:
     """The prompts of a file as checked records with "id", "prompt" and "meta".
 
-    path: a text file with one prompt a line, or rows of any layout. A prompt that occurs again under its id is taken once. Raises `ListError`.
+    path: a text file with one prompt a line, or rows of any layout. A prompt that occurs again under its id is taken
+    once. Raises `ListError`.
     """
     known: dict[str, dict] = {}
     for line, prompt in _file_prompts(Path(path)):
@@ -2166,7 +2171,7 @@ def _prompt_record(row: Any) -> dict:
         return {
             "id": record["id"],
             "prompt": record["prompt"],
-            "meta": {k: v for k, v in _without_columns(record).items() if k != _RANKED},
+            "meta": {k: v for k, v in prompt_facts(record).items() if k != _RANKED},
         }
     prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)
     if _is_empty(prompt):
@@ -2176,7 +2181,7 @@ def _prompt_record(row: Any) -> dict:
     _check_parts(row, used)
     meta = row.get("meta")
     if isinstance(meta, dict) and isinstance(row.get("completions"), list):
-        meta = _without_columns({"completions": row["completions"], "meta": meta})
+        meta = prompt_facts({"completions": row["completions"], "meta": meta})
     return {"id": _row_id(row), "prompt": prompt, "meta": meta}
 
 # %% ../nbs/01_lists.ipynb #75ed73e7

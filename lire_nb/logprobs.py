@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .lists import LireError, atomic_write
+from .lists import LireError, atomic_write, read_lines
 from .models import model_fingerprint, render_prompt
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
@@ -731,7 +731,7 @@ def _content_key(record: dict, tokenizer, limits: dict) -> str:
 def _read_cache(path: Path) -> dict[str, list[float]]:
     "A line that cannot be read is as good as absent: it is computed again."
     known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_lines(path) if path.exists() else []:
         try:
             row = json.loads(line)
             known[row["list"]] = [float(v) for v in row["logps"]]

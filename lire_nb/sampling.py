@@ -29,7 +29,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .lists import LireError, lists_dataset, make_record, prompt_id
+from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id
 from .models import compute_dtype, load_policy, render_prompt
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
@@ -645,10 +645,11 @@ def sample_lists(
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
+    chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
     **sampler_options,  # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress …
 ) -> datasets.Dataset:  # lists, rewards not yet given
     "Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1."
-    records = [p if isinstance(p, dict) else {"prompt": p} for p in prompts]
+    records = [{**r, "meta": prompt_facts(r)} for r in checked_prompts(prompts, chat)]
     if not records:
         raise LireError("no prompt", field="prompts", allowed="at least one prompt", remedy="check the file or the split that they come from")
     if num_candidates < 1:

@@ -152,8 +152,6 @@ def test_16_a_system_turn_in_front_of_the_repeated_prompt():
 def test_16_no_turn_is_doubled_and_none_is_lost(prompt, before, expected):
     record = one({"prompt": prompt, "chosen": [*before, FOUR], "rejected": [*before, FIVE]})
     assert record["prompt"] == expected and record["completions"] == ["4", "5"]
-    mixed = {"prompt": prompt, "chosen": [*before, FOUR], "rejected": [*before, FIVE], "id": "x"}
-    assert one(pd.DataFrame([mixed]).to_dict("records"))["prompt"] == expected
 
 
 def test_16_text_answers_of_message_prompts():
@@ -277,7 +275,6 @@ def test_17_a_mapping_joins_columns():
     assert record == make_record(ASKED, ["Bonjour", "Hi"], [9, 2], meta={"who": "Be brief.", "note": "n"})
     assert one(row | {"text": ""}, mapping)["prompt"] == "Translate to French"
     assert one(row, mapping | {"system": "who"})["prompt"] == [BRIEF, U(ASKED)]
-    record = one(row | {"text": "x"}, {"prompt": ["task", "text"], "chosen": "a.0"} if False else mapping | {"history": "h"}) if False else record
     talk = {"h": [{"speaker": "human", "said": "Hi"}, {"speaker": "bot", "said": "Hello"}], "q": "2+2?", "a": ["4"]}
     names = {"roles": {"bot": "assistant", "human": "user"}, "keys": {"role": "speaker", "content": "said"}}
     assert one(talk, {"prompt": ["h", "q"], "completions": "a"} | names)["prompt"] == [Q0, A0, Q]
@@ -351,3 +348,298 @@ def test_19_a_cell_of_any_length(tmp_path):
     stream = lists.read_rows(tmp_path / "x.csv")
     next(stream), next(stream)
     assert csv.field_size_limit() == limit  # also while a reading goes on
+
+
+# 20: scores -------------------------------------------------------------------------------------------------------------
+
+
+def scored(*candidates):
+    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine} for text, overall, fine in candidates]
+    data, report = load_lists([{"instruction": "p", "completions": rows}], return_report=True)
+    return data[0]["rewards"], {k: v for k, v in report.oddities.items()}, data[0]["meta"]
+
+
+def test_20_a_ten_that_is_a_one():
+    rewards, oddities, meta = scored(("bad", 10, 1.25), ("good", 8.5, 4.75), ("best", 10.0, 4.5), ("doubt", "10", 3), ("edge", 10, 2), ("edge", 10, 4))
+    assert rewards == [1.0, 8.5, 10.0, None, 1.0, None] and sum(oddities.values()) == 4 and all("overall_score 10" in name for name in oddities)
+    assert meta["candidates"][0] == {"overall_score": 10, "fine-grained_score": 1.25}  # what the file said is kept
+
+
+def test_20_a_ten_judged_by_its_annotations():
+    marks = {name: {"Rating": mark} for name, mark in (("helpfulness", "1"), ("honesty", "2"), ("truthfulness", "N/A"))}
+    candidates = [{"response": "a", "overall_score": 10, "annotations": marks}, {"response": "b", "overall_score": 10}]
+    record = one({"instruction": "p", "completions": candidates})
+    assert record["rewards"] == [1.0, 10.0]
+
+
+@pytest.mark.parametrize("form", ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "reward_{}", "{}_reward"])
+def test_20_pair_scores_are_the_rewards(form):
+    names = [form.format(which) for which in ("chosen", "rejected")]
+    for answers in ({"chosen": "a", "rejected": "b"}, {"chosen": [Q, FOUR], "rejected": [Q, FIVE]}, {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"}):
+        asked = {} if "\n" in str(answers["chosen"]) or isinstance(answers["chosen"], list) else {"prompt": "p"}
+        for values, odd in (((8.5, 2), 0), ((5, 5), 1), ((2, 8), 1), (("8.5", "2"), 0)):
+            data, report = load_lists([asked | answers | dict(zip(names, values))], return_report=True)
+            assert data[0]["rewards"] == [float(v) for v in values] and sum("score" in name for name in report.oddities) == odd
+            assert not set(names) & data[0]["meta"].keys() and data[0]["sources"] == ["chosen", "rejected"]
+
+
+def test_20_half_a_score_is_none():
+    for rejected in (None, float("nan"), ""):
+        record = one({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": rejected})
+        assert record["rewards"] == [1.0, 0.0] and record["meta"]["score_chosen"] == 8.5
+
+
+@pytest.mark.parametrize("pairs", ["best_worst", "all"])
+def test_20_our_own_pairs_come_back_with_their_rewards(tmp_path, pairs):
+    for prompt in ("p", [BRIEF, Q]):
+        made = [make_record(prompt, ["a", "b", "c"], [0.25, 0.75, -3.5], ["m", "n", "o"], meta={"finish_reasons": ["stop", "length", "stop"]})]
+        found = to_trl_pairs(made, pairs=pairs)
+        found.to_json(tmp_path / "x.jsonl")
+        for source in (found, tmp_path / "x.jsonl"):
+            (back,) = merge_lists(load_lists(source))
+            known = dict(zip(made[0]["completions"], zip(made[0]["rewards"], made[0]["sources"], ended(made[0]))))
+            assert back["prompt"] == prompt and dict(zip(back["completions"], zip(back["rewards"], back["sources"], ended(back)))) == {c: known[c] for c in back["completions"]}
+
+
+# 21: other projects' rows -----------------------------------------------------------------------------------------------
+
+
+def test_21_conversational_kto():
+    rows = [{"prompt": [Q], "completion": [FOUR], "label": True}, {"prompt": [Q], "completion": [FIVE], "label": False}, {"prompt": [BRIEF, Q], "completion": [FOUR], "label": True}]
+    first, second = load_lists(rows)
+    assert (first["prompt"], first["completions"], first["rewards"]) == ([Q], ["4", "5"], [1.0, 0.0]) and second["prompt"] == [BRIEF, Q]
+    assert one([{"prompt": "2+2?", "completion": [BRIEF, Q, FOUR], "label": True}])["prompt"] == [BRIEF, Q]
+    assert one([{"prompt": "2+2?", "completion": "4", "label": True}])["rewards"] == [1.0]
+
+
+def turn(who, text):
+    return {"from": who, "value": text}
+
+
+def test_21_sharegpt():
+    said = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "2+2?")]
+    row = {"conversations": said, "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"), "system": "Be brief."}
+    assert one(row)["prompt"] == [BRIEF, Q0, A0, Q] and one(row)["completions"] == ["4", "5"] and one(row)["rewards"] == [1, 0]
+    assert one(row | {"chosen": [turn("gpt", "4")], "rejected": [turn("gpt", "5")], "system": ""})["prompt"] == [Q0, A0, Q]
+    assert one(row | {"conversations": [turn("system", "Be brief."), *said]})["prompt"] == [BRIEF, Q0, A0, Q]
+    whole = {"chosen": [*said, turn("gpt", "4")], "rejected": [*said, turn("gpt", "5")]}
+    assert one(whole)["prompt"] == [Q0, A0, Q] and one(whole | {"prompt": "2+2?"})["prompt"] == [Q0, A0, Q]
+    liked = [{"conversations": [*said, turn("gpt", text)], "label": text == "4"} for text in "45"]
+    assert one(liked)["prompt"] == [Q0, A0, Q] and one(liked)["rewards"] == [1, 0]
+    with pytest.raises(ListError, match="unknown role"):
+        one(row | {"conversations": [turn("bot", "Hi"), *said]})
+    assert one({**row, "conversations": [turn("bot", "Hi"), *said], "system": ""}, {"roles": {"bot": "assistant"}})["prompt"] == [A("Hi"), Q0, A0, Q]
+
+
+def test_21_renamed_roles():
+    row = {"prompt": [said("human", "Hi"), said("gpt", "Hello"), said("human", "2+2?")], "chosen": [said("gpt", "4")], "rejected": [said("gpt", "5")]}
+    with pytest.raises(ListError, match="unknown role"):
+        one(row)
+    names = {"roles": {"human": "user", "gpt": "assistant"}}
+    assert one(row, names)["prompt"] == [Q0, A0, Q]
+    assert one({"p": row["prompt"], "a": ["4", "5"]}, names | {"prompt": "p", "completions": "a"})["prompt"] == [Q0, A0, Q]
+    for wrong in ({"roles": {"human": "person"}}, {"roles": "user"}, {"keys": {"role": "who"}}):
+        with pytest.raises(ListError, match="not a renaming"):
+            one(row, wrong)
+
+
+def test_21_nemo_rl():
+    row = {"context": [BRIEF, Q], "completions": [{"rank": 1, "completion": [FIVE]}, {"rank": 0, "completion": [FOUR]}, {"rank": 2, "completion": [A("6")]}]}
+    record = one(row)
+    assert (record["prompt"], record["completions"], record["rewards"]) == ([BRIEF, Q], ["5", "4", "6"], [0.5, 1.0, 0.0]) and record["meta"] == {}
+    assert one(row | {"context": [Q], "completions": [{"rank": 0, "completion": [BRIEF, Q, FOUR]}, {"rank": 1, "completion": [BRIEF, Q, FIVE]}]})["prompt"] == [BRIEF, Q]
+    with pytest.raises(ListError, match="does not continue the prompt"):
+        one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), Q, FIVE]}]})
+    with pytest.raises(ListError, match="part before the last answer"):
+        one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), U("y"), FIVE]}]})
+
+
+def test_21_halos():
+    both = {"prompt_id": 7, "prompt": [Q]}
+    rows = [both | {"output": [answer], "label": int(reward > 0), "reward": reward, "type": "binary_feedback"} for answer, reward in ((FOUR, 1.5), (FIVE, -0.5))]
+    record = one(rows)
+    assert (record["prompt"], record["completions"], record["rewards"], record["id"]) == ([Q], ["4", "5"], [1.5, -0.5], "7")
+    pair = both | {"output_A": [FIVE], "output_B": [FOUR], "label": 0, "reward_A": -0.5, "reward_B": 1.5, "reward_difference": 2.0, "type": "pairwise_feedback"}
+    record = one(pair)
+    assert (record["completions"], record["rewards"]) == (["5", "4"], [-0.5, 1.5])
+    assert one({k: v for k, v in pair.items() if k[:6] != "reward"})["rewards"] == [0.0, 1.0]
+    grouped = {"prompt": [Q], "generations": [[FOUR], [FIVE]], "scores": [1.5, -0.5]}
+    assert one(grouped)["rewards"] == [1.5, -0.5] and one(grouped)["completions"] == ["4", "5"]
+
+
+def test_21_lists_of_message_answers():
+    record = one({"prompt": "2+2?", "completions": [[BRIEF, Q, FOUR], [BRIEF, Q, FIVE]], "rewards": [1, 0]})
+    assert record["prompt"] == [BRIEF, Q] and record["completions"] == ["4", "5"]
+
+
+# 22: lines ---------------------------------------------------------------------------------------------------------------
+
+ODD = "a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g\rh"
+
+
+def test_22_a_line_of_prompts_ends_with_a_line_feed(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(f"\ufeff{ODD}\r\n\n  second \t\n \nthird".encode())
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == [ODD, "second", "third"]
+    path.write_bytes("only".encode())
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == ["only"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(LireError, match="not UTF-8"):
+        cli.read_prompts(str(path))
+
+
+def test_22_rows_of_json_too(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)}, ensure_ascii=False) + "\n" for i in range(2)), newline="")
+    from lire_nb.logprobs import _read_cache
+    from lire_nb.reporting import read_jsonl
+
+    assert len(cli.read_rows_of(str(path))) == 2 and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"] and len(read_jsonl(path)) == 2
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == [f"{ODD}0", f"{ODD}1"]
+
+
+# 25, 29: prompts are checked first --------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A policy that says when it is asked."""
+
+    asked = 0
+
+    def sample(self, prompts, *args):
+        self.asked += len(prompts)
+        raise AssertionError("sampled before the prompts were checked")
+
+
+BAD = {
+    "role": [said("human", "Hi")], "number": 5, "nothing": None, "blank": " ", "no turns": [], "blank turns": [U(" ")], "flag": True,
+    "no content": [{"role": "user"}], "number in a turn": [U(5)], "surrogate": "\ud800", "list of texts": ["Hi"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_25_the_hundredth_prompt_is_checked_before_the_first_is_sampled(tmp_path, name):
+    from lire_nb.enhancement import self_enhance
+    from lire_nb.evaluation import judge_policy
+    from lire_nb.sampling import sample_lists
+
+    prompts = [{"prompt": f"Question {i}"} for i in range(99)] + [{"prompt": BAD[name]}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    policy = Spy()
+    calls = {
+        "read_prompts": lambda: cli.read_prompts(str(path)),
+        "read_prompts with a limit": lambda: cli.read_prompts(str(path), limit=1),
+        "sample_lists": lambda: sample_lists(policy, prompts, 2),
+        "self_enhance": lambda: self_enhance("no-such-policy", prompts, len, tmp_path / "run"),
+        "judge_policy": lambda: judge_policy("no-such-policy", prompts, {}, start="no-such-policy"),
+    }
+    for call in calls.values():
+        with pytest.raises(LireError) as caught:
+            call()
+        assert "prompt" in caught.value.field and "\n" not in str(caught.value) and "100" in str(caught.value), str(caught.value)
+    assert policy.asked == 0 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("row", [{"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": [1]}, {"text": "x"}, [1], 5, {"prompt": "x", "meta": [1]}, {"prompt": "x", "id": [1]}])
+def test_29_a_prompt_that_is_no_prompt_is_one_line(tmp_path, row):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(LireError) as caught:
+        cli.read_prompts(str(path))
+    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
+def test_25_ids_belong_to_one_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "p"}\n{"id": "b", "prompt": "q"}\n{"id": "a", "prompt": "p"}\n')
+    assert [p["id"] for p in cli.read_prompts(str(path))] == ["a", "b"]
+    path.write_text('{"id": "a", "prompt": "p"}\n{"id": "a", "prompt": "q"}\n')
+    with pytest.raises(LireError, match="already belongs to another prompt") as caught:
+        cli.read_prompts(str(path))
+    assert caught.value.line == 2
+    from lire_nb.sampling import sample_lists
+
+    with pytest.raises(LireError, match="already belongs to another prompt"):
+        sample_lists(Spy(), [{"id": "a", "prompt": "p"}, {"id": "a", "prompt": "q"}], 2)
+
+
+def test_25_prompts_of_every_layout(tmp_path):
+    rows = [ASK, ASK | {"system": "Be brief."}, {"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]}, {"conversations": [turn("human", "Hi")]}]
+    rows += [{"chosen": "\n\nHuman: Yo\n\nAssistant: a", "rejected": "\n\nHuman: Yo\n\nAssistant: b"}, {"prompt": "p", "completions": []}]
+    rows += [make_record("own", ["a", "b"], meta={"finish_reasons": ["stop", "length"], "topic": "t"})]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cli.read_prompts(str(path))
+    assert [p["prompt"] for p in found] == [ASKED, [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p", "own"] and found[-1]["meta"] == {"topic": "t"}
+    path.write_text(json.dumps({"prompt": "p", "input": "lost?"}) + "\n")
+    with pytest.raises(LireError, match="would be lost"):
+        cli.read_prompts(str(path))
+
+
+# 37: text prompts and chat models ---------------------------------------------------------------------------------------
+
+
+def test_37_chat_is_a_stated_choice(tmp_path):
+    row = {"prompt": "2+2?", "completions": ["4"], "id": "given"}
+    assert one(row)["prompt"] == "2+2?" and one(row)["meta"] == {}
+    assert one(row, chat=True)["prompt"] == [Q] and one(row, chat=True)["id"] == "given" and one(row, chat=True)["meta"] == {}
+    assert one(row, chat=False)["prompt"] == "2+2?" and one(row, chat=False)["meta"] == {"chat": False}
+    assert one(row | {"prompt": [BRIEF, Q]}, chat=True)["prompt"] == [BRIEF, Q] and one(row | {"prompt": [Q]}, chat=False)["meta"] == {}
+    assert one(load_lists([row], chat=False), chat=True) == one(row, chat=True)
+    path = tmp_path / "p.txt"
+    path.write_text("2+2?\n")
+    assert cli.read_prompts(str(path), chat=True)[0]["prompt"] == [Q] and cli.read_prompts(str(path), chat=False)[0]["meta"] == {"chat": False}
+    long = [{"instruction": "2+2?", "output": text, "score": score} for text, score in (("4", 1), ("5", 0))]
+    assert one(long, chat=True)["prompt"] == [Q] and len(one(long, chat=True)["completions"]) == 2
+    with pytest.raises(ListError, match="chat"):
+        load_lists([row], chat="yes")
+
+
+def test_37_the_command_line_states_it(tmp_path, monkeypatch):
+    seen = {}
+    from lire_nb import sampling
+
+    monkeypatch.setattr(sampling, "sample_lists", lambda policy, prompts, *a, **k: seen.update(prompts=prompts) or [make_record(p["prompt"], ["x"]) for p in prompts])
+    (tmp_path / "p.txt").write_text("2+2?\n")
+    for chat, prompt in (("yes", [Q]), ("no", "2+2?"), (None, "2+2?")):
+        out = tmp_path / f"{chat}.jsonl"
+        assert cli.main(["sample", "--prompts", str(tmp_path / "p.txt"), "--policy", "http://localhost:1/v1#m", "--out", str(out), *(["--chat", chat] if chat else [])]) == 0
+        assert seen["prompts"][0]["prompt"] == prompt and seen["prompts"][0]["meta"].get("chat") is (False if chat == "no" else None)
+    lists_file, made = save_lists([make_record("2+2?", ["4", "55"])], tmp_path / "l.jsonl"), tmp_path / "s.jsonl"
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--chat", "yes", "--out", str(made)]) == 0
+    assert one(made)["prompt"] == [Q]
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--out", str(made)]) == 2  # another choice, another output
+
+
+def test_37_sample_lists_takes_the_choice():
+    from lire_nb.sampling import sample_lists
+
+    seen = []
+
+    class Echo:
+        def sample(self, prompts, number, settings, seed):
+            seen.extend(prompts)
+            raise KeyboardInterrupt
+
+    for chat in (True, False, None):
+        with pytest.raises(KeyboardInterrupt):
+            sample_lists(Echo(), ["2+2?"], 2, chat=chat)
+    assert seen == [[Q], "2+2?", "2+2?"]
+
+
+def test_37_tasks_state_their_choice(tmp_path):
+    from lire_nb.tasks import load_task
+
+    table = tmp_path / "reviews.csv"
+    with table.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label", "source"])
+        writer.writerows([" ".join(f"w{i}x{j}" for j in range(60)), i % 2, "imdb"] for i in range(60))
+    plain, chat = load_task("sentiment", table), load_task("sentiment", table, chat=True)
+    assert all(p["meta"]["chat"] is False for split in plain.prompts.values() for p in split) and any(plain.prompts.values())
+    assert all(r["meta"]["chat"] is False for data in plain.reward_lists.values() for r in data)
+    assert all("chat" not in p["meta"] for split in chat.prompts.values() for p in split)
+    posts = save_lists([make_record(f"post {i}", ["a", "b"], [1, 0], meta={"notes": ["x", "y"], "topic": "t"}) for i in range(20)], tmp_path / "posts.jsonl")
+    plain = load_task("summarization", posts, chat=False)
+    assert {json.dumps(p["meta"], sort_keys=True) for split in plain.prompts.values() for p in split} == {'{"chat": false, "topic": "t"}'}
