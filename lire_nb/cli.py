@@ -19,15 +19,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .lists import LireError, load_lists, read_rows, save_lists
+from .lists import LireError, checked_prompts, load_lists, load_prompts, read_lines, save_lists
 
 # %% ../nbs/11_cli.ipynb #15465dcc
 def read_prompts(
     source: str,  # file, or "task:split"
     limit: int | None = None,
-) -> list[dict]:  # records with "id", "prompt", "meta"
-    "Prompts from a file or a task; raises `LireError` when there is none."
-    from lire_nb.lists import prompt_id
+    chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
+) -> list[dict]:  # records with "id", "prompt", "meta", all of them checked
+    "Prompts from a file or a task; raises `LireError` when there is none, and for the first bad one."
     from lire_nb.tasks import load_task
 
     name, _, split = source.partition(":")
@@ -35,31 +35,16 @@ def read_prompts(
         prompts = load_task(name).prompts.get(split)
         if prompts is None:
             raise LireError("unknown split", field="prompts", value=source, allowed=f"{name}:train, {name}:validation or {name}:test", remedy="choose one of these")
+        prompts = checked_prompts(prompts, chat)
     else:
-        path = Path(source)
-        if not path.is_file():
+        if not Path(source).is_file():
             raise LireError("no such file", field="prompts", value=source, allowed="a .txt or .jsonl file, or task:split", remedy="check the path")
-        rows = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.suffix == ".txt" else [_prompt_of(r, path) for r in read_rows(path)]
-        prompts = [{"id": prompt_id(r), "prompt": r, "meta": {}} if not isinstance(r, dict) else r for r in rows if r]
+        prompts = load_prompts(source, chat)
     if not prompts:
         raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt", remedy="give a file with one prompt a line, or records with a prompt")
     if limit is not None and limit < 1:
         raise LireError("too few", field="--limit", value=limit, allowed="1 or more", remedy="leave it out to use all prompts")
     return prompts[:limit]
-
-
-def _prompt_of(row, path: Path) -> dict:
-    "The id, prompt and meta of one row of a file."
-    from lire_nb.lists import prompt_id
-
-    if isinstance(row.value, Exception):
-        raise row.value.at(str(path), row.line)
-    if not isinstance(row.value, dict):
-        return {}  # a blank line
-    if not row.value.get("prompt"):
-        raise LireError("no prompt", file=path, line=row.line, field="prompt", value=row.value.get("prompt"), allowed="a text or messages", remedy="give every record a prompt")
-    prompt = row.value["prompt"]
-    return {"id": str(row.value.get("id") or prompt_id(prompt)), "prompt": prompt, "meta": row.value.get("meta") or {}}
 
 # %% ../nbs/11_cli.ipynb #521b6817
 def read_reward(name: str):
@@ -154,7 +139,7 @@ def sample_command(args) -> None:
     from lire_nb.sampling import SamplingSettings, check_address, sample_lists
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     served = args.policy.startswith(("http://", "https://"))
     journal = Path(f"{args.out}.journal.jsonl")
     (check_address if served else resolve_model)(args.policy)
@@ -178,9 +163,9 @@ def score_command(args) -> None:
     from lire_nb.rewards import score_lists
 
     reward = read_reward(args.reward)
-    if _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward)):
+    if _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), **_chat(args)):
         _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-        save_lists(score_lists(load_lists(args.lists), reward), args.out)
+        save_lists(score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
 
 
 def train_command(args) -> None:
@@ -191,9 +176,14 @@ def train_command(args) -> None:
 
     settings, lora = settings_of(args.set), _lora(args)
     resolve_model(args.policy)
-    if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed, **({"lora": lora} if lora else {})):
+    if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed, **({"lora": lora} if lora else {}), **_chat(args)):
         _say(f"training {args.policy} on {args.lists} into {args.out}")
-        train_policy(args.policy, load_lists(args.lists), args.out, seed=args.seed, trainer_options=_adapter(lora), **settings)
+        train_policy(args.policy, load_lists(args.lists, **_chat(args)), args.out, seed=args.seed, trainer_options=_adapter(lora), **settings)
+
+
+def _chat(args) -> dict:
+    "What --chat states, as an option of the readers; nothing when it was not given."
+    return {} if args.chat is None else {"chat": args.chat == "yes"}
 
 
 def _lora(args) -> dict | None:
@@ -212,9 +202,9 @@ def train_reward_command(args) -> None:
     from lire_nb.enhancement import atomic_folder
     from lire_nb.rewards import train_reward_model
 
-    if _claim(args.out, backbone=args.backbone, lists=_hash(args.lists), max_length=args.max_length, epochs=args.epochs, seed=args.seed):
+    if _claim(args.out, backbone=args.backbone, lists=_hash(args.lists), max_length=args.max_length, epochs=args.epochs, seed=args.seed, **_chat(args)):
         _say(f"training a reward model on {args.lists} into {args.out}")
-        reward = train_reward_model(load_lists(args.lists), args.backbone, max_length=args.max_length, epochs=args.epochs, seed=args.seed, name=Path(args.out).name)
+        reward = train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, max_length=args.max_length, epochs=args.epochs, seed=args.seed, name=Path(args.out).name)
         with atomic_folder(args.out) as draft:
             reward.save(draft)
 
@@ -224,14 +214,14 @@ def enhance_command(args) -> None:
     from lire_nb.enhancement import StopRule, self_enhance
     from lire_nb.sampling import SamplingSettings
 
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
     training = _with_limit(settings_of(args.set), args)
     if args.stop_gold or args.stop_kl is not None:
         if not args.stop_prompts:
             raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
-        stop = StopRule(read_prompts(args.stop_prompts, args.limit), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
+        stop = StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
     policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
                             settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
     _say(f"the last policy is in {policies[-1]}")
@@ -253,7 +243,7 @@ def evaluate_command(args) -> None:
     from lire_nb.sampling import SamplingSettings
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), limit_of(args.prompts, args.max_prompt_length)
     for policy in systems.values():
         resolve_model(policy)
@@ -399,7 +389,7 @@ def bench_command(args) -> None:
 def read_rows_of(path: str) -> list[dict]:
     "Rows of a results file; raises `LireError` for a line that is not one."
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as e:
@@ -471,20 +461,21 @@ def _parser() -> argparse.ArgumentParser:
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"),
                 o("--max-prompt-length", type=int, default=None, metavar="TOKENS", help="longer prompts are cut; default: the task's own limit, else 256"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
-    add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, limit, seed,
+    chat = o("--chat", choices=("yes", "no"), default=None, help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word where it matters")
+    add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, chat, limit, seed,
         o("--in-flight", type=int, default=16, help="requests at a time, to a server"), out)
-    add("score", score_command, lists, reward, out)
+    add("score", score_command, lists, reward, chat, out)
     add("train", train_command, lists, policy, settings, o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank"),
-        o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"), seed, out)
+        o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"), chat, seed, out)
     add("train-reward", train_reward_command, lists, o("--backbone", default="minilm", help="asset, folder or hub id"), o("--max-length", type=int, default=256, help="tokens"),
-        o("--epochs", type=int, default=1, help="passes"), seed, out)
+        o("--epochs", type=int, default=1, help="passes"), chat, seed, out)
     add("enhance", enhance_command, prompts, reward, policy, o("--evolve", type=int, default=2, help="rounds that sample"), o("--iterate", type=int, default=1, help="passes a round"),
         candidates, *sampling, settings, o("--pool", choices=("replace", "keep"), default="replace", help="keep: train also on the candidates of earlier rounds"),
         o("--max-candidates", type=int, default=None, help="cap of a list"), o("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
         o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"), o("--stop-kl", type=float, default=None, help="stop above so many nats"),
-        o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), limit, seed, out)
+        o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), chat, limit, seed, out)
     add("evaluate", evaluate_command, prompts, o("--system", action="append", required=True, metavar="NAME=POLICY", help="repeat; the first is the start policy"),
-        o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat; the first is the reward that training saw"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, limit, seed, out)
+        o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat; the first is the reward that training saw"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, chat, limit, seed, out)
     add("report", report_command, out)
     add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),

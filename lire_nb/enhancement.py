@@ -31,11 +31,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .conversations import MAX_PROMPT_LENGTH, encode_prompt
-from .lists import LireError, atomic_write, load_lists, make_record, merge_candidates, save_lists, select_candidates
+from .lists import LireError, atomic_write, checked_prompts, load_lists, make_record, merge_candidates, prompt_facts, save_lists, select_candidates
 from .logprobs import sampled_logps
 from .models import compute_dtype, file_hash, load_policy, load_tokenizer, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
-from .sampling import SamplingSettings, asked_records, derive_seed, sample_lists
+from .sampling import SamplingSettings, derive_seed, sample_lists
 from lire_nb.training import (
     LIREConfig, LIRETrainer, Stopped, changed_files, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
@@ -361,7 +361,7 @@ def run_round(
 
 def _sample_round(policy, prompts, num_candidates, settings, sampled: dict, progress: bool):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(prompts), num_candidates, policy)
-    asked = [{k: p[k] for k in ("id", "prompt", "meta", "completions") if k in p} for p in prompts]
+    asked = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in prompts]
     return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"], source=f"policy:round-{sampled['round']}",
                         max_prompt_length=sampled["max_prompt_length"], progress=progress)
 
@@ -476,7 +476,7 @@ class StopRule:
     max_prompt_length: int | None = None  # tokens; None: as in training
 
     def __post_init__(self):
-        self.prompts = by_id(self.prompts)
+        self.prompts = by_id(checked_prompts(self.prompts))
         if self.gold is None and self.max_kl is None:
             raise LireError("nothing to stop for", field="gold, max_kl", value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
         rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0, "above 0 nats: the start itself is at 0"), "num_samples": (self.num_samples >= 1, "1 or more"),
@@ -543,7 +543,6 @@ def should_stop(
         write_json(path, history)
     return history[number]["reason"]
 
-
 # %% ../nbs/08_enhancement.ipynb #5df40456
 def reward_identity(
     reward: Reward,
@@ -574,11 +573,11 @@ def self_enhance(
     stop: StopRule | Callable[[int, Path], str | None] | None = None,  # asked after every round
 ) -> list[Path]:  # the policy folder of every round
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
-    prompts, training, start, run_folder = list(prompts), training or {}, policy, Path(run_folder)
+    prompts, training, start, run_folder = checked_prompts(prompts), training or {}, policy, Path(run_folder)
     _check_settings(training)
     if isinstance(stop, StopRule) and stop.max_prompt_length is None:
         stop = replace(stop, max_prompt_length=prompt_limit(training))
-    _check_prompts(prompts, stop.prompts if isinstance(stop, StopRule) else [], policy, prompt_limit(training))
+    _check_templates([*prompts, *(stop.prompts if isinstance(stop, StopRule) else [])], policy, prompt_limit(training))
     prompts = _distinct(prompts)
     _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
     config = {"policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": [(p["id"], p["prompt"]) for p in prompts],
@@ -608,11 +607,10 @@ def _claim_run(run_folder: Path, config: dict) -> None:
     _wait_for((run_folder / "enhancement.json").exists)
 
 
-def _check_prompts(prompts: list[dict], held_out: list[dict], policy, limit: int) -> None:
-    "Roles and chat template, before a model is loaded."
-    records = [*asked_records(prompts), *(asked_records(held_out) if held_out else [])]
+def _check_templates(prompts: list[dict], policy, limit: int) -> None:
+    "What the chat template says to the prompts, before a model is loaded."
     tokenizer = load_tokenizer(policy)
-    for record in records:
+    for record in prompts:
         encode_prompt(record["prompt"], tokenizer, limit, id=record["id"])
 
 

@@ -34,7 +34,7 @@ from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
 from .conversations import MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
-from .lists import BLANK, LireError, Row, _Errors, atomic_write, prompt_id, read_rows
+from .lists import BLANK, LireError, Row, _Errors, atomic_write, checked_prompts, prompt_id, read_rows
 from .logprobs import CHUNK, ListCollator, measure_candidates, padded_rows, sampled_logps, tokenize_list, unwrap, without_ends
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
@@ -727,6 +727,7 @@ def judge_policy(
     progress: bool = True,
 ) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
     "Sample, score and measure a policy on prompts it was not trained on."
+    prompts = checked_prompts(prompts)
     policy, start = _loaded_pair(policy, start)
     lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed, max_prompt_length=max_prompt_length, progress=progress))
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}
@@ -769,7 +770,6 @@ def _sampling(settings: SamplingSettings) -> dict:
 def _is_plain(sampling: dict | None) -> bool:
     "Whether samples come from the policy's own distribution; rows of older files do not say and were plain."
     return not sampling or (sampling["temperature"] == 1 and sampling["top_p"] == 1 and sampling["top_k"] == 0)
-
 
 # %% ../nbs/09_evaluation.ipynb #990be1d7
 def compare_systems(

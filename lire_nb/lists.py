@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS', 'LireError', 'ListError', 'validate_record',
-           'prompt_id', 'make_record', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows', 'spaced',
-           'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport', 'iter_lists',
-           'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists', 'to_trl_pairs',
-           'to_rrhf']
+           'prompt_id', 'make_record', 'as_chat', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows',
+           'spaced', 'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport',
+           'iter_lists', 'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists',
+           'checked_prompts', 'prompt_facts', 'read_lines', 'load_prompts', 'to_trl_pairs', 'to_rrhf']
 
 # %% ../nbs/01_lists.ipynb #4a063116
+import ast
 import csv
 import errno
 import gzip
@@ -25,6 +26,7 @@ import os
 import re
 import reprlib
 import secrets
+import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -110,16 +112,31 @@ class ListError(LireError):
     """What is wrong with a list or with the file it came from."""
 
 # %% ../nbs/01_lists.ipynb #7be0b499
+class _CellList(list):
+    """A list that stood in a cell of text: where text is wanted, it is `text`."""
+
+
+class _CellDict(dict):
+    """The same for a dict."""
+
+
 def _check_text(value: Any, field: str) -> str:
     """`value`, if it is a string that UTF-8 can hold."""
+    value = value.text if isinstance(value, (_CellList, _CellDict)) else value
     if not isinstance(value, str):
-        raise ListError("not a string", field=field, value=value, allowed="a string", remedy="write text, or drop the row")
+        raise ListError(
+            "not a string", field=field, value=value, allowed="a string", remedy="write text, or drop the row"
+        )
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise ListError(
-                "not valid UTF-8 text", field=field, value=value, allowed="text without lone surrogates", remedy="repair the file's encoding"
+                "not valid UTF-8 text",
+                field=field,
+                value=value,
+                allowed="text without lone surrogates",
+                remedy="repair the file's encoding",
             ) from None
     return value
 
@@ -134,26 +151,52 @@ def _listed(value: Any) -> Any:
 def _check_message(message: Any, field: str) -> dict:
     """`{"role", "content"}` and nothing else."""
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ListError("not a chat message", field=field, value=message, allowed='{"role": …, "content": …}', remedy="give both keys")
+        raise ListError(
+            "not a chat message",
+            field=field,
+            value=message,
+            allowed='{"role": …, "content": …}',
+            remedy="give both keys",
+        )
     # Parquet fills the keys that other messages have with None; those carry nothing.
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
     if extra:
-        raise ListError("unknown key in a chat message", field=field, value=extra, allowed="role and content", remedy="move it into meta")
+        raise ListError(
+            "unknown key in a chat message",
+            field=field,
+            value=extra,
+            allowed="role and content",
+            remedy="move it into meta",
+        )
     if message["role"] not in ROLES:
-        raise ListError("unknown role", field=f"{field}.role", value=message["role"], allowed=", ".join(ROLES), remedy="rename the role")
+        raise ListError(
+            "unknown role",
+            field=f"{field}.role",
+            value=message["role"],
+            allowed=", ".join(ROLES),
+            remedy="rename the role",
+        )
     return {"role": message["role"], "content": _check_text(message["content"], f"{field}.content")}
 
 
 def _check_prompt(prompt: Any) -> str | list[dict]:
     """A string or a list of chat messages, with something in it."""
     prompt = _listed(prompt)
-    if isinstance(prompt, list):
+    as_text = isinstance(prompt, _CellList) and not any(isinstance(message, dict) for message in prompt)
+    if isinstance(prompt, list) and not as_text:
         prompt = [_check_message(message, f"prompt[{i}]") for i, message in enumerate(prompt)]
         blank = not any(message["content"].strip() for message in prompt)
     else:
-        blank = not _check_text(prompt, "prompt").strip()
+        prompt = _check_text(prompt, "prompt")
+        blank = not prompt.strip()
     if blank:
-        raise ListError("empty prompt", field="prompt", value=prompt, allowed="a non-empty string or messages", remedy="drop the row")
+        raise ListError(
+            "empty prompt",
+            field="prompt",
+            value=prompt,
+            allowed="a non-empty string or messages",
+            remedy="drop the row",
+        )
     return prompt
 
 # %% ../nbs/01_lists.ipynb #1b2ca160
@@ -270,6 +313,26 @@ def make_record(
     if id is None:
         record["id"] = prompt_id(record["prompt"])
     return record
+
+# %% ../nbs/01_lists.ipynb #c0b1d006
+def as_chat(prompt: str | list[dict] | dict, chat: bool | None = True) -> str | list[dict] | dict:
+    """A prompt, or a record with one.
+
+    chat: True makes a text one user turn, False states that plain text is meant (meta["chat"]), None leaves it.
+    Messages stay as they are. An id that was given stays; one that was derived follows the prompt.
+    """
+    if chat not in (True, False, None):
+        raise ListError("unknown choice", field="chat", value=chat, allowed="True, False or None")
+    if not isinstance(prompt, dict):
+        return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+    text, meta = prompt["prompt"], {k: v for k, v in (prompt.get("meta") or {}).items() if k != "chat"}
+    if chat is None or not isinstance(text, str):
+        return prompt
+    if not chat:
+        return prompt | {"meta": meta | {"chat": False}}
+    turns = as_chat(text)
+    derived = {"id": prompt_id(turns)} if prompt.get("id") == prompt_id(text) else {}
+    return prompt | derived | {"prompt": turns, "meta": meta}
 
 # %% ../nbs/01_lists.ipynb #dc53ecd6
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -519,35 +582,141 @@ def _array_rows(text: str) -> Iterator[Row]:
         line += text.count("\n", counted, spot)
         yield Row(line, text[spot + 1 :], ListError("text after the end of the array", allowed="one array", remedy="remove it"))
 
-# %% ../nbs/01_lists.ipynb #3317b2f8
+# %% ../nbs/01_lists.ipynb #c0b1d002
+_NAMES = {"None": None, "True": True, "False": False, "nan": math.nan, "inf": math.inf}
+_SKIPPED = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+class _Printed:
+    """Reads what Python, pandas or numpy print for lists and dicts of plain values. Nothing is evaluated."""
+
+    def __init__(self, text: str):
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        self.tokens = [token for token in tokens if token.type not in _SKIPPED]
+
+    def peek(self) -> str:
+        return self.tokens[0].string if self.tokens else ""
+
+    def expect(self, text: str) -> None:
+        if self.tokens.pop(0).string != text:
+            raise ValueError(f"expected {text}")
+
+    def value(self) -> Any:
+        token = self.tokens.pop(0)
+        if token.string in ("[", "("):
+            return self.items("]" if token.string == "[" else ")")
+        if token.string == "{":
+            return _unique_keys(self.items("}", pairs=True))
+        if token.string == "-":
+            return -self.value()
+        if token.type in (tokenize.STRING, tokenize.NUMBER):
+            value = ast.literal_eval(token.string)
+            if isinstance(value, (str, int, float)):
+                return value
+        if token.type == tokenize.NAME:
+            return _NAMES[token.string] if token.string in _NAMES else self.numpy(token.string)
+        raise ValueError("not a plain value")
+
+    def items(self, end: str, pairs: bool = False) -> list:
+        """Up to `end`. numpy prints no commas: two strings side by side are two strings."""
+        found = []
+        while self.peek() != end:
+            found.append(self.value())
+            if pairs:
+                self.expect(":")
+                found[-1] = (_check_text(found[-1], "key"), self.value())
+            if self.peek() == ",":
+                self.tokens.pop(0)
+        self.tokens.pop(0)
+        return found
+
+    def numpy(self, name: str) -> Any:
+        """array([…], dtype=object), np.float64(9.0), np.str_('a'): what they hold."""
+        while self.peek() == ".":
+            self.tokens.pop(0)
+            name += f".{self.tokens.pop(0).string}"
+        if name != "array" and not name.startswith(("np.", "numpy.")):
+            raise ValueError("not a plain value")
+        self.expect("(")
+        value = self.value()
+        while self.peek() not in (")", ""):  # dtype=object
+            self.tokens.pop(0)
+        self.expect(")")
+        return value
+
+# %% ../nbs/01_lists.ipynb #c0b1d003
+def _written(text: str) -> Any:
+    """The list or dict whose JSON or printed form `text` is; `BLANK` where it is neither."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return BLANK
+    try:
+        return _decoder.decode(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        printed = _Printed(text.strip())
+        value = printed.value()
+        return BLANK if printed.tokens else value
+    except (ValueError, IndexError, RecursionError, MemoryError, SyntaxError, TypeError, tokenize.TokenError):
+        return BLANK
+
+
 def _cell(text: str | None) -> Any:
-    """A CSV cell: missing, a JSON list or object, or text."""
+    """A CSV cell: missing, a list or dict (JSON or as Python prints it), or text."""
     if not text:
         return None
-    if text[0] in "[{":
+    value = _written(text) if text[0] in "[{" else BLANK
+    if value is BLANK:
+        return text
+    value = _CellDict(value) if isinstance(value, dict) else _CellList(value)
+    value.text = text
+    return value
+
+# %% ../nbs/01_lists.ipynb #3317b2f8
+_LARGEST_CELL = 2**31 - 1  # characters
+
+
+def _csv_cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a CSV reader. The limit of a cell is the process's own: it is raised for one row at a time."""
+    while True:
+        limit = csv.field_size_limit(_LARGEST_CELL)
         try:
-            return _decoder.decode(text)
-        except (ValueError, RecursionError):
-            pass
-    return text
+            cells = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield cells
 
 
 def _read_csv(stream: io.IOBase) -> Iterator[Row]:
-    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+    reader = csv.reader(
+        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True
+    )
     header, line = None, 1
     try:
-        for cells in reader:
+        for cells in _csv_cells(reader):
             start, line = line, reader.line_num + 1
             if not cells:
                 yield Row(start, "", BLANK)
             elif header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    yield Row(1, None, ListError("the same column twice", value=header, allowed="one name a column", remedy="rename a column"))
+                    yield Row(
+                        1,
+                        None,
+                        ListError(
+                            "the same column twice", value=header, allowed="one name a column", remedy="rename a column"
+                        ),
+                    )
                     return
             elif len(cells) != len(header):
                 text = f"{len(cells)} cells, {len(header)} columns"
-                yield Row(start, json.dumps(cells), ListError("unequal lengths", value=text, allowed="one cell a column", remedy="repair the row"))
+                yield Row(
+                    start,
+                    json.dumps(cells),
+                    ListError("unequal lengths", value=text, allowed="one cell a column", remedy="repair the row"),
+                )
             else:
                 yield Row(start, json.dumps(cells), {name: _cell(text) for name, text in zip(header, cells)})
     except _READ_ERRORS as error:
@@ -571,7 +740,9 @@ def _decoded(table: pa.Table) -> list:
         return list(_table_rows(table))
     except (ValueError, RecursionError, pa.ArrowException) as error:
         if len(table) == 1:
-            return [ListError(f"cannot be decoded ({error})", allowed="valid JSON and UTF-8", remedy="write the file again")]
+            return [
+                ListError(f"cannot be decoded ({error})", allowed="valid JSON and UTF-8", remedy="write the file again")
+            ]
     return [row for i in range(len(table)) for row in _decoded(table.slice(i, 1))]
 
 # %% ../nbs/01_lists.ipynb #57f5e6ab
@@ -708,7 +879,30 @@ def _jsonable(value: Any) -> Any:
 
 
 def _left_over(row: dict, used: Iterable[str]) -> dict:
-    """Every column that was not used, for meta; a dict in the column "meta" is opened up."""
+    """Every column that was not used, for meta; a dict in "meta" is opened up. None may belong to the prompt."""
+    _check_parts(row, used := set(used))
+    return _rest(row, used)
+
+
+def _check_parts(row: dict, used: set) -> None:
+    """Refuse a column that belongs to the prompt, unless the prompt contains it already."""
+    for name in (name for name in _PARTS if name in row and name not in used and not _is_empty(row[name])):
+        if not (isinstance(row[name], str) and any(row[name].strip() in text for text in _texts(row, used))):
+            allowed = "one prompt column, with instruction + input, system and history beside it"
+            remedy = 'say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the column'
+            reason = "belongs to the prompt and would be lost"
+            raise ListError(reason, field=name, value=row[name], allowed=allowed, remedy=remedy)
+
+
+def _texts(row: dict, names: Iterable[str]) -> list[str]:
+    """The texts in these columns, those of messages one by one."""
+    values = [row.get(name) for name in names]
+    messages = [message.get("content") for value in values if _is_turns(value) for message in value]
+    return [text for text in (*values, *messages) if isinstance(text, str)]
+
+
+def _rest(row: dict, used: Iterable[str]) -> dict:
+    """What is left of a row, whatever it is."""
     used = {"meta", _id_column(row), *used}
     try:
         rest = _jsonable({name: value for name, value in row.items() if name not in used})
@@ -717,7 +911,9 @@ def _left_over(row: dict, used: Iterable[str]) -> dict:
     meta = {} if row.get("meta") is None else row["meta"]
     meta = meta if isinstance(meta, dict) else {"meta": meta}
     if both := [name for name in rest if name in meta]:
-        raise ListError("the same name as a column and in meta", field=both[0], value=rest[both[0]], remedy="rename one of them")
+        raise ListError(
+            "the same name as a column and in meta", field=both[0], value=rest[both[0]], remedy="rename one of them"
+        )
     return {**meta, **rest}
 
 
@@ -735,13 +931,270 @@ def _number(value: Any, field: str) -> Any:
 
 def _numbers(values: Any, field: str) -> Any:
     """A list of such numbers; the list itself may stand in a string, "[9.0, 7.0]"."""
-    values = _cell(values) if isinstance(values, str) else _listed(values)
+    values = _as_list(values)
     return [_number(value, f"{field}[{i}]") for i, value in enumerate(values)] if isinstance(values, list) else values
 
 
 def _first(row: dict, names: Iterable[str]) -> str | None:
     """The first of `names` that is a column of `row`."""
     return next((name for name in names if name in row), None)
+
+# %% ../nbs/01_lists.ipynb #c0b1d011
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_TURN_KEYS = (("role", "content"), ("from", "value"))
+_like_turns = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
+
+
+def _turn_keys(message: Any, keys: tuple = _TURN_KEYS) -> tuple[str, str] | None:
+    """The names under which `message` keeps its role and its text."""
+    return next(
+        (pair for pair in keys if isinstance(message, dict) and all(message.get(k) is not None for k in pair)), None
+    )
+
+
+def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
+    return isinstance(value, list) and bool(value) and all(_turn_keys(message, keys) for message in value)
+
+
+def _one_turn(message: dict, roles: dict, keys: tuple) -> dict:
+    role, text = _turn_keys(message, keys)
+    said, who = message[text], message[role]
+    if isinstance(said, list) and said and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
+        said = "".join(part["text"] for part in said)  # {"type": "text", "text": …}
+    names = roles if role == "role" else _SHAREGPT | roles
+    rest = {k: v for k, v in message.items() if k not in (role, text) and v is not None}
+    return {"role": names.get(who, who) if isinstance(who, str) else who, "content": said, **rest}
+
+
+def _as_turns(value: Any, roles: dict = {}, keys: tuple = _TURN_KEYS, field: str = "prompt") -> Any:
+    """`value` as our messages where it holds messages in any form, else as it is."""
+    value = _listed(value)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        found = _written(value)
+        if _is_turns(found, keys) or (_turn_keys(found, keys) and len(found) == 2):
+            value = found
+        elif _like_turns.fullmatch(value):
+            remedy = "write the messages as JSON"
+            raise ListError(
+                "printed messages that cannot be read",
+                field=field,
+                value=value,
+                allowed="JSON or Python's printed form",
+                remedy=remedy,
+            )
+    if _turn_keys(value, keys):
+        value = [value]
+    if _is_turns(value, keys):
+        return [_one_turn(message, roles, keys) for message in value]
+    return value.text if isinstance(value, (_CellList, _CellDict)) else value
+
+# %% ../nbs/01_lists.ipynb #c0b1d013
+_TALKS = ("conversations", "conversation", "messages", "context")  # a prompt as messages, sometimes with the answer
+_PROMPTS = ("prompt", "instruction", "question", "query", "input", *_TALKS)
+_PAIRED = ("chosen", "rejected", "output_1", "output_2", "output_A", "output_B")
+_ANSWERS = ("completion", "response", "answer", "output", "generation")
+_ANSWER_LISTS = ("completions", "responses", "generations")
+_EXPORTED = ({*FIELDS}, {"query", "responses", "scores", "id", "sources", "meta"})  # columns of files of our own
+
+
+def _with_turns(row: dict, roles: dict | None = None, keys: dict | None = None) -> dict:
+    """The row with messages of any form as ours. Files of our own are taken as they are."""
+    if roles is None and keys is None and any(names <= row.keys() for names in _EXPORTED):
+        return row
+    options = _turn_options(roles, keys)
+    row = dict(row)
+    for name in (*_PROMPTS, *_PAIRED, "history"):
+        if name in row:
+            row[name] = _as_turns(row[name], *options, field=name)
+    for name in _ANSWERS:  # text is an answer, whatever it looks like
+        if name in row and not isinstance(row[name], str):
+            row[name] = _as_turns(row[name], *options, field=name)
+    for name in _ANSWER_LISTS:
+        if isinstance(values := _as_list(row.get(name)), list):
+            row[name] = [_candidate_turns(value, options) for value in values]
+    return row
+
+
+def _turn_options(roles: dict | None, keys: dict | None) -> tuple[dict, tuple]:
+    return roles or {}, ((keys["role"], keys["content"]), *_TURN_KEYS) if keys else _TURN_KEYS
+
+
+def _candidate_turns(value: Any, options: tuple) -> Any:
+    if isinstance(value, dict) and not _turn_keys(value, options[1]):
+        return value | {k: _as_turns(v, *options) for k, v in value.items() if k in _ANSWERS and not isinstance(v, str)}
+    return value if isinstance(value, str) else _as_turns(value, *options)
+
+
+def _as_list(value: Any) -> Any:
+    """A list; it may stand in a string, as JSON or printed."""
+    found = _written(value) if isinstance(value, str) else _listed(value)
+    return found if isinstance(found, list) else value
+
+# %% ../nbs/01_lists.ipynb #c0b1d015
+def _parted(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The system turns at the beginning, and the others."""
+    start = next((i for i, message in enumerate(turns) if message["role"] != "system"), len(turns))
+    return turns[:start], turns[start:]
+
+
+def _same(a: list[dict], b: list[dict]) -> bool:
+    """The same turns, white space at their ends aside."""
+    return [(m["role"], m["content"].strip()) for m in a] == [(m["role"], m["content"].strip()) for m in b]
+
+
+def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
+    """`turns`, then `more`, which may repeat all of `turns` or their end, with or without the system turn."""
+    (system, a), (own_system, b) = _parted(turns), _parted(more)
+    if system and own_system and not _same(system, own_system):
+        remedy = "keep one of them, or drop the row"
+        raise ListError(
+            "another system turn than the prompt",
+            field=field,
+            value=own_system[0]["content"],
+            allowed="one system turn",
+            remedy=remedy,
+        )
+    return (system or own_system) + _joined_turns(a, b, field)
+
+
+def _joined_turns(a: list[dict], b: list[dict], field: str) -> list[dict]:
+    if not a or not b or _same(a, b[: len(a)]):
+        return b or a  # b repeats a from its beginning
+    if _same(b, a[-len(b) :]):
+        return a  # b is the end of a
+    if _same(a[: len(b)], b):  # a has gone on since: an answer to another question
+        _raise_unrelated(b[0], field)
+    inside = any(_same(a, b[i : i + len(a)]) for i in range(len(b)))
+    if inside and b[0]["role"] == "user":
+        return b  # a, the last question say, with what came before
+    shared = next((n for n in range(min(len(a), len(b)) - 1, 0, -1) if _same(a[-n:], b[:n])), 0)
+    if shared or (not inside and a[-1]["role"] != b[0]["role"]):
+        return a + b[shared:]
+    _raise_unrelated(b[0], field)
+
+
+def _raise_unrelated(turn: dict, field: str) -> None:
+    allowed = "the answer alone, or the prompt (all of it or its end, with or without the system turn) and the answer"
+    raise ListError(
+        "does not continue the prompt", field=field, value=turn, allowed=allowed, remedy="correct the row, or drop it"
+    )
+
+# %% ../nbs/01_lists.ipynb #c0b1d016
+def _user(prompt: str | list[dict]) -> list[dict]:
+    """A plain prompt as one user turn; messages checked."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _check_prompt(prompt)
+
+
+def _split_answers(prompt: Any, answers: list, names: list[str]) -> tuple[Any, list]:
+    """The prompt of a row and the texts of its answers, which may be messages that repeat the prompt."""
+    if not any(isinstance(answer, list) for answer in answers):
+        return prompt, answers
+    before = [] if prompt is None else _user(prompt)
+    prompts, texts = [], []
+    for answer, name in zip(answers, names):
+        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        if not isinstance(answer, list) or not answer:
+            raise ListError(
+                "not an answer", field=name, value=answer, allowed="a string or messages", remedy="drop the row"
+            )
+        *said, last = [_check_message(message, f"{name}[{i}]") for i, message in enumerate(answer)]
+        if last["role"] != "assistant":
+            allowed, remedy = "an assistant turn at the end", 'drop the row, or read with on_error="quarantine"'
+            raise ListError("does not end with an answer", field=name, value=last, allowed=allowed, remedy=remedy)
+        prompts.append(_continued(before, said, name))
+        texts.append(last["content"])
+    if parted := [i for i, turns in enumerate(prompts) if turns != prompts[0]]:
+        _raise_parted(prompts[0], prompts[parted[0]], names[parted[0]])
+    if not prompts[0]:
+        allowed, remedy = "at least one turn before the answer", 'drop the row, or read with on_error="quarantine"'
+        raise ListError("an answer without a prompt", field=names[0], value=texts[0], allowed=allowed, remedy=remedy)
+    return prompts[0], texts
+
+
+def _raise_parted(first: list[dict], other: list[dict], field: str) -> None:
+    same = next((i for i, (a, b) in enumerate(zip(first, other)) if a != b), min(len(first), len(other)))
+    lengths = f"{len(first) + 1} and {len(other) + 1} turns, {same} of them shared"
+    remedy = 'drop the row, or read with on_error="quarantine"'
+    reason = "the two dialogues part before the last answer"
+    raise ListError(reason, field=field, value=lengths, allowed="one shared prompt", remedy=remedy)
+
+# %% ../nbs/01_lists.ipynb #c0b1d017
+_SYSTEM = ("system", "system_prompt", "system_message")
+_MORE = ("input", "context")  # what Alpaca and Dolly put beside an instruction
+_PARTS = (
+    *_SYSTEM,
+    "history",
+    *_MORE,
+    "instruction",
+    "question",
+    "query",
+    "tools",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+)
+
+
+def _is_empty(value: Any) -> bool:
+    """Nothing: null, NaN, no text, no entries."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}")
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, (list, dict)) and not value)
+    )
+
+
+def _prompt_column(row: dict, names: Iterable[str]) -> str | None:
+    """The first of `names` that is a column with something in it; else the first that is a column."""
+    names = [name for name in names if name in row]
+    return next((name for name in names if not _is_empty(row[name])), names[0] if names else None)
+
+
+def _history(value: Any) -> list[dict]:
+    """The turns before the prompt: messages, or pairs of question and answer."""
+    pairs = _as_list(value)
+    if _is_turns(pairs):
+        return [_check_message(message, f"history[{i}]") for i, message in enumerate(pairs)]
+    if not isinstance(pairs, list) or not all(isinstance(_listed(pair), list) and len(pair) == 2 for pair in pairs):
+        raise ListError(
+            "not a history",
+            field="history",
+            value=value,
+            allowed="messages, or [[question, answer], …]",
+            remedy="correct the row",
+        )
+    turns = [dict(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    return [_check_message(message, f"history[{i // 2}]") for i, message in enumerate(turns)]
+
+
+def _row_prompt(row: dict, names: Iterable[str] = _PROMPTS) -> tuple[Any, set[str]]:
+    """The prompt of a row with all that belongs to it, and the columns it came from."""
+    name = _prompt_column(row, names)
+    prompt, used = (None, set()) if name is None else (row[name], {name})
+    for more in _MORE if name == "instruction" else ():
+        if isinstance(prompt, str) and isinstance(row.get(more), str):
+            prompt = prompt if _is_empty(row[more]) or row[more] == prompt else f"{prompt}\n\n{row[more]}"
+            used.add(more)
+    system = {row[s]: s for s in _SYSTEM if isinstance(row.get(s), str) and not _is_empty(row[s])}
+    if len(system) > 1:
+        raise ListError(
+            "two system texts",
+            field=list(system.values())[1],
+            value=list(system),
+            allowed="one",
+            remedy="give a mapping",
+        )
+    before = [{"role": "system", "content": text} for text in system]
+    past = [] if _is_empty(row.get("history")) else _history(row["history"])
+    if before or past:
+        turns = _transcript_prompt(prompt) or ([] if prompt is None else _user(prompt))
+        prompt = _continued(before, _continued(past, turns, name or "prompt"), "system")
+    return prompt, used | set(system.values()) | ({"history"} if past else set())
 
 # %% ../nbs/01_lists.ipynb #8bbf0d90
 def rank_rewards(ranks: list[float | None]) -> list[float | None]:
@@ -757,24 +1210,40 @@ def rank_rewards(ranks: list[float | None]) -> list[float | None]:
     return [None if rank is None else (len(known) - place[rank]) / (len(known) - 1) for rank in ranks]
 
 # %% ../nbs/01_lists.ipynb #12c28d3b
-def _read_columns(row: dict, prompt: str, completions: str, rewards: str | None, sources: str | None, /, **fixed: Any) -> dict:
-    """A record from the four columns with these names, `fixed` taking precedence; a missing or null column takes its default."""
-    values = {"rewards": row.get(rewards), "sources": row.get(sources), "prompt": row[prompt]} | fixed
-    meta = _left_over(row, (prompt, completions, rewards, sources))
-    return make_record(completions=row[completions], id=_row_id(row), meta=meta, **values)
+def _read_list(
+    row: dict, prompts: tuple, answers: str, rewards: str | None, sources: str | None, /, **fixed: Any
+) -> dict:
+    """A record from a row that holds a list: the prompt from the first of `prompts`, the others from these columns.
+
+    `fixed` takes precedence; a missing or null column takes its default.
+    """
+    prompt, used = _row_prompt(row, prompts)
+    texts = _as_list(row[answers])
+    if isinstance(texts, list):
+        prompt, texts = _split_answers(prompt, texts, [f"{answers}[{i}]" for i in range(len(texts))])
+    named = {name: _as_list(row.get(column)) for name, column in (("rewards", rewards), ("sources", sources))}
+    meta = _left_over(row, {*used, answers, rewards, sources})
+    return make_record(**{"prompt": prompt, "completions": texts, "id": _row_id(row), "meta": meta} | named | fixed)
 
 
 def _read_own(row: dict, notes: Notes) -> dict:
     if not isinstance(row.get("meta") or {}, dict):
-        raise ListError("not a dict", field="meta", value=row["meta"], allowed="a dict", remedy="write {} where there is nothing")
-    return _read_columns(row, "prompt", "completions", "rewards", "sources")
+        raise ListError(
+            "not a dict", field="meta", value=row["meta"], allowed="a dict", remedy="write {} where there is nothing"
+        )
+    if row.keys() == FEATURES.keys():  # our own file: taken as it is
+        own = {name: row[name] for name in ("completions", "rewards", "sources")}
+        return make_record(row["prompt"], **own, id=_row_id(row), meta=_rest(row, FIELDS))
+    return _read_list(row, ("prompt",), "completions", "rewards", "sources")
 
 
 def _read_ranks(row: dict, notes: Notes) -> dict:
     ranks = _numbers(row["ranks"], "ranks")
     if not isinstance(ranks, list):
-        raise ListError("not a list", field="ranks", value=ranks, allowed="one rank a completion, 1 = best", remedy="repair the row")
-    return _read_columns(row, "prompt", "completions", "ranks", "sources", rewards=rank_rewards(ranks))
+        raise ListError(
+            "not a list", field="ranks", value=ranks, allowed="one rank a completion, 1 = best", remedy="repair the row"
+        )
+    return _read_list(row, ("prompt",), "completions", "ranks", "sources", rewards=rank_rewards(ranks))
 
 
 def _read_rrhf(row: dict, notes: Notes) -> dict:
@@ -782,49 +1251,76 @@ def _read_rrhf(row: dict, notes: Notes) -> dict:
     if "prompt" in row:
         exact = row.get("exact_responses", row["responses"])
         row = {k: v for k, v in row.items() if k not in ("query", "exact_responses")} | {"responses": exact}
-        return _read_columns(row, "prompt", "responses", "scores", "sources")
-    turns, answers = _transcript_prompt(row["query"]), _listed(row["responses"])
-    if turns is None or not isinstance(answers, list):
-        return _read_columns(row, "query", "responses", "scores", "sources", prompt=row["query"])
-    answers = [unspaced(answer) if isinstance(answer, str) else answer for answer in answers]
-    return _read_columns({**row, "responses": answers}, "query", "responses", "scores", "sources", prompt=turns)
+    elif (turns := _transcript_prompt(row["query"])) is not None:
+        answers = _listed(row["responses"])
+        answers = [unspaced(a) if isinstance(a, str) else a for a in answers] if isinstance(answers, list) else answers
+        row = row | {"query": turns, "responses": answers}
+    return _read_list(row, ("prompt", "query"), "responses", "scores", "sources")
 
 
 def _read_distilabel(row: dict, notes: Notes) -> dict:
-    ratings, models = _first(row, ("ratings", "rating")), _first(row, ("generation_models", "generation_model"))
+    ratings, models = (
+        _first(row, ("ratings", "rating", "scores")),
+        _first(row, ("generation_models", "generation_model")),
+    )
     rewards = None if ratings is None else _numbers(row[ratings], ratings)
     if isinstance(rewards, list):  # judges that failed leave NaN in this layout
         missing = [isinstance(reward, float) and math.isnan(reward) for reward in rewards]
         notes += ["NaN rating, read as not scored"] * sum(missing)
         rewards = [None if gone else reward for gone, reward in zip(missing, rewards)]
-    return _read_columns(row, _first(row, ("instruction", "input")), "generations", ratings, models, rewards=rewards)
+    return _read_list(row, _ASKED, "generations", ratings, models, rewards=rewards)
+
+
+_ASKED = ("instruction", "input", "prompt", "question", "query", *_TALKS)
 
 # %% ../nbs/01_lists.ipynb #a9aadd91
-def _ultrafeedback_score(candidate: dict, field: str) -> float | None:
-    for name in ("overall_score", "fine-grained_score"):
-        if candidate.get(name) is not None:
-            return _number(candidate[name], f"{field}.{name}")
+def _ultrafeedback_score(candidate: dict, field: str, notes: Notes) -> float | None:
     marks = candidate.get("annotations")
-    marks = [aspect.get("Rating") for aspect in marks.values() if isinstance(aspect, dict)] if isinstance(marks, dict) else []
+    marks = (
+        [aspect.get("Rating") for aspect in marks.values() if isinstance(aspect, dict)]
+        if isinstance(marks, dict)
+        else []
+    )
     marks = [_check_reward(_number(mark, f"{field}.annotations"), f"{field}.annotations") for mark in marks]
     marks = [mark for mark in marks if mark is not None]
-    return sum(marks) / len(marks) if marks else None
+    mean = sum(marks) / len(marks) if marks else None
+    overall, fine = (
+        _number(candidate.get(name), f"{field}.{name}") for name in ("overall_score", "fine-grained_score")
+    )
+    fine = mean if fine is None else fine
+    return fine if overall is None else _mended_overall(overall, fine, notes)
+
+
+def _mended_overall(overall: Any, fine: Any, notes: Notes) -> Any:
+    """UltraFeedback's first version has 1 written as 10; its makers went by the fine-grained mean (1 … 5)."""
+    if overall != 10 or not isinstance(fine, (int, float)) or fine > 4:
+        return overall
+    notes.append("overall_score 10 beside a fine-grained score of at most 2, read as 1" if fine <= 2 else _DOUBTFUL)
+    return 1.0 if fine <= 2 else None
+
+
+_DOUBTFUL = "overall_score 10 beside a fine-grained score between 2 and 4, read as not scored"
 
 
 def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
     candidates = row["completions"]
     for i, candidate in enumerate(candidates):
         if not isinstance(candidate, dict) or "response" not in candidate:
-            raise ListError("not a candidate", field=f"completions[{i}]", value=candidate, allowed='a dict with "response"', remedy="drop the row")
+            allowed, remedy = 'a dict with "response"', "drop the row"
+            raise ListError(
+                "not a candidate", field=f"completions[{i}]", value=candidate, allowed=allowed, remedy=remedy
+            )
     rest = [{k: v for k, v in candidate.items() if k not in ("response", "model")} for candidate in candidates]
-    prompt = _first(row, ("instruction", "prompt"))
+    prompt, used = _row_prompt(row, _ASKED)
+    names = [f"completions[{i}]" for i in range(len(candidates))]
+    prompt, texts = _split_answers(prompt, [candidate["response"] for candidate in candidates], names)
     return make_record(
-        prompt=row[prompt],
-        completions=[candidate["response"] for candidate in candidates],
-        rewards=[_ultrafeedback_score(candidate, f"completions[{i}]") for i, candidate in enumerate(candidates)],
+        prompt=prompt,
+        completions=texts,
+        rewards=[_ultrafeedback_score(candidate, name, notes) for candidate, name in zip(candidates, names)],
         sources=["unknown" if candidate.get("model") is None else candidate["model"] for candidate in candidates],
         id=_row_id(row),
-        meta=_left_over({**row, "candidates": rest}, (prompt, "completions")),
+        meta=_left_over({**row, "candidates": rest}, {*used, "completions"}),
     )
 
 
@@ -864,32 +1360,143 @@ def _read_hh(row: dict, notes: Notes) -> dict:
     return make_record(prompt, answers, id=_row_id(row), meta=meta, **_PAIR)
 
 
-def _dialogue(value: Any, prompt: list[dict], field: str) -> list[dict]:
-    """Prompt and answer as one list of messages, whether `value` is the answer alone or repeats the prompt."""
-    value = [{"role": "assistant", "content": value}] if isinstance(value, str) else _listed(value)
-    if not isinstance(value, list) or not value:
-        raise ListError("not an answer", field=field, value=value, allowed="a string or messages", remedy="drop the row")
-    messages = [_check_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
-    return messages if messages[: len(prompt)] == prompt else prompt + messages
-
-
 def _read_pair(row: dict, notes: Notes) -> dict:
-    """TRL: an explicit prompt (string or messages), or messages that share their beginning."""
-    prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
+    """A prompt and two answers; or messages that share their beginning."""
+    pair = [row["chosen"], row["rejected"]]
+    texts, whole = all(isinstance(answer, str) for answer in pair), any(map(_asks, pair))
+    prompt, used = _row_prompt(row, [name for name in _PROMPTS if not (whole and name in _TALKS[:3])])
     turns = _transcript_prompt(prompt)
-    if turns is not None and all(isinstance(answer, str) for answer in pair):
-        prompt, pair = turns, [unspaced(answer) for answer in pair]
-    if not (isinstance(prompt, str) and all(isinstance(answer, str) for answer in pair)):
-        shared = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [] if prompt is None else _check_prompt(prompt)
-        prompt, pair = _split_pair(_dialogue(pair[0], shared, "chosen"), _dialogue(pair[1], shared, "rejected"))
-        _note_turns(prompt, pair, notes)
-    return make_record(prompt, pair, id=_row_id(row), meta=_left_over(row, ("prompt", "chosen", "rejected")), **_PAIR)
+    if texts and all(answer.startswith(_MARKS["user"]) for answer in pair):
+        prompt, pair = turns or prompt, [parse_transcript(answer) for answer in pair]
+    elif turns is not None:
+        prompt = turns
+        pair = [unspaced(answer) if texts else answer for answer in pair]  # the space belongs to the mark
+    elif texts and isinstance(prompt, str) and all(answer.startswith(prompt) for answer in pair):
+        notes.append("both answers begin with the prompt's text (kept)")
+    prompt, answers = _split_answers(prompt, pair, ["chosen", "rejected"])
+    if isinstance(prompt, list):
+        _note_turns(prompt, answers, notes)
+    return make_record(prompt, answers, id=_row_id(row), meta=_left_over(row, {*used, "chosen", "rejected"}), **_PAIR)
+
+
+def _asks(answer: Any) -> bool:
+    """Does an answer hold the user's turns, that is, the whole dialogue?"""
+    return _is_turns(answer) and any(message["role"] == "user" for message in answer)
+
+# %% ../nbs/01_lists.ipynb #c0b1d020
+def _two_columns(row: dict, words: Iterable[str]) -> tuple[str, str] | tuple[()]:
+    """The two columns that say one of `words` about the two answers: score_chosen, chosen_score, chosen-score …"""
+    forms = ("{word}_{which}", "{which}_{word}", "{which}-{word}", "{word}-{which}")
+    pairs = [
+        [form.format(word=word, which=which) for which in ("chosen", "rejected")] for word in words for form in forms
+    ]
+    return next((tuple(pair) for pair in pairs if not any(_is_empty(row.get(name)) for name in pair)), ())
+
+
+def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict]:
+    """A reader of pairs that takes rewards, sources and finish reasons from columns of their own, if any."""
+
+    def reader(row: dict, notes: Notes) -> dict:
+        scores, sources, ends = (
+            _two_columns(row, words) for words in (("score", "reward", "rating"), ("source",), ("finish_reason",))
+        )
+        named = isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2  # by a mapping
+        used = (*scores, *sources, *ends, *(("rewards",) if named else ()))
+        record = read({k: v for k, v in row.items() if k not in used}, notes)
+        if scores or named:
+            values = (
+                dict(zip(("rewards[0]", "rewards[1]"), row["rewards"]))
+                if named
+                else {name: row[name] for name in scores}
+            )
+            record["rewards"] = [_check_reward(_number(value, name), name) for name, value in values.items()]
+            _note_order(*record["rewards"], notes)
+        if sources:
+            record["sources"] = [_check_text(row[name], name) for name in sources]
+        if ends:
+            record["meta"]["finish_reasons"] = [_check_text(row[name], name) for name in ends]
+        return record
+
+    return reader
+
+
+def _note_order(chosen: float | None, rejected: float | None, notes: Notes) -> None:
+    if None not in (chosen, rejected) and chosen <= rejected:
+        notes.append("chosen and rejected have the same score" if chosen == rejected else "chosen has the lower score")
+
+# %% ../nbs/01_lists.ipynb #c0b1d021
+def _read_outputs(row: dict, notes: Notes) -> dict:
+    """AlpacaFarm: output_1, output_2, preference (1: the first is better … 2). HALOs: output_A, output_B, label."""
+    numbered = "output_1" in row
+    names = ["output_1", "output_2"] if numbered else ["output_A", "output_B"]
+    marks = {
+        name: _number(row.get(name), name)
+        for name in (("preference",) if numbered else ("label", "reward_A", "reward_B"))
+    }
+    prompt, used = _row_prompt(row)
+    prompt, texts = _split_answers(prompt, [row[name] for name in names], names)
+    rewards = _preference(marks["preference"]) if numbered else [marks["reward_A"], marks["reward_B"]]
+    if not numbered and None in rewards:
+        first = _one_of(marks["label"], "label", (0, 1, None))
+        rewards = [None, None] if first is None else [float(first), 1.0 - first]
+    elif not numbered and marks["label"] is not None:
+        _note_order(*(rewards if marks["label"] else rewards[::-1]), notes)
+    rest = _left_over(row, {*used, *names, *(name for name in marks if name != "label" or None in rewards)})
+    return make_record(prompt, texts, rewards, names, id=_row_id(row), meta=rest)
+
+
+def _preference(value: Any) -> list[float | None]:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return [None, None]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (1 <= value <= 2 or value == 0):
+        allowed = "1 (output_1 is better) … 2 (output_2 is), 0 or 1.5 for a tie"
+        raise ListError(
+            "not a preference", field="preference", value=value, allowed=allowed, remedy="correct it, or drop the row"
+        )
+    return [0.5, 0.5] if value == 0 else [2.0 - value, value - 1.0]
+
+
+def _one_of(value: Any, field: str, allowed: tuple) -> Any:
+    if value not in allowed:
+        raise ListError(
+            "unknown value",
+            field=field,
+            value=value,
+            allowed=", ".join(map(str, allowed)),
+            remedy="correct it, or drop the row",
+        )
+    return value
+
+# %% ../nbs/01_lists.ipynb #c0b1d022
+def _read_ranked(row: dict, notes: Notes) -> dict:
+    """NeMo-RL: context and completions of {rank, completion}, the lower rank is better; or {score, completion}."""
+    candidates, names = row["completions"], [f"completions[{i}]" for i in range(len(row["completions"]))]
+    for candidate, name in zip(candidates, names):
+        if not isinstance(candidate, dict) or "completion" not in candidate:
+            allowed, remedy = 'a dict with "completion" and "rank"', "drop the row"
+            raise ListError("not a candidate", field=name, value=candidate, allowed=allowed, remedy=remedy)
+    prompt, used = _row_prompt(row, ("context", *_PROMPTS))
+    prompt, texts = _split_answers(prompt, [candidate["completion"] for candidate in candidates], names)
+    key = next(
+        (key for key in ("rank", "score", "reward", "rating") if any(key in candidate for candidate in candidates)),
+        "rank",
+    )
+    rewards = [_number(candidate.get(key), f"{name}.{key}") for candidate, name in zip(candidates, names)]
+    rest = [{k: v for k, v in candidate.items() if k not in ("completion", key)} for candidate in candidates]
+    kept = {"candidates": rest} if any(rest) else {}
+    return make_record(
+        prompt,
+        texts,
+        rank_rewards(rewards) if key == "rank" else rewards,
+        id=_row_id(row),
+        meta=_left_over({**row, **kept}, {*used, "completions"}),
+    )
 
 # %% ../nbs/01_lists.ipynb #f51d6cd7
 _LONG = {
-    "prompt": ("prompt", "query", "instruction", "question"),
-    "completion": ("completion", "response", "answer", "output", "generation"),
-    "reward": ("reward", "score", "rating", "label", "rank"),
+    "prompt": ("prompt", "query", "instruction", "question", "input"),
+    "completion": _ANSWERS,
+    "reward": ("reward", "score", "rating", "label", "kto_tag", "rank"),
     "source": ("source", "model", "generation_model", "generator"),
 }
 
@@ -899,24 +1506,32 @@ _RANKED = "\0ranked"  # no column is called this
 
 def _is_long(row: dict) -> bool:
     names = {field: _first(row, options) for field, options in _LONG.items()}
-    # {instruction, input, output} is plain instruction data whose prompt is in two columns: no reward, no guess.
-    return bool(names["prompt"] and names["completion"] and (names["reward"] or names["prompt"] == "prompt"))
+    # {instruction, input, output} alone is plain instruction data whose prompt is in two columns: no reward, no guess.
+    if names["completion"] is None:  # a conversation whose last turn is the answer
+        return bool(names["reward"] and not _is_empty(row.get(_first(row, _TALKS))) and "chosen" not in row)
+    return bool((names["prompt"] or _first(row, _TALKS)) and (names["reward"] or names["prompt"] == "prompt"))
 
 
 def _read_long(row: dict, notes: Notes) -> dict:
     """A record with M = 1. A rank waits in `rewards`, marked in meta: only the whole list turns it into a reward."""
     names = {field: _first(row, options) for field, options in _LONG.items()}
     reward = row.get(names["reward"])
-    if names["reward"] == "label" and isinstance(reward, bool):
+    if names["reward"] in ("label", "kto_tag") and isinstance(reward, bool):
         reward = float(reward)
+    prompt, used = _row_prompt(row, (*_LONG["prompt"], *_TALKS))
+    answer = row[names["completion"]] if names["completion"] else None
+    if answer is None and isinstance(prompt, list) and names["completion"] is None:
+        prompt, answer = None, prompt
+    prompt, texts = _split_answers(prompt, [answer], [names["completion"] or "conversations"])
     source = row.get(names["source"])
     return make_record(
-        row[names["prompt"]],
-        [row[names["completion"]]],
+        prompt,
+        texts,
         [_number(reward, names["reward"])],
         "unknown" if source is None else [source],
         id=_row_id(row),
-        meta=_left_over(row, names.values()) | ({_RANKED: True} if names["reward"] == "rank" else {}),
+        meta=_left_over(row, {*used, names["completion"], names["reward"], names["source"]})
+        | ({_RANKED: True} if names["reward"] == "rank" else {}),
     )
 
 
@@ -932,7 +1547,8 @@ def _group(rows: list[dict]) -> dict:
     meta = {}
     for name in dict.fromkeys(itertools.chain(*metas)):
         values = [each.get(name) for each in metas]
-        meta[name] = values[0] if all(value == values[0] for value in values) else values
+        column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for one value a candidate
+        meta[name] = values[0] if all(value == values[0] for value in values) and not column else values
     completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
     return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
 
@@ -952,26 +1568,59 @@ def _has(*names: str) -> Callable[[dict], bool]:
 
 def _holds_dicts(row: dict) -> bool:
     completions = row.get("completions")
-    return bool(_first(row, ("instruction", "prompt"))) and isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
+    return (
+        bool(_first(row, _PROMPTS)) and isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
+    )
+
+
+def _is_ranked(row: dict) -> bool:
+    return _holds_dicts(row) and any(isinstance(c, dict) and "completion" in c for c in row["completions"])
+
+
+def _is_outputs(row: dict) -> bool:
+    return _has("output_1", "output_2", "preference")(row) or _has("output_A", "output_B")(row)
+
+
+def _is_distilabel(row: dict) -> bool:
+    return "generations" in row and _first(row, _ASKED) is not None
 
 
 def _is_hh(row: dict) -> bool:
     pair = [row.get("chosen"), row.get("rejected")]
-    return row.get("prompt") is None and _has("chosen", "rejected")(row) and any(isinstance(text, str) for text in pair)
+    asked = _is_empty(row.get(_prompt_column(row, _PROMPTS)))
+    return asked and _has("chosen", "rejected")(row) and any(isinstance(text, str) for text in pair)
 
 
 LAYOUTS = [
-    Layout("UltraFeedback", "instruction, completions of {response, model, overall_score, …}", _holds_dicts, _read_ultrafeedback),
+    Layout("ranked completions", "context or prompt, completions of {completion, rank}", _is_ranked, _read_ranked),
+    Layout(
+        "UltraFeedback",
+        "instruction, completions of {response, model, overall_score, …}",
+        _holds_dicts,
+        _read_ultrafeedback,
+    ),
     Layout("ranks", "prompt, completions, ranks", _has("prompt", "completions", "ranks"), _read_ranks),
     Layout("lists", "prompt, completions, rewards, …", _has("prompt", "completions"), _read_own),
     Layout("RRHF", "query, responses, scores", _has("query", "responses", "scores"), _read_rrhf),
-    Layout("distilabel", "instruction or input, generations, ratings", lambda row: "generations" in row and ("instruction" in row or "input" in row), _read_distilabel),
+    Layout("distilabel", "instruction (and input) or prompt, generations, ratings", _is_distilabel, _read_distilabel),
     Layout("TL;DR comparisons", "info, summaries, choice", _has("info", "summaries", "choice"), _read_tldr),
-    Layout("HH transcripts", "chosen, rejected (text)", _is_hh, _read_hh),
-    Layout("pairs", "prompt, chosen, rejected; or chosen, rejected (messages)", _has("chosen", "rejected"), _read_pair),
-    Layout("long rows", "prompt, completion or response, reward, score or rank", _is_long, _read_long),
+    Layout("HH transcripts", "chosen, rejected (text)", _is_hh, _scored(_read_hh)),
+    Layout(
+        "pairs",
+        "prompt, instruction … or conversations, chosen, rejected; or chosen, rejected (messages)",
+        _has("chosen", "rejected"),
+        _scored(_read_pair),
+    ),
+    Layout(
+        "two outputs",
+        "instruction or prompt, output_1, output_2, preference; or output_A, output_B, label",
+        _is_outputs,
+        _read_outputs,
+    ),
+    Layout("long rows", "prompt, completion or response, reward, score, label or rank", _is_long, _read_long),
 ]
-_MAPPABLE = (*FIELDS, "ranks", "completion", "reward", "rank", "source", "chosen", "rejected")
+_MAPPABLE = (*FIELDS, "ranks", "completion", "reward", "rank", "source", "chosen", "rejected", "system", "history")
+_RENAMING = ("roles", "keys")
 
 # %% ../nbs/01_lists.ipynb #fd8e6da0
 def _pick(value: Any, path: str) -> Any:
@@ -987,33 +1636,72 @@ def _pick(value: Any, path: str) -> Any:
     raise ListError("no such column", field=path, allowed=allowed, remedy="correct the mapping")
 
 
-def _mapped(row: dict, mapping: dict) -> dict:
+_JOINED = ("prompt", "completion", "chosen", "rejected", "system")  # fields of one text: several columns are joined
+
+
+def _picked(row: dict, name: str, path: str | list[str], options: tuple) -> Any:
+    """The value of a field: of one column, of several as a list, or of several joined by a blank line."""
+    if isinstance(path, str):
+        return _pick(row, path)
+    values = [_pick(row, p) for p in path]
+    if name not in _JOINED:
+        return values
+    parts = [part for part in (_as_turns(value, *options, field=name) for value in values) if not _is_empty(part)]
+    if any(isinstance(part, list) for part in parts):  # turns before a question
+        return [message for part in parts for message in _user(part)]
+    return "\n\n".join(_check_text(part, name) for part in parts)
+
+
+def _mapped(row: dict, mapping: dict, options: tuple) -> dict:
     """The row under our field names."""
-    new = {name: [_pick(row, p) for p in path] if isinstance(path, (list, tuple)) else _pick(row, path) for name, path in mapping.items() if name != "meta"}
+    mapping = {name: path for name, path in mapping.items() if name not in _RENAMING}
+    new = {name: _picked(row, name, path, options) for name, path in mapping.items() if name != "meta"}
     for name in ("rewards", "ranks"):
         if name in new:
             new[name] = _numbers(new[name], name)
     asked = mapping.get("meta")
     if asked is None:
         whole = {p for path in mapping.values() for p in ([path] if isinstance(path, str) else path)}
-        return new | {"meta": _left_over(row, whole)}
-    return new | {"meta": _pick(row, asked) if isinstance(asked, str) else _jsonable({name: _pick(row, name) for name in asked})}
+        return new | {"meta": _rest(row, whole)}
+    return new | {
+        "meta": _pick(row, asked) if isinstance(asked, str) else _jsonable({name: _pick(row, name) for name in asked})
+    }
 
 
 def _check_mapping(mapping: dict | None) -> None:
     for name, path in (mapping or {}).items():
+        if name in _RENAMING:
+            _check_renaming(name, path)
+            continue
         if name not in _MAPPABLE:
-            raise ListError("unknown field", field="mapping", value=name, allowed=", ".join(_MAPPABLE), remedy="map our fields to your columns")
-        if not isinstance(path, str) and not (isinstance(path, (list, tuple)) and path and all(isinstance(p, str) for p in path)):
-            raise ListError("not a column", field=f"mapping[{name!r}]", value=path, allowed="a column's name or a list of them")
+            allowed = ", ".join((*_MAPPABLE, *_RENAMING))
+            raise ListError(
+                "unknown field", field="mapping", value=name, allowed=allowed, remedy="map our fields to your columns"
+            )
+        if not isinstance(path, str) and not (
+            isinstance(path, (list, tuple)) and path and all(isinstance(p, str) for p in path)
+        ):
+            raise ListError(
+                "not a column", field=f"mapping[{name!r}]", value=path, allowed="a column's name or a list of them"
+            )
+
+
+def _check_renaming(name: str, names: Any) -> None:
+    """roles: their role → ours; keys: ours ("role", "content") → theirs."""
+    texts = isinstance(names, dict) and all(isinstance(text, str) for pair in names.items() for text in pair)
+    if not texts or (set(names.values()) - {*ROLES} if name == "roles" else names.keys() != {"role", "content"}):
+        allowed = f"names of roles → {', '.join(ROLES)}" if name == "roles" else '{"role": …, "content": …}'
+        raise ListError("not a renaming", field=f"mapping[{name!r}]", value=names, allowed=allowed)
 
 
 def _adapt(row: Any, mapping: dict | None, notes: Notes) -> tuple[Layout, dict]:
     """The layout of one row, and its record."""
     if not isinstance(row, dict):
         raise ListError("not an object", value=row, allowed="one JSON object a row", remedy="repair or remove it")
-    if mapping:
-        row = _mapped(row, mapping)
+    roles, keys = ((mapping or {}).get(name) for name in _RENAMING)
+    if set(mapping or ()) - {*_RENAMING}:
+        row = _mapped(row, mapping, _turn_options(roles, keys))
+    row = _with_turns(row, roles, keys)
     for layout in LAYOUTS:
         if layout.matches(row):
             return layout, layout.read(row, notes)
@@ -1120,7 +1808,9 @@ class _Seen:
         return True
 
 # %% ../nbs/01_lists.ipynb #a95a6d88
-def _records(source: Any, mapping: dict | None, errors: _Errors, report: LoadReport, seen: _Seen | None) -> Iterator[dict]:
+def _records(
+    source: Any, mapping: dict | None, errors: _Errors, report: LoadReport, seen: _Seen | None, chat: bool | None
+) -> Iterator[dict]:
     """The validated records of `source`, one after the other."""
     groups: dict[str, list] = {}
     for row in read_rows(source):
@@ -1133,6 +1823,7 @@ def _records(source: Any, mapping: dict | None, errors: _Errors, report: LoadRep
             if isinstance(row.value, ListError):
                 raise row.value
             layout, record = _adapt(row.value, mapping, notes)
+            record = as_chat(record, chat)
             if layout.read is _read_long:
                 groups.setdefault(prompt_id(record["prompt"]), []).append((row, record))
                 continue
@@ -1157,7 +1848,10 @@ def _grouped(groups: dict[str, list], errors: _Errors, report: LoadReport, seen:
             fresh = seen is None or seen.admit(record)
         except ListError as error:
             for row, _ in members:
-                errors.add(row, ListError(error.reason, field="id", value=record["id"], allowed=error.allowed, remedy=error.remedy))
+                errors.add(
+                    row,
+                    ListError(error.reason, field="id", value=record["id"], allowed=error.allowed, remedy=error.remedy),
+                )
             continue
         report.good_rows += len(members)
         report.layouts["long rows"] += len(members)
@@ -1166,22 +1860,37 @@ def _grouped(groups: dict[str, list], errors: _Errors, report: LoadReport, seen:
             yield record
 
 
-def _run(source: Any, mapping: dict | None, on_error: str, quarantine: Any, report: LoadReport, seen: _Seen | None) -> Iterator[dict]:
+def _run(
+    source: Any,
+    mapping: dict | None,
+    on_error: str,
+    quarantine: Any,
+    report: LoadReport,
+    seen: _Seen | None,
+    chat: bool | None,
+) -> Iterator[dict]:
     file = str(source) if isinstance(source, (str, os.PathLike)) else None
     report.source = file or report.source
     path = Path(quarantine or f"{file}.quarantine.jsonl") if on_error == "quarantine" else None
     with _Errors(report, file, path) as errors:
-        yield from _records(source, mapping, errors, report, seen)
+        yield from _records(source, mapping, errors, report, seen, chat)
         if not report.rows and path is None and file:
-            raise ListError("no rows", file=file, line=1, allowed="at least one row", remedy="check that the file is complete")
+            raise ListError(
+                "no rows", file=file, line=1, allowed="at least one row", remedy="check that the file is complete"
+            )
     logger.log(logging.WARNING if report.quarantined_rows else logging.INFO, "%s", report)
 
 # %% ../nbs/01_lists.ipynb #af78fe1f
-def _check_options(source: Any, mapping: dict | None, on_error: str, quarantine: Any) -> None:
+def _check_options(source: Any, mapping: dict | None, on_error: str, quarantine: Any, chat: bool | None) -> None:
+    as_chat("", chat)
     if on_error not in ("raise", "quarantine"):
         raise ListError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"')
     if on_error == "quarantine" and quarantine is None and not isinstance(source, (str, os.PathLike)):
-        raise ListError("rows in memory have no folder for bad rows", field="quarantine", remedy="give quarantine=, the file they go to")
+        raise ListError(
+            "rows in memory have no folder for bad rows",
+            field="quarantine",
+            remedy="give quarantine=, the file they go to",
+        )
     _check_mapping(mapping)
 
 
@@ -1191,16 +1900,19 @@ def iter_lists(
     on_error: str = "raise",
     *,
     quarantine: str | os.PathLike | None = None,
+    chat: bool | None = None,
     report: LoadReport | None = None,
 ) -> Iterator[dict]:
     """Stream validated records from a file or from rows in memory.
 
-    Memory does not grow with the file (except for long rows, which must be grouped), and for that reason duplicates are not looked for: `load_lists` does.
-    mapping: our field → column(s), dotted paths allowed; without it the layout is recognised. on_error: "raise" or "quarantine".
-    quarantine: where bad rows go, by default `<file>.quarantine.jsonl`; the file appears at the end. report: filled while reading. Raises `ListError`.
+    Memory does not grow with the file (except for long rows, which must be grouped), and for that reason duplicates are
+    not looked for: `load_lists` does. Raises `ListError`.
+    mapping: our field → column(s), dotted paths allowed; without it the layout is recognised. chat: see `as_chat`.
+    on_error: "raise" or "quarantine". quarantine: where bad rows go, by default `<file>.quarantine.jsonl`; the file
+    appears at the end. report: filled while reading.
     """
-    _check_options(source, mapping, on_error, quarantine)
-    return _run(source, mapping, on_error, quarantine, LoadReport() if report is None else report, None)
+    _check_options(source, mapping, on_error, quarantine, chat)
+    return _run(source, mapping, on_error, quarantine, LoadReport() if report is None else report, None, chat)
 
 
 def load_lists(
@@ -1209,15 +1921,17 @@ def load_lists(
     on_error: str = "raise",
     *,
     quarantine: str | os.PathLike | None = None,
+    chat: bool | None = None,
     return_report: bool = False,
 ) -> Dataset | tuple[Dataset, LoadReport]:
     """Load lists of any known layout, as a Dataset with `FEATURES`. Duplicates are merged and counted.
 
-    Parameters as for `iter_lists`. With return_report=True gives (dataset, `LoadReport`). The report's line is logged as well. Raises `ListError`.
+    Parameters as for `iter_lists`. With return_report=True gives (dataset, `LoadReport`). The report's line is
+    logged as well. Raises `ListError`.
     """
-    _check_options(source, mapping, on_error, quarantine)
+    _check_options(source, mapping, on_error, quarantine, chat)
     report = LoadReport()
-    data = _to_dataset(_run(source, mapping, on_error, quarantine, report, _Seen(report)))
+    data = _to_dataset(_run(source, mapping, on_error, quarantine, report, _Seen(report), chat))
     return (data, report) if return_report else data
 
 # %% ../nbs/01_lists.ipynb #c0a1d002
@@ -1339,6 +2053,150 @@ def merge_lists(lists: Dataset | Iterable[dict]) -> list[dict]:
         groups.setdefault(prompt_id(record["prompt"]), []).append(record)
     return [group[0] if len(group) == 1 else merge_candidates(group) for group in groups.values()]
 
+# %% ../nbs/01_lists.ipynb #c0b1d031
+def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
+    """Prompts as records with "id", "prompt" and "meta", all of them checked. Raises `ListError` for the first bad one.
+
+    prompts: texts, lists of messages, or records; what else a record holds (completions, rewards, sources) stays.
+    Without an id it is `prompt_id(prompt)`. One id belongs to one prompt. chat: see `as_chat`.
+    """
+    if isinstance(prompts, (str, bytes, dict)):
+        raise ListError(
+            "not a list of prompts", field="prompts", value=prompts, allowed="an iterable of texts, messages or records"
+        )
+    seen, records = {}, []
+    for num, prompt in enumerate(_plain_rows(prompts), 1):
+        record = _checked_prompt(prompt, num, chat)
+        if seen.setdefault(record["id"], record["prompt"]) != record["prompt"]:
+            allowed, remedy = "one prompt an id", "correct the id, or leave it out"
+            raise ListError(
+                "this id already belongs to another prompt",
+                num=num,
+                field="id",
+                value=record["id"],
+                allowed=allowed,
+                remedy=remedy,
+            )
+        records.append(record)
+    return records
+
+
+def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
+    try:
+        record = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+        if record.get("prompt") is None:
+            raise ListError(
+                "no prompt",
+                field="prompt",
+                value=prompt,
+                allowed="a text, messages, or a record with a prompt",
+                remedy="give every record a prompt",
+            )
+        record["prompt"] = _check_prompt(record["prompt"])
+        record["id"] = _row_id(record) or prompt_id(record["prompt"])
+        meta = {} if record.get("meta") is None else record["meta"]
+        if not isinstance(meta, dict):
+            raise ListError(
+                "not a dict", field="meta", value=meta, allowed="a dict", remedy="write {} where there is nothing"
+            )
+        return as_chat(record | {"meta": _check_meta(meta)}, chat)
+    except ListError as error:
+        raise error.at(None, None, num) from None
+
+
+def prompt_facts(record: dict) -> dict:
+    """The meta of a record without what belongs to its candidates."""
+    columns = candidate_columns(record) if record.get("completions") else {}
+    return {name: value for name, value in (record.get("meta") or {}).items() if name not in (*columns, *_DRAWN)}
+
+
+_DRAWN = ("finish_reasons", "token_ids", "logps", "tokenizer")  # never facts about a prompt
+
+# %% ../nbs/01_lists.ipynb #c0b1d032
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file. Only a line feed ends a line, with or without a carriage return before it.
+
+    (`str.splitlines` would also split at U+2028, U+0085, a form feed and others, which JSON and prose may hold.)
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ListError("not UTF-8", file=path, allowed="UTF-8", remedy="convert the file to UTF-8") from error
+    except OSError as error:
+        remedy = "name a file in it" if Path(path).is_dir() else "check the path"
+        raise ListError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from error
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict]:
+    """The prompts of a file as checked records with "id", "prompt" and "meta".
+
+    path: a text file with one prompt a line, or rows of any layout. A prompt that occurs again under its id is taken
+    once. Raises `ListError`.
+    """
+    known: dict[str, dict] = {}
+    for line, prompt in _file_prompts(Path(path)):
+        try:
+            record = _checked_prompt(prompt, line, chat)
+            first = known.setdefault(record["id"], record)
+            if first["prompt"] != record["prompt"]:
+                allowed, remedy = "one prompt an id", "correct the id, or leave it out"
+                raise ListError(
+                    "this id already belongs to another prompt",
+                    field="id",
+                    value=record["id"],
+                    allowed=allowed,
+                    remedy=remedy,
+                )
+        except ListError as error:
+            raise error.at(str(path), line) from None
+        if first is not record:
+            logger.info("%s:%d: the prompt %s again, taken once", path, line, record["id"])
+    return list(known.values())
+
+
+def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, prompt record), not yet checked."""
+    if path.name.lower().endswith(".txt"):
+        yield from (
+            (number, {"prompt": line.strip(" \t\r")}) for number, line in enumerate(read_lines(path), 1) if line.strip()
+        )
+        return
+    for row in read_rows(path):
+        try:
+            if isinstance(row.value, ListError):
+                raise row.value
+            if row.value is not BLANK:
+                yield row.line, _prompt_record(row.value)
+        except ListError as error:
+            raise error.at(str(path), row.line) from None
+
+
+def _prompt_record(row: Any) -> dict:
+    """Prompt, id and meta of a row, whose answers are not needed, but may hold a part of the prompt."""
+    if not isinstance(row, dict):
+        raise ListError("not an object", value=row, allowed="one JSON object a row", remedy="repair or remove it")
+    row = _with_turns(row)
+    record = None
+    if "chosen" in row or ("prompt" not in row and any(layout.matches(row) for layout in LAYOUTS)):
+        record = _adapt(row, None, [])[1]
+        return {
+            "id": record["id"],
+            "prompt": record["prompt"],
+            "meta": {k: v for k, v in prompt_facts(record).items() if k != _RANKED},
+        }
+    prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)
+    if _is_empty(prompt):
+        raise ListError(
+            "no prompt", field="prompt", value=prompt, allowed="a text or messages", remedy="give every record a prompt"
+        )
+    _check_parts(row, used)
+    meta = row.get("meta")
+    if isinstance(meta, dict) and isinstance(row.get("completions"), list):
+        meta = prompt_facts({"completions": row["completions"], "meta": meta})
+    return {"id": _row_id(row), "prompt": prompt, "meta": meta}
+
 # %% ../nbs/01_lists.ipynb #75ed73e7
 def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, int]]:
     """(better, worse) positions; of equal candidates the first is taken for best_worst."""
@@ -1352,7 +2210,9 @@ def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, in
 def to_trl_pairs(lists: Dataset | Iterable[dict], pairs: str = "best_worst") -> Dataset:
     """Preference pairs for TRL: prompt, chosen, rejected, and beside them id, score_chosen, score_rejected.
 
-    pairs: "best_worst" (at most one a list) or "all" (every pair with different rewards). How many lists gave none is logged. Raises `ListError`.
+    Where they are known, source_… and finish_reason_… stand beside them too; `load_lists` reads all of these again.
+    pairs: "best_worst" (at most one a list) or "all" (every pair with different rewards). How many lists gave none is
+    logged. Raises `ListError`.
     """
     if pairs not in ("best_worst", "all"):
         raise ListError("unknown choice", field="pairs", value=pairs, allowed='"best_worst" or "all"')
@@ -1363,23 +2223,43 @@ def to_trl_pairs(lists: Dataset | Iterable[dict], pairs: str = "best_worst") -> 
         found = _pair_indices(record["rewards"], pairs)
         kinds |= {chat} if found else set()
         without += not found
-        for better, worse in found:
-            row = {"id": record["id"], "prompt": record["prompt"]}
-            for name, i in (("chosen", better), ("rejected", worse)):
-                text = record["completions"][i]
-                row |= {name: [{"role": "assistant", "content": text}] if chat else text, f"score_{name}": record["rewards"][i]}
-            rows.append(row)
+        rows += [_pair_row(record, better, worse) for better, worse in found]
     if len(kinds) > 1:
-        raise ListError("both string and message prompts", field="prompt", allowed="one kind a data set", remedy="filter the lists by type of prompt first")
+        raise ListError(
+            "both string and message prompts",
+            field="prompt",
+            allowed="one kind a data set",
+            remedy="filter the lists by type of prompt first",
+        )
     logger.info("%d pairs; %d lists gave none (tied, unscored, or one candidate)", len(rows), without)
-    features = _pair_features(kinds == {True})
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    features = _pair_features(
+        kinds == {True}, [name for name in ("source", "finish_reason") if any(f"{name}_chosen" in row for row in rows)]
+    )
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
 
 
-def _pair_features(chat: bool) -> Features:
+def _pair_row(record: dict, better: int, worse: int) -> dict:
+    """Two candidates of a list, each with its columns."""
+    row = {"id": record["id"], "prompt": record["prompt"]}
+    reasons = candidate_columns(record).get("finish_reasons")
+    known = any(source != "unknown" for source in record["sources"])
+    for name, i in (("chosen", better), ("rejected", worse)):
+        text = record["completions"][i]
+        row[name] = [{"role": "assistant", "content": text}] if isinstance(record["prompt"], list) else text
+        row[f"score_{name}"] = record["rewards"][i]
+        row |= {f"source_{name}": record["sources"][i]} if known else {}
+        row |= {f"finish_reason_{name}": reasons[i]} if reasons else {}
+    return row
+
+
+def _pair_features(chat: bool, more: list[str]) -> Features:
     text, number = Value("string"), Value("float64")
     said = List({"role": text, "content": text}) if chat else text
-    return Features({"id": text, "prompt": said, "chosen": said, "score_chosen": number, "rejected": said, "score_rejected": number})
+    names = {f"{name}_{which}": text for name in more for which in ("chosen", "rejected")}
+    return Features(
+        {"id": text, "prompt": said, "chosen": said, "score_chosen": number, "rejected": said, "score_rejected": number}
+        | names
+    )
 
 # %% ../nbs/01_lists.ipynb #e2e4e0fe
 def _rrhf_row(record: dict) -> dict:

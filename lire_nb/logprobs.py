@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lire_nb.conversations import (
     MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, check_limit, completion_ids, drawn_tokens, encode_prompt, end_tokens, tokenizer_fingerprint,
 )
-from .lists import LireError, atomic_write, select_candidates
+from .lists import LireError, atomic_write, read_lines, select_candidates
 from .models import causal_lm, context_of, model_fingerprint, text_config, unwrap
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
@@ -688,7 +688,7 @@ def _content_key(record: dict, tokenizer, limits: dict) -> str:
 def _read_cache(path: Path) -> dict[str, list[float]]:
     "A line that cannot be read is as good as absent: it is computed again."
     known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_lines(path) if path.exists() else []:
         try:
             row = json.loads(line)
             known[row["list"]] = [float(v) for v in row["logps"]]

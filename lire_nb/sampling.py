@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers', 'candidate_numbers',
            'draw_tokens', 'cannot_share_prompts', 'LocalSampler', 'Journal', 'TryLater', 'NoAnswer', 'run_requests',
-           'check_address', 'ServerSampler', 'sample_lists', 'asked_records']
+           'check_address', 'ServerSampler', 'sample_lists']
 
 # %% ../nbs/04_sampling.ipynb #b2d1c30d
 import hashlib
@@ -36,7 +36,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lire_nb.conversations import (
     MAX_PROMPT_LENGTH, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
 )
-from .lists import LireError, ListError, candidate_columns, lists_dataset, make_record, prompt_id, unspaced
+from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id, unspaced
 from .models import causal_lm, compute_dtype, context_of, load_policy
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
@@ -802,13 +802,15 @@ def sample_lists(
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
-    chat: bool | None = None,  # True: a text is one turn of the user; False: texts are meant as they are; None: not said
+    chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
     **sampler_options,  # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress …
 ) -> datasets.Dataset:  # lists, rewards not yet given
     "Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling for a prompt that cannot be used."
     if not (_is_whole(num_candidates) and num_candidates >= 1):
         raise LireError("not a count", field="num_candidates", value=num_candidates, allowed="1 or more", remedy="ask for 2 or more to train from")
-    records = asked_records(prompts, source, chat)
+    records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}} for r in checked_prompts(prompts, chat)]
+    if not records:
+        raise LireError("no prompt", field="prompts", allowed="at least one prompt", remedy="check the file or the split that they come from")
     sampler = _as_sampler(policy, sampler_options)
     asked, ids, tokenizer = [r["prompt"] for r in records], [r["id"] for r in records], getattr(sampler, "tokenizer", None)
     if hasattr(sampler, "check"):
@@ -823,47 +825,6 @@ def sample_lists(
         raise LireError("no candidate", field="policy", value=next(c.failed for row in sampled for c in row), allowed="an answer to one prompt at least",
                         remedy="look at what the policy says to these prompts")
     return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in kept)
-
-
-def asked_records(
-    prompts: Iterable,  # texts, messages, or records with "id", "prompt" and "meta"
-    source: str = "policy",
-    chat: bool | None = None,
-) -> list[dict]:  # records with one empty candidate; in meta what belongs to the prompt
-    "Prompts as validated records; raises `LireError` with the number of the one that is wrong."
-    records = []
-    for number, prompt in enumerate(prompts, 1):
-        given = prompt if isinstance(prompt, dict) else {"prompt": prompt}
-        try:
-            record = make_record(given.get("prompt"), [""], None, [source], given.get("id"), _meta_of_prompt(given))
-        except ListError as e:
-            raise e.at(None, None, number) from None
-        records.append(_with_chat(record, chat, given.get("id")))
-    if not records:
-        raise LireError("no prompt", field="prompts", allowed="at least one prompt", remedy="check the file or the split that they come from")
-    return records
-
-
-def _with_chat(record: dict, chat: bool | None, id: str | None) -> dict:
-    "The choice how a text is meant."
-    if chat is None or not isinstance(record["prompt"], str):
-        return record
-    if chat:
-        turn = [{"role": "user", "content": record["prompt"]}]
-        return {**record, "prompt": turn, "id": id or prompt_id(turn)}
-    return {**record, "meta": {**record["meta"], "chat": False}}
-
-
-_OF_CANDIDATES = ("finish_reasons", "token_ids", "logps", "tokenizer", "failed")  # of meta, as written below
-
-
-def _meta_of_prompt(record: dict) -> dict:
-    "Meta without what belongs to candidates that the record brings along."
-    meta = record.get("meta") or {}
-    if not isinstance(meta, dict):
-        return meta  # make_record says so
-    own = candidate_columns({**record, "meta": meta}) if record.get("completions") else {}
-    return {name: value for name, value in meta.items() if name not in own and name not in _OF_CANDIDATES}
 
 
 def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:

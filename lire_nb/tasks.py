@@ -21,7 +21,7 @@ from pathlib import Path
 
 import datasets
 
-from .lists import LireError, lists_dataset, load_lists, make_record, prompt_id, spaced, unspaced
+from .lists import LireError, as_chat, lists_dataset, load_lists, make_record, prompt_facts, prompt_id, spaced, unspaced
 
 # %% ../nbs/02_tasks.ipynb #f12c9d9d
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _review_pairs(reviews: list[tuple[str, int]], words: int) -> datasets.Datase
         pair = [(good, 1.0, "imdb:positive"), (bad, 0.0, "imdb:negative")]
         texts, rewards, sources = zip(*(pair if text_hash(good, "order") < 0.5 else pair[::-1]))
         number = hashlib.sha256((good + bad).encode()).hexdigest()[:12]
-        records.append(make_record(REVIEW_HEADER, texts, rewards=rewards, sources=sources, id=f"imdb-{number}"))
+        records.append(make_record(REVIEW_HEADER, texts, rewards=rewards, sources=sources, id=f"imdb-{number}", meta={"chat": False}))
     return lists_dataset(records)
 
 
@@ -158,7 +158,8 @@ def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int =
     openings = {_opening(text, opening_words): label for text, label in parts["prompts"] if len(text.split()) > 2 * opening_words}
     for opening, label in openings.items():
         prompt = _sentiment_prompt(opening, chat)
-        prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}})
+        record = as_chat({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}}, chat)
+        prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append(record)
     lists = {name: _review_pairs(parts[part], review_words) for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
     return Task("sentiment", "continue the opening of an IMDb review", prompts, lists, "1 for a positive, 0 for a negative review; policies should become positive", PROMPT_LENGTHS["sentiment"], 64, chat,
                 "free continuation of a text, no request and no answer; opinion, informal prose", notes={k: len(v) for k, v in parts.items()})
@@ -249,8 +250,8 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
     sources, counts = _read_source(name, path, tuple(tranches))
     parts, counts["also in test, taken out"] = split_lists(sources)
     if template is not None:
-        parts = {s: [_templated(r, template) for r in records] for s, records in parts.items()}
-    prompts = {split: [{k: r[k] for k in ("id", "prompt", "meta")} for r in records] for split, records in parts.items()}
+        parts = {s: [as_chat(_templated(r, template), options["chat"]) for r in records] for s, records in parts.items()}
+    prompts = {split: [{"id": r["id"], "prompt": r["prompt"], "meta": prompt_facts(r)} for r in records] for split, records in parts.items()}
     lists = {split: lists_dataset(records) for split, records in parts.items() if records}
     return Task(name, prompts=prompts, reward_lists=lists, notes={s: len(r) for s, r in parts.items()} | counts, **options)
 

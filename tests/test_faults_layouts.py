@@ -110,3 +110,536 @@ def test_09_a_candidate_that_is_not_there_is_named(keep):
 def test_09_lists_of_two_prompts_are_not_one():
     with pytest.raises(ListError, match="not one prompt"):
         lists.merge_candidates([make_record("p", ["a"]), make_record("q", ["a"])])
+
+
+# 16: pairs whose answers repeat the prompt ------------------------------------------------------------------------------
+
+Q, Q0, A0 = U("2+2?"), U("Hi"), A("Hello")
+FOUR, FIVE = A("4"), A("5")
+
+
+def test_16_a_system_turn_in_front_of_the_repeated_prompt():
+    record = one({"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]})
+    assert record["prompt"] == [BRIEF, Q] and record["completions"] == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    "prompt, before, expected",
+    [
+        ("2+2?", [], [Q]),
+        ("2+2?", [Q], [Q]),
+        (" 2+2?\n", [BRIEF, Q], [BRIEF, Q]),
+        ("2+2?", [BRIEF], [BRIEF, Q]),
+        ("2+2?", [Q0, A0, Q], [Q0, A0, Q]),
+        ("2+2?", [BRIEF, Q0, A0, Q], [BRIEF, Q0, A0, Q]),
+        ("Hi", [Q0, A0, Q], [Q0, A0, Q]),
+        ("Hi", [A0, Q], [Q0, A0, Q]),
+        ([Q], [BRIEF, Q], [BRIEF, Q]),
+        ([BRIEF, Q], [Q], [BRIEF, Q]),
+        ([BRIEF, Q], [BRIEF, Q], [BRIEF, Q]),
+        ([BRIEF, Q], [], [BRIEF, Q]),
+        ([BRIEF, Q], [BRIEF], [BRIEF, Q]),
+        ([BRIEF], [Q], [BRIEF, Q]),
+        ([BRIEF, Q0, A0, Q], [Q], [BRIEF, Q0, A0, Q]),
+        ([Q0, A0, Q], [BRIEF, Q], [BRIEF, Q0, A0, Q]),
+        ([Q0, A0, Q], [BRIEF, Q0, A0, Q], [BRIEF, Q0, A0, Q]),
+        ([Q0, A0], [Q], [Q0, A0, Q]),
+        ([BRIEF, Q0], [Q0, A0, Q], [BRIEF, Q0, A0, Q]),
+        ([Q0, A0, U("And?")], [U("And?"), A("So."), Q], [Q0, A0, U("And?"), A("So."), Q]),
+        (None, [BRIEF, Q], [BRIEF, Q]),
+    ],
+)
+def test_16_no_turn_is_doubled_and_none_is_lost(prompt, before, expected):
+    record = one({"prompt": prompt, "chosen": [*before, FOUR], "rejected": [*before, FIVE]})
+    assert record["prompt"] == expected and record["completions"] == ["4", "5"]
+
+
+def test_16_text_answers_of_message_prompts():
+    assert one({"prompt": [BRIEF, Q], "chosen": "4", "rejected": "5"})["prompt"] == [BRIEF, Q]
+    assert one({"prompt": "2+2?", "chosen": "4", "rejected": [BRIEF, Q, FIVE], "system": "Be brief."})["prompt"] == [BRIEF, Q]
+    assert one({"prompt": "2+2?", "chosen": "4", "rejected": "5"})["prompt"] == "2+2?"
+
+
+def test_16_a_transcript_that_repeats_the_prompt():
+    pair = {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}
+    for prompt in ("2+2?", "\n\nHuman: 2+2?\n\nAssistant:", [Q]):
+        record = one(pair | {"prompt": prompt})
+        assert record["prompt"] == [Q] and record["completions"] == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("2+2?", [U("3+3?"), FOUR], [U("3+3?"), FIVE]),
+        ([BRIEF, Q], [S("Be long."), Q, FOUR], [S("Be long."), Q, FIVE]),
+        ("2+2?", [BRIEF, Q, FOUR], [Q, FIVE]),
+        ([Q0, A0, Q], [Q0, FOUR], [Q0, FIVE]),
+        ([Q0, A0], [Q0, A("Hey")], [Q0, A("Ho")]),
+        ("2+2?", [A0, Q, FOUR], [A0, Q, FIVE]),
+        ("2+2?", [Q, FOUR, U("sure?")], [Q, FIVE, U("sure?")]),
+        ("2+2?", [], [FIVE]),
+    ],
+)
+def test_16_what_can_be_read_two_ways_is_refused(prompt, chosen, rejected):
+    with pytest.raises(ListError) as caught:
+        one({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert caught.value.field.partition("[")[0] in ("chosen", "rejected") and "\n" not in str(caught.value)
+
+
+# 17: the columns of a prompt --------------------------------------------------------------------------------------------
+
+ASK = {"instruction": "Translate to French", "input": "Hello"}
+ASKED = "Translate to French\n\nHello"
+WITH_INPUT = {
+    "distilabel": {"generations": ["Bonjour", "Hi"], "ratings": [9, 2]},
+    "UltraFeedback": {"completions": [{"response": "Bonjour", "overall_score": 9}, {"response": "Hi", "overall_score": 2}]},
+    "pairs": {"chosen": "Bonjour", "rejected": "Hi"},
+    "two outputs": {"output_1": "Bonjour", "output_2": "Hi", "preference": 1},
+    "ranked": {"completions": [{"completion": "Bonjour", "rank": 0}, {"completion": "Hi", "rank": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", WITH_INPUT)
+def test_17_instruction_and_input_are_one_prompt(name):
+    record = one(ASK | WITH_INPUT[name])
+    assert record["prompt"] == ASKED and record["completions"] == ["Bonjour", "Hi"] and record["rewards"][0] > record["rewards"][1]
+    assert "input" not in record["meta"] and "instruction" not in record["meta"]
+    for empty in ("", None, float("nan"), "  "):
+        assert one(ASK | {"input": empty} | WITH_INPUT[name])["prompt"] == "Translate to French"
+
+
+@pytest.mark.parametrize("name", WITH_INPUT)
+def test_17_system_and_history_come_before(name):
+    row = ASK | WITH_INPUT[name]
+    assert one(row | {"system": "Be brief."})["prompt"] == [BRIEF, U(ASKED)]
+    assert one(row | {"system_prompt": "Be brief.", "system": ""})["prompt"] == [BRIEF, U(ASKED)]
+    for history in ([["Hi", "Hello"]], [Q0, A0], "[['Hi', 'Hello']]", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]):
+        record = one(row | {"system": "Be brief.", "history": history})
+        assert record["prompt"] == [BRIEF, Q0, A0, U(ASKED)] and not {"system", "history"} & record["meta"].keys()
+    assert one(row | {"history": [], "system": None, "subreddit": "french"})["meta"]["subreddit"] == "french"
+
+
+def test_17_long_rows(tmp_path):
+    rows = [ASK | {"output": text, "score": score} for text, score in (("Bonjour", 9), ("Hi", 2))] + [ASK | {"input": "Bye", "output": "Salut", "score": 5}]
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    for source in (rows, tmp_path / "x.csv"):
+        first, second = load_lists(source)
+        assert first["prompt"] == ASKED and first["completions"] == ["Bonjour", "Hi"] and first["rewards"] == [9, 2] and second["prompt"] == "Translate to French\n\nBye"
+    record = one([row | {"system": "Be brief."} for row in rows[:2]])
+    assert record["prompt"] == [BRIEF, U(ASKED)] and record["completions"] == ["Bonjour", "Hi"]
+
+
+@pytest.mark.parametrize("preference, rewards", [(1, [1, 0]), (2, [0, 1]), (1.5, [0.5, 0.5]), (0, [0.5, 0.5]), ("1.25", [0.75, 0.25]), (None, [None, None])])
+def test_17_alpaca_farm_preferences(preference, rewards):
+    assert one(ASK | {"output_1": "Bonjour", "output_2": "Hi", "preference": preference, "raw_preference": 3})["rewards"] == rewards
+    with pytest.raises(ListError, match="not a preference"):
+        one(ASK | {"output_1": "Bonjour", "output_2": "Hi", "preference": 3})
+
+
+def test_17_own_and_rrhf_rows_read_their_system_too():
+    assert one({"prompt": "2+2?", "completions": ["4"], "system": "Be brief."})["prompt"] == [BRIEF, Q]
+    assert one({"query": "2+2?", "responses": ["4"], "scores": [1], "history": [["Hi", "Hello"]]})["prompt"] == [Q0, A0, Q]
+    assert one({"question": "2+2?", "chosen": "4", "rejected": "5", "system": "Be brief."})["prompt"] == [BRIEF, Q]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Translate", "input": "Hello", "completions": ["Bonjour"]},
+        {"prompt": "Translate", "input": "Hello", "chosen": "a", "rejected": "b"},
+        {"question": "Who?", "context": "Ann came.", "completion": "Ann", "score": 1},
+        {"prompt": "p", "completions": ["a"], "tools": [{"name": "search"}]},
+        {"instruction": "Describe", "images": ["x.png"], "generations": ["a"], "ratings": [1]},
+        {"prompt": "p", "system": "a", "system_prompt": "b", "completions": ["a"]},
+        {"prompt": [S("a"), U("p")], "system": "b", "completions": ["a"]},
+        {"prompt": "p", "completions": ["a"], "history": "not turns"},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b", "system": "x"},
+    ],
+)
+def test_17_what_belongs_to_the_prompt_and_cannot_be_read_is_refused(row):
+    with pytest.raises(ListError) as caught:
+        one(row)
+    assert caught.value.remedy and "\n" not in str(caught.value)
+
+
+def test_17_a_prompt_that_holds_the_instruction_already():
+    template = "### Instruction:\nTranslate to French\n### Input:\nHello\n### Response:"
+    record = one({"prompt": template, **ASK, "chosen": "Bonjour", "rejected": "Hi"})
+    assert record["prompt"] == template and record["meta"] == ASK
+
+
+def test_17_a_mapping_joins_columns():
+    row = {"task": "Translate to French", "text": "Hello", "a": ["Bonjour", "Hi"], "m1": 9, "m2": 2, "who": "Be brief.", "note": "n"}
+    mapping = {"prompt": ["task", "text"], "completions": "a", "rewards": ["m1", "m2"]}
+    record = one(row, mapping)
+    assert record == make_record(ASKED, ["Bonjour", "Hi"], [9, 2], meta={"who": "Be brief.", "note": "n"})
+    assert one(row | {"text": ""}, mapping)["prompt"] == "Translate to French"
+    assert one(row, mapping | {"system": "who"})["prompt"] == [BRIEF, U(ASKED)]
+    talk = {"h": [{"speaker": "human", "said": "Hi"}, {"speaker": "bot", "said": "Hello"}], "q": "2+2?", "a": ["4"]}
+    names = {"roles": {"bot": "assistant", "human": "user"}, "keys": {"role": "speaker", "content": "said"}}
+    assert one(talk, {"prompt": ["h", "q"], "completions": "a"} | names)["prompt"] == [Q0, A0, Q]
+
+
+# 18: printed messages -------------------------------------------------------------------------------------------------------
+
+
+def as_pandas_writes(rows, path):
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("turns", [[Q], [BRIEF, U("It's \"2+2\",\nisn't it?")], [Q0, A0, Q]])
+def test_18_messages_printed_into_a_csv(tmp_path, turns):
+    for form in (list, np.array):
+        rows = [{"prompt": form(turns), "chosen": form([FOUR]), "rejected": form([FIVE])}]
+        record = one(as_pandas_writes(rows, tmp_path / "x.csv"))
+        assert record["prompt"] == turns and record["completions"] == ["4", "5"]
+        rows = [{"prompt": form(turns), "completions": form(["4", "it's 5"]), "rewards": form([9.0, -2.5])}]
+        record = one(as_pandas_writes(rows, tmp_path / "y.csv"))
+        assert (record["prompt"], record["completions"], record["rewards"]) == (turns, ["4", "it's 5"], [9.0, -2.5])
+
+
+def test_18_the_line_itself(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,completion,score\n\"[{'role': 'user', 'content': 'hi'}]\",ho,1\n")
+    assert one(path)["prompt"] == [U("hi")]
+    path.write_text("prompt,completion,score\n\"[{'role': 'user', 'content': <Message 3>}]\",ho,1\n")
+    with pytest.raises(ListError, match="printed messages that cannot be read"):
+        one(path)
+
+
+def test_18_json_text_that_holds_messages():
+    for turns in ([Q], [BRIEF, Q]):
+        for text in (json.dumps(turns), json.dumps(turns, indent=1), str(turns)):
+            assert one({"prompt": text, "chosen": "4", "rejected": "5"})["prompt"] == turns
+            assert one({"prompt": text, "completions": ["4"]})["prompt"] == turns
+            assert one({"prompt": text, "completion": "4", "label": True})["prompt"] == turns
+    sharegpt = json.dumps([{"from": "human", "value": "2+2?"}])
+    assert one({"conversations": sharegpt, "chosen": json.dumps(FOUR), "rejected": "5"})["prompt"] == [Q]
+
+
+def test_18_text_stays_text(tmp_path):
+    for text in ("[1, 2]", "['a', 'b']", "{'a': 1}", '{"a": 1}', "[INST] hi [/INST]", "[1] First", "[open('x')]", "[1, 2] sorted?"):
+        assert one({"prompt": text, "completions": [text]})["prompt"] == text
+        record = one(as_pandas_writes([{"prompt": text, "completion": text, "score": 1}], tmp_path / "x.csv"))
+        assert record["prompt"] == text and record["completions"] == [text]
+    own = make_record(json.dumps([Q]), [json.dumps([FOUR])])  # a text that reads like messages
+    assert one(save_lists([own], tmp_path / "x.jsonl")) == own == one(to_rrhf([own], tmp_path / "r.jsonl"))
+
+
+def test_18_nothing_is_evaluated(tmp_path):
+    flag = tmp_path / "flag"
+    for text in (f"[__import__('pathlib').Path('{flag}').touch()]", f"[{{'role': 'user', 'content': open('{flag}', 'w')}}]", "[" * 100_000):
+        try:
+            one(as_pandas_writes([{"prompt": text, "completion": "a", "score": 1}], tmp_path / "x.csv"))
+        except ListError:
+            pass
+    assert not flag.exists()
+
+
+# 19: long cells ---------------------------------------------------------------------------------------------------------
+
+
+def test_19_a_cell_of_any_length(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "x" * size, "score": 1} for i, size in enumerate((10, 131_072, 131_073, 400_000))]
+    limit = csv.field_size_limit()
+    data, report = load_lists(as_pandas_writes(rows, tmp_path / "x.csv"), on_error="quarantine", return_report=True)
+    assert len(data) == 4 and report.quarantined_rows == 0 and [len(c[0]) for c in data["completions"]] == [10, 131_072, 131_073, 400_000]
+    stream = lists.read_rows(tmp_path / "x.csv")
+    next(stream), next(stream)
+    assert csv.field_size_limit() == limit  # also while a reading goes on
+
+
+# 20: scores -------------------------------------------------------------------------------------------------------------
+
+
+def scored(*candidates):
+    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine} for text, overall, fine in candidates]
+    data, report = load_lists([{"instruction": "p", "completions": rows}], return_report=True)
+    return data[0]["rewards"], {k: v for k, v in report.oddities.items()}, data[0]["meta"]
+
+
+def test_20_a_ten_that_is_a_one():
+    rewards, oddities, meta = scored(("bad", 10, 1.25), ("good", 8.5, 4.75), ("best", 10.0, 4.5), ("doubt", "10", 3), ("edge", 10, 2), ("edge", 10, 4))
+    assert rewards == [1.0, 8.5, 10.0, None, 1.0, None] and sum(oddities.values()) == 4 and all("overall_score 10" in name for name in oddities)
+    assert meta["candidates"][0] == {"overall_score": 10, "fine-grained_score": 1.25}  # what the file said is kept
+
+
+def test_20_a_ten_judged_by_its_annotations():
+    marks = {name: {"Rating": mark} for name, mark in (("helpfulness", "1"), ("honesty", "2"), ("truthfulness", "N/A"))}
+    candidates = [{"response": "a", "overall_score": 10, "annotations": marks}, {"response": "b", "overall_score": 10}]
+    record = one({"instruction": "p", "completions": candidates})
+    assert record["rewards"] == [1.0, 10.0]
+
+
+@pytest.mark.parametrize("form", ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "reward_{}", "{}_reward"])
+def test_20_pair_scores_are_the_rewards(form):
+    names = [form.format(which) for which in ("chosen", "rejected")]
+    for answers in ({"chosen": "a", "rejected": "b"}, {"chosen": [Q, FOUR], "rejected": [Q, FIVE]}, {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"}):
+        asked = {} if "\n" in str(answers["chosen"]) or isinstance(answers["chosen"], list) else {"prompt": "p"}
+        for values, odd in (((8.5, 2), 0), ((5, 5), 1), ((2, 8), 1), (("8.5", "2"), 0)):
+            data, report = load_lists([asked | answers | dict(zip(names, values))], return_report=True)
+            assert data[0]["rewards"] == [float(v) for v in values] and sum("score" in name for name in report.oddities) == odd
+            assert not set(names) & data[0]["meta"].keys() and data[0]["sources"] == ["chosen", "rejected"]
+
+
+def test_20_half_a_score_is_none():
+    for rejected in (None, float("nan"), ""):
+        record = one({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": rejected})
+        assert record["rewards"] == [1.0, 0.0] and record["meta"]["score_chosen"] == 8.5
+
+
+@pytest.mark.parametrize("pairs", ["best_worst", "all"])
+def test_20_our_own_pairs_come_back_with_their_rewards(tmp_path, pairs):
+    for prompt in ("p", [BRIEF, Q]):
+        made = [make_record(prompt, ["a", "b", "c"], [0.25, 0.75, -3.5], ["m", "n", "o"], meta={"finish_reasons": ["stop", "length", "stop"]})]
+        found = to_trl_pairs(made, pairs=pairs)
+        found.to_json(tmp_path / "x.jsonl")
+        for source in (found, tmp_path / "x.jsonl"):
+            (back,) = merge_lists(load_lists(source))
+            known = dict(zip(made[0]["completions"], zip(made[0]["rewards"], made[0]["sources"], ended(made[0]))))
+            assert back["prompt"] == prompt and dict(zip(back["completions"], zip(back["rewards"], back["sources"], ended(back)))) == {c: known[c] for c in back["completions"]}
+
+
+# 21: other projects' rows -----------------------------------------------------------------------------------------------
+
+
+def test_21_conversational_kto():
+    rows = [{"prompt": [Q], "completion": [FOUR], "label": True}, {"prompt": [Q], "completion": [FIVE], "label": False}, {"prompt": [BRIEF, Q], "completion": [FOUR], "label": True}]
+    first, second = load_lists(rows)
+    assert (first["prompt"], first["completions"], first["rewards"]) == ([Q], ["4", "5"], [1.0, 0.0]) and second["prompt"] == [BRIEF, Q]
+    assert one([{"prompt": "2+2?", "completion": [BRIEF, Q, FOUR], "label": True}])["prompt"] == [BRIEF, Q]
+    assert one([{"prompt": "2+2?", "completion": "4", "label": True}])["rewards"] == [1.0]
+
+
+def turn(who, text):
+    return {"from": who, "value": text}
+
+
+def test_21_sharegpt():
+    said = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "2+2?")]
+    row = {"conversations": said, "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"), "system": "Be brief."}
+    assert one(row)["prompt"] == [BRIEF, Q0, A0, Q] and one(row)["completions"] == ["4", "5"] and one(row)["rewards"] == [1, 0]
+    assert one(row | {"chosen": [turn("gpt", "4")], "rejected": [turn("gpt", "5")], "system": ""})["prompt"] == [Q0, A0, Q]
+    assert one(row | {"conversations": [turn("system", "Be brief."), *said]})["prompt"] == [BRIEF, Q0, A0, Q]
+    whole = {"chosen": [*said, turn("gpt", "4")], "rejected": [*said, turn("gpt", "5")]}
+    assert one(whole)["prompt"] == [Q0, A0, Q] and one(whole | {"prompt": "2+2?"})["prompt"] == [Q0, A0, Q]
+    liked = [{"conversations": [*said, turn("gpt", text)], "label": text == "4"} for text in "45"]
+    assert one(liked)["prompt"] == [Q0, A0, Q] and one(liked)["rewards"] == [1, 0]
+    with pytest.raises(ListError, match="unknown role"):
+        one(row | {"conversations": [turn("bot", "Hi"), *said]})
+    assert one({**row, "conversations": [turn("bot", "Hi"), *said], "system": ""}, {"roles": {"bot": "assistant"}})["prompt"] == [A("Hi"), Q0, A0, Q]
+
+
+def test_21_renamed_roles():
+    row = {"prompt": [said("human", "Hi"), said("gpt", "Hello"), said("human", "2+2?")], "chosen": [said("gpt", "4")], "rejected": [said("gpt", "5")]}
+    with pytest.raises(ListError, match="unknown role"):
+        one(row)
+    names = {"roles": {"human": "user", "gpt": "assistant"}}
+    assert one(row, names)["prompt"] == [Q0, A0, Q]
+    assert one({"p": row["prompt"], "a": ["4", "5"]}, names | {"prompt": "p", "completions": "a"})["prompt"] == [Q0, A0, Q]
+    for wrong in ({"roles": {"human": "person"}}, {"roles": "user"}, {"keys": {"role": "who"}}):
+        with pytest.raises(ListError, match="not a renaming"):
+            one(row, wrong)
+
+
+def test_21_nemo_rl():
+    row = {"context": [BRIEF, Q], "completions": [{"rank": 1, "completion": [FIVE]}, {"rank": 0, "completion": [FOUR]}, {"rank": 2, "completion": [A("6")]}]}
+    record = one(row)
+    assert (record["prompt"], record["completions"], record["rewards"]) == ([BRIEF, Q], ["5", "4", "6"], [0.5, 1.0, 0.0]) and record["meta"] == {}
+    assert one(row | {"context": [Q], "completions": [{"rank": 0, "completion": [BRIEF, Q, FOUR]}, {"rank": 1, "completion": [BRIEF, Q, FIVE]}]})["prompt"] == [BRIEF, Q]
+    with pytest.raises(ListError, match="does not continue the prompt"):
+        one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), Q, FIVE]}]})
+    with pytest.raises(ListError, match="part before the last answer"):
+        one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), U("y"), FIVE]}]})
+
+
+def test_21_halos():
+    both = {"prompt_id": 7, "prompt": [Q]}
+    rows = [both | {"output": [answer], "label": int(reward > 0), "reward": reward, "type": "binary_feedback"} for answer, reward in ((FOUR, 1.5), (FIVE, -0.5))]
+    record = one(rows)
+    assert (record["prompt"], record["completions"], record["rewards"], record["id"]) == ([Q], ["4", "5"], [1.5, -0.5], "7")
+    pair = both | {"output_A": [FIVE], "output_B": [FOUR], "label": 0, "reward_A": -0.5, "reward_B": 1.5, "reward_difference": 2.0, "type": "pairwise_feedback"}
+    record = one(pair)
+    assert (record["completions"], record["rewards"]) == (["5", "4"], [-0.5, 1.5])
+    assert one({k: v for k, v in pair.items() if k[:6] != "reward"})["rewards"] == [0.0, 1.0]
+    grouped = {"prompt": [Q], "generations": [[FOUR], [FIVE]], "scores": [1.5, -0.5]}
+    assert one(grouped)["rewards"] == [1.5, -0.5] and one(grouped)["completions"] == ["4", "5"]
+
+
+def test_21_lists_of_message_answers():
+    record = one({"prompt": "2+2?", "completions": [[BRIEF, Q, FOUR], [BRIEF, Q, FIVE]], "rewards": [1, 0]})
+    assert record["prompt"] == [BRIEF, Q] and record["completions"] == ["4", "5"]
+
+
+# 22: lines ---------------------------------------------------------------------------------------------------------------
+
+ODD = "a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g\rh"
+
+
+def test_22_a_line_of_prompts_ends_with_a_line_feed(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(f"\ufeff{ODD}\r\n\n  second \t\n \nthird".encode())
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == [ODD, "second", "third"]
+    path.write_bytes("only".encode())
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == ["only"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(LireError, match="not UTF-8"):
+        cli.read_prompts(str(path))
+
+
+def test_22_rows_of_json_too(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)}, ensure_ascii=False) + "\n" for i in range(2)), newline="")
+    from lire_nb.logprobs import _read_cache
+    from lire_nb.reporting import read_jsonl
+
+    assert len(cli.read_rows_of(str(path))) == 2 and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"] and len(read_jsonl(path)) == 2
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == [f"{ODD}0", f"{ODD}1"]
+
+
+# 25, 29: prompts are checked first --------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A policy that says when it is asked."""
+
+    asked = 0
+
+    def sample(self, prompts, *args):
+        self.asked += len(prompts)
+        raise AssertionError("sampled before the prompts were checked")
+
+
+BAD = {
+    "role": [said("human", "Hi")], "number": 5, "nothing": None, "blank": " ", "no turns": [], "blank turns": [U(" ")], "flag": True,
+    "no content": [{"role": "user"}], "number in a turn": [U(5)], "surrogate": "\ud800", "list of texts": ["Hi"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_25_the_hundredth_prompt_is_checked_before_the_first_is_sampled(tmp_path, name):
+    from lire_nb.enhancement import self_enhance
+    from lire_nb.evaluation import judge_policy
+    from lire_nb.sampling import sample_lists
+
+    prompts = [{"prompt": f"Question {i}"} for i in range(99)] + [{"prompt": BAD[name]}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    policy = Spy()
+    calls = {
+        "read_prompts": lambda: cli.read_prompts(str(path)),
+        "read_prompts with a limit": lambda: cli.read_prompts(str(path), limit=1),
+        "sample_lists": lambda: sample_lists(policy, prompts, 2),
+        "self_enhance": lambda: self_enhance("no-such-policy", prompts, len, tmp_path / "run"),
+        "judge_policy": lambda: judge_policy("no-such-policy", prompts, {}, start="no-such-policy"),
+    }
+    for call in calls.values():
+        with pytest.raises(LireError) as caught:
+            call()
+        assert "prompt" in caught.value.field and "\n" not in str(caught.value) and "100" in str(caught.value), str(caught.value)
+    assert policy.asked == 0 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("row", [{"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": [1]}, {"text": "x"}, [1], 5, {"prompt": "x", "meta": [1]}, {"prompt": "x", "id": [1]}])
+def test_29_a_prompt_that_is_no_prompt_is_one_line(tmp_path, row):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + json.dumps(row) + "\n")
+    with pytest.raises(LireError) as caught:
+        cli.read_prompts(str(path))
+    assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
+
+
+def test_25_ids_belong_to_one_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "p"}\n{"id": "b", "prompt": "q"}\n{"id": "a", "prompt": "p"}\n')
+    assert [p["id"] for p in cli.read_prompts(str(path))] == ["a", "b"]
+    path.write_text('{"id": "a", "prompt": "p"}\n{"id": "a", "prompt": "q"}\n')
+    with pytest.raises(LireError, match="already belongs to another prompt") as caught:
+        cli.read_prompts(str(path))
+    assert caught.value.line == 2
+    from lire_nb.sampling import sample_lists
+
+    with pytest.raises(LireError, match="already belongs to another prompt"):
+        sample_lists(Spy(), [{"id": "a", "prompt": "p"}, {"id": "a", "prompt": "q"}], 2)
+
+
+def test_25_prompts_of_every_layout(tmp_path):
+    rows = [ASK, ASK | {"system": "Be brief."}, {"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]}, {"conversations": [turn("human", "Hi")]}]
+    rows += [{"chosen": "\n\nHuman: Yo\n\nAssistant: a", "rejected": "\n\nHuman: Yo\n\nAssistant: b"}, {"prompt": "p", "completions": []}]
+    rows += [make_record("own", ["a", "b"], meta={"finish_reasons": ["stop", "length"], "topic": "t"})]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cli.read_prompts(str(path))
+    assert [p["prompt"] for p in found] == [ASKED, [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p", "own"] and found[-1]["meta"] == {"topic": "t"}
+    path.write_text(json.dumps({"prompt": "p", "input": "lost?"}) + "\n")
+    with pytest.raises(LireError, match="would be lost"):
+        cli.read_prompts(str(path))
+
+
+# 37: text prompts and chat models ---------------------------------------------------------------------------------------
+
+
+def test_37_chat_is_a_stated_choice(tmp_path):
+    row = {"prompt": "2+2?", "completions": ["4"], "id": "given"}
+    assert one(row)["prompt"] == "2+2?" and one(row)["meta"] == {}
+    assert one(row, chat=True)["prompt"] == [Q] and one(row, chat=True)["id"] == "given" and one(row, chat=True)["meta"] == {}
+    assert one(row, chat=False)["prompt"] == "2+2?" and one(row, chat=False)["meta"] == {"chat": False}
+    assert one(row | {"prompt": [BRIEF, Q]}, chat=True)["prompt"] == [BRIEF, Q] and one(row | {"prompt": [Q]}, chat=False)["meta"] == {}
+    assert one(load_lists([row], chat=False), chat=True) == one(row, chat=True)
+    path = tmp_path / "p.txt"
+    path.write_text("2+2?\n")
+    assert cli.read_prompts(str(path), chat=True)[0]["prompt"] == [Q] and cli.read_prompts(str(path), chat=False)[0]["meta"] == {"chat": False}
+    long = [{"instruction": "2+2?", "output": text, "score": score} for text, score in (("4", 1), ("5", 0))]
+    assert one(long, chat=True)["prompt"] == [Q] and len(one(long, chat=True)["completions"]) == 2
+    with pytest.raises(ListError, match="chat"):
+        load_lists([row], chat="yes")
+
+
+def test_37_the_command_line_states_it(tmp_path, monkeypatch):
+    seen = {}
+    from lire_nb import sampling
+
+    monkeypatch.setattr(sampling, "sample_lists", lambda policy, prompts, *a, **k: seen.update(prompts=prompts) or [make_record(p["prompt"], ["x"]) for p in prompts])
+    (tmp_path / "p.txt").write_text("2+2?\n")
+    for chat, prompt in (("yes", [Q]), ("no", "2+2?"), (None, "2+2?")):
+        out = tmp_path / f"{chat}.jsonl"
+        assert cli.main(["sample", "--prompts", str(tmp_path / "p.txt"), "--policy", "http://localhost:1/v1#m", "--out", str(out), *(["--chat", chat] if chat else [])]) == 0
+        assert seen["prompts"][0]["prompt"] == prompt and seen["prompts"][0]["meta"].get("chat") is (False if chat == "no" else None)
+    lists_file, made = save_lists([make_record("2+2?", ["4", "55"])], tmp_path / "l.jsonl"), tmp_path / "s.jsonl"
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--chat", "yes", "--out", str(made)]) == 0
+    assert one(made)["prompt"] == [Q]
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--out", str(made)]) == 2  # another choice, another output
+
+
+def test_37_sample_lists_takes_the_choice():
+    from lire_nb.sampling import sample_lists
+
+    seen = []
+
+    class Echo:
+        def sample(self, prompts, number, settings, seed):
+            seen.extend(prompts)
+            raise KeyboardInterrupt
+
+    for chat in (True, False, None):
+        with pytest.raises(KeyboardInterrupt):
+            sample_lists(Echo(), ["2+2?"], 2, chat=chat)
+    assert seen == [[Q], "2+2?", "2+2?"]
+
+
+def test_37_tasks_state_their_choice(tmp_path):
+    from lire_nb.tasks import load_task
+
+    table = tmp_path / "reviews.csv"
+    with table.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label", "source"])
+        writer.writerows([" ".join(f"w{i}x{j}" for j in range(60)), i % 2, "imdb"] for i in range(60))
+    plain, chat = load_task("sentiment", table), load_task("sentiment", table, chat=True)
+    assert all(p["meta"]["chat"] is False for split in plain.prompts.values() for p in split) and any(plain.prompts.values())
+    assert all(r["meta"]["chat"] is False for data in plain.reward_lists.values() for r in data)
+    assert all("chat" not in p["meta"] for split in chat.prompts.values() for p in split)
+    posts = save_lists([make_record(f"post {i}", ["a", "b"], [1, 0], meta={"notes": ["x", "y"], "topic": "t"}) for i in range(20)], tmp_path / "posts.jsonl")
+    plain = load_task("summarization", posts, chat=False)
+    assert {json.dumps(p["meta"], sort_keys=True) for split in plain.prompts.values() for p in split} == {'{"chat": false, "topic": "t"}'}
