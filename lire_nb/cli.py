@@ -150,7 +150,7 @@ def sample_command(args) -> None:
         _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
         lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}", **options)
         save_lists(lists, args.out)
-        gaps = len(prompts) * args.num_candidates - sum(map(len, lists["completions"]))
+        gaps = len(prompts) * args.num_candidates - sum(len(r["completions"]) for r in lists)
         if gaps:
             _say(f"{gaps} of {len(prompts) * args.num_candidates} candidates were not answered; the same command asks for these again")
         else:
