@@ -34,7 +34,7 @@ from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
 from .lists import BLANK, LireError, Row, _Errors, atomic_write, prompt_id, read_rows
-from .logprobs import CHUNK, ListCollator, dataset_logps, padded_rows, tokenize_list, unwrap
+from .logprobs import CHUNK, ListCollator, both_sides, by_length, check_paths, common_context, dataset_logps, padded_rows, tokenize_list, unwrap, verified
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, sample_lists
@@ -534,6 +534,8 @@ def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> I
 # %% ../nbs/09_evaluation.ipynb #941aa1e3
 def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     "(T, V) float32 log-probs at the marked positions of some rows; the head is asked about no others."
+    if check_paths(model).head == "full":
+        return model(input_ids=ids, attention_mask=mask).logits[where].float().log_softmax(-1)
     head = unwrap(model).get_output_embeddings()
     own, original = vars(head).get("forward"), head.forward
     options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
@@ -556,6 +558,10 @@ def token_kl(
     "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
     if start is None and not hasattr(unwrap(policy), "disable_adapter"):
         raise LireError("no start policy", field="start", value=None, allowed="a model, or None for a policy with a peft adapter", remedy="give the policy that training started from")
+    for model in [policy] + [start] * (start is not None):
+        verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
+    if both_sides(policy, batch):
+        return by_length(policy, batch, lambda part: token_kl(policy, start, part, chunk))
     rows, parts = padded_rows(batch), []
     width = rows["input_ids"].shape[1]
     for places in torch.stack([rows["index"] // width, rows["index"] % width], 1).split(chunk):
@@ -584,7 +590,8 @@ def text_kl(
     "Exact per-token KL on given texts; its mean over a text's positions, or their sum, is what to report."
     (model, tokenizer), start = _loaded(policy), None if start is None else _loaded(start)[0]
     modes = [(m, m.training) for m in (model, start) if m is not None]
-    tokens = [tokenize_list(r, tokenizer, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length) for r in lists]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": common_context(model, start)}
+    tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
     device, results = next(model.parameters()).device, []
     for m, _ in modes:
         m.eval()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
-           'logits_to_logps', 'unwrap', 'causal_lm', 'context_of', 'common_context', 'packed_rows', 'PathCheck',
-           'check_paths', 'verified', 'to_device', 'enable_shared', 'disable_shared', 'list_logps', 'token_ratio',
-           'dataset_logps', 'list_length', 'reference_logps']
+           'logits_to_logps', 'unwrap', 'causal_lm', 'context_of', 'common_context', 'packed_rows', 'both_sides',
+           'by_length', 'PathCheck', 'check_paths', 'verified', 'to_device', 'enable_shared', 'disable_shared',
+           'list_logps', 'token_ratio', 'dataset_logps', 'list_length', 'reference_logps']
 
 # %% ../nbs/06_logprobs.ipynb #ed17be6c
 import hashlib
@@ -465,32 +465,44 @@ def _rows_of(batch: dict, rows: torch.Tensor) -> dict:
     return part | {"list_index": torch.searchsorted(lists, batch["list_index"][rows])}
 
 # %% ../nbs/06_logprobs.ipynb #89d299fa
+def both_sides(model: torch.nn.Module, batch: dict) -> bool:
+    "Whether some candidates of a batch are up to such a limit and some beyond it."
+    return len(_apart(batch, _switch(model))) > 1
+
+
+def by_length(
+    model: torch.nn.Module,
+    batch: dict,  # from `ListCollator`
+    measure: Callable,  # batch -> (T,) values, one for each completion token
+) -> torch.Tensor:  # (T,)
+    "What `measure` finds for the candidates on each side of such a limit, put together again."
+    parts, pieces = _apart(batch, _switch(model)), {}
+    if len(parts) == 1:
+        return measure(batch)
+    for part, rows in parts:
+        pieces |= dict(zip(rows.tolist(), measure(part).split(part["completion_lengths"].tolist())))
+    return torch.cat([pieces[row] for row in range(len(pieces))])
+
+
 def _path_logps(model, batch: dict, path: str) -> torch.Tensor:
     "(T,) log-probs by one path: 'shared', 'padded', or 'full' for padded rows and the model's own head."
     run = _full_logps if path == "full" else _forward_logps
     rows_of = packed_rows if path == "shared" else padded_rows
-    parts = _apart(batch, _switch(model))
-    if len(parts) == 1:
-        return run(model, rows_of(batch))
-    pieces = {}
-    for part, rows in parts:
-        found = run(model, rows_of(part)).split(part["completion_lengths"].tolist())
-        pieces |= dict(zip(rows.tolist(), found))
-    return torch.cat([pieces[row] for row in range(len(pieces))])
+    return by_length(model, batch, lambda part: run(model, rows_of(part)))
 
 # %% ../nbs/06_logprobs.ipynb #0bb8c8c5
 def _alone(model, lm, lists: list[dict], tolerance: float) -> tuple[torch.Tensor, dict]:  # (T,), {token id: (H,)}
     "Log-probs of all tokens, and a gradient at the embeddings, each candidate alone: no code of the paths."
     share = torch.linspace(-1, 1, sum(len(ids) for one in lists for ids in one["completion_ids"])).tolist()
-    values, gradient = [], {}
+    values, gradient, switch = [], {}, _switch(model) or 0
     for one in lists:
-        start, before = len(one["prompt_ids"]), None
+        start, before = len(one["prompt_ids"]), {}
         for ids in one["completion_ids"]:
             row = one["prompt_ids"] + ids
             logits, embedded = _logits_alone(model, lm, row)
-            if before is not None and _distance(logits[:start].detach().float(), before) > tolerance:
+            on_prompt, side = logits[:start].detach().float(), len(row) > switch  # LongRoPE's two sides do differ
+            if _distance(on_prompt, before.setdefault(side, on_prompt)) > tolerance:
                 raise LireError("what follows a prompt changes the logits on it: it does not only look back")
-            before = logits[:start].detach().float()
             scores = logits[start - 1 : len(row) - 1]  # each token is predicted by the one before it
             scores = scores if scores.dtype == torch.float64 else scores.float()
             scores = scores - scores.max(1, keepdim=True).values
@@ -599,7 +611,8 @@ def _name_of(model) -> str:
 # %% ../nbs/06_logprobs.ipynb #f4750ce2
 _HARMLESS = ("make_inputs_require_grads", "neftune_post_forward_hook")  # hooks; the second: see `_row_noise`
 # settings of a configuration that say nothing about what a forward pass computes
-_UNSTRUCTURED = ("_token_id", "use_cache", "dtype", "name_or_path", "version", "_commit_hash", "return_dict", "output_", "_internal")
+_UNSTRUCTURED = ("_token_id", "use_cache", "dtype", "name_or_path", "version", "_commit_hash", "return_dict", "output_",
+                 "_internal")
 
 
 def _state_of(model, lm, length: int) -> tuple:
@@ -607,8 +620,8 @@ def _state_of(model, lm, length: int) -> tuple:
     outer = _called(model)
     parts = [_state_of_module(m) for m in outer.modules() if not type(m).__module__.startswith("torch.distributed")]
     configs = {id(m.config): m.config for m in lm.modules() if hasattr(m, "config")}.values()
-    structure = lambda c: [(k, v) for k, v in vars(c).items() if not any(word in k for word in _UNSTRUCTURED)]  # noqa: E731
-    said = tuple(repr(structure(c)) for c in configs)
+    free = lambda name: any(word in name for word in _UNSTRUCTURED)  # noqa: E731
+    said = tuple(repr([(k, v) for k, v in vars(c).items() if not free(k)]) for c in configs)
     attention = tuple(str(getattr(c, "_attn_implementation", "")).removeprefix(f"{SHARED}-") for c in configs)
     bends = tuple((name, str(value)) for _, name, value in _bends(lm))
     active = str(getattr(outer, "active_adapter", None)) if _adapters(model) else ""
@@ -628,10 +641,10 @@ def _state_of_module(m) -> tuple:
 def _around(module) -> list[str]:
     "Names of what was put around a forward pass, but for the wrappers of distributed training and mixed precision."
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if "forward" in vars(module) and "_original_forward" not in vars(module):  # accelerate's autocast keeps the original
+    if "forward" in vars(module) and "_original_forward" not in vars(module):  # the second is accelerate's autocast
         hooks.append(vars(module)["forward"])
-    foreign = lambda h: (getattr(h, "__module__", None) or "").startswith(("torch.distributed", "accelerate"))  # noqa: E731
-    return [getattr(h, "__qualname__", type(h).__qualname__) for h in hooks if not foreign(h)]
+    places = [(getattr(h, "__module__", None) or "").startswith(("torch.distributed", "accelerate")) for h in hooks]
+    return [getattr(h, "__qualname__", type(h).__qualname__) for h, foreign in zip(hooks, places) if not foreign]
 
 # %% ../nbs/06_logprobs.ipynb #a821ed24
 _HALF = (torch.bfloat16, torch.float16)
@@ -786,8 +799,8 @@ def _in_float32(lm, largest: float = 1e9):
 @contextmanager
 def _nowhere_zero(model):
     "Weights that are all zero, as gates and adapters begin, get values for a while: training will move them."
-    plain = [p.data for p in model.parameters() if type(p.data) is torch.Tensor and p.is_floating_point() and not p.is_meta]
-    zero = [p for p in plain if p.numel() and p[(0,) * p.dim()] == 0 and not p.any()]
+    plain = [p.data for p in model.parameters() if type(p.data) is torch.Tensor and p.is_floating_point()]
+    zero = [p for p in plain if p.numel() and not p.is_meta and p[(0,) * p.dim()] == 0 and not p.any()]
     for p in zero:
         p.copy_((torch.arange(p.numel(), device=p.device).cos() * 0.02).reshape(p.shape))
     try:
@@ -884,10 +897,10 @@ WORTH = 1.1  # "auto" shares when the padded path has this many times the tokens
 def list_logps(
     model: torch.nn.Module,  # a causal language model, wrapped or not
     batch: dict,  # from `ListCollator`, on the model's device
-    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": shared where it is exact and pays
+    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": where exact and worth it
     per_token: bool = False,  # also return the (T,) token log-probs, candidates one after the other
 ) -> tuple[torch.Tensor, ...]:  # logps (B, M) float32, lengths (B, M) in tokens[, (T,)]
-    "Summed log-probability of every completion, with gradients; raises `LireError` where the path is not right."
+    "Summed log-probability of every completion, with gradients; raises `LireError` where they would not be right."
     if impl not in IMPLS:
         raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
     tokens = _token_logps(model, batch, impl)
