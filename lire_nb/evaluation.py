@@ -35,7 +35,10 @@ from transformers import Trainer, TrainerCallback
 
 from .conversations import MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
 from .lists import BLANK, LireError, Row, _Errors, atomic_write, checked_prompts, prompt_id, read_rows
-from .logprobs import CHUNK, ListCollator, measure_candidates, padded_rows, sampled_logps, tokenize_list, unwrap, without_ends
+from lire_nb.logprobs import (
+    CHUNK, ListCollator, both_sides, by_length, check_paths, common_context, measure_candidates, padded_rows, sampled_logps, tokenize_list, unwrap,
+    verified, without_ends,
+)
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, sample_lists
@@ -535,6 +538,8 @@ def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> I
 # %% ../nbs/09_evaluation.ipynb #941aa1e3
 def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     "(T, V) float32 log-probs at the marked positions of some rows; the head is asked about no others."
+    if check_paths(model).head == "full":
+        return model(input_ids=ids, attention_mask=mask).logits[where].float().log_softmax(-1)
     head = unwrap(model).get_output_embeddings()
     own, original = vars(head).get("forward"), head.forward
     options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
@@ -557,6 +562,10 @@ def token_kl(
     "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
     if start is None and not hasattr(unwrap(policy), "disable_adapter"):
         raise LireError("no start policy", field="start", value=None, allowed="a model, or None for a policy with a peft adapter", remedy="give the policy that training started from")
+    for model in [policy] + [start] * (start is not None):
+        verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
+    if both_sides(policy, batch):
+        return by_length(policy, batch, lambda part: token_kl(policy, start, part, chunk))
     rows, parts = padded_rows(batch), []
     width = rows["input_ids"].shape[1]
     for places in torch.stack([rows["index"] // width, rows["index"] % width], 1).split(chunk):
@@ -588,7 +597,8 @@ def text_kl(
         raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__, allowed="two models with the same tokenizer",
                         remedy="compare a policy with the one it was trained from")
     modes = [(m, m.training) for m in (model, start) if m is not None]
-    tokens = [tokenize_list(r, tokenizer, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length) for r in lists]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": common_context(model, start)}
+    tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
     device, results = next(model.parameters()).device, []
     for m, _ in modes:
         m.eval()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
-           'logits_to_logps', 'packed_rows', 'PathCheck', 'check_paths', 'to_device', 'enable_shared', 'disable_shared',
-           'list_logps', 'token_ratio', 'dataset_logps', 'list_length', 'reference_logps', 'same_policy',
-           'measure_candidates', 'without_ends', 'sampled_logps']
+           'logits_to_logps', 'packed_rows', 'both_sides', 'by_length', 'PathCheck', 'check_paths', 'verified',
+           'to_device', 'enable_shared', 'disable_shared', 'list_logps', 'token_ratio', 'dataset_logps', 'list_length',
+           'reference_logps', 'same_policy', 'measure_candidates', 'without_ends', 'sampled_logps']
 
 # %% ../nbs/06_logprobs.ipynb #ed17be6c
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import sys
@@ -31,7 +32,7 @@ from lire_nb.conversations import (
     MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, check_limit, completion_ids, drawn_tokens, encode_prompt, end_tokens, tokenizer_fingerprint,
 )
 from .lists import LireError, atomic_write, read_lines, select_candidates
-from .models import causal_lm, context_of, model_fingerprint, text_config, unwrap
+from .models import causal_lm, common_context, context_of, model_fingerprint, text_config, unwrap  # noqa: F401 (others take common_context from here)
 
 # %% ../nbs/06_logprobs.ipynb #5cce23b4
 logger = logging.getLogger(__name__)
@@ -373,69 +374,284 @@ for _base in ("sdpa", "eager"):
     AttentionInterface.register(f"{SHARED}-{_base}", _with_layout(_base))
     AttentionMaskInterface.register(f"{SHARED}-{_base}", AttentionMaskInterface()[_base])
 
+# %% ../nbs/06_logprobs.ipynb #cd1e2fe4
+def _ropes(config) -> list[dict]:
+    "The settings of rotary positions, one for each kind of layer."
+    found = getattr(config, "rope_parameters", None) or {}
+    return [part for part in found.values() if isinstance(part, dict)] or [found]
+
+
+def _switch(model) -> int | None:
+    "The row length past which LongRoPE turns every position of the row differently."
+    config = text_config(model)
+    name = "original_max_position_embeddings"
+    long = [r for r in _ropes(config) if "longrope" in (r.get("rope_type"), r.get("type"))]
+    return next((n for r in long if (n := r.get(name) or getattr(config, name, None))), None)
+
+
+def _apart(batch: dict, limit: int | None) -> list[tuple[dict, torch.Tensor]]:  # (part, its rows in the batch)
+    "The candidates up to a total length, and those beyond it, as batches of their own."
+    beyond = batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"] > (limit or 0)
+    everything = torch.arange(len(beyond), device=beyond.device)
+    if limit is None or bool(beyond.all()) or not bool(beyond.any()):
+        return [(batch, everything)]
+    return [(_rows_of(batch, rows), rows) for rows in (everything[~beyond], everything[beyond])]
+
+
+def _rows_of(batch: dict, rows: torch.Tensor) -> dict:
+    "A batch of some of its candidates, with the prompts that they need."
+    lists = batch["list_index"][rows].unique()
+    part = {name: batch[name][rows] for name in ("completion_ids", "completion_lengths", "candidate_index")}
+    part |= {name: batch[name][lists] for name in ("prompt_ids", "prompt_lengths", "mask")}
+    return part | {"list_index": torch.searchsorted(lists, batch["list_index"][rows])}
+
+# %% ../nbs/06_logprobs.ipynb #89d299fa
+def both_sides(model: torch.nn.Module, batch: dict) -> bool:
+    "Whether some candidates of a batch are up to such a limit and some beyond it."
+    return len(_apart(batch, _switch(model))) > 1
+
+
+def by_length(
+    model: torch.nn.Module,
+    batch: dict,  # from `ListCollator`
+    measure: Callable,  # batch -> (T,) values, one for each completion token
+) -> torch.Tensor:  # (T,)
+    "What `measure` finds for the candidates on each side of such a limit, put together again."
+    parts, pieces = _apart(batch, _switch(model)), {}
+    if len(parts) == 1:
+        return measure(batch)
+    for part, rows in parts:
+        pieces |= dict(zip(rows.tolist(), measure(part).split(part["completion_lengths"].tolist())))
+    return torch.cat([pieces[row] for row in range(len(pieces))])
+
+
+def _path_logps(model, batch: dict, path: str) -> torch.Tensor:
+    "(T,) log-probs by one path: 'shared', 'padded', or 'full' for padded rows and the model's own head."
+    run = _full_logps if path == "full" else _forward_logps
+    rows_of = packed_rows if path == "shared" else padded_rows
+    return by_length(model, batch, lambda part: run(model, rows_of(part)))
+
+# %% ../nbs/06_logprobs.ipynb #0bb8c8c5
+def _alone(model, lm, lists: list[dict], tolerance: float) -> tuple[torch.Tensor, dict]:  # (T,), {token id: (H,)}
+    "Log-probs of all tokens, and a gradient at the embeddings, each candidate alone: no code of the paths."
+    share = torch.linspace(-1, 1, sum(len(ids) for one in lists for ids in one["completion_ids"])).tolist()
+    values, gradient, switch = [], {}, _switch(model) or 0
+    for one in lists:
+        start, before = len(one["prompt_ids"]), {}
+        for ids in one["completion_ids"]:
+            row = one["prompt_ids"] + ids
+            logits, embedded = _logits_alone(model, lm, row)
+            on_prompt, side = logits[:start].detach().float(), len(row) > switch  # LongRoPE's two sides do differ
+            if _distance(on_prompt, before.setdefault(side, on_prompt)) > tolerance:
+                raise LireError("what follows a prompt changes the logits on it: it does not only look back")
+            scores = logits[start - 1 : len(row) - 1]  # each token is predicted by the one before it
+            scores = scores if scores.dtype == torch.float64 else scores.float()
+            scores = scores - scores.max(1, keepdim=True).values
+            logps = scores - scores.exp().sum(1, keepdim=True).log()
+            picked = [logps[k, token] for k, token in enumerate(ids)]
+            mixture = sum(share[len(values) + k] * logp for k, logp in enumerate(picked))
+            for part in torch.autograd.grad(mixture, embedded, allow_unused=True):
+                for token, one_gradient in zip(row, () if part is None else part.flatten(0, -2)):
+                    gradient[token] = gradient.get(token, 0) + one_gradient.float()
+            values += [logp.detach().float() for logp in picked]
+    return torch.stack(values), gradient
+
+
+def _logits_alone(model, lm, row: list[int]) -> tuple[torch.Tensor, list]:  # (L, V), what the embeddings gave
+    "The model as it is on one row; raises `LireError` where the logits have another number of positions."
+    seen = []
+    keep = lambda _, __, output: seen.append(output.detach().requires_grad_()) or seen[-1].clone()  # noqa: E731
+    hook = lm.get_input_embeddings().register_forward_hook(keep)  # a clone: some models write into it
+    try:
+        logits = model(input_ids=torch.tensor([row], device=next(lm.parameters()).device)).logits
+    finally:
+        hook.remove()
+    if logits.shape[1] != len(row):
+        raise LireError(f"{logits.shape[1]} positions of logits for a row of {len(row)} tokens")
+    return logits[0], seen
+
 # %% ../nbs/06_logprobs.ipynb #4cf7a2b9
 @dataclass(frozen=True)
 class PathCheck:
     "What `check_paths` found out about a model."
-    head: str  # "chunks": only the logits needed; "full": the model's own forward pass, untouched
+    head: str  # "chunks": only the logits needed; "full": the model's own head; "refused": no path is right
     shared: bool  # whether the shared path is exact for this model
     reason: str  # why not, else ""
-    errors: dict = field(default_factory=dict)  # relative: padded and shared, values and gradient
+    errors: dict = field(default_factory=dict)  # of each path, values and gradient, relative to each candidate alone
     seconds: float = 0.0
+    context: int | None = None  # tokens that the model can read
 
 
-_CHECKS: "weakref.WeakKeyDictionary[torch.nn.Module, PathCheck]" = weakref.WeakKeyDictionary()
+_CHECKS: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, PathCheck]]" = weakref.WeakKeyDictionary()
 
 
 def check_paths(
     model: torch.nn.Module,
     again: bool = False,  # also where the answer is known
+    length: int = 0,  # tokens of the longest row to come: what the model does differently below it is tried too
 ) -> PathCheck:
-    "Compare plain, padded and shared log-probs and a gradient on a tiny batch, once for each model; says in the log what it falls back to."
+    "Hold every path against each candidate alone, on a tiny batch, once for each state of a model."
     lm = causal_lm(model)
-    if lm not in _CHECKS or again:
-        began = time.perf_counter()
-        with _in_float32(lm):
-            found = _check(unwrap(model), lm)
-        _CHECKS[lm] = PathCheck(*found, seconds=time.perf_counter() - began)
-        if found[0] == "full":
+    if not hasattr(lm, "config") or not hasattr(lm, "get_input_embeddings"):
+        raise LireError("not a language model of transformers", field="model", value=type(lm).__name__,
+                        allowed="a causal language model", remedy="give the model that load_policy returns")
+    key, known = _state_of(model, lm, length), _CHECKS.setdefault(lm, {})
+    if key not in known or again:
+        began, said = time.perf_counter(), set() if again else {check.reason for check in known.values()}
+        with _in_float32(lm), _nowhere_zero(model):
+            found = _check(_called(model), lm, length)
+        known[key] = PathCheck(*found, seconds=time.perf_counter() - began, context=context_of(model))
+        if found[2] not in said | {""} and found[0] == "full":
             logger.warning("the model's head cannot be exchanged (%s); full logits are computed", found[2])
-        elif not found[1]:
-            logger.warning("the prompt of a list is computed once for each candidate (padded path): %s", found[2])
-    return _CHECKS[lm]
+        elif found[2] not in said | {""} and found[0] == "chunks":
+            logger.warning(_PADDED, found[2])
+    return known[key]
 
 
-def _check(model, lm) -> tuple:
+_PADDED = "the prompt of a list is computed once for each candidate (padded path): %s"
+
+# %% ../nbs/06_logprobs.ipynb #9cdaa8dd
+def verified(
+    model: torch.nn.Module,
+    length: int = 0,  # tokens of the longest row
+) -> PathCheck:
+    "The check's answer; raises `LireError` where no path can be verified, and for rows longer than the model reads."
+    check = check_paths(model, length=length)
+    if check.head == "refused":
+        raise LireError(f"its log-probs cannot be verified: {check.reason}", field="model", value=_name_of(model),
+                        allowed="a causal language model with one position of logits for each token of a row",
+                        remedy="train the weights, or a LoRA adapter, of a decoder")
+    if check.context is not None and length > check.context:
+        raise LireError("longer than the model can read", field="prompt + completion", value=f"{length} tokens",
+                        allowed=f"at most {check.context}",
+                        remedy="lower the length limits, or tokenize with context=context_of(model)")
+    return check
+
+# %% ../nbs/06_logprobs.ipynb #e9ad2d0a
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule")
+
+
+def _called(model):
+    "The model as it is called, without wrappers that only move work about."
+    while type(model).__name__ in _WRAPPERS:
+        model = getattr(model, "module", None) or model._orig_mod
+    return model
+
+
+def _adapters(model) -> list:
+    "The configurations of its peft adapters."
+    peft = getattr(unwrap(model), "peft_config", None)
+    return list(peft.values()) if isinstance(peft, dict) else []
+
+
+def _name_of(model) -> str:
+    "Class of the model, with the kinds of its adapters."
+    kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapters(model)})
+    return " with ".join([type(causal_lm(model)).__name__, *kinds])
+
+# %% ../nbs/06_logprobs.ipynb #f4750ce2
+_HARMLESS = ("make_inputs_require_grads", "neftune_post_forward_hook")  # hooks; the second: see `_row_noise`
+# settings of a configuration that say nothing about what a forward pass computes
+_UNSTRUCTURED = ("_token_id", "use_cache", "dtype", "name_or_path", "version", "_commit_hash", "return_dict", "output_",
+                 "_internal")
+
+
+def _state_of(model, lm, length: int) -> tuple:
+    "What an answer depends on: modules, hooks, adapters and their states, configuration, attention, limits crossed."
+    outer = _called(model)
+    parts = [_state_of_module(m) for m in outer.modules() if not type(m).__module__.startswith("torch.distributed")]
+    configs = {id(m.config): m.config for m in lm.modules() if hasattr(m, "config")}.values()
+    free = lambda name: any(word in name for word in _UNSTRUCTURED)  # noqa: E731
+    said = tuple(repr([(k, v) for k, v in vars(c).items() if not free(k)]) for c in configs)
+    attention = tuple(str(getattr(c, "_attn_implementation", "")).removeprefix(f"{SHARED}-") for c in configs)
+    bends = tuple((name, str(value)) for _, name, value in _bends(lm))
+    active = str(getattr(outer, "active_adapter", None)) if _adapters(model) else ""
+    return tuple(parts), said, attention, bends, active, tuple(_crossed(lm, length))
+
+
+def _state_of_module(m) -> tuple:
+    "Class without what FSDP2 puts before it, hooks, and the adapters of a peft layer."
+    own, bases = vars(m), type(m).__bases__
+    kind = bases[-1] if any(base.__name__ == "FSDPModule" for base in bases) else type(m)
+    states = ("_active_adapter", "_disable_adapters", "merged_adapters")
+    adapted = "_active_adapter" in own and tuple(str(own.get(name)) for name in states)
+    hooked = m._forward_pre_hooks or m._forward_hooks or "forward" in own
+    return kind, adapted, hooked and tuple(n for n in _around(m) if not any(word in n for word in _HARMLESS))
+
+
+def _around(module) -> list[str]:
+    "Names of what was put around a forward pass, but for the wrappers of distributed training and mixed precision."
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if "forward" in vars(module) and "_original_forward" not in vars(module):  # the second is accelerate's autocast
+        hooks.append(vars(module)["forward"])
+    places = [(getattr(h, "__module__", None) or "").startswith(("torch.distributed", "accelerate")) for h in hooks]
+    return [getattr(h, "__qualname__", type(h).__qualname__) for h, foreign in zip(hooks, places) if not foreign]
+
+# %% ../nbs/06_logprobs.ipynb #a821ed24
+_HALF = (torch.bfloat16, torch.float16)
+_CHEAP = 64  # a limit up to this length is always crossed in the check
+
+
+def _check(model, lm, length: int) -> tuple:
     "head, shared, reason, errors: see `PathCheck`."
-    batch, errors = _tiny_batch(text_config(lm).vocab_size, next(lm.parameters()).device), {}
+    takes = inspect.signature(lm.forward).parameters
+    if getattr(lm.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        return "refused", False, "it is an encoder with a decoder", {}
+    lists, errors = _tiny_lists(model, lm, length), {}
     half = any(p.dtype in _HALF for p in lm.parameters())
-    tolerance = (0.02, 0.15) if half else (1e-4, 1e-4)  # measured on SmolLM2 in bf16: right 0.000 and 0.03, a wrong mask 0.05 and 0.5
-    try:
-        truth = _probe(model, lm, batch, "plain")[0]
-    except Exception as e:  # whatever a foreign model does
-        return "full", False, f"a tiny batch fails: {_one_line(e)}", errors
-    problem = _why_not(lm)
+    # in bf16, on SmolLM2: right 0.000 and 0.03, a wrong mask 0.05 and 0.5
+    tolerance = (0.02, 0.15) if half else (2e-5, 1e-4)
+    disable_shared(lm)  # the oracle sees the model as it came
+    truth, training = _truth(model, lm, lists, tolerance[0])
+    if isinstance(truth, str):
+        return "refused", False, truth, errors
+    batch, problem = to_device(ListCollator()(lists), next(lm.parameters()).device), _why_not(lm)
+    wrong = lambda path: _compare(model, lm, batch, path, truth, tolerance, errors, training)  # noqa: E731
     if not problem:
         enable_shared(lm)  # the padded path must stay right with it
-        problem = _compare(model, lm, batch, "shared", truth, tolerance, errors) or _compare(model, lm, batch, "padded", truth[:1], tolerance, errors)
+        problem = wrong("shared") or wrong("padded")
         if not problem:
             return "chunks", True, "", errors
         disable_shared(lm)
-    broken = _compare(model, lm, batch, "padded", truth, tolerance, errors)
-    return "full" if broken else "chunks", False, broken or f"{type(lm).__name__}: {problem}", errors
+    broken = wrong("padded")
+    if not broken:
+        return "chunks", False, f"{type(lm).__name__}: {problem}", errors
+    worse = wrong("full")
+    return ("refused", False, f"in a batch, {worse}", errors) if worse else ("full", False, broken, errors)
 
+# %% ../nbs/06_logprobs.ipynb #bae74748
+def _truth(model, lm, lists: list[dict], tolerance: float) -> tuple:
+    "What `_alone` finds, or why nothing; and whether in training mode, for models without gradients in eval mode."
+    for training in (False, True):
+        try:
+            with _observed(model, lm, training):
+                return _alone(model, lm, lists, tolerance), training
+        except torch.OutOfMemoryError:
+            raise
+        except LireError as e:
+            return e.reason, training
+        except Exception as e:  # whatever a foreign model does
+            reason = f"a tiny list fails: {_one_line(e)}"
+    return reason, training
 
-def _compare(model, lm, batch, path, truth, tolerance, errors) -> str:
+# %% ../nbs/06_logprobs.ipynb #5ec0407e
+def _compare(model, lm, batch, path, truth, tolerance, errors, training) -> str:
     "What is wrong with a path, or nothing."
     try:
-        found, windows = _probe(model, lm, batch, path, gradient=len(truth) > 1)
+        with _observed(model, lm, training) as windows:
+            values, gradient = _probe(model, lm, batch, path)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # whatever a foreign model does
         return _one_line(e)
-    distances = [_distance(*both) for both in zip(found, truth)]
-    errors[path] = errors.get(path, {}) | dict(zip(("value", "gradient"), distances))
+    nothing = torch.zeros_like(next(iter(truth[1].values())))
+    ids = sorted(truth[1] | gradient)  # a pad must have no gradient
+    both = [torch.stack([g.get(i, nothing) for i in ids]) for g in (gradient, truth[1])]
+    distances = _distance(values, truth[0]), _distance(*both)
+    errors[path] = dict(zip(("value", "gradient"), distances))
     if any(distance > allowed for distance, allowed in zip(distances, tolerance)):
         return f"relative error {max(distances):.1e} on a tiny batch"
-    if path == "shared" and windows < _windows(lm):
+    if path == "shared" and len(windows) < _windows(lm):
         return "its sliding window does not reach the attention function"
     return ""
 
@@ -473,26 +689,43 @@ def _windows(lm) -> int:
     return kinds.count("sliding_attention") if kinds else config.num_hidden_layers
 
 
-def _tiny_batch(vocabulary: int, device) -> dict:
-    "Two ragged lists of a few tokens, spread over the vocabulary."
-    ids = iter((torch.arange(1, 40) * 7919 % max(vocabulary - 1, 1)).tolist())
-    sizes = [(5, (3, 1, 2)), (2, (2,))]
-    lists = [{"id": str(b), "prompt_ids": [next(ids) for _ in range(p)], "completion_ids": [[next(ids) for _ in range(r)] for r in rs], "rewards": [0.0] * len(rs)}
-             for b, (p, rs) in enumerate(sizes)]
-    return to_device(ListCollator()(lists), device)
+def _limits(lm) -> list[int]:
+    "Row lengths past which a model does something else, as its configuration says; for long windows see `_windows`."
+    config, context = text_config(lm), context_of(lm)
+    found = [r.get("original_max_position_embeddings") for r in _ropes(config)]
+    found += [getattr(config, name, None) for name in ("original_max_position_embeddings", "floor_scale")]
+    near = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    found += [n for n in near if isinstance(n, int) and n <= _CHEAP]
+    return sorted({n for n in found if isinstance(n, int) and n > 2 and (context is None or n + 2 <= context)})
+
+
+def _crossed(lm, length: int) -> list[int]:
+    "The limits that the check crosses: all near ones, and those that the rows to come do."
+    return [n for n in _limits(lm) if n <= max(length - 1, _CHEAP)]
+
+# %% ../nbs/06_logprobs.ipynb #58377a2a
+def _tiny_lists(model, lm, length: int) -> list[dict]:
+    "Two ragged lists of a few tokens, spread over the vocabulary, and one across each limit."
+    config = text_config(lm)
+    said = [v for name, v in vars(config).items() if name.endswith("_token_id")]  # some models read more into these
+    special = {i for v in said for i in (v if isinstance(v, list) else [v])}
+    ids = [k * 7919 % max(config.vocab_size - 1, 1) for k in range(1, 2 * config.vocab_size)]
+    ids = itertools.cycle([i for i in ids if i not in special] or ids)
+    waking = [i for c in _adapters(model) for i in getattr(c, "alora_invocation_tokens", None) or ()]  # it begins there
+    sizes = [(5, (3, 1, 2)), (2, (2,)), *((n - 2, (1, 4, 2)) for n in _crossed(lm, length))]
+    draw = lambda n: [next(ids) for _ in range(n)]  # noqa: E731
+    return [{"id": str(b), "prompt_ids": draw(p) + waking, "completion_ids": [draw(r) for r in rs],
+             "rewards": [0.0] * len(rs)} for b, (p, rs) in enumerate(sizes)]
 
 
 def to_device(batch: dict, device) -> dict:
     "The batch with its tensors on a device."
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
+# %% ../nbs/06_logprobs.ipynb #a17fdff1
 @contextmanager
 def _in_float32(lm, largest: float = 1e9):
-    "Half-precision weights as float32 for a while, so that rounding hides no error; there and back is exact. Models of more parameters stay as they are."
+    "Half-precision weights as float32 for a while, so that rounding hides no error; not for the largest models."
     tensors = [t for t in (*lm.parameters(), *lm.buffers()) if t.dtype in _HALF and not t.is_meta]
     tensors = {id(t): (t, t.dtype) for t in tensors} if sum(p.numel() for p in lm.parameters()) <= largest else {}
     for t, _ in tensors.values():
@@ -505,48 +738,65 @@ def _in_float32(lm, largest: float = 1e9):
 
 
 @contextmanager
-def _observed(lm):
-    "In eval mode and without autocast; yields the sliding windows that reach the shared attention."
-    global _windows_seen
-    modes = {m: m.training for m in lm.modules()}
-    _windows_seen = []
-    lm.eval()
+def _nowhere_zero(model):
+    "Weights that are all zero, as gates and adapters begin, get values for a while: training will move them."
+    plain = [p.data for p in model.parameters() if type(p.data) is torch.Tensor and p.is_floating_point()]
+    zero = [p for p in plain if p.numel() and not p.is_meta and p[(0,) * p.dim()] == 0 and not p.any()]
+    for p in zero:
+        p.copy_((torch.arange(p.numel(), device=p.device).cos() * 0.02).reshape(p.shape))
     try:
-        with torch.enable_grad(), torch.autocast(next(lm.parameters()).device.type, enabled=False):
+        yield
+    finally:
+        for p in zero:
+            p.zero_()
+
+# %% ../nbs/06_logprobs.ipynb #bbed192e
+@contextmanager
+def _observed(model, lm, training: bool):
+    "Without dropout, autocast, and draws from the generators; yields the windows that reach the shared attention."
+    global _windows_seen
+    modules, device = {m: m.training for m in model.modules()}, next(lm.parameters()).device
+    wrapped = [vars(m) for m in modules if {"_original_forward", "forward"} <= vars(m).keys()]  # accelerate's autocast
+    forwards = [(own, own.pop("forward")) for own in wrapped]
+    _windows_seen = []
+    for m in modules:
+        m.training = training and "Dropout" not in type(m).__name__
+    try:
+        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), generators:
             yield _windows_seen
     finally:
         _windows_seen = None
-        for module, mode in modes.items():
+        for module, mode in modules.items():
             module.training = mode
+        for own, forward in forwards:
+            own["forward"] = forward
 
+# %% ../nbs/06_logprobs.ipynb #2edf2cff
+def _probe(model, lm, batch, path) -> tuple[torch.Tensor, dict]:
+    "(T,) log-probs by a path, and the gradient of a fixed mixture of them at the embedding of each token id."
+    seen = []
 
-def _probe(model, lm, batch, path, gradient=True) -> tuple:
-    "((T,) log-probs[, the gradient of a fixed mixture of them at the embeddings by token id]), and how many layers showed a sliding window."
-    rows = packed_rows(batch) if path == "shared" else padded_rows(batch)
-    made = []
+    def keep(module, args, kwargs, output):
+        seen.append(((args or tuple(kwargs.values()))[0], output.detach().requires_grad_()))
+        return seen[-1][1].clone()
 
-    def keep(module, args, output):
-        made.append(output if output.requires_grad else output.requires_grad_())
-        return made[-1]
-
-    hook = lm.get_input_embeddings().register_forward_hook(keep)
+    hook = lm.get_input_embeddings().register_forward_hook(keep, with_kwargs=True)
     try:
-        with _observed(lm) as windows:
-            logps = _full_logps(model, rows) if path == "plain" else _forward_logps(model, rows)
-            if not gradient:
-                return (logps.detach().float(),), len(windows)
-            weights = torch.linspace(-1, 1, len(logps), device=logps.device)
-            grad = torch.autograd.grad((logps * weights).sum(), made[0])[0].float()
+        logps = _path_logps(model, batch, path)
+        weights = torch.linspace(-1, 1, len(logps), device=logps.device, dtype=logps.dtype)
+        grads = torch.autograd.grad((logps * weights).sum(), [out for _, out in seen], allow_unused=True)
     finally:
         hook.remove()
-    real = torch.ones_like(rows["input_ids"], dtype=torch.bool) if path == "shared" else rows["attention_mask"].bool()
-    ids, place = rows["input_ids"][real].unique(return_inverse=True)
-    by_id = grad.new_zeros(len(ids), grad.shape[-1]).index_add(0, place, grad[real])
-    return (logps.detach().float(), by_id), len(windows)
+    by_id = {}
+    for (ids, _), grad in zip(seen, grads):
+        for i, one in zip(ids.flatten().tolist(), () if grad is None else grad.flatten(0, -2).float()):
+            by_id[i] = by_id.get(i, 0) + one
+    return logps.detach().float(), by_id
 
-
+# %% ../nbs/06_logprobs.ipynb #5db5cf1c
 def _full_logps(model, rows: dict) -> torch.Tensor:
-    "(T,) log-probs by the model's own forward pass and a full log-softmax: the reference for everything else."
+    "(T,) log-probs by the model's own forward pass and a full log-softmax, for heads that cannot be exchanged."
     logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
     logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows["index"])
     return torch.cat([logits_to_logps(part, t) for part, t in zip(logits.split(CHUNK), rows["targets"].split(CHUNK))])
@@ -568,6 +818,18 @@ def _rename_attention(model, rename) -> None:
         if new != getattr(config, "_attn_implementation", None):
             config._attn_implementation = new
 
+# %% ../nbs/06_logprobs.ipynb #cfbe9de8
+_NOTED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()  # models whose noise was mentioned
+
+
+def _row_noise(model) -> str:
+    "What disturbs the embeddings of a row in training mode, where the check does not look; else nothing."
+    embedding = causal_lm(model).get_input_embeddings()
+    hooks = [name for name in _around(embedding) if _HARMLESS[0] not in name] if embedding.training else []
+    if any("neftune" in name.lower() for name in hooks):
+        return "NEFTune scales its noise by the length of a row"
+    return f"a hook on the embeddings ({', '.join(hooks)}) may act in training alone" if hooks else ""
+
 # %% ../nbs/06_logprobs.ipynb #39cb24a7
 IMPLS = ("auto", "padded", "shared")
 WORTH = 1.1  # "auto" shares when the padded path has this many times the tokens
@@ -576,10 +838,10 @@ WORTH = 1.1  # "auto" shares when the padded path has this many times the tokens
 def list_logps(
     model: torch.nn.Module,  # a causal language model, wrapped or not
     batch: dict,  # from `ListCollator`, on the model's device
-    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": shared where it is exact and pays
+    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": where exact and worth it
     per_token: bool = False,  # also return the (T,) token log-probs, candidates one after the other
 ) -> tuple[torch.Tensor, ...]:  # logps (B, M) float32, lengths (B, M) in tokens[, (T,)]
-    "Summed log-probability of every completion in a batch of lists, with gradients; raises `LireError` for 'shared' where it is not exact."
+    "Summed log-probability of every completion, with gradients; raises `LireError` where they would not be right."
     if impl not in IMPLS:
         raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
     tokens = _token_logps(model, batch, impl)
@@ -591,16 +853,22 @@ def list_logps(
     counts = torch.zeros_like(batch["mask"], dtype=torch.long).index_put(place, lengths)
     return (table, counts, tokens) if per_token else (table, counts)
 
-
+# %% ../nbs/06_logprobs.ipynb #09a838a9
 def _token_logps(model, batch, impl) -> torch.Tensor:
     "(T,) log-probs of all completion tokens by the path that `impl` and the model allow."
-    check = check_paths(model)
-    if impl == "shared" and not check.shared:
-        raise LireError(f"not exact for this model ({check.reason})", field="impl", value=impl, allowed="auto or padded", remedy="leave it at 'auto'")
-    if check.shared and (impl == "shared" or impl == "auto" and token_ratio(batch) >= WORTH):
+    length = int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max())
+    check = verified(model, length)
+    problem = check.reason or _row_noise(model)
+    if impl == "shared" and problem:
+        raise LireError(f"not exact for this model ({problem})", field="impl", value=impl, allowed="auto or padded",
+                        remedy="leave it at 'auto'")
+    if not problem and (impl == "shared" or impl == "auto" and token_ratio(batch) >= WORTH):
         enable_shared(model)
-        return _forward_logps(model, packed_rows(batch))
-    return (_forward_logps if check.head == "chunks" else _full_logps)(model, padded_rows(batch))
+        return _path_logps(model, batch, "shared")
+    if problem and check.shared and impl == "auto" and causal_lm(model) not in _NOTED:
+        _NOTED.add(causal_lm(model))
+        logger.warning(_PADDED, problem)
+    return _path_logps(model, batch, "padded" if check.head == "chunks" else "full")
 
 
 def token_ratio(
@@ -622,11 +890,12 @@ def dataset_logps(
     max_completion_length: int = MAX_COMPLETION_LENGTH,
     autocast: torch.dtype | None = None,  # e.g. torch.bfloat16
     impl: str = "auto",  # as in `list_logps`
+    context: int | None = None,  # tokens that another model of the comparison can read, where it is fewer
 ) -> list[tuple[list[float], list[int]]]:  # for each list: log-probs and token counts of its candidates
     "Log-probs of every completion under a model, in eval mode and without gradients."
     was_training = model.training
     model.eval()
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": context_of(model)}
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": _fewer(context, context_of(model))}
     tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
     order = sorted(range(len(tokens)), key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
     collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
@@ -641,6 +910,10 @@ def dataset_logps(
             results[i] = (logp[:m], length[:m])
     model.train(was_training)
     return results
+
+
+def _fewer(*limits: int | None) -> int | None:
+    return min((n for n in limits if n is not None), default=None)
 
 
 def list_length(
@@ -660,16 +933,18 @@ def reference_logps(
     max_completion_length: int = MAX_COMPLETION_LENGTH,
     autocast: torch.dtype | None = None,
     batch_size: int = 16,
+    context: int | None = None,  # tokens that the policy can read, where it is fewer: both must read the same
 ) -> list[list[float]]:  # for each list the (M,) log-probs of its candidates
     "Log-probs under the reference model, read from the cache where they are there."
     lists, limits = list(lists), {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    options = limits | {"autocast": autocast, "batch_size": batch_size}
+    context = _fewer(context, context_of(model))
+    options = limits | {"autocast": autocast, "batch_size": batch_size, "context": context}
     if folder is None:
         return [logps for logps, _ in dataset_logps(model, tokenizer, lists, **options)]
     name = hashlib.sha256(repr((model_fingerprint(causal_lm(model), tokenizer), sorted(limits.items()), str(autocast), str(next(model.parameters()).dtype))).encode())
     path = Path(folder) / f"reference-{name.hexdigest()[:16]}.jsonl"
     known = _read_cache(path)
-    keys = [_content_key(r, tokenizer, limits | {"context": context_of(model)}) for r in lists]
+    keys = [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]
     missing = {key: record for key, record in zip(keys, lists) if key not in known}
     if missing:
         logger.info("reference log-probs of %d lists, kept in %s", len(missing), path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MODEL_ASSETS', 'ModelError', 'cache_dir', 'file_hash', 'resolve_model', 'default_device', 'has_bf16',
            'compute_dtype', 'load_tokenizer', 'load_policy', 'load_reward_backbone', 'quiet_transformers', 'unwrap',
-           'causal_lm', 'text_config', 'context_of', 'model_fingerprint']
+           'causal_lm', 'text_config', 'context_of', 'common_context', 'model_fingerprint']
 
 # %% ../nbs/03_models.ipynb #0ff45082
 import hashlib
@@ -233,11 +233,26 @@ def text_config(model: torch.nn.Module):
     config = causal_lm(model).config
     return getattr(config, "get_text_config", lambda: config)()
 
+# %% ../nbs/03_models.ipynb #f967da8f
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # who calls it what
+
 
 def context_of(model: torch.nn.Module) -> int | None:
     "Tokens that the model can read at most; None where its configuration does not say."
-    config = text_config(model)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    config, lm, adapters = text_config(model), causal_lm(model), getattr(unwrap(model), "peft_config", None)
+    said = [n for name in _CONTEXTS if isinstance(n := getattr(config, name, None), int) and n > 0]
+    if not said:
+        return None
+    tables = [m for n, m in lm.named_modules() if type(m) is torch.nn.Embedding and "position" in n.split(".")[-1]]
+    unused = [m.padding_idx + 1 for m in tables if m.num_embeddings == said[0] and m.padding_idx is not None]
+    adapters = adapters.values() if isinstance(adapters, dict) else []
+    virtual = [getattr(c, "num_virtual_tokens", None) or 0 for c in adapters]
+    return said[0] - max(unused, default=0) - max(virtual, default=0)
+
+
+def common_context(*models) -> int | None:  # None among the models stands for nothing
+    "Tokens that all of several models can read."
+    return min((n for m in models if m is not None and (n := context_of(m)) is not None), default=None)
 
 # %% ../nbs/03_models.ipynb #a393c931
 def model_fingerprint(

@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .conversations import warn_text_prompts
 from .lists import LireError, atomic_write
-from .logprobs import IMPLS, ListCollator, check_paths, context_of, list_logps, reference_logps, tokenize_list
+from .logprobs import IMPLS, ListCollator, causal_lm, common_context, list_logps, reference_logps, tokenize_list, verified
 from .losses import get_loss, list_metrics, scored_mask
 from .models import file_hash, has_bf16, load_policy, quiet_transformers
 from .sampling import derive_seed
@@ -419,6 +419,8 @@ class LIRETrainer(ExactTrainer):
         if isinstance(model, (str, Path)):
             model, tokenizer = load_policy(model)
             processing_class = processing_class or tokenizer
+        if isinstance(ref_model, (str, Path)):
+            ref_model, _ = load_policy(ref_model, device=args.device)
         if processing_class is None:
             raise LireError("processing_class", value=None, allowed="the policy's tokenizer", remedy="pass processing_class=tokenizer")
         if peft_config is not None:
@@ -428,9 +430,9 @@ class LIRETrainer(ExactTrainer):
             model = get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
         self.loss, self.ref_model = get_loss(args.loss_type), ref_model
-        if args.logps_impl != "padded":
-            self._check_paths(model, args)
-        prepare = lambda lists: _prepared(lists, processing_class, args, self.loss.needs_ref and (ref_model or model), context_of(model))  # noqa: E731
+        self._check_paths(model, args, ref_model)
+        reference, context = self.loss.needs_ref and (ref_model or model), common_context(model, ref_model)
+        prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
         super().__init__(
             model=model, args=args, processing_class=processing_class, callbacks=callbacks, data_collator=TrainingCollator(processing_class.pad_token_id or 0),
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
@@ -438,11 +440,19 @@ class LIRETrainer(ExactTrainer):
         self._bad, self._step_ids, self._grad_norm = [], [], None
 
     @staticmethod
-    def _check_paths(model, args) -> None:
+    def _check_paths(model, args, ref_model=None) -> None:
         "The self-check of the log-probs, before the model is wrapped."
-        check = check_paths(model)
-        if args.logps_impl == "shared" and not check.shared:
-            raise LireError(f"not exact for this model ({check.reason})", field="logps_impl", value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
+        check = verified(model)
+        why = check.reason or ("" if args.neftune_noise_alpha is None else "NEFTune scales its noise by the length of a row")
+        if args.logps_impl == "shared" and why:
+            raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared", allowed="auto or padded",
+                            remedy="leave it at 'auto'")
+        if ref_model is not None:
+            verified(ref_model)
+            sizes = [causal_lm(m).get_input_embeddings().num_embeddings for m in (model, ref_model)]
+            if sizes[0] != sizes[1]:
+                raise LireError("another vocabulary than the policy's", field="ref_model", value=f"{sizes[1]} tokens",
+                                allowed=f"{sizes[0]} tokens", remedy="give a reference with the policy's tokenizer")
 
     # What a step reads.
 
@@ -547,7 +557,7 @@ class LIRETrainer(ExactTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "As the Trainer's; lists, or a dict of lists, are taken as they are."
         with self._reference(eval_dataset) as reference:
-            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference, context_of(self.model))
+            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference, common_context(self.model, self.ref_model))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @contextmanager
@@ -618,6 +628,7 @@ def prepare_lists(
     "Token ids, rewards and, where asked for, reference log-probs of every list."
     if lists is None:
         return None
+    lists = list(lists)  # they are read twice where there is a reference
     warn_text_prompts(lists, tokenizer)
     limits = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
     tokenized = []
@@ -628,7 +639,7 @@ def prepare_lists(
         raise LireError("empty", field="lists", allowed="at least one list", remedy="check the file or split they come from")
     if ref_model:
         autocast = torch.bfloat16 if args.bf16 else None
-        for one, logps in zip(tokenized, reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast, **limits)):
+        for one, logps in zip(tokenized, reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast, context=context, **limits)):
             one["ref_logps"] = logps
     if again := sum(one.pop("retokenized") for one in tokenized):
         logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an edited text): their text is tokenized anew", again)
