@@ -156,7 +156,7 @@ def sample_command(args) -> None:
         else:
             journal.unlink(missing_ok=True)  # its answers are in the output now
 
-
+# %% ../nbs/11_cli.ipynb #83a2ba3d
 def score_command(args) -> None:
     "Score the candidates of lists."
     from lire_nb.enhancement import reward_identity

@@ -358,7 +358,7 @@ def run_round(
         _write_round(folder, sampled)
     return trained
 
-
+# %% ../nbs/08_enhancement.ipynb #29271713
 def _sample_round(policy, prompts, num_candidates, settings, sampled: dict, progress: bool):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(prompts), num_candidates, policy)
     asked = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in prompts]
@@ -516,7 +516,7 @@ class StopRule:
             return f"the KL to the start policy is {now['kl']:.2f} nats, above {self.max_kl}"
         return None
 
-
+# %% ../nbs/08_enhancement.ipynb #a3cc8661
 def _mean(rows: Iterable[list[float]]) -> float:
     "The mean over prompts of their means."
     means = [math.fsum(row) / len(row) for row in rows]

@@ -750,7 +750,7 @@ def judge_policy(
             row["token_kl"] = kls
     return rows
 
-
+# %% ../nbs/09_evaluation.ipynb #2aeb0183
 def _token_kls(policy, start, lists, settings: SamplingSettings, max_prompt_length: int, same_tokenizer: bool) -> list[list[float] | None]:
     "The mean exact KL of a token, for every candidate; an empty text has none to measure."
     if not same_tokenizer:
@@ -768,7 +768,7 @@ def _loaded_pair(policy, start) -> tuple:
     policy = _loaded(policy)
     return policy, policy if same else _loaded(start)
 
-
+# %% ../nbs/09_evaluation.ipynb #f107c495
 def _loaded(policy):
     return load_policy(policy, dtype=compute_dtype()) if isinstance(policy, str) or hasattr(policy, "__fspath__") else policy
 
@@ -806,7 +806,7 @@ def compare_systems(
 def _reward(rows, judge, seed) -> Interval:
     return bootstrap_interval([float(np.mean(s)) for s in _scores(rows, judge)], seed=seed)
 
-
+# %% ../nbs/09_evaluation.ipynb #a6c0d500
 def _movement(rows: list[dict], seed: int) -> list[tuple]:
     "KL, perplexity under the start policy, length, share ended."
     def over_prompts(value):
@@ -834,7 +834,6 @@ def has_kl(
 ) -> bool:
     "Whether the log-ratios of these samples are a KL: drawn plainly, and read in the same tokens by both."
     return _is_plain(row.get("sampling")) and row.get("same_tokenizer", True)
-
 
 # %% ../nbs/09_evaluation.ipynb #5c3a5d37
 def evaluate_systems(

@@ -990,7 +990,7 @@ def same_policy(
     same = lambda x, y: x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y.to(x.device))  # noqa: E731
     return one.keys() == two.keys() and all(same(one[name], two[name]) for name in one)
 
-
+# %% ../nbs/06_logprobs.ipynb #c6cf9006
 def measure_candidates(
     lists: list[dict],
     measure: Callable[[list[dict]], list[list]],  # lists → for each list a value for each candidate
@@ -1024,7 +1024,7 @@ def without_ends(
                "logps": [None if end else value for value, end in zip(logps, ended)]}
     return {**record, "meta": {**(record.get("meta") or {}), **columns}}
 
-
+# %% ../nbs/06_logprobs.ipynb #5662da86
 def sampled_logps(
     policy,  # (model, tokenizer) that drew the candidates
     start,  # (model, tokenizer) to compare with
@@ -1049,7 +1049,7 @@ def sampled_logps(
     return [{"tokens": [n for _, n in a], "logps": [v for v, _ in a], "start_tokens": [n for _, n in b], "start_logps": [v for v, _ in b],
              "same_tokenizer": prints[0] == prints[1]} for a, b in zip(own, base)]
 
-
+# %% ../nbs/06_logprobs.ipynb #e086e621
 def _text_logps(model, tokenizer, lists, limits) -> list[list[tuple[float, int]]]:
     "Log-prob and number of tokens of every candidate, whole."
     return [list(zip(*found)) for found in dataset_logps(model, tokenizer, lists, max_completion_length=10**9, **limits)]

@@ -34,9 +34,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lire_nb.conversations import (
-    MAX_PROMPT_LENGTH, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
+    MAX_PROMPT_LENGTH, answer_text, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
 )
-from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id, unspaced
+from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id
 from .models import causal_lm, compute_dtype, context_of, load_policy
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
@@ -80,7 +80,7 @@ def _is_number(value) -> bool:
 def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
-
+# %% ../nbs/04_sampling.ipynb #3529d18b
 @dataclass(frozen=True)
 class Completion:
     "One sampled completion; two are equal when text and ending are."
@@ -385,7 +385,7 @@ class LocalSampler:
         logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
         return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
 
-
+# %% ../nbs/04_sampling.ipynb #352b4d26
 def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
     "Temperature, then top-k, then top-p."
     warpers = LogitsProcessorList()
@@ -474,7 +474,7 @@ class TryLater(Exception):
 class NoAnswer(LireError):
     "This request gets no answer that can be used; others may."
 
-
+# %% ../nbs/04_sampling.ipynb #01c36f58
 class _Patience:
     "Asks again and again, each time after a longer wait, until patience or retries are used up."
 
@@ -505,7 +505,7 @@ class _Patience:
             self.told = True
             logger.warning("%s; trying again for up to %g s", reason, self.patience)
 
-
+# %% ../nbs/04_sampling.ipynb #afabcf67
 def _work(todo: queue.SimpleQueue, done: queue.SimpleQueue, ask: _Patience) -> None:
     "A worker: takes requests until there are none."
     while not ask.over.is_set():
@@ -568,7 +568,7 @@ def run_requests(
             patient.over.set()
         return {key: kept.answers[key] for key in requests if key in kept.answers}
 
-
+# %% ../nbs/04_sampling.ipynb #432fd6f7
 def _take(done: queue.SimpleQueue, kept: Journal, bar, wait: bool = True) -> list[tuple]:
     "Keep all answers that are there: (key, answer, error) of what came. A failure is not kept, so that it is asked again."
     came = [done.get()] if wait else []
@@ -591,7 +591,7 @@ class _Refused(LireError):
 class _RefusedOne(_Refused, NoAnswer):
     "It answered so about this one request."
 
-
+# %% ../nbs/04_sampling.ipynb #5b7989a3
 def check_address(
     address: str,  # "http://host:port/v1", with or without "#model"
 ) -> str:
@@ -609,7 +609,7 @@ def check_address(
                         remedy="give the plain address; a key goes into OPENAI_API_KEY or api_key=")
     return address
 
-
+# %% ../nbs/04_sampling.ipynb #94eb2e6f
 class ServerSampler:
     "Samples from an OpenAI-compatible server."
 
@@ -706,9 +706,7 @@ class ServerSampler:
         return answer
 
     def _completion(self, prompt, answer: dict, settings) -> Completion:
-        text = answer["text"]
-        if not self._is_chat(prompt) and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
-            text = unspaced(text)  # it stands behind the transcript's "Assistant:"
+        text = answer["text"] if self._is_chat(prompt) else answer_text(prompt, answer["text"])
         text, stopped = _cut_at_stop(text, settings.stop)
         return Completion(text, "stop" if stopped else answer["finish_reason"])
 
@@ -761,7 +759,7 @@ class ServerSampler:
 
         return _parsed(_Patience(ask, self.running["patience"], 0, 0.5)(path))
 
-
+# %% ../nbs/04_sampling.ipynb #a657a21b
 def _why_unusable(text, finish_reason, refusal, stop) -> str | None:
     "What is wrong with an answer that has the right form."
     if refusal:
@@ -826,7 +824,7 @@ def sample_lists(
                         remedy="look at what the policy says to these prompts")
     return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in kept)
 
-
+# %% ../nbs/04_sampling.ipynb #cf6207de
 def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:
     good = [c for c in completions if c.failed is None]
     ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
