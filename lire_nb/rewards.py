@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .identity import plain_address, tokenizer_identity
 from .lists import LireError, lists_dataset
-from .models import ModelError, default_device, has_bf16, load_reward_backbone, quiet_transformers, render_prompt
+from .models import ModelError, default_device, has_bf16, load_reward_backbone, model_fingerprint, quiet_transformers, render_prompt
 from .tasks import text_hash
 
 # %% ../nbs/05_rewards.ipynb #e46efe29
@@ -157,6 +158,10 @@ class ServerReward:
         self.batch_size, self.in_flight, self.retries, self.backoff, self.timeout = batch_size, in_flight, retries, backoff, timeout
         self._open = urllib.request.build_opener(_NoRedirect).open
 
+    def identity(self) -> dict:
+        "What the scores depend on; headers, which hold keys, are left out."
+        return {"address": plain_address(self.url)}
+
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         spans = [(i, min(i + self.batch_size, len(completions))) for i in range(0, len(completions), self.batch_size)]
         stop = threading.Event()  # after the first failure nobody goes on waiting
@@ -252,6 +257,10 @@ class RewardModel:
             for i, s in zip(chunk, self.scores([prompts[i] for i in chunk], [completions[i] for i in chunk]).tolist()):
                 results[i] = s
         return results
+
+    def identity(self) -> dict:
+        "What the scores depend on."
+        return {"weights": model_fingerprint(self.model, self.tokenizer), "tokenizer": tokenizer_identity(self.tokenizer), "max_length": self.max_length}
 
     def save(self, folder: str | Path) -> None:
         "Weights as safetensors, tokenizer and settings beside them."
