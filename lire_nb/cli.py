@@ -200,13 +200,16 @@ def _adapter(lora: dict | None) -> dict | None:
 def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
     from lire_nb.enhancement import atomic_folder
+    from lire_nb.identity import policy_identity
     from lire_nb.rewards import train_reward_model
 
-    if _claim(args.out, backbone=args.backbone, lists=_hash(args.lists), max_length=args.max_length, epochs=args.epochs, seed=args.seed):
-        _say(f"training a reward model on {args.lists} into {args.out}")
-        reward = train_reward_model(load_lists(args.lists), args.backbone, max_length=args.max_length, epochs=args.epochs, seed=args.seed, name=Path(args.out).name)
-        with atomic_folder(args.out) as draft:
-            reward.save(draft)
+    made_from = {"backbone": policy_identity(args.backbone), "lists": _hash(args.lists), "max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
+    with _claim(args.out, **made_from, about={"backbone": args.backbone, "lists": args.lists}) as todo:
+        if todo:
+            _say(f"training a reward model on {args.lists} into {args.out}")
+            reward = train_reward_model(load_lists(args.lists), args.backbone, max_length=args.max_length, epochs=args.epochs, seed=args.seed, name=Path(args.out).name)
+            with atomic_folder(args.out) as draft:
+                reward.save(draft)
 
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:

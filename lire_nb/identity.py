@@ -7,8 +7,9 @@ __all__ = ['FORMAT', 'digest', 'lists_identity', 'prompts_identity', 'policy_ide
            'value_identity', 'named_identity', 'reward_identity', 'plain_value', 'Seen', 'describe', 'differences',
            'take_lock', 'free_lock', 'one_writer']
 
-# %% ../nbs/03a_identity.ipynb #d3724344
+# %% ../nbs/03a_identity.ipynb #40c56535
 import ast
+import builtins
 import functools
 import hashlib
 import inspect
@@ -33,7 +34,7 @@ import torch
 from .lists import LireError
 from .models import _hub_file, adapter_base, config_content, file_hash, model_fingerprint, resolve_model
 
-# %% ../nbs/03a_identity.ipynb #7debb6e7
+# %% ../nbs/03a_identity.ipynb #fe52f3a1
 FORMAT = 2  # of what stands beside a result; 1 was version 0.1.0, which left out half of it
 
 
@@ -57,7 +58,7 @@ def prompts_identity(
         found.setdefault(str(record["id"]), []).append([record["prompt"], {k: v for k, v in (record.get("meta") or {}).items() if v is not None}])
     return {name: digest(*said) for name, said in found.items()}
 
-# %% ../nbs/03a_identity.ipynb #8bfd9292
+# %% ../nbs/03a_identity.ipynb #f9544fd1
 _POLICY_FILES = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|generation_config|adapter_config|special_tokens_map|added_tokens|preprocessor_config)\.json"
                            r"|tokenizer.*|vocab.*|merges.*|chat_template.*|.*\.(jinja|model|tiktoken)")
 _SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|pw|headers?|auth|authorization|credentials?|signature|sig)$", re.IGNORECASE)
@@ -103,7 +104,7 @@ def _content_hash(path: Path) -> str:
         _HASHES[key] = found
     return _HASHES[key]
 
-# %% ../nbs/03a_identity.ipynb #fbce6c90
+# %% ../nbs/03a_identity.ipynb #69c44302
 def _commit_of(name: str) -> str:
     "A hub id with the commit that would be loaded, where that is known."
     found = next((f for file in ("config.json", "adapter_config.json") if (f := _hub_file(name, file))), None)
@@ -132,7 +133,7 @@ def plain_address(
     query = "&".join(f"{k}={'…' if _SECRET.search(k) else v}" for k, v in parse_qsl(parts.query, keep_blank_values=True))
     return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{query}" if query else "") + (f"#{parts.fragment}" if parts.fragment else "")
 
-# %% ../nbs/03a_identity.ipynb #172e797f
+# %% ../nbs/03a_identity.ipynb #fdaa1034
 def value_identity(value) -> str:  # 16 hex digits
     "A fingerprint of a value, a function or an object, by content."
     return digest(describe(value))
@@ -167,7 +168,7 @@ def plain_value(value):
         return model_fingerprint(value)
     return plain_value(value.to_dict()) if hasattr(value, "to_dict") and not isinstance(value, type) else named_identity(value)
 
-# %% ../nbs/03a_identity.ipynb #f8c41d2d
+# %% ../nbs/03a_identity.ipynb #97b65a03
 _PLAIN = (str, int, bool, type(None))
 
 
@@ -206,7 +207,7 @@ def _parts(value, seen):
         return tokenizer_identity(value)
     return _array(value) if hasattr(value, "__array__") else _object(value, seen)
 
-# %% ../nbs/03a_identity.ipynb #6cd01cc6
+# %% ../nbs/03a_identity.ipynb #71f3b0a4
 def _array(value):
     import numpy as np
 
@@ -245,15 +246,24 @@ _KINDS = [  # the first that fits
     ((types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType), lambda v, seen: f"{v.__module__}.{v.__qualname__}"),
 ]
 
-# %% ../nbs/03a_identity.ipynb #52f60c21
+# %% ../nbs/03a_identity.ipynb #f0da2ea5
 _OURS = __name__.partition(".")[0] if __name__ != "__main__" else "lire_nb"
 _LIBRARIES = tuple(str(Path(sysconfig.get_paths()[k]).resolve()) + os.sep for k in ("stdlib", "platstdlib", "purelib", "platlib"))
 _MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard", "write", "put"}
 
 
+def _origin(thing) -> str:
+    "'ours' for this package, 'library' for an installed one, 'user' for what the user wrote: where a function, a class or a module comes from."
+    if isinstance(thing, types.ModuleType):
+        return _origin_of(thing.__name__)
+    module = thing.__module__
+    if module == "builtins" and vars(builtins).get(thing.__name__) is not thing:  # made by exec
+        return "user"
+    return _origin_of(module)
+
+
 @functools.cache
-def _origin(module: str | None) -> str:
-    "'ours' for this package, 'library' for an installed one, 'user' for what the user wrote."
+def _origin_of(module: str | None) -> str:
     if (module or "").partition(".")[0] == _OURS:
         return "ours"
     if module in (None, "__main__") or module not in sys.modules:
@@ -269,10 +279,10 @@ def _code(code, doc: str | None) -> list:
     table = getattr(code, "co_exceptiontable", b"")
     return [hashlib.sha256(code.co_code + table).hexdigest()[:16], list(code.co_names), list(code.co_varnames), list(code.co_freevars), code.co_flags, consts]
 
-# %% ../nbs/03a_identity.ipynb #58688dc9
+# %% ../nbs/03a_identity.ipynb #f9d9719b
 def _function(value, seen):
     "A function's code, and what it reads; of a library only its name."
-    origin = _origin(value.__module__)
+    origin = _origin(value)
     if origin == "library":
         return f"{value.__module__}.{value.__qualname__}"
     made = {"function": value.__name__ if value.__name__ == "<lambda>" else value.__qualname__, "code": _code(value.__code__, value.__doc__), "defaults": describe(value.__defaults__, seen),
@@ -308,20 +318,20 @@ def _globals_of(function):
 
 def _global(value, names, seen):
     "A global value; of the user's own modules what the code names there."
-    if isinstance(value, types.ModuleType) and _origin(value.__name__) == "user":
+    if isinstance(value, types.ModuleType) and _origin(value) == "user":
         return {name: describe(vars(value)[name], seen) for name in dict.fromkeys(names) if name in vars(value)}
     return describe(value, seen)
 
-# %% ../nbs/03a_identity.ipynb #1541a0ce
+# %% ../nbs/03a_identity.ipynb #5b70e793
 _OF_PYTHON = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__", "__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__",
               "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__slots__", "__orig_bases__", "__parameters__",
               "__classcell__", "__type_params__", "__slotnames__", "__hash__"}
 
 
 def _class(value, seen):
-    made = {"class": f"{value.__module__}.{value.__qualname__}" if _origin(value.__module__) == "library" else value.__qualname__}
+    made = {"class": f"{value.__module__}.{value.__qualname__}" if _origin(value) == "library" else value.__qualname__}
     for owner in value.__mro__:
-        if _origin(owner.__module__) != "library" and owner.__module__ != "builtins":
+        if _origin(owner) != "library":
             for name, part in vars(owner).items():
                 if name not in _OF_PYTHON and not _SECRET.search(name) and not isinstance(part, (types.MemberDescriptorType, types.GetSetDescriptorType)):
                     made.setdefault(f"{owner.__qualname__}.{name}", describe(_unbound(part), seen))
@@ -344,7 +354,7 @@ def _object(value, seen):
     if hasattr(value, "__wrapped__"):
         return describe(value.__wrapped__, seen)
     state = dict(getattr(value, "__dict__", {})) | {name: getattr(value, name) for owner in kind.__mro__ for name in _slots(owner) if hasattr(value, name)}
-    if _origin(kind.__module__) == "library":  # its own affairs are its own
+    if _origin(kind) == "library":  # its own affairs are its own
         simple = (*_PLAIN, float, torch.Tensor)
         return {"class": f"{kind.__module__}.{kind.__qualname__}",
                 "state": {k: describe(v, seen) for k, v in sorted(state.items()) if k[0] != "_" and not _SECRET.search(k) and (isinstance(v, simple) or hasattr(v, "__array__"))}}
@@ -356,7 +366,7 @@ def _slots(owner) -> list[str]:
     slots = vars(owner).get("__slots__", ())
     return [slots] if isinstance(slots, str) else [s for s in slots if s not in ("__dict__", "__weakref__")]
 
-# %% ../nbs/03a_identity.ipynb #1725051e
+# %% ../nbs/03a_identity.ipynb #670c6acd
 @functools.lru_cache(maxsize=None)
 def _assigned(code) -> tuple[frozenset, frozenset]:
     "(names, attributes of self) that a piece of code assigns or fills, read from its source where there is one."
@@ -400,7 +410,7 @@ def _written_by(kind: type) -> set[str]:
         todo += [n for n in method.__code__.co_names if n not in ("__init__", "__post_init__")]
     return written
 
-# %% ../nbs/03a_identity.ipynb #e133213f
+# %% ../nbs/03a_identity.ipynb #5f46951c
 def differences(
     there,  # JSON
     now,  # JSON
@@ -431,7 +441,7 @@ def _short(value, other, width: int = 40) -> str:
     start = max(0, next((k for k, (a, b) in enumerate(zip(text, against)) if a != b), min(len(text), len(against))) - width // 3)
     return repr(("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else ""))
 
-# %% ../nbs/03a_identity.ipynb #2a5b7b7e
+# %% ../nbs/03a_identity.ipynb #d2c22700
 _HELD: dict[str, int] = {}  # lock file -> the thread that holds it
 
 
