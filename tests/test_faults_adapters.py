@@ -165,8 +165,8 @@ def test_12_an_adapter_is_told_apart_by_alpha_and_by_its_base(place, tmp_path):
 
 def test_12_rounds_of_self_enhancement_go_on_with_one_adapter(place, tmp_path):
     prompts = [{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(3)]
-    policies = self_enhance(place / "base", prompts, lambda p, c: [float(x.count("a")) - len(x) for x in c], tmp_path / "run", evolve=2, num_candidates=3, settings=SamplingSettings(max_new_tokens=5),
-                            progress=False, training={**TRAINING, "num_train_epochs": 1.0}, trainer_options={"peft_config": lora()})
+    policies = self_enhance(place / "base", prompts, lambda p, c: [float(sum(map(ord, x)) % 7) for x in c], tmp_path / "run", evolve=2, num_candidates=3, settings=SamplingSettings(max_new_tokens=5),
+                            progress=False, training={**TRAINING, "temperature": 20.0}, trainer_options={"peft_config": lora()})
     base, first, second = (logps(p) for p in (place / "base", *policies))
     assert base != first and first != second, (base, first, second)
     assert [json.loads((p / "adapter_config.json").read_text())["base_model_name_or_path"] for p in policies] == [str((place / "base").resolve())] * 2
