@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,6 +66,10 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
     for pair in pairs:
         if not pair.partition("=")[2]:
             raise LireError("not a pair", field=option, value=pair, allowed="name=value", remedy=f"for example {option} gold=runs/gold")
+    names = [pair.partition("=")[0] for pair in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise LireError("given twice", field=option, value=name, allowed="a name of its own for each", remedy="rename one, or leave it out")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -108,21 +113,24 @@ def _say(text: str) -> None:
         print(f"lire: {text}", flush=True)
 
 
-def _claim(out: str, **config) -> bool:
-    "Write the configuration beside the output; True when there is something to do. An output made with other settings is an error."
+@contextmanager
+def _claim(out: str, journal: Path | None = None, about: dict | None = None, **config):
+    "Write the configuration beside the output; True when there is something to do. An output made from something else is an error."
     from lire_nb.enhancement import claim_folder
+    from lire_nb.identity import one_writer
 
     path, name = Path(out), f"{Path(out).name}.config.json"
     if not _is_main():
-        return not path.exists()
-    if path.parent.is_dir() and not path.exists():
-        path.with_name(name).unlink(missing_ok=True)  # of an attempt that left no output
-    if path.exists() and not path.with_name(name).exists():
-        raise LireError("is there already and was not made by this command", field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
-    claim_folder(path.parent, {"output": path.name, **config}, name)
-    if path.exists():
-        _say(f"{out} is there already, made with the same settings")
-    return not path.exists()
+        yield not path.exists()
+        return
+    with one_writer(path, "another command", inside=False):
+        if path.exists() and not path.with_name(name).exists():
+            raise LireError("is there already and was not made by this command", field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
+        claim_folder(path.parent, {"output": path.name, **config}, name, f"give another --out, or delete {path.name} to make it again",
+                     made=[path.name, *([journal.name] if journal else [])], about=about)  # of an attempt that left no output nothing counts
+        if path.exists():
+            _say(f"{out} is there already, made with the same settings")
+        yield not path.exists()
 
 
 def _hash(path: str) -> str:
@@ -135,50 +143,57 @@ def _hash(path: str) -> str:
 # %% ../nbs/11_cli.ipynb #ee919a08
 def sample_command(args) -> None:
     "Sample candidates for prompts."
-    from lire_nb.models import resolve_model
+    from lire_nb.identity import policy_identity, prompts_identity
     from lire_nb.sampling import SamplingSettings, check_address, sample_lists
 
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     served = args.policy.startswith(("http://", "https://"))
     journal = Path(f"{args.out}.journal.jsonl")
-    (check_address if served else resolve_model)(args.policy)
+    if served:
+        check_address(args.policy)
     options = {"journal": journal, "max_in_flight": args.in_flight} if served else {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
     limit = {name: value for name, value in options.items() if name == "max_prompt_length"}
-    claimed = _claim(args.out, policy=args.policy, prompts=[p["id"] for p in prompts], num_candidates=args.num_candidates, sampling=asdict(settings), seed=args.seed, **limit)
-    if claimed or journal.exists():  # a journal that is still there belongs to an output with gaps
-        _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
-        lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}", **options)
-        save_lists(lists, args.out)
-        gaps = len(prompts) * args.num_candidates - sum(len(r["completions"]) for r in lists)
-        if gaps:
-            _say(f"{gaps} of {len(prompts) * args.num_candidates} candidates were not answered; the same command asks for these again")
-        else:
-            journal.unlink(missing_ok=True)  # its answers are in the output now
+    made_from = {"policy": args.policy, "fingerprint": policy_identity(args.policy), "prompts": prompts_identity(prompts)}
+    with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings), seed=args.seed, **limit) as todo:
+        if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
+            _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
+            lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}", **options)
+            save_lists(lists, args.out)
+            gaps = len(prompts) * args.num_candidates - sum(len(r["completions"]) for r in lists)
+            if gaps:
+                _say(f"{gaps} of {len(prompts) * args.num_candidates} candidates were not answered; the same command asks for these again")
+            else:
+                journal.unlink(missing_ok=True)  # its answers are in the output now
 
 # %% ../nbs/11_cli.ipynb #83a2ba3d
 def score_command(args) -> None:
     "Score the candidates of lists."
-    from lire_nb.enhancement import reward_identity
+    from lire_nb.identity import reward_identity
     from lire_nb.rewards import score_lists
 
     reward = read_reward(args.reward)
-    if _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), **_chat(args)):
-        _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-        save_lists(score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
+    with _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), about={"lists": args.lists}, **_chat(args)) as todo:
+        if todo:
+            _say(f"scoring {args.lists} with {args.reward} into {args.out}")
+            save_lists(score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
 
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import train_policy
-
-    from lire_nb.models import resolve_model
+    from lire_nb.enhancement import check_adapter, settings_identity, train_policy
+    from lire_nb.identity import policy_identity
 
     settings, lora = settings_of(args.set), _lora(args)
-    resolve_model(args.policy)
-    if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed, **({"lora": lora} if lora else {}), **_chat(args)):
-        _say(f"training {args.policy} on {args.lists} into {args.out}")
-        train_policy(args.policy, load_lists(args.lists, **_chat(args)), args.out, seed=args.seed, trainer_options=_adapter(lora), **settings)
+    options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
+    check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
+    made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists), "settings": settings_identity(settings), "seed": args.seed}
+    adapter = {**({"lora": lora} if lora else {}), **merge}
+    with _claim(args.out, **made_from, **adapter, **_chat(args), about={"policy": args.policy, "lists": args.lists}) as todo:
+        if todo:
+            _say(f"training {args.policy} on {args.lists} into {args.out}")
+            lists = load_lists(args.lists, **_chat(args))
+            train_policy(args.policy, lists, args.out, seed=args.seed, trainer_options=options, **merge, **settings)
 
 
 def _chat(args) -> dict:
@@ -200,21 +215,31 @@ def _adapter(lora: dict | None) -> dict | None:
 def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
     from lire_nb.enhancement import atomic_folder
+    from lire_nb.identity import policy_identity
     from lire_nb.rewards import train_reward_model
 
-    if _claim(args.out, backbone=args.backbone, lists=_hash(args.lists), max_length=args.max_length, epochs=args.epochs, seed=args.seed, **_chat(args)):
-        _say(f"training a reward model on {args.lists} into {args.out}")
-        reward = train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, max_length=args.max_length, epochs=args.epochs, seed=args.seed, name=Path(args.out).name)
-        with atomic_folder(args.out) as draft:
-            reward.save(draft)
+    made_from = {"backbone": policy_identity(args.backbone), "lists": _hash(args.lists), "max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
+    with _claim(args.out, **made_from, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
+        if todo:
+            _say(f"training a reward model on {args.lists} into {args.out}")
+            options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed, "name": Path(args.out).name}
+            reward = train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
+            with atomic_folder(args.out) as draft:
+                reward.save(draft)
 
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
     from lire_nb.enhancement import StopRule, self_enhance
+    from lire_nb.identity import one_writer
     from lire_nb.sampling import SamplingSettings
 
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
+    with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
+        _enhance(args, prompts, StopRule, self_enhance, SamplingSettings)
+
+
+def _enhance(args, prompts, StopRule, self_enhance, SamplingSettings) -> None:
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
     training = _with_limit(settings_of(args.set), args)
@@ -223,7 +248,8 @@ def enhance_command(args) -> None:
             raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
         stop = StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
     policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
-                            settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
+                            settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
+                            trainer_options=_adapter(_lora(args)))
     _say(f"the last policy is in {policies[-1]}")
 
 
@@ -237,21 +263,24 @@ def _with_limit(training: dict, args) -> dict:
 
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
-    from lire_nb.enhancement import claim_folder, reward_identity
-    from lire_nb.evaluation import evaluate_systems
-    from lire_nb.models import resolve_model
+    from lire_nb.enhancement import claim_folder
+    from lire_nb.evaluation import _checked_systems, evaluate_systems
+    from lire_nb.identity import one_writer, policy_identity, prompts_identity, reward_identity
     from lire_nb.sampling import SamplingSettings
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), limit_of(args.prompts, args.max_prompt_length)
-    for policy in systems.values():
-        resolve_model(policy)
-    rewards = {name: read_reward(judge) for name, judge in judges.items()}
-    claim_folder(args.out, {"systems": systems, "judges": {name: reward_identity(r) for name, r in rewards.items()}, "prompts": [p["id"] for p in prompts], "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed, "max_prompt_length": limit})
-    _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-    evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings, seed=args.seed, max_prompt_length=limit)
-    report_command(args)
+    _checked_systems(Path(args.out), systems, prompts)
+    found = {name: policy_identity(policy) for name, policy in systems.items()}
+    with one_writer(args.out, "another lire evaluate"):
+        rewards = {name: read_reward(judge) for name, judge in judges.items()}
+        config = {"systems": found, "judges": {name: reward_identity(r) for name, r in rewards.items()}, "prompts": prompts_identity(prompts),
+                  "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed, "max_prompt_length": limit}
+        claim_folder(args.out, config, made=["evaluation/*.jsonl"], about={"systems": systems, "judges": judges})
+        _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
+        evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings, seed=args.seed, max_prompt_length=limit)
+        report_command(args)
 
 
 def report_command(args) -> None:
@@ -276,20 +305,27 @@ def quickstart(
     **changes,  # of `QUICKSTART`
 ) -> Path:  # report.html
     "Reward models, LIRE, one self-enhancement round, evaluation and report; goes on where it stopped."
-    from lire_nb.enhancement import claim_folder, self_enhance, write_json
-    from lire_nb.evaluation import evaluate_systems
-    from lire_nb.models import resolve_model
-    from lire_nb.reporting import report
-    from lire_nb.sampling import SamplingSettings
+    from lire_nb.identity import digest, one_writer, policy_identity, prompts_identity
     from lire_nb.tasks import load_task
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
-    for name in ("policy", "backbone"):
-        resolve_model(config[name])  # a wrong name is said before the folder is claimed
+    made_from = {name: policy_identity(config[name]) for name in ("policy", "backbone")}  # a wrong name is said before the folder is claimed
+    task = load_task(config["task"])
+    made_from["prompts"] = digest([prompts_identity(task.prompts[split]) for split in ("train", "test")])
+    with one_writer(out, "another lire quickstart"):
+        return _quickstart(out, config, made_from, task, began)
+
+
+def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
+    from lire_nb.enhancement import claim_folder, self_enhance, write_json
+    from lire_nb.evaluation import evaluate_systems
+    from lire_nb.reporting import report
+    from lire_nb.sampling import SamplingSettings
+
     fresh = not (Path(out) / "config.json").exists()
-    run = claim_folder(out, config)
+    run = claim_folder(out, {**config, "made_from": made_from}, made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl"])
     stage = lambda text: _say(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}")  # noqa: E731
-    task, settings = load_task(config["task"]), SamplingSettings(max_new_tokens=config["max_new_tokens"])
+    settings = SamplingSettings(max_new_tokens=config["max_new_tokens"])
     judges = _judges(run, task, config, stage)
     stage(f"LIRE: {config['rounds']} rounds of {config['prompts']} prompts × {config['candidates']} candidates, scored by the proxy reward")
     policies = self_enhance(config["policy"], task.prompts["train"][: config["prompts"]], judges["proxy"], run, evolve=config["rounds"], iterate=config["passes"],
@@ -460,17 +496,19 @@ def _parser() -> argparse.ArgumentParser:
     settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=2")
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"),
                 o("--max-prompt-length", type=int, default=None, metavar="TOKENS", help="longer prompts are cut; default: the task's own limit, else 256"))
+    lora = (o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; the policy's own one is trained further"),
+            o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
     chat = o("--chat", choices=("yes", "no"), default=None, help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word where it matters")
     add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, chat, limit, seed,
         o("--in-flight", type=int, default=16, help="requests at a time, to a server"), out)
     add("score", score_command, lists, reward, chat, out)
-    add("train", train_command, lists, policy, settings, o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank"),
-        o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"), chat, seed, out)
+    add("train", train_command, lists, policy, settings, *lora,
+        o("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"), chat, seed, out)
     add("train-reward", train_reward_command, lists, o("--backbone", default="minilm", help="asset, folder or hub id"), o("--max-length", type=int, default=256, help="tokens"),
         o("--epochs", type=int, default=1, help="passes"), chat, seed, out)
     add("enhance", enhance_command, prompts, reward, policy, o("--evolve", type=int, default=2, help="rounds that sample"), o("--iterate", type=int, default=1, help="passes a round"),
-        candidates, *sampling, settings, o("--pool", choices=("replace", "keep"), default="replace", help="keep: train also on the candidates of earlier rounds"),
+        candidates, *sampling, settings, *lora, o("--pool", choices=("replace", "keep"), default="replace", help="keep: train also on the candidates of earlier rounds"),
         o("--max-candidates", type=int, default=None, help="cap of a list"), o("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
         o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"), o("--stop-kl", type=float, default=None, help="stop above so many nats"),
         o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), chat, limit, seed, out)

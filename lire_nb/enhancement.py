@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'write_json', 'claim_folder',
-           'policy_identity', 'lists_identity', 'by_id', 'train_policy', 'join_candidates', 'cap_candidates',
-           'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'reward_identity', 'self_enhance']
+           'check_claim', 'by_id', 'settings_identity', 'train_policy', 'check_adapter', 'join_candidates',
+           'cap_candidates', 'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
 import difflib
 import errno
 import gc
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -25,19 +24,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .conversations import MAX_PROMPT_LENGTH, encode_prompt
+from lire_nb.identity import (
+    FORMAT, differences, digest, lists_identity, named_identity, one_writer, plain_value, policy_identity, prompts_identity, reward_identity,
+)
 from .lists import LireError, atomic_write, checked_prompts, load_lists, make_record, merge_candidates, prompt_facts, save_lists, select_candidates
 from .logprobs import sampled_logps
-from .models import compute_dtype, file_hash, load_policy, load_tokenizer, model_fingerprint, quiet_transformers, resolve_model
+from .losses import LOSSES
+from .models import MODEL_ASSETS, adapter_base, adapter_config, compute_dtype, file_hash, load_policy, load_tokenizer, merged_policy, quiet_transformers
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
 from lire_nb.training import (
-    LIREConfig, LIRETrainer, Stopped, changed_files, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
+    LIREConfig, LIRETrainer, Stopped, changed_files, check_same_adapter, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
@@ -113,71 +115,58 @@ def claim_folder(
     config: dict,  # everything that decides what the run computes, as JSON
     name: str = "config.json",
     remedy: str = "give another folder, or the settings of this one",
+    *,
+    made: Iterable[str] = (),  # patterns of the first results: while there is none, the claim of a run that failed does not count
+    about: dict | None = None,  # written too, and not compared: paths and the like
 ) -> Path:
     "Create a run folder for this configuration, or go on in one of the same; raises `LireError` for one of another."
-    folder, config = Path(folder), json.loads(json.dumps(config))
-    path = folder / name
+    folder, path = Path(folder), Path(folder) / name
+    config = json.loads(json.dumps({"format": FORMAT, **config}))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise LireError(f"cannot be created ({e.strerror})", field="run folder", value=str(folder), allowed="a folder that can be written",
                         remedy="choose another place") from e
-    if not path.exists():
-        write_json(path, config)
-        return folder
-    stored = json.loads(path.read_text())
-    differ = [k for k in {**stored, **config} if stored.get(k) != config.get(k)]
-    if differ:
-        shown = "; ".join(f"{k}: {_shown(stored.get(k))} there, {_shown(config.get(k))} now" for k in differ)
-        raise LireError(f"the folder holds a run of another configuration ({shown})", file=path, field="run folder",
-                        allowed="the same configuration, or a new folder", remedy=remedy)
+    if path.exists() and not (made and not any(any(folder.glob(pattern)) for pattern in made)):
+        check_claim(path, config, remedy)
+    else:
+        write_json(path, {**config, **({"about": about} if about else {})})
     return folder
 
 
-def _shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+def check_claim(
+    path: str | Path,  # what stands beside a result
+    config: dict,  # what is asked for now
+    remedy: str = "give another folder, or the settings of this one",
+) -> None:
+    "Raise `LireError` where a result was made from something else, in one line that says what differs."
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored.pop("about", None)
+    except (OSError, ValueError, AttributeError) as e:
+        raise LireError("cannot be read", file=path, field="run folder", allowed="what a run wrote there", remedy="give another folder, or put the file back") from e
+    if stored.get("format") != FORMAT:
+        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=path, field="run folder", allowed="a folder of this version",
+                        remedy="give another folder, or finish this one with the version that began it")
+    if differ := differences(stored, json.loads(json.dumps({"format": FORMAT, **config}))):
+        raise LireError(f"the folder holds a run of another configuration ({differ})", file=path, field="run folder",
+                        allowed="the same configuration, or a new folder", remedy=remedy)
 
 # %% ../nbs/08_enhancement.ipynb #f6ed55e7
-def policy_identity(
-    policy: str | Path,  # name or folder
-) -> str:  # 16 hex digits for a folder or an asset; the name for a hub id
-    "A fingerprint of a policy's files: weights, configuration, vocabulary."
-    source = resolve_model(policy)
-    if not Path(source).is_dir():
-        return str(policy)
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-            digest.update(f"{path.name} {file_hash(path)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def lists_identity(lists: Iterable[dict]) -> str:
-    "A fingerprint of lists, whatever their order."
-    lines = sorted(json.dumps(dict(r), sort_keys=True) for r in lists)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
 def by_id(lists: Iterable[dict]) -> list[dict]:
     "Records in the order of their ids."
     return sorted((dict(r) for r in lists), key=lambda r: (r["id"], json.dumps(r, sort_keys=True)))
 
 
-def _plain_value(value):
-    "Something JSON can hold that tells two settings apart."
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, dict):
-        return {str(k): _plain_value(v) for k, v in value.items()}
-    if hasattr(value, "column_names") or isinstance(value, list) and value and isinstance(value[0], dict) and "completions" in value[0]:
-        return lists_identity(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = [_plain_value(v) for v in value]
-        return sorted(parts, key=str) if isinstance(value, (set, frozenset)) else parts
-    if isinstance(value, torch.nn.Module):
-        return model_fingerprint(value)
-    return _plain_value(value.to_dict()) if hasattr(value, "to_dict") else getattr(value, "__name__", type(value).__name__)
+def settings_identity(
+    settings: dict,  # for LIREConfig
+) -> dict:  # JSON
+    "Settings of a training, with the code of a loss of one's own."
+    named = plain_value(settings)
+    spec = LOSSES.get(settings.get("loss_type")) if isinstance(settings.get("loss_type"), str) else None
+    if spec is not None and not str(getattr(spec.fn, "__module__", "")).startswith("lire_nb."):  # registered under a name
+        named["loss_type"] = named_identity(spec.fn)
+    return named
 
 # %% ../nbs/08_enhancement.ipynb #c90a235c
 TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1, "report_to": "none"}
@@ -191,48 +180,71 @@ def train_policy(
     seed: int = 0,
     callbacks: list | None = None,
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
+    merge_adapter: bool = False,  # of the start policy: add it to the weights of its base first
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy on lists and save it, all or nothing; goes on from a checkpoint if one is there. On SIGTERM it writes one and raises `Stopped`."
     folder, lists, options = Path(folder), by_id(lists), trainer_options or {}
     _check_settings(settings)
+    check_adapter(policy, options.get("peft_config"), merge_adapter)
     partial = folder.with_name(f"{folder.name}.partial")
-    identity = {"policy": str(policy), "fingerprint": policy_identity(policy), "lists": lists_identity(lists), "seed": seed, "settings": _plain_value(settings), "trainer": _plain_value(options)}
-    if folder.exists():
-        return _done_before(folder, partial, identity)
-    args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": _have_state(callbacks)} | settings | {"output_dir": str(partial)}))
-    with args.main_process_first(local=False), disk_errors(folder):
-        resume = _claim_partial(partial, identity, args.process_index == 0)
-    try:
-        with on_sigterm() as sigterm, disk_errors(folder):
-            _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, **options)
-    finally:
-        if args.process_index == 0 and not checkpoints(partial):
-            shutil.rmtree(partial, ignore_errors=True)  # nothing to go on from
-    if sigterm.asked:
-        raise Stopped(f"stopped by SIGTERM; the policy in {folder} is complete")
-    return folder
+    with one_writer(folder, "another training", inside=False):
+        identity = {"fingerprint": policy_identity(policy), "lists": lists_identity(lists), "seed": seed, "settings": settings_identity(settings), "trainer": plain_value(options),
+                    **({"merge_adapter": True} if merge_adapter else {})}
+        if folder.exists():
+            return _done_before(folder, partial, identity)
+        args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": _have_state(callbacks)} | settings | {"output_dir": str(partial)}))
+        with args.main_process_first(local=False), disk_errors(folder):
+            resume = _claim_partial(partial, identity, args.process_index == 0, policy)
+        try:
+            with on_sigterm() as sigterm, disk_errors(folder):
+                _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, merge_adapter=merge_adapter, **options)
+        finally:
+            if args.process_index == 0 and not checkpoints(partial):
+                shutil.rmtree(partial, ignore_errors=True)  # nothing to go on from
+        if sigterm.asked:
+            raise Stopped(f"stopped by SIGTERM; the policy in {folder} is complete")
+        return folder
+
+
+def check_adapter(
+    policy: str | Path,  # where training starts
+    peft_config=None,  # the adapter that is asked for
+    merge: bool = False,  # the policy's own adapter into its base first
+) -> None:
+    "Raise `LireError` where what would be trained of a policy with an adapter is not clear; nothing is loaded."
+    there = adapter_config(policy)
+    if there is None and merge:
+        raise LireError("has no adapter to merge", field="merge_adapter", value=str(policy), allowed="the folder of an adapter", remedy="leave merge_adapter out")
+    if there is None or merge:
+        return
+    adapter_base(policy)  # it must be there
+    if peft_config is None:
+        raise LireError("is an adapter, and full training of it is not defined", field="policy", value=str(policy), allowed="the adapter trained further, or merged into its base first",
+                        remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it (peft_config=, merge_adapter=True)")
+    check_same_adapter(there, peft_config)
 
 
 def _done_before(folder: Path, partial: Path, identity: dict) -> Path:
     "Stopped between the last rename and the clean-up of this very training; anything else is in the way."
     try:
-        same = json.loads((partial / "identity.json").read_text()) == json.loads(json.dumps(identity))
-    except OSError:
+        check_claim(partial / "identity.json", identity)
+        same = True
+    except LireError:
         same = False
     if not same:
         raise LireError("is there already", field="folder", value=str(folder), allowed="a new name", remedy="move it away or choose another name")
     shutil.rmtree(partial, ignore_errors=True)
     return folder
 
-
+# %% ../nbs/08_enhancement.ipynb #e566743d
 def _have_state(callbacks) -> bool:
     return any(isinstance(c, ExportableState) for c in callbacks or ())
 
 
-def _claim_partial(partial: Path, identity: dict, main: bool) -> Path | None:
+def _claim_partial(partial: Path, identity: dict, main: bool, policy) -> Path | None:
     "The checkpoint to go on from, in a folder that belongs to this training."
-    claim_folder(partial, identity, "identity.json", remedy=f"delete {partial.name}, or train with the settings of before")
+    claim_folder(partial, identity, "identity.json", remedy=f"delete {partial.name}, or train with the settings of before", made=["checkpoint-*"], about={"policy": str(policy)})
     if main:
         shutil.rmtree(partial / "policy", ignore_errors=True)
         sweep_drafts(partial, within=True)
@@ -247,8 +259,10 @@ class _NoLastCheckpoint(TrainerCallback):
             control.should_save = False
 
 
-def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, **options) -> None:
+def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter, **options) -> None:
     model, tokenizer = load_policy(policy)
+    if merge_adapter:
+        model = merged_policy(model)
     trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm = sigterm
     draft = partial / "policy"
@@ -257,6 +271,7 @@ def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, ca
         trainer.save_model(str(draft))
     if trainer.is_world_process_zero():
         _add_records(draft, trainer)
+        _name_base(draft, policy, merge_adapter)
         draft.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -273,6 +288,22 @@ def _add_records(draft: Path, trainer) -> None:
     (draft / "lire_config.json").write_text(json.dumps(settings, indent=1, default=str))
 
 
+def _name_base(draft: Path, policy, merged: bool) -> None:
+    "Write down where an adapter's base is: by its name or its whole path; a merged base was nowhere before, and lies in the adapter's folder."
+    path = draft / "adapter_config.json"
+    if not path.exists():
+        return
+    base = "base" if merged else str(adapter_base(policy) or policy)
+    if merged:
+        model, tokenizer = load_policy(policy, device="cpu")
+        with quiet_transformers():
+            merged_policy(model).save_pretrained(draft / base)
+            tokenizer.save_pretrained(draft / base)
+    elif Path(base).is_dir() and base not in MODEL_ASSETS:
+        base = str(Path(base).resolve())
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base})
+
+# %% ../nbs/08_enhancement.ipynb #ff896042
 def _check_settings(settings: dict) -> None:
     "An unknown setting is said before a model is loaded, with the name that was probably meant."
     known = [f.name for f in fields(LIREConfig)]
@@ -335,12 +366,13 @@ def run_round(
     pool: str = "replace",  # or "keep": also the lists of the round before
     max_candidates: int | None = None,  # of a list, see `cap_candidates`
     contrastive: bool = False,  # train on the score minus the start policy's mean score for the prompt
+    trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
 ) -> Path:  # the folder of the new policy
     "Sample, score, train; a stage whose result is there is not run again."
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
     sampled = {"policy": _within(policy, run_folder), "fingerprint": policy_identity(policy), "round": number, "seed": derive_seed(seed, number, "sample"),
-               "num_candidates": num_candidates, "sampling": _plain_value(asdict(settings)), "max_prompt_length": prompt_limit(training)}
+               "num_candidates": num_candidates, "sampling": plain_value(asdict(settings)), "max_prompt_length": prompt_limit(training)}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
@@ -352,7 +384,7 @@ def run_round(
     if not trained.exists():
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if contrastive else load_lists(scored)
-        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, **({"num_train_epochs": iterate, "disable_tqdm": True} | training))
+        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, trainer_options=trainer_options, **({"num_train_epochs": iterate, "disable_tqdm": True} | training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)
@@ -411,9 +443,8 @@ def _check_round(folder: Path, sampled: dict) -> None:
             raise LireError("cannot be read", file=folder / "manifest.json", remedy=f"delete {folder.name}, or only this file if you trust the others")
         return
     was = manifest.get("sampled_by", {})
-    differ = {k: was.get(k) for k in sampled if was.get(k) != sampled[k]}
-    if differ:
-        raise LireError("this round was sampled by another policy", file=folder, value=differ, allowed=str({k: sampled[k] for k in differ}), remedy=f"delete {folder.name} and the rounds after it")
+    if differ := differences({k: was.get(k) for k in sampled}, json.loads(json.dumps(sampled))):
+        raise LireError(f"this round was sampled by another policy ({differ})", file=folder, allowed="the policy of before", remedy=f"delete {folder.name} and the rounds after it")
     for name, what in changed_files(folder, manifest).items():
         top = name.split("/")[0]
         if what != "missing" or (folder / top).exists():
@@ -488,7 +519,7 @@ class StopRule:
     def identity(self) -> dict:
         gold = self.gold and reward_identity(self.gold)
         return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings), "seed": self.seed,
-                "prompts": lists_identity(self.prompts), "max_prompt_length": self.max_prompt_length}
+                "prompts": digest(prompts_identity(self.prompts)), "max_prompt_length": self.max_prompt_length}
 
     def measure(self, policy: str | Path, start: str | Path) -> dict:
         "Gold reward and KL of a policy, means over prompts."
@@ -543,15 +574,6 @@ def should_stop(
         write_json(path, history)
     return history[number]["reason"]
 
-# %% ../nbs/08_enhancement.ipynb #5df40456
-def reward_identity(
-    reward: Reward,
-) -> str:
-    "The reward's name, with a fingerprint of its weights where it has some."
-    name = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
-    model = getattr(reward, "model", None)
-    return f"{name}-{model_fingerprint(model, reward.tokenizer)}" if hasattr(model, "state_dict") else name
-
 # %% ../nbs/08_enhancement.ipynb #e8f73937
 def self_enhance(
     policy: str | Path,  # the start policy: asset, folder or hub id
@@ -571,6 +593,7 @@ def self_enhance(
     max_candidates: int | None = None,  # cap of a list, see `cap_candidates`
     contrastive: bool = False,  # rewards minus the start policy's mean for the prompt
     stop: StopRule | Callable[[int, Path], str | None] | None = None,  # asked after every round
+    trainer_options: dict | None = None,  # for LIRETrainer; with a peft_config round 1 trains a fresh adapter, later rounds train it further
 ) -> list[Path]:  # the policy folder of every round
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
     prompts, training, start, run_folder = checked_prompts(prompts), training or {}, policy, Path(run_folder)
@@ -580,17 +603,19 @@ def self_enhance(
     _check_templates([*prompts, *(stop.prompts if isinstance(stop, StopRule) else [])], policy, prompt_limit(training))
     prompts = _distinct(prompts)
     _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
-    config = {"policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": [(p["id"], p["prompt"]) for p in prompts],
-              "given": lists_identity(_given_lists(prompts)), "evolve": evolve, "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings), "training": _plain_value(training),
-              "seed": seed, "pool": pool, "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else _plain_value(stop)}
+    check_adapter(policy, (trainer_options or {}).get("peft_config"))
+    config = {"fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": prompts_identity(prompts), "given": lists_identity(_given_lists(prompts)), "evolve": evolve,
+              "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings), "training": settings_identity(training), "seed": seed, "pool": pool,
+              "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else plain_value(stop),
+              **({"trainer": plain_value(trainer_options)} if trainer_options else {})}
     policies = []
-    with on_sigterm("stopped by SIGTERM; the stages that are finished are kept, start again to go on"):
-        _claim_run(run_folder, config)
+    with one_writer(run_folder, "another self-enhancement"), on_sigterm("stopped by SIGTERM; the stages that are finished are kept, start again to go on"):
+        _claim_run(run_folder, config, policy)
         if isinstance(stop, StopRule):
             _decide(stop, 0, policy, start, run_folder)  # the start is measured first: what is wrong with the rule is said before the work
         for number in range(1, evolve + 1):
             policy = run_round(number, policy, prompts, reward, run_folder, iterate=iterate, num_candidates=num_candidates, settings=settings, seed=seed, training=training,
-                               progress=progress, pool=pool, max_candidates=max_candidates, contrastive=contrastive)
+                               progress=progress, pool=pool, max_candidates=max_candidates, contrastive=contrastive, trainer_options=trainer_options)
             policies.append(policy)
             if after_round is not None and _is_main():
                 after_round(number, policy)
@@ -600,9 +625,9 @@ def self_enhance(
     return policies
 
 
-def _claim_run(run_folder: Path, config: dict) -> None:
+def _claim_run(run_folder: Path, config: dict, policy) -> None:
     if _is_main():
-        claim_folder(run_folder, config, "enhancement.json")
+        claim_folder(run_folder, config, "enhancement.json", made=["round-*/*.jsonl", "round-*/policy*"], about={"policy": str(policy)})
         sweep_drafts(run_folder, within=True)
     _wait_for((run_folder / "enhancement.json").exists)
 

@@ -16,12 +16,13 @@ import inspect
 import json
 import logging
 import math
+import os
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,12 @@ from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
 from .conversations import MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
+from .enhancement import check_claim, write_json
+from .identity import FORMAT, one_writer, plain_value, policy_identity, prompts_identity, reward_identity
 from .lists import BLANK, LireError, Row, _Errors, atomic_write, checked_prompts, prompt_id, read_rows
 from lire_nb.logprobs import (
-    CHUNK, ListCollator, both_sides, by_length, check_paths, common_context, measure_candidates, padded_rows, sampled_logps, tokenize_list, unwrap,
-    verified, without_ends,
+    CHUNK, ListCollator, both_sides, by_length, check_paths, common_context, measure_candidates, padded_rows, policy_at_start, remember_start,
+    sampled_logps, tokenize_list, unwrap, verified, without_ends,
 )
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
@@ -555,7 +558,7 @@ def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor
 @torch.no_grad()
 def token_kl(
     policy: torch.nn.Module,
-    start: torch.nn.Module | None,  # None: the policy with its adapter switched off (peft)
+    start: torch.nn.Module | None,  # None: the policy that its adapter's training began with, see `policy_at_start`
     batch: dict,  # from `logprobs.ListCollator`, on the models' device
     chunk: int = CHUNK,  # positions whose distributions exist at once
 ) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
@@ -574,7 +577,7 @@ def token_kl(
         where[places[:, 0], places[:, 1]] = True
         inputs = rows["input_ids"][of], rows["attention_mask"][of], where[of]
         new = _logits_at(policy, *inputs)
-        with unwrap(policy).disable_adapter() if start is None else nullcontext():
+        with policy_at_start(policy) if start is None else nullcontext():
             old = _logits_at(start or policy, *inputs)
         if new.shape != old.shape:
             raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]), allowed="two models with the same tokenizer", remedy="compare a policy with the one it was trained from")
@@ -584,7 +587,7 @@ def token_kl(
 
 def text_kl(
     policy,  # (model, tokenizer), or a name
-    start,  # (model, tokenizer), a name, or None: the policy without its adapter
+    start,  # (model, tokenizer), a name, or None: the policy that its adapter's training began with
     lists: Iterable[dict],  # records with texts in "completions"
     *,
     batch_size: int = 8,  # lists at once
@@ -845,21 +848,47 @@ def evaluate_systems(
     seed: int = 0,
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
-    "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl."
+    "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count when they were made from the same."
     run, rows, start = Path(run_folder), {}, None
+    paths = _checked_systems(run, systems, prompts)
+    with one_writer(run, "another evaluation"):
+        made_from = _made_from(systems, prompts, judges, seed, options)
+        for name, path in paths.items():  # before anything is sampled
+            if path.exists():
+                check_claim(_beside(path), made_from[name], remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
+        for number, (name, policy) in enumerate(systems.items()):
+            if not paths[name].exists():
+                start = start or _loaded(next(iter(systems.values())))
+                write_json(_beside(paths[name]), {"format": FORMAT, **made_from[name], "about": {"policy": str(policy) if isinstance(policy, (str, os.PathLike)) else "in memory"}})
+                write_jsonl(paths[name], judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed, **options))
+            with open(paths[name], encoding="utf-8") as f:
+                rows[name] = [json.loads(line) for line in f]
+        figures = compare_systems(rows, seed=seed)
+        write_jsonl(run / "metrics.jsonl", figures)
+    return figures
+
+
+def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str, Path]:
+    "The file of each system; what would fail after the work is said before it."
     slugs = [slug(name) for name in systems]
     if "" in slugs or len(set(slugs)) < len(slugs):
         raise LireError("names that are not different as file names", field="systems", value=list(systems), allowed="names that differ in letters and digits", remedy="rename one")
-    for number, (name, policy) in enumerate(systems.items()):
-        path = run / "evaluation" / f"{slug(name)}.jsonl"
-        if not path.exists():
-            start = start or _loaded(next(iter(systems.values())))
-            write_jsonl(path, judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed, **options))
-        with open(path, encoding="utf-8") as f:
-            rows[name] = [json.loads(line) for line in f]
-    figures = compare_systems(rows, seed=seed)
-    write_jsonl(run / "metrics.jsonl", figures)
-    return figures
+    if len(prompts) < 2:
+        raise LireError("too few", field="prompts", value=len(prompts), allowed="2 or more: intervals are over prompts", remedy="give more prompts, or raise --limit")
+    return {name: run / "evaluation" / f"{short}.jsonl" for name, short in zip(systems, slugs)}
+
+
+def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict) -> dict[str, dict]:
+    "What each system's rows are made from."
+    limits = {name: p.default for name, p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty and name not in ("seed", "progress")}
+    limits = {k: asdict(v) if is_dataclass(v) else v for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
+    same = {"prompts": prompts_identity(prompts), "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed, "options": plain_value(limits)}
+    found = {name: policy_identity(policy) for name, policy in systems.items()}
+    return {name: {"policy": found[name], "start": next(iter(found.values())), **same} for name in systems}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".config.json")
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
@@ -903,7 +932,7 @@ class EvaluationCallback(TrainerCallback):
         judges: dict[str, Reward],
         *,
         every: int | str = "epoch",  # or a number of steps
-        start=None,  # the start policy: name, model or (model, tokenizer); None: the policy without its adapter, else no KL
+        start=None,  # the start policy: name, model or (model, tokenizer); None: the policy that its adapter's training began with, else no KL
         num_samples: int = 1,
         settings: SamplingSettings = SamplingSettings(),
         seed: int = 0,  # the same at every evaluation, so that changes are the policy's
@@ -944,6 +973,8 @@ class EvaluationCallback(TrainerCallback):
             if self.max_kl is not None:
                 raise LireError("no start policy to measure the KL to", field="start", value=None, allowed="a model, where the policy has no adapter", remedy="give EvaluationCallback start=, or leave max_kl out")
             logger.warning("no start policy and no adapter: eval_kl is left out")
+        elif state.global_step == 0:
+            remember_start(model, again=False)  # LIRETrainer did so; of any other trainer's adapter it is done here
         if state.global_step == 0:
             self._evaluate(args, state, control, model, processing_class)
 
@@ -999,4 +1030,3 @@ class EvaluationCallback(TrainerCallback):
 def _count(text: str, ids: list[int] | None, tokenizer) -> int:
     "Tokens of a completion, as drawn where they are known."
     return len(tokenizer(text, add_special_tokens=False)["input_ids"] if ids is None else ids)
-

@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'config_key', 'syntax_hash', 'code_version', 'stand_in', 're
 
 # %% ../nbs/10b_experiments.ipynb #0975423e
 import ast
-import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -19,7 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from .enhancement import atomic_folder, self_enhance, train_policy, write_json
 from .evaluation import judge_policy, undisturbed
+from .identity import named_identity, one_writer, policy_identity
 from .lists import LireError, candidate_columns, load_lists, make_record, merge_candidates, save_lists, select_candidates
-from .models import compute_dtype, load_policy, load_tokenizer, quiet_transformers, resolve_model
+from .losses import LOSSES
+from .models import MODEL_ASSETS, compute_dtype, load_policy, load_tokenizer, quiet_transformers, resolve_model
 from .rewards import RewardModel, VaderReward, load_scalar_head_model, longer_wins, pair_accuracy, score_lists, train_reward_model
 from .sampling import SamplingSettings, derive_seed, sample_lists
 from .tasks import Task, load_task
@@ -42,8 +43,26 @@ _CODE = ("losses", "lists", "tasks", "models", "sampling", "rewards", "logprobs"
 def config_key(
     config: dict,  # JSON values only
 ) -> str:  # 12 hex digits
-    "The name of a configuration."
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    "The name of a configuration, with the content of what it only names: a policy's folder, a loss of one's own."
+    outside = _outside(config)
+    return hashlib.sha256(json.dumps([config, outside] if outside else config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _outside(value, name: str = "") -> list:
+    "Identities of folders, and of losses that are not this package's, anywhere in a configuration."
+    if isinstance(value, dict):
+        return [found for k in sorted(value) for found in _outside(value[k], k)]
+    if isinstance(value, (list, tuple)):
+        return [found for v in value for found in _outside(v, name)]
+    folder = isinstance(value, str) and (name in ("policy", "backbone") and value not in (*MODEL_ASSETS, "tiny") or name == "name" and os.sep in value) and Path(value).is_dir()
+    if folder:
+        try:
+            return [policy_identity(value)]
+        except LireError:  # said when it is loaded
+            return []
+    if name == "loss_type" and value in LOSSES and not str(getattr(LOSSES[value].fn, "__module__", "")).startswith("lire_nb."):
+        return [named_identity(LOSSES[value].fn)]
+    return []
 
 
 def syntax_hash(
@@ -65,20 +84,16 @@ def code_version() -> str:  # 7 hex digits
     return hashlib.sha256("".join(syntax_hash((here / f"{name}.py").read_text(encoding="utf-8")) for name in _CODE).encode()).hexdigest()[:7]
 
 # %% ../nbs/10b_experiments.ipynb #14501e69
-@contextmanager
 def _locked(path: Path):
     "One process at a time; the lock ends with its process."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    return one_writer(path, wait=True, inside=False)
 
 
 def _shared(work: Path, kind: str, spec: dict, make: Callable[[Path], None]) -> Path:
     "The folder that `make` fills for this spec; made once."
     folder = Path(work) / kind / config_key(spec)
     if not folder.exists():
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with _locked(folder):
             if not folder.exists():
                 with atomic_folder(folder) as draft:
                     make(draft)
@@ -319,7 +334,7 @@ def _trained(config: dict, work: Path) -> str:
     parts = {k: config[k] for k in ("source", "take", "training", "seed", "paths", "lora") if k in config} | {"rewards": _proxy_of(config)}
     folder = Path(work) / "trained" / config_key(parts)
     options = {"trainer_options": {"peft_config": _lora(config["lora"])}} if config.get("lora") else {}
-    with _locked(folder.with_name(f".{folder.name}.lock")) if _alone() else nullcontext():
+    with _locked(folder) if _alone() else nullcontext():
         if folder.exists():
             return str(folder)
         train_policy(_policy(config["source"]["policy"], work), trained_lists(config, work), folder, seed=config["seed"], **options, **_settings(config))

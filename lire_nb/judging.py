@@ -342,6 +342,10 @@ class ChatJudge:
     def __repr__(self) -> str:
         return f"ChatJudge({self.server.base_url!r}, {self.model!r})"
 
+    def identity(self) -> dict:
+        "What its verdicts depend on, as for a reply; the address is no part of it."
+        return {"model": self.model, "template": list(self.template), "criterion": self.criterion, "body": self.body, "parse": self.parse}
+
     def compare(self, shown: list[tuple[str, str, str]]) -> list[Comparison]:
         "One comparison for every (prompt, first, second)."
         replies = self.ask([fill_template(self.template, prompt=p, first=a, second=b, criterion=self.criterion) for p, a, b in shown])

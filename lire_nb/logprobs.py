@@ -6,7 +6,8 @@
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
            'logits_to_logps', 'packed_rows', 'both_sides', 'by_length', 'PathCheck', 'check_paths', 'verified',
            'to_device', 'enable_shared', 'disable_shared', 'list_logps', 'token_ratio', 'dataset_logps', 'list_length',
-           'reference_logps', 'same_policy', 'measure_candidates', 'without_ends', 'sampled_logps']
+           'reference_logps', 'remember_start', 'policy_at_start', 'same_policy', 'measure_candidates', 'without_ends',
+           'sampled_logps']
 
 # %% ../nbs/06_logprobs.ipynb #ed17be6c
 import hashlib
@@ -970,6 +971,48 @@ def _read_cache(path: Path) -> dict[str, list[float]]:
         except (ValueError, KeyError, TypeError):
             continue
     return known
+
+# %% ../nbs/06_logprobs.ipynb #2399af25
+_STARTS: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+_FRESH = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+def remember_start(
+    model: torch.nn.Module,  # before it is trained
+    again: bool = True,  # also where a start is remembered already
+) -> None:
+    "Keep what `policy_at_start` needs of a model with an adapter: a copy of what will be trained, or nothing for a fresh LoRA adapter."
+    model = unwrap(model)
+    if hasattr(model, "disable_adapter") and (again or model not in _STARTS):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        fresh = all(any(part in name.split(".") for part in _FRESH) for name in trained)
+        fresh = fresh and not any(p.detach().any() for name, p in trained.items() if "lora_B" in name or "lora_embedding_B" in name)
+        _STARTS[model] = {} if fresh else {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+
+
+@contextmanager
+def policy_at_start(
+    model: torch.nn.Module,  # with an adapter; one that was never remembered is taken for fresh
+):
+    "A block in which the model is the policy that its training began with."
+    model = unwrap(model)
+    kept = _STARTS.get(model)
+    if not kept:
+        with model.disable_adapter():
+            yield model
+        return
+    there = {name: p for name, p in model.named_parameters() if name in kept}
+    if {name: p.shape for name, p in there.items()} != {name: t.shape for name, t in kept.items()} or any(hasattr(p, "placements") for p in there.values()):
+        raise LireError("the adapter is split over processes, and the one at the start cannot be put back", field="ref_model", value=None, allowed="a reference model",
+                        remedy="pass ref_model=, or give all lists before training")
+    now = {name: p.data for name, p in there.items()}
+    try:
+        for name, p in there.items():
+            p.data = kept[name].to(p.device)
+        yield model
+    finally:
+        for name, p in there.items():
+            p.data = now[name]
 
 # %% ../nbs/06_logprobs.ipynb #89725774
 def same_policy(

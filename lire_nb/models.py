@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['logger', 'MODEL_ASSETS', 'ModelError', 'cache_dir', 'file_hash', 'resolve_model', 'default_device', 'has_bf16',
-           'compute_dtype', 'load_tokenizer', 'load_policy', 'load_reward_backbone', 'quiet_transformers', 'unwrap',
-           'causal_lm', 'text_config', 'context_of', 'common_context', 'model_fingerprint']
+           'compute_dtype', 'load_tokenizer', 'load_policy', 'load_reward_backbone', 'adapter_config', 'adapter_base',
+           'merged_policy', 'import_peft', 'quiet_transformers', 'unwrap', 'causal_lm', 'text_config', 'context_of',
+           'common_context', 'config_content', 'model_fingerprint']
 
 # %% ../nbs/03_models.ipynb #0ff45082
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -102,11 +105,16 @@ def resolve_model(
 
 
 def _check_folder(folder: Path) -> str:
-    "A model folder must hold a configuration and safetensors weights (whole, sharded, or an adapter)."
-    config = any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
-    weights = any(folder.glob("*.safetensors"))
+    "A model folder must hold a configuration and safetensors weights: a full model (whole or sharded) or an adapter, not both."
+    adapter = (folder / "adapter_config.json").is_file()
+    config = adapter or (folder / "config.json").is_file()
+    files = [p.name for p in folder.glob("*.safetensors")]
+    weights = any(name.startswith("adapter_model") for name in files) if adapter else bool(files)
+    if adapter and any(not name.startswith("adapter_model") for name in files):
+        raise ModelError("holds an adapter and a full model", file=folder, field="model", allowed="one of the two",
+                         remedy="move adapter_config.json or the full weights into a folder of their own")
     if not (config and weights):
-        missing = "config.json" if not config else "*.safetensors weights"
+        missing = "config.json" if not config else "adapter_model.safetensors" if adapter else "*.safetensors weights"
         raise ModelError(f"no {missing} in this folder", file=folder, field="model", allowed="a folder with config.json and safetensors weights",
                          remedy="write it with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)")
     return str(folder)
@@ -139,7 +147,7 @@ def load_tokenizer(
     "Load a tokenizer; the end-of-text token pads where there is no padding token."
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name)
+    tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(name))
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError("no end-of-text token and no padding token", field="tokenizer", value=str(name), allowed="a tokenizer that says how a text ends",
                          remedy="set tokenizer.eos_token to the token that ended the texts of pretraining, and save_pretrained it beside the model")
@@ -155,10 +163,16 @@ def load_policy(
     device: torch.device | str | None = None,  # default: the accelerator, else the CPU
     **kwargs,  # for `from_pretrained`
 ):  # (causal language model in eval mode, tokenizer)
-    "Load a policy and its tokenizer."
+    "Load a policy and its tokenizer; an adapter's folder gives its base with the adapter on it, a `peft.PeftModel`."
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, **kwargs)
+    base = adapter_base(name)
+    try:
+        model = _from_pretrained(AutoModelForCausalLM, name if base is None else base, dtype=dtype, **kwargs)
+    except ModelError as e:
+        raise _no_base(name, base, e) if base is not None else e
+    if base is not None:
+        model = _with_adapter(model, name)
     return model.to(device or default_device()).eval(), load_tokenizer(name)
 
 
@@ -180,6 +194,99 @@ def load_reward_backbone(
     tokenizer = load_tokenizer(name)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device or default_device()).eval(), tokenizer
+
+# %% ../nbs/03_models.ipynb #97f2f4d2
+def adapter_config(
+    name: str | Path,  # asset name, folder or hub id
+) -> dict | None:  # what adapter_config.json says; None for a full model
+    "The configuration of an adapter."
+    source = resolve_model(name)
+    path = Path(source) / "adapter_config.json" if Path(source).is_dir() else _hub_file(source, "adapter_config.json")
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(config["base_model_name_or_path"], str) and isinstance(config["peft_type"], str):
+            return config
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ModelError("not the configuration of an adapter", file=path, field="model", allowed="JSON with peft_type and base_model_name_or_path",
+                     remedy="write the folder again with save_pretrained of the peft model")
+
+
+def adapter_base(
+    name: str | Path,  # asset name, folder or hub id
+) -> str | None:  # a name or folder that `load_policy` takes; None for a full model
+    "The base of an adapter; raises `ModelError` where it cannot be found."
+    config = adapter_config(name)
+    if config is None:
+        return None
+    named, folder = config["base_model_name_or_path"], Path(resolve_model(name))
+    for base in (named, folder / named):
+        if named and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
+            if (Path(base) / "adapter_config.json").is_file():
+                raise ModelError("the base of this adapter is an adapter itself", file=folder, field="base_model_name_or_path", value=named,
+                                 allowed="a full model", remedy="train again from that adapter: lire train --merge-adapter, or with its own rank and targets")
+            return str(base)
+    try:
+        resolve_model(named)
+    except LireError as e:
+        raise _no_base(name, named, e) from e
+    return named
+
+
+def _no_base(name, base, error: Exception) -> ModelError:
+    return ModelError(f"the base of this adapter cannot be had ({getattr(error, 'reason', error)})", file=resolve_model(name), field="base_model_name_or_path", value=base,
+                      allowed="an asset, a folder that is there, or a hub id", remedy="put the base back, or write its new place into adapter_config.json")
+
+# %% ../nbs/03_models.ipynb #a5ddb577
+def _with_adapter(model, name):
+    "The base with the adapter on it, ready to be trained further."
+    peft, folder = import_peft(), resolve_model(name)
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else they stay at their first values
+            return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as e:
+        raise ModelError(f"the adapter cannot be put on its base: {' '.join(str(e).split())[:160]}", file=folder, field="model", allowed="an adapter of this base",
+                         remedy="check base_model_name_or_path in adapter_config.json, or train the adapter again") from e
+
+
+def merged_policy(
+    model,  # a `peft.PeftModel`
+):  # a full model, all of it to be trained
+    "The adapter's part added to the weights of its base."
+    full = model.merge_and_unload()
+    if hasattr(full, "peft_config"):
+        del full.peft_config
+    return full.requires_grad_(True)
+
+
+def import_peft():
+    "The package peft; raises `ModelError` where it is not installed."
+    try:
+        import peft
+    except ImportError as e:
+        raise ModelError("peft is missing", field="adapter", allowed="the package peft installed", remedy="pip install 'lire_nb[lora]'") from e
+    return peft
+
+
+def _tokenizer_source(name: str | Path) -> str:
+    "The folder itself, or an adapter's base where the adapter came without a tokenizer."
+    folder = Path(resolve_model(name))
+    if folder.is_dir() and not any(folder.glob("*token*")) and (base := adapter_base(name)) is not None:
+        return base
+    return str(name)
+
+
+def _hub_file(name: str, file: str) -> str | None:
+    "A small file of a hub id, in the cache; None where it is not there."
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
+    except (OSError, ValueError):
+        return None
 
 # %% ../nbs/03_models.ipynb #1e2188b0
 def _from_pretrained(cls, name, **kwargs):
@@ -255,16 +362,43 @@ def common_context(*models) -> int | None:  # None among the models stands for n
     return min((n for m in models if m is not None and (n := context_of(m)) is not None), default=None)
 
 # %% ../nbs/03_models.ipynb #a393c931
+_NO_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "use_cache",
+               "base_model_name_or_path", "peft_version", "inference_mode"}  # where a model came from, and how fast it is computed
+
+
+def config_content(config) -> str:
+    "What a configuration says about what a model computes: rope, windows, caps, an adapter's alpha; not where it came from."
+    def content(value):
+        if isinstance(value, dict):
+            return {str(k): content(v) for k, v in value.items() if k not in _NO_CONTENT}
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(str, value))
+        return [content(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(content(config.to_dict() if hasattr(config, "to_dict") else config), sort_keys=True, default=str)
+
+
 def model_fingerprint(
     model: torch.nn.Module,
     tokenizer=None,
 ) -> str:  # 16 hex digits
-    "A hash of weights (names, shapes, values) and vocabulary."
+    "A hash of weights (names, shapes, values), configuration, adapters as they are switched, and vocabulary."
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         value = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(value.view(torch.uint8).numpy())
+    if getattr(model, "config", None) is not None:
+        digest.update(config_content(model.config).encode())
+    digest.update(repr(_adapters(model)).encode())
     if tokenizer is not None:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()[:16]
+
+
+def _adapters(model) -> list:
+    "Which adapters are on, with which factor; the same weights compute something else when one is off."
+    configs = getattr(model, "peft_config", None)
+    layers = [(name, sorted(getattr(m, "scaling", {}).items()), list(m.active_adapters), m.disable_adapters, sorted(m.merged_adapters))
+              for name, m in model.named_modules() if hasattr(m, "merged_adapters") and hasattr(m, "disable_adapters")]
+    return [layers, sorted((k, config_content(c)) for k, c in configs.items()) if isinstance(configs, dict) else []]

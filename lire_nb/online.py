@@ -23,9 +23,10 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from .conversations import MAX_PROMPT_LENGTH, completion_text, encode_prompt, render_prompt
-from .enhancement import atomic_folder, by_id, lists_identity, policy_identity, reward_identity, write_json
+from .enhancement import atomic_folder, by_id, check_adapter, write_json
+from .identity import FORMAT, differences, plain_value, policy_identity, prompts_identity, reward_identity
 from .lists import LireError, make_record
-from .models import has_bf16, load_policy, quiet_transformers
+from .models import adapter_config, has_bf16, load_policy, quiet_transformers
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings
 from .training import use_training_bar
@@ -186,13 +187,15 @@ def train_online(
     _check_online(config_class, settings, training)
     generations = generation_budget(records, 1, num_candidates) if generations is None else generations
     steps = _steps(records, num_candidates, generations, lists_per_step)
-    identity = {"method": method, "policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": lists_identity({"id": r["id"], "prompt": r["prompt"]} for r in records),
-                "num_candidates": num_candidates, "generations": generations, "lists_per_step": lists_per_step, "sampling": asdict(settings), "training": training,
-                "max_prompt_length": max_prompt_length, "peft": None if peft_config is None else peft_config.to_dict(), "seed": seed}
-    identity = json.loads(json.dumps(identity, default=_plain, sort_keys=True))
+    check_adapter(policy, peft_config)
+    identity = {"format": FORMAT, "method": method, "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": prompts_identity(records),
+                "num_candidates": num_candidates, "generations": generations, "lists_per_step": lists_per_step, "sampling": asdict(settings), "training": plain_value(training),
+                "max_prompt_length": max_prompt_length, "peft": plain_value(peft_config), "seed": seed}
+    identity = json.loads(json.dumps(identity, sort_keys=True))
     if folder.exists():
         return _done_before(folder, identity)
     began, (model, tokenizer) = time.monotonic(), load_policy(policy)
+    peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
     encoded = encode_prompts(records, tokenizer, max_prompt_length)
     scored = OnlineReward(reward, records, encoded, tokenizer, num_candidates)
     rows = datasets.Dataset.from_list([{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i, r in enumerate(records)])
@@ -229,13 +232,9 @@ def _done_before(folder: Path, identity: dict) -> Path:
         known = json.loads((folder / "online.json").read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError) as e:
         raise LireError("is there already and was not made by train_online", field="folder", value=str(folder), allowed="a new name", remedy="move it away or choose another name") from e
-    differ = {k: {"now": identity.get(k), "there": known.get(k)} for k in {**known, **identity} if known.get(k) != identity.get(k)}
-    if differ:
-        raise LireError("holds a run of another configuration", file=folder / "online.json", value=differ, allowed="the same settings, or a new folder", remedy="give another folder, or the settings of this one")
+    if known.get("format") != FORMAT:
+        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=folder / "online.json", allowed="a new folder", remedy="give another folder")
+    if differ := differences(known, identity):
+        raise LireError(f"holds a run of another configuration ({differ})", file=folder / "online.json", allowed="the same settings, or a new folder", remedy="give another folder, or the settings of this one")
     logger.warning("%s is there already, trained with the same settings", folder.name)
     return folder
-
-
-def _plain(value):
-    "Something JSON can hold."
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else getattr(value, "__name__", str(value))

@@ -8,7 +8,6 @@ __all__ = ['SCALES', 'NAMES', 'CORE', 'SEARCH', 'Find', 'TABLES', 'RECIPES', 'PA
            'reward_stand_in', 'dry_run']
 
 # %% ../nbs/10c_reproduce.ipynb #b0b867e7
-import fcntl
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import numpy as np
 
 from .enhancement import _is_main
 from .experiments import code_version, config_key, run_experiment
+from .identity import one_writer
 from .lists import LireError
 
 # %% ../nbs/10c_reproduce.ipynb #8bed9620
@@ -341,9 +340,8 @@ class Results:
         "Write one row at the end of the table's file."
         row = {"key": run.key, "table": run.table, "code": code_version(), **about, "labels": run.labels, "config": run.config, "result": result}
         if _is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"{run.table}.jsonl", "ab+") as f:
-                fcntl.flock(f, fcntl.LOCK_EX)
+            path = self.folder / f"{run.table}.jsonl"
+            with one_writer(path, wait=True, inside=False), open(path, "ab+") as f:
                 _cut_half_line(f)
                 f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
                 f.flush()
@@ -458,19 +456,9 @@ class _Workers:
         return failed
 
 # %% ../nbs/10c_reproduce.ipynb #eec6096b
-@contextmanager
 def _only_one(work: Path):
     "One command at a time in a work folder."
-    work.mkdir(parents=True, exist_ok=True)
-    if not _is_main():  # of accelerate launch
-        yield
-        return
-    with open(work / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise LireError("another lire reproduce is at work there", file=work, remedy="wait for it, or give another --work") from e
-        yield
+    return one_writer(work, "another lire reproduce")
 
 
 def _check_scale(scale: str) -> None:

@@ -29,8 +29,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .conversations import encode_conversation, render_conversation
+from .identity import plain_address, tokenizer_identity
 from .lists import LireError, lists_dataset
-from .models import ModelError, default_device, has_bf16, load_reward_backbone, quiet_transformers
+from .models import ModelError, default_device, has_bf16, load_reward_backbone, model_fingerprint, quiet_transformers
 from .tasks import text_hash
 
 # %% ../nbs/05_rewards.ipynb #e46efe29
@@ -158,6 +159,10 @@ class ServerReward:
         self.batch_size, self.in_flight, self.retries, self.backoff, self.timeout = batch_size, in_flight, retries, backoff, timeout
         self._open = urllib.request.build_opener(_NoRedirect).open
 
+    def identity(self) -> dict:
+        "What the scores depend on; headers, which hold keys, are left out."
+        return {"address": plain_address(self.url)}
+
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         spans = [(i, min(i + self.batch_size, len(completions))) for i in range(0, len(completions), self.batch_size)]
         stop = threading.Event()  # after the first failure nobody goes on waiting
@@ -283,6 +288,10 @@ class RewardModel:
             error = RewardError(e.reason, field=f"reward {self.name!r}, {e.field}", allowed=e.allowed, remedy=e.remedy, **value)
             error.span = (i, i + 1)
             raise error from e
+
+    def identity(self) -> dict:
+        "What the scores depend on."
+        return {"weights": model_fingerprint(self.model, self.tokenizer), "tokenizer": tokenizer_identity(self.tokenizer), "max_length": self.max_length}
 
     def save(self, folder: str | Path) -> None:
         "Weights as safetensors, tokenizer and settings beside them."

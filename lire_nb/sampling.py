@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import datasets
+import filelock
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -36,6 +37,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from lire_nb.conversations import (
     MAX_PROMPT_LENGTH, answer_text, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
 )
+from .identity import free_lock, take_lock
 from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id
 from .models import causal_lm, compute_dtype, context_of, load_policy
 
@@ -402,12 +404,16 @@ class Journal:
     'Answers by key, kept in a JSONL file of `{"key": …, "answer": …}`; without a path only in memory.'
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path, self.answers, self.file = path, {}, None
+        self.path, self.answers, self.file, self.lock = path, {}, None, None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(path)
             self.file = open(path, "a+b")
-            _lock(self.file, path)
-            self._read()
+            try:
+                self._read()
+            except LireError:
+                self.close()
+                raise
 
     def _read(self) -> None:
         self.file.seek(0)
@@ -436,6 +442,9 @@ class Journal:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+        if self.lock is not None:
+            free_lock(self.lock)
+            self.lock = None
 
     def __enter__(self):
         return self
@@ -444,16 +453,11 @@ class Journal:
         self.close()
 
 
-def _lock(file, path) -> None:
+def _locked(path):
     "One writer at a time; the lock ends with the process."
     try:
-        import fcntl
-    except ImportError:  # not on this system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        file.close()
+        return take_lock(f"{os.fspath(path)}.lock")
+    except filelock.Timeout as e:
         raise LireError("in use by another process", file=path, field="journal", allowed="one writer", remedy="wait for it, stop it, or name another journal") from e
 
 # %% ../nbs/04_sampling.ipynb #f70bff1b

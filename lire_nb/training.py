@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'ORDERS', 'LIREConfig', 'choose_candidates', 'ListSampler', 'ListRows', 'TrainingCollator', 'write_manifest',
            'read_manifest', 'changed_files', 'checkpoints', 'last_checkpoint', 'Stopped', 'on_sigterm', 'ExactTrainer',
-           'LIRETrainer', 'prepare_lists', 'TrainingBar', 'use_training_bar']
+           'check_same_adapter', 'put_adapter', 'LIRETrainer', 'prepare_lists', 'TrainingBar', 'use_training_bar']
 
 # %% ../nbs/07_training.ipynb #78eab5bc
 import copy
@@ -30,10 +30,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .conversations import warn_text_prompts
+from .identity import differences
 from .lists import LireError, atomic_write
-from .logprobs import IMPLS, ListCollator, causal_lm, common_context, list_logps, reference_logps, tokenize_list, verified
+from lire_nb.logprobs import (
+    IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, tokenize_list, verified,
+)
 from .losses import get_loss, list_metrics, scored_mask
-from .models import file_hash, has_bf16, load_policy, quiet_transformers
+from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers
 from .sampling import derive_seed
 
 # %% ../nbs/07_training.ipynb #cc313dd1
@@ -399,6 +402,44 @@ class ExactTrainer(Trainer):
             for name, values in pending["seen"].items():
                 self._seen["train"][name] = [torch.tensor(values, device=self.args.device)]
 
+# %% ../nbs/07_training.ipynb #1b82d6d5
+_FREE = {"revision", "task_type", "auto_mapping", "init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of an adapter's first weights, and of how it is loaded
+
+
+def check_same_adapter(
+    there,  # a peft configuration, or what adapter_config.json says
+    asked,  # a peft configuration
+) -> None:
+    "Raise `LireError` where the adapter asked for is another one than the policy has."
+    there, asked = (json.loads(config_content(c)) for c in (there, asked))
+    same = [k for k in {**there, **asked} if k in _FREE or (k == "target_modules" and not asked.get(k)) or k not in there or k not in asked]
+    there, asked = ({k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k not in same} for c in (there, asked))
+    if differ := differences(there, asked):
+        raise LireError(f"the policy has another adapter already ({differ})", field="peft_config", allowed="the same rank, alpha and targets: the adapter is trained further",
+                        remedy="ask for the same, or merge it into its base first: --merge-adapter, train_policy(…, merge_adapter=True)")
+
+
+def put_adapter(
+    model,
+    peft_config=None,  # None: the model as it is
+    seed: int = 0,  # of the adapter's first weights
+):
+    "The model with a fresh adapter, or with the one it has when that is what is asked for."
+    has = getattr(model, "peft_config", None)
+    if has and not hasattr(model, "disable_adapter"):
+        raise LireError("an adapter inside a model that does not know it", field="model", value=type(model).__name__, allowed="a full model or a peft.PeftModel",
+                        remedy="load it with load_policy(folder)")
+    if has and not any(p.requires_grad for p in model.parameters()):
+        raise LireError("nothing to train: all weights are frozen", field="model", value=type(model).__name__, allowed="an adapter that may be trained", remedy="load it with load_policy(folder)")
+    if peft_config is None:
+        return model
+    if has:
+        check_same_adapter(has[model.active_adapter], peft_config)
+        return model
+    peft = import_peft()
+    set_seed(seed)
+    return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
+
 # %% ../nbs/07_training.ipynb #7c8a73a4
 class LIRETrainer(ExactTrainer):
     "Trains a policy on lists with any list-wise loss; arguments as in the Trainer's other descendants."
@@ -423,11 +464,8 @@ class LIRETrainer(ExactTrainer):
             ref_model, _ = load_policy(ref_model, device=args.device)
         if processing_class is None:
             raise LireError("processing_class", value=None, allowed="the policy's tokenizer", remedy="pass processing_class=tokenizer")
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # for the adapter's first weights
-            model = get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
+        model = put_adapter(model, peft_config, args.seed)
+        remember_start(model)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
         self.loss, self.ref_model = get_loss(args.loss_type), ref_model
         self._check_paths(model, args, ref_model)
@@ -437,7 +475,11 @@ class LIRETrainer(ExactTrainer):
             model=model, args=args, processing_class=processing_class, callbacks=callbacks, data_collator=TrainingCollator(processing_class.pad_token_id or 0),
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
-        self._bad, self._step_ids, self._grad_norm = [], [], None
+        self._bad, self._step_ids, self._grad_norm, self._began = [], [], None, False
+
+    def train(self, *args, **kwargs):
+        self._began = True  # from here on the model is no longer the policy at the start
+        return super().train(*args, **kwargs)
 
     @staticmethod
     def _check_paths(model, args, ref_model=None) -> None:
@@ -565,11 +607,13 @@ class LIRETrainer(ExactTrainer):
         "The reference model for lists that come late; False where none is needed."
         if not self.loss.needs_ref or _is_prepared(lists):
             yield False
-        elif self.ref_model is not None or self.state.global_step == 0:
-            yield self.ref_model or self.model
+        elif self.ref_model is not None:
+            yield self.ref_model
         elif hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():
+            with policy_at_start(self.model):
                 yield self.model
+        elif not self._began:
+            yield self.model
         else:
             raise LireError("the policy at the start is gone", field="eval_dataset", allowed="lists that were given as eval_dataset, or a ref_model",
                             remedy=f"the loss {self.args.loss_type!r} needs reference log-probs: pass ref_model= to LIRETrainer")

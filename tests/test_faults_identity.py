@@ -1,0 +1,505 @@
+"""What is reused is what is asked for: everything on disk is told apart by content, a difference is one line, and one command writes to a folder at a time."""
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_policy import make_start
+from transformers import AutoModelForCausalLM
+
+from lire_nb.cli import main
+from lire_nb.enhancement import claim_folder, policy_identity, reward_identity, self_enhance, train_policy
+from lire_nb.evaluation import evaluate_systems
+from lire_nb.lists import LireError, make_record, save_lists
+from lire_nb.logprobs import reference_logps
+from lire_nb.models import load_policy, model_fingerprint
+from lire_nb.sampling import SamplingSettings
+
+SHORT = SamplingSettings(max_new_tokens=4)
+PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(3)]
+LISTS = [make_record(f"film {i} was", [" good", " bad"], rewards=[1.0, 0.0], id=str(i)) for i in range(3)]
+TRAINING = dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2, num_train_epochs=1.0)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def short(prompts, completions):
+    return [-float(len(c)) for c in completions]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return make_start(tmp_path_factory.mktemp("policy") / "start")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lire(capfd, *arguments) -> tuple[int, str]:
+    """Exit code and the last line that the command wrote to stderr."""
+    code = main([str(a) for a in arguments])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lire ")]
+    assert code == 0 or len(lines) == 1, lines
+    return code, lines[-1] if lines else ""
+
+
+def refused(capfd, folder: Path, command: tuple, *words: str) -> None:
+    """Exit code 2, one short line with these words, nothing overwritten."""
+    before = files(folder)
+    code, line = lire(capfd, *command)
+    assert code == 2 and len(line) < 700, (code, line)
+    for word in words:
+        assert word in line, line
+    assert files(folder) == before
+
+
+def change_file(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# line 11: policies
+
+@pytest.mark.parametrize("file, values", [
+    ("config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}), ("generation_config.json", {"eos_token_id": [0, 5]}),
+    ("tokenizer_config.json", {"chat_template": "{{ messages }}"}), ("tokenizer_config.json", {"eos_token": "a"}), ("tokenizer_config.json", {"add_bos_token": True}),
+])
+def test_11_a_policy_is_its_configuration_and_tokenizer_too(tmp_path, file, values):
+    folder = make_start(tmp_path / "start")
+    before = policy_identity(folder)
+    change_file(folder / file, **values)
+    assert policy_identity(folder) != before
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "special_tokens_map.json", "merges.txt", "model-00002-of-00002.safetensors"])
+def test_11_a_new_file_that_is_read_makes_another_policy(tmp_path, file):
+    folder = make_start(tmp_path / "start")
+    before = policy_identity(folder)
+    (folder / file).write_text("{}")
+    assert policy_identity(folder) != before
+
+
+def test_11_a_policy_is_not_its_path_nor_the_version_that_wrote_it(tmp_path):
+    folder = make_start(tmp_path / "start")
+    before = policy_identity(folder)
+    change_file(folder / "config.json", transformers_version="5.0", _name_or_path="elsewhere")
+    (folder / "training.jsonl").write_text("{}\n")
+    folder.rename(tmp_path / "moved")
+    assert policy_identity(tmp_path / "moved") == before
+
+
+@pytest.mark.parametrize("name, value", [("rope_parameters", {"rope_theta": 7.0, "rope_type": "default"}), ("sliding_window", 8), ("final_logit_softcapping", 5.0), ("attn_logit_softcapping", 5.0)])
+def test_11_a_model_in_memory_is_its_configuration_too(start, name, value):
+    model, tokenizer = load_policy(start, device="cpu")
+    before = model_fingerprint(model, tokenizer)
+    setattr(model.config, name, value)
+    assert model_fingerprint(model, tokenizer) != before
+
+
+def test_11_the_reference_cache_tells_windows_and_alpha_apart(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import MistralConfig
+
+    _, tokenizer = load_policy(make_start(tmp_path / "start"), device="cpu")
+    sizes = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+    def wide(window):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(MistralConfig(**sizes, sliding_window=window)).eval()
+
+    def scaled(alpha):
+        torch.manual_seed(0)
+        return get_peft_model(wide(4096), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+
+    for one, other in ((wide(4096), wide(4)), (scaled(2), scaled(64))):
+        cached = [reference_logps(m, tokenizer, LISTS, tmp_path / "cache") for m in (one, other)]
+        assert cached[1] == reference_logps(other, tokenizer, LISTS) != cached[0]
+    model = scaled(64)
+    adapted = reference_logps(model, tokenizer, LISTS, tmp_path / "cache")
+    with model.disable_adapter():
+        assert reference_logps(model, tokenizer, LISTS, tmp_path / "cache") == reference_logps(model, tokenizer, LISTS) != adapted
+
+
+# line 11: rewards, judges, losses
+
+def edited(source: str, name: str = "reward", **space):
+    """The function or object that a module of this source defines."""
+    exec(compile(source, "<own>", "exec"), space)  # noqa: S102
+    return space[name]
+
+
+PLAIN = "def reward(prompts, completions):\n    return [1.0 * len(c) for c in completions]\n"
+
+
+@pytest.mark.parametrize("one, other", [
+    (PLAIN, PLAIN.replace("1.0", "2.0")),
+    (PLAIN, PLAIN.replace("len(c)", "c.count('a')")),
+    ("reward = lambda p, c: [len(x) for x in c]", "reward = lambda p, c: [-len(x) for x in c]"),
+    ("SCALE = 1\n" + PLAIN.replace("1.0", "SCALE"), "SCALE = 2\n" + PLAIN.replace("1.0", "SCALE")),
+    ("def of(x): return len(x)\n" + PLAIN.replace("len(c)", "of(c)"), "def of(x): return -len(x)\n" + PLAIN.replace("len(c)", "of(c)")),
+    ("WORDS = {'good': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]", "WORDS = {'bad': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]"),
+    ("def reward(p, c, scale=1): return [scale * len(x) for x in c]", "def reward(p, c, scale=2): return [scale * len(x) for x in c]"),
+    ("def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(1)", "def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(2)"),
+    ("class R:\n    def __call__(self, p, c): return [1 for x in c]\nreward = R()", "class R:\n    def __call__(self, p, c): return [2 for x in c]\nreward = R()"),
+    ("class R:\n    k = 1\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()", "class R:\n    k = 2\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()"),
+    ("class R:\n    def one(self, x): return 1\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()",
+     "class R:\n    def one(self, x): return 2\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()"),
+    ("class B:\n    def one(self, x): return 1\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()",
+     "class B:\n    def one(self, x): return 2\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()"),
+])
+def test_11_an_edited_reward_is_another_reward(one, other):
+    assert reward_identity(edited(one)) == reward_identity(edited(one)) != reward_identity(edited(other))
+    assert reward_identity(edited(one)) == reward_identity(edited("\n\n" + one + "\n# a comment"))
+
+
+class Scaled:
+    def __init__(self, scale, weights=None, api_key=None):
+        self._scale, self.calls, self.seen, self.api_key = scale, 0, {}, api_key
+        self.net = weights
+
+    def __call__(self, prompts, completions):
+        self.calls += 1
+        for c in completions:
+            self.seen[c] = self._scale * len(c)
+        return [self.seen[c] for c in completions]
+
+    def score(self, prompts, completions):
+        return self(prompts, completions)
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda k: Scaled(k), lambda k: Scaled(k).score, lambda k: Scaled(0, net(k)), lambda k: Scaled(0, torch.tensor([float(k)])),
+    lambda k: functools.partial(short, k), lambda k: functools.partial(Scaled(1), scale=k), lambda k: [Scaled(k)].__getitem__(0),
+])
+def test_11_the_state_of_a_reward_counts_and_what_it_notes_down_does_not(make):
+    assert reward_identity(make(1)) == reward_identity(make(1)) != reward_identity(make(2))
+    reward = Scaled(1, api_key="a")
+    before = reward_identity(reward)
+    reward(["p"], ["abc"])
+    assert reward_identity(reward) == before == reward_identity(Scaled(1, api_key="b"))  # a key is no part of a reward
+
+
+def test_11_a_reward_is_the_same_in_another_process():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_faults_identity as t; print([t.reward_identity(r) for r in (t.short, t.Scaled(3), t.Scaled(1).score)])"
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env={**ENV, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    assert done.stdout.strip() == str([reward_identity(r) for r in (short, Scaled(3), Scaled(1).score)]), done.stderr[-500:]
+
+
+def test_11_the_address_of_a_reward_counts_with_its_query_and_without_secrets():
+    from lire_nb.rewards import ServerReward
+
+    one = reward_identity(ServerReward("http://127.0.0.1:1/score?judge=a", name="r"))
+    assert one != reward_identity(ServerReward("http://127.0.0.1:1/score?judge=b", name="r"))
+    assert one == reward_identity(ServerReward("http://127.0.0.1:1/score?judge=a", name="r", headers={"Authorization": "Bearer sk-1"}, batch_size=3))
+    keys = [reward_identity(ServerReward(f"http://127.0.0.1:1/score?judge=a&api_key={k}")) for k in ("sk-1", "sk-2")]
+    assert keys[0] == keys[1] and "sk-" not in keys[0]
+
+
+def test_11_a_password_in_an_address_of_a_policy_is_refused(tmp_path, capfd):
+    (tmp_path / "p.txt").write_text("One.\nTwo.\n")
+    refused(capfd, tmp_path, ("sample", "--prompts", tmp_path / "p.txt", "--policy", "http://me:hush@127.0.0.1:9/v1#m", "--out", tmp_path / "c.jsonl"), "password")
+    assert not any(b"hush" in body for body in files(tmp_path).values())
+
+
+def test_11_a_run_does_not_go_on_with_another_reward(tmp_path, start):
+    def by(sign):
+        return lambda prompts, completions: [sign * float(len(c)) for c in completions]
+
+    options = dict(num_candidates=2, settings=SHORT, progress=False, training=TRAINING)
+    self_enhance(start, PROMPTS, by(1), tmp_path / "run", evolve=1, **options)
+    before = files(tmp_path / "run")
+    self_enhance(start, PROMPTS, by(1), tmp_path / "run", evolve=1, **options)
+    for change in (dict(reward=by(-1)), dict(prompts=[{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]]), dict(prompts=[{**PROMPTS[0], "meta": {"chat": False}}, *PROMPTS[1:]])):
+        with pytest.raises(LireError, match="another configuration.*there.*now") as e:
+            self_enhance(start, change.get("prompts", PROMPTS), change.get("reward", by(1)), tmp_path / "run", evolve=1, **options)
+        assert len(str(e.value)) < 500 and files(tmp_path / "run") == before
+
+
+def test_41_an_edited_loss_is_another_training(tmp_path, start):
+    from lire_nb import losses
+    from lire_nb.experiments import config_key
+
+    space = {"LossSpec": losses.LossSpec}
+    source = "def own(logps, rewards, mask=None, **kwargs):\n    return -(logps * rewards).sum(-1) * 1.0\n"
+    config = {"kind": "train", "method": "own", "training": {"loss_type": "own"}}
+    keys = []
+    for text in (source, source, source.replace("1.0", "2.0")):
+        losses.LOSSES["own"] = losses.LossSpec("own", edited(text, "own", **space))
+        try:
+            keys.append(config_key(config))
+        finally:
+            del losses.LOSSES["own"]
+    assert keys[0] == keys[1] != keys[2]
+    assert config_key({"kind": "train", "training": {"loss_type": "lire"}}) == config_key({"training": {"loss_type": "lire"}, "kind": "train"})
+
+
+SIGN = -1.0
+
+
+def own_loss(logps, rewards, mask=None, **kwargs):
+    return SIGN * (logps * rewards).sum(-1)
+
+
+def test_41_a_partial_training_with_another_own_loss_is_refused(tmp_path, start, monkeypatch):
+    from transformers import TrainerCallback
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise InterruptedError
+
+    settings = {**TRAINING, "save_steps": 1, "per_device_train_batch_size": 1}
+    with pytest.raises(InterruptedError):
+        train_policy(start, LISTS, tmp_path / "policy", loss_type=own_loss, callbacks=[Fail()], **settings)
+    with monkeypatch.context() as patch, pytest.raises(LireError, match="another configuration.*loss_type"):
+        patch.setattr(sys.modules[__name__], "SIGN", 1.0)
+        train_policy(start, LISTS, tmp_path / "policy", loss_type=own_loss, **settings)
+    train_policy(start, LISTS, tmp_path / "policy", loss_type=own_loss, **settings)
+
+
+def test_11_results_of_a_policy_folder_that_was_trained_anew_do_not_count(tmp_path):
+    from lire_nb.experiments import config_key
+
+    folder = make_start(tmp_path / "policy")
+    config = {"kind": "train", "source": {"policy": str(folder)}}
+    before = config_key(config)
+    make_start(folder, seed=1)
+    assert config_key(config) != before
+
+
+# line 11: commands
+
+def test_11_evaluations_are_checked_before_they_are_used(tmp_path, start):
+    other = make_start(tmp_path / "other", seed=1)
+    trained = make_start(tmp_path / "trained", seed=2)
+    systems, judges = {"start": start, "new": trained}, {"short": short}
+    options = dict(num_samples=1, settings=SHORT, progress=False)
+    run = tmp_path / "run"
+    figures = evaluate_systems(run, systems, PROMPTS, judges, **options)
+    before = files(run)
+    assert evaluate_systems(run, systems, PROMPTS, judges, **options) == figures
+    longer = {"short": lambda prompts, completions: [float(len(c)) for c in completions]}
+    for changed in ((systems | {"new": other}, PROMPTS, judges, {}), ({"start": other, "new": trained}, PROMPTS, judges, {}), ({"start": trained, "new": start}, PROMPTS, judges, {}),
+                    (systems, PROMPTS[:2], judges, {}), (systems, [{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]], judges, {}), (systems, PROMPTS, longer, {}),
+                    (systems, PROMPTS, judges | {"long": longer["short"]}, {}), (systems, PROMPTS, judges, {"seed": 1}), (systems, PROMPTS, judges, {"num_samples": 2}),
+                    (systems, PROMPTS, judges, {"settings": SamplingSettings(max_new_tokens=3)}), (systems, PROMPTS, judges, {"max_prompt_length": 5})):
+        with pytest.raises(LireError, match="another configuration.*there.*now.*delete evaluation/"):
+            evaluate_systems(run, *changed[:3], **{**options, **changed[3]})
+        assert files(run) == before
+    make_start(trained, seed=3)  # trained anew into the same folder
+    with pytest.raises(LireError, match="policy.*there.*now.*delete evaluation/new.jsonl"):
+        evaluate_systems(run, systems, PROMPTS, judges, **options)
+    (run / "evaluation" / "new.jsonl").unlink()
+    anew = evaluate_systems(run, systems, PROMPTS, judges, **options)
+    assert anew != figures and evaluate_systems(tmp_path / "fresh", systems, PROMPTS, judges, **options) == anew
+
+
+def test_11_commands_notice_a_policy_trained_anew_and_an_edited_prompt(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = make_start(tmp_path / "policy")
+    Path("p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+    save_lists(LISTS, "lists.jsonl")
+    quick = ("--max-new-tokens", "3")
+    commands = {
+        "sample": ("sample", "--prompts", "p.jsonl", "--policy", policy, "--num-candidates", "2", *quick, "--out", "c.jsonl"),
+        "train": ("train", "--lists", "lists.jsonl", "--policy", policy, "--set", "max_steps=1", "--set", "use_cpu=true", "--out", "trained"),
+        "enhance": ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", policy, "--evolve", "1", "--num-candidates", "2", *quick, "--set", "max_steps=1", "--out", "run"),
+    }
+    for command in commands.values():
+        assert lire(capfd, *command)[0] == 0
+        before = files(tmp_path)
+        assert lire(capfd, *command)[0] == 0 and files(tmp_path) == before
+    prompts = Path("p.jsonl").read_text()
+    Path("p.jsonl").write_text(prompts.replace("film 0 was", "film 0 is"))
+    for name in ("sample", "enhance"):
+        refused(capfd, tmp_path, commands[name], "prompts.p0", "remedy")
+    Path("p.jsonl").write_text(prompts)
+    make_start(policy, seed=1)
+    for command in commands.values():
+        refused(capfd, tmp_path, command, "fingerprint", "there", "now", "remedy")
+
+
+def test_11_a_backbone_trained_anew(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_start(tmp_path / "backbone", dropout=0.0)
+    save_lists(LISTS, "lists.jsonl")
+    command = ("train-reward", "--lists", "lists.jsonl", "--backbone", "./backbone", "--out", "reward")
+    assert lire(capfd, *command)[0] == 0
+    make_start(tmp_path / "backbone", dropout=0.0, seed=1)
+    refused(capfd, tmp_path, command, "backbone", "there", "now")
+
+
+def test_11_a_folder_of_the_first_version_is_refused_in_a_line(tmp_path, capfd, start, monkeypatch):
+    """As 0.1.0 wrote them: without what they were made from."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+    sampling = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": []}
+    old = {"output": "c.jsonl", "policy": str(start), "prompts": [p["id"] for p in PROMPTS], "num_candidates": 2, "sampling": sampling, "seed": 0}
+    Path("c.jsonl.config.json").write_text(json.dumps(old))
+    save_lists(LISTS, "c.jsonl")
+    sample = ("sample", "--prompts", "p.jsonl", "--policy", start, "--num-candidates", "2", "--max-new-tokens", "3", "--out", "c.jsonl")
+    refused(capfd, tmp_path, sample, "c.jsonl.config.json", "older version", "remedy")
+    Path("run", "round-1").mkdir(parents=True)
+    Path("run", "enhancement.json").write_text(json.dumps({"policy": str(start), "fingerprint": "0" * 16, "reward": "longer_wins", "prompts": [[p["id"], p["prompt"]] for p in PROMPTS]}))
+    save_lists(LISTS, Path("run", "round-1", "candidates.jsonl"))
+    refused(capfd, tmp_path, ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", start, "--out", "run"), "enhancement.json", "older version")
+    Path("eval", "evaluation").mkdir(parents=True)
+    Path("eval", "evaluation", "start.jsonl").write_text("{}\n")
+    Path("eval", "config.json").write_text(json.dumps({"systems": {"start": str(start)}}))
+    refused(capfd, tmp_path, ("evaluate", "--prompts", "p.jsonl", "--system", f"start={start}", "--judge", "l=length", "--out", "eval"), "config.json", "older version")
+    Path("eval", "config.json").unlink()
+    with pytest.raises(LireError, match="start.config.json.*cannot be read"):
+        evaluate_systems("eval", {"start": start}, PROMPTS, {"l": short})
+    assert Path("eval", "evaluation", "start.jsonl").read_text() == "{}\n"
+
+
+# lines 24 and 25
+
+@pytest.mark.parametrize("twice", [("--system", "new=policy"), ("--judge", "l=vader")])
+def test_24_a_name_given_twice_is_refused(tmp_path, capfd, start, twice):
+    (tmp_path / "p.txt").write_text("One.\nTwo.\n")
+    command = ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"new={start}", "--judge", "l=length", *twice, "--out", tmp_path / "run")
+    refused(capfd, tmp_path, command, twice[0], "given twice", "rename")
+
+
+def test_25_evaluate_with_one_prompt_fails_before_it_samples_and_claims_nothing(tmp_path, capfd, start, monkeypatch):
+    (tmp_path / "p.txt").write_text("One.\nTwo.\n")
+    command = lambda *more: ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge", "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("lire_nb.evaluation.sample_lists", lambda *a, **k: pytest.fail("sampled"))
+        refused(capfd, tmp_path, command("--limit", "1"), "2 or more")
+        with pytest.raises(LireError, match="2 or more"):
+            evaluate_systems(tmp_path / "api", {"start": start}, PROMPTS[:1], {"l": short})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.txt"]
+
+
+def test_25_a_run_that_failed_before_its_first_result_does_not_block_the_corrected_command(tmp_path, capfd, start):
+    def broken(prompts, completions):
+        raise RuntimeError("no")
+
+    claim_folder(tmp_path / "claimed", {"seed": 0}, made=["*.jsonl"])
+    claim_folder(tmp_path / "claimed", {"seed": 1}, made=["*.jsonl"])
+    with pytest.raises(LireError, match="broken"):
+        evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": broken}, num_samples=1, settings=SHORT, progress=False)
+    assert evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}, num_samples=1, settings=SHORT, progress=False)
+    options = dict(evolve=1, num_candidates=2, settings=SHORT, progress=False, training=TRAINING)
+    from lire_nb import enhancement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(enhancement, "sample_lists", lambda *a, **k: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError):
+            self_enhance(start, PROMPTS, short, tmp_path / "run", seed=1, **options)
+    self_enhance(start, PROMPTS, short, tmp_path / "run", seed=2, **options)
+
+
+# line 27
+
+TWO = """
+import sys, time
+from pathlib import Path
+from lire_nb.enhancement import self_enhance
+from lire_nb.lists import LireError
+from lire_nb.sampling import SamplingSettings
+def slow(prompts, completions):
+    time.sleep(float(sys.argv[3]))
+    return [float(len(c)) for c in completions]
+prompts = [{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)]
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.monotonic()
+try:
+    self_enhance(sys.argv[1], prompts, slow, sys.argv[2], evolve=2, num_candidates=2, settings=SamplingSettings(max_new_tokens=2), progress=False,
+                 training=dict(bf16=False, use_cpu=True, save_steps=1, per_device_train_batch_size=1))
+except LireError as e:
+    print(f"{time.monotonic() - began:.2f} {e}", flush=True)
+    sys.exit(2)
+print("done", flush=True)
+"""
+
+
+def race(start: Path, folder: Path, pause: float = 0.3) -> tuple[list[int], list[str]]:
+    """Two processes begin to enhance in one folder at the same moment: their exit codes and last lines."""
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(start), str(folder), str(pause)], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in both]
+    return [process.returncode for process in both], said
+
+
+def check_race(start: Path, folder: Path) -> None:
+    codes, said = race(start, folder)
+    assert sorted(codes) == [0, 2], (codes, said)
+    line = said[codes.index(2)]
+    assert float(line.split()[0]) < 1 and "at work there" in line and "remedy" in line, line
+    assert (folder / "round-2" / "policy" / "model.safetensors").is_file() and not list(folder.rglob("*.partial")) and not list(folder.rglob(".*"))
+
+
+def test_27_of_two_runs_in_one_folder_one_works_and_the_other_says_so(tmp_path, start):
+    check_race(start, tmp_path / "run")
+
+
+def test_27_the_lock_of_a_killed_process_does_not_block(tmp_path, start):
+    process = subprocess.Popen([sys.executable, "-c", TWO, str(start), str(tmp_path / "run"), "60"], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    while not (tmp_path / "run" / "round-1" / "candidates.jsonl").exists():
+        time.sleep(0.05)
+    busy = dict(evolve=2, num_candidates=2, settings=SamplingSettings(max_new_tokens=2), progress=False)
+    with pytest.raises(LireError, match="at work there"):
+        self_enhance(start, PROMPTS, short, tmp_path / "run", **busy)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(LireError, match="another configuration"):  # of a reward that is not ours; the lock is free
+        self_enhance(start, PROMPTS, short, tmp_path / "run", **busy)
+
+
+def test_27_every_writer_holds_a_lock(tmp_path, start):
+    from lire_nb.identity import one_writer
+    from lire_nb.sampling import Journal
+
+    code = "import sys, time\nfrom lire_nb.identity import one_writer, take_lock\n"
+    code += "kept = [one_writer(p, inside=i == '1') for p, i in zip(sys.argv[1::2], sys.argv[2::2])]\n[k.__enter__() for k in kept]\nlock = take_lock('j.jsonl.lock')\nprint('held', flush=True)\ntime.sleep(60)"
+    places = {"run": "1", "policy": "0", "eval": "1"}
+    holder = subprocess.Popen([sys.executable, "-c", code, *(x for pair in places.items() for x in pair)], env=ENV, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for begin in (lambda: self_enhance(start, PROMPTS, short, tmp_path / "run"), lambda: train_policy(start, LISTS, tmp_path / "policy", **TRAINING),
+                      lambda: evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}), lambda: Journal(tmp_path / "j.jsonl")):
+            began = time.monotonic()
+            with pytest.raises(LireError, match="at work there|in use by another process"):
+                begin()
+            assert time.monotonic() - began < 1
+        with pytest.MonkeyPatch.context() as patch:  # another process of the same accelerate launch waits for the main one
+            patch.setenv("RANK", "1")
+            with one_writer(tmp_path / "run"):
+                pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with Journal(tmp_path / "j.jsonl") as journal:
+        journal.add({"a": 1})
+    assert train_policy(start, LISTS, tmp_path / "policy", **TRAINING).is_dir()
+
+
+if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity.py 10
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(int(sys.argv[1])):
+            check_race(make_start(Path(place, "start")), Path(place, f"run-{number}"))
+            print(f"{number + 1}: one worked, the other said so")
