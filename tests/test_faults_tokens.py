@@ -287,8 +287,10 @@ def test_29_a_tokenizer_without_pad_and_end_is_refused_and_one_without_pad_is_no
     with pytest.raises(LireError, match="no end-of-text token and no padding token.*eos_token"):
         load_tokenizer(tmp_path / "none")
     tokenizer = _fast(_bytes())
-    batch = ListCollator(tokenizer.pad_token_id)([trained(tokenizer, "a"), trained(tokenizer, "a b c")])
-    assert batch["prompt_ids"].shape[0] == 2
+    with pytest.raises(LireError, match="no token ends an answer.*eos_token"):
+        trained(tokenizer, "a")
+    cut = [tokenize_list(make_record(p, [" b"], [1.0], meta={"finish_reasons": ["length"]}), tokenizer) for p in ("a", "a b c")]
+    assert ListCollator(tokenizer.pad_token_id)(cut)["prompt_ids"].shape[0] == 2
 
 
 # 37: text prompts and the chat template
