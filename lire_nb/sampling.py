@@ -35,7 +35,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lire_nb.conversations import (
-    MAX_PROMPT_LENGTH, answer_text, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint, warn_text_prompts,
+    MAX_PROMPT_LENGTH, answer_text, check_limit, completion_text, encode_prompt, end_tokens, render_prompt, tokenizer_fingerprint,
+    warn_text_prompts,
 )
 from .identity import free_lock, take_lock
 from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id
@@ -269,29 +270,33 @@ class LocalSampler:
         progress: bool = True,
         share_prompt: bool | None = None,  # None: share where it is exact
     ):
-        for name, value in {"batch_size": batch_size, "max_prompt_length": max_prompt_length}.items():
-            if not (_is_whole(value) and value >= 1):
-                raise LireError("not a count", field=name, value=value, allowed="a whole number, 1 or more", remedy=f"change {name}")
+        check_limit(max_prompt_length, "max_prompt_length")
+        if not (_is_whole(batch_size) and batch_size >= 1):
+            raise LireError("not a count", field="batch_size", value=batch_size, allowed="a whole number, 1 or more", remedy="128 suits most models")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
         self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt
 
-    def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> list[tuple[list[int], bool]]:
-        "Token ids of all prompts, each with whether it was cut; raises `LireError` for a prompt that cannot be rendered or is too long for the model."
+    def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
+        "Raises `LireError` for a prompt that cannot be rendered or is too long for the model."
         ids = ids or [prompt_id(p) for p in prompts]
-        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i) for p, i in zip(prompts, ids, strict=True)]
-        context, new = context_of(self.model), settings.max_new_tokens
-        for (tokens, _), name in zip(encoded, ids):
+        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i)[0] for p, i in zip(prompts, ids, strict=True)]
+        self._check_room(encoded, ids, settings.max_new_tokens)
+
+    def _check_room(self, encoded, ids, new: int) -> None:
+        "Models with rotary positions would go on beyond their context without a word."
+        context = context_of(self.model)
+        for tokens, name in zip(encoded, ids):
             if context is not None and len(tokens) + new > context:
                 raise LireError("too long for the model", field=f"prompt of list {name!r}",
                                 value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
                                 allowed=f"{context} tokens, the model's context",
                                 remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
-        return encoded
 
     @torch.no_grad()
     def sample(self, prompts, num_candidates, settings, seed):
         "M completions for every prompt, in the order given, without dropout."
-        encoded = self._encode(prompts, settings)
+        encoded = self._encode(prompts)
+        self._check_room(encoded, map(prompt_id, prompts), settings.max_new_tokens)
         self.model.eval()
         if self.share_prompt is None:
             self._find_route()
@@ -315,9 +320,9 @@ class LocalSampler:
         if reason:
             logger.warning("%s cannot share prompts (%s): every candidate computes its own prompt, which is slower", type(self.model).__name__, reason)
 
-    def _encode(self, prompts, settings) -> list[list[int]]:
+    def _encode(self, prompts) -> list[list[int]]:
         "Token ids, none longer than max_prompt_length."
-        encoded = self.check(prompts, settings)
+        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length) for p in prompts]
         if cut := sum(was_cut for _, was_cut in encoded):
             logger.warning("%d of %d prompts are longer than %d tokens and were cut; raise max_prompt_length", cut, len(encoded), self.max_prompt_length)
         return [ids for ids, _ in encoded]
