@@ -57,12 +57,12 @@ def shrunk(config: dict, layers: str | None = None) -> dict:
     for name, value in config.items():
         if layers and name in LAYERS:
             continue
-        if isinstance(value, dict) and name.endswith("_config"):
+        if name == "per_layer_config" and value:  # exceptions by number of layer
+            found[name] = {1: {}}
+        elif isinstance(value, dict) and name.endswith("_config"):
             found[name] = {**value, **shrunk(value, layers)}
         elif name in VALUES and (isinstance(value, int) and not isinstance(value, bool) or value is None and name in MAYBE):
             found[name] = VALUES[name]
-        elif name == "per_layer_config" and value:  # exceptions by number of layer
-            found[name] = {}
         elif name == "intermediate_size" and isinstance(value, list):
             found[name] = VALUES[name]
         elif name == "layer_types" and value:
