@@ -1015,28 +1015,34 @@ def _with_turns(row: dict, roles: dict | None = None, keys: dict | None = None) 
         return row
     options = _turn_options(roles, keys)
     row = dict(row)
-    for name in (*_PROMPTS, *_PAIRED, *_SYSTEM, "history"):
+    for name in (*_PROMPTS, *_SYSTEM, "history"):
         if name in row:
             row[name] = _as_turns(row[name], *options, field=name)
-    for name in _ANSWERS:  # text is an answer, whatever it looks like
-        if name in row and not isinstance(row[name], str):
-            row[name] = _as_turns(row[name], *options, field=name)
+    asked = row.get(_prompt_column(row, _PROMPTS))
+    talk = _is_empty(asked) or isinstance(asked, list)
+    for name in (*_PAIRED, *_ANSWERS):
+        if name in row:
+            row[name] = _answer_turns(row[name], options, talk)
     for name in _ANSWER_LISTS:
         if isinstance(values := _as_list(row.get(name)), list):
-            row[name] = [_candidate_turns(value, options) for value in values]
+            row[name] = [_answer_turns(value, options, talk) for value in values]
     return row
 
 
 def _turn_options(roles: dict | None, keys: dict | None) -> tuple[dict, tuple]:
     return roles or {}, ((keys["role"], keys["content"]), *_TURN_KEYS) if keys else _TURN_KEYS
 
-
-def _candidate_turns(value: Any, options: tuple) -> Any:
-    if isinstance(value, dict) and not _turn_keys(value, options[1]):
-        return value | {k: _as_turns(v, *options) for k, v in value.items() if k in _ANSWERS and not isinstance(v, str)}
-    return value if isinstance(value, str) else _as_turns(value, *options)
-
 # %% ../nbs/01_lists.ipynb #c0b1d013a
+def _answer_turns(value: Any, options: tuple, talk: bool) -> Any:
+    """An answer, or a dict that holds one, with messages as ours. Beside a text prompt a text stays text."""
+    if isinstance(value, str):
+        turns = _as_turns(value, *options, field="answer") if talk else value
+        return turns if isinstance(turns, list) and turns[-1]["role"] == "assistant" else value
+    if isinstance(value, dict) and not isinstance(value, _CellDict) and not _turn_keys(value, options[1]):
+        return value | {k: _answer_turns(v, options, talk) for k, v in value.items() if k in _ANSWERS}
+    return _as_turns(value, *options)
+
+
 def _as_list(value: Any) -> Any:
     """A list; it may stand in a string, as JSON or printed."""
     found = _written(value) if isinstance(value, str) else _listed(value)
@@ -1225,7 +1231,9 @@ def _read_own(row: dict, notes: Notes) -> dict:
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
         own = {name: row[name] for name in ("completions", "rewards", "sources")}
         return make_record(row["prompt"], **own, id=_row_id(row), meta=_rest(row, FIELDS))
-    return _read_list(row, ("prompt",), "completions", "rewards", "sources")
+    rewards = _first(row, ("rewards", "scores", "ratings"))
+    fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
+    return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
 
 
 def _read_ranks(row: dict, notes: Notes) -> dict:
