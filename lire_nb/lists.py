@@ -649,9 +649,14 @@ def _expect(tokens: list[tokenize.TokenInfo], text: str) -> None:
         raise ValueError(f"expected {text}")
 
 # %% ../nbs/01_lists.ipynb #c0b1d003
+_opens = re.compile(
+    r"\s*(array\()?[\[{][\[({\s]*(['\"\d.\]}-]|(null|true|false|None|True|False|nan|inf)\b|array\(|np\.|numpy\.)"
+)
+
+
 def _written(text: str) -> Any:
     """The list or dict whose JSON or printed form `text` is; `BLANK` where it is neither."""
-    if not text.lstrip().startswith(("[", "{", "array(")):
+    if not _opens.match(text) or not text.rstrip().endswith(("]", "}", ")")):
         return BLANK
     try:
         return _decoder.decode(text)
@@ -958,9 +963,12 @@ _like_turns = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.
 
 def _turn_keys(message: Any, keys: tuple = _TURN_KEYS) -> tuple[str, str] | None:
     """The names under which `message` keeps its role and its text."""
-    return next(
-        (pair for pair in keys if isinstance(message, dict) and all(message.get(k) is not None for k in pair)), None
-    )
+    if not isinstance(message, dict):
+        return None
+    for role, text in keys:
+        if message.get(role) is not None and message.get(text) is not None:
+            return role, text
+    return None
 
 
 def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
@@ -968,6 +976,8 @@ def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
 
 
 def _one_turn(message: dict, roles: dict, keys: tuple) -> dict:
+    if not roles and len(message) == 2 and isinstance(message.get("content"), str) and "role" in message:
+        return message
     role, text = _turn_keys(message, keys)
     said, who = message[text], message[role]
     if isinstance(said, list) and said and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
@@ -1015,28 +1025,34 @@ def _with_turns(row: dict, roles: dict | None = None, keys: dict | None = None) 
         return row
     options = _turn_options(roles, keys)
     row = dict(row)
-    for name in (*_PROMPTS, *_PAIRED, *_SYSTEM, "history"):
+    for name in (*_PROMPTS, *_SYSTEM, "history"):
         if name in row:
             row[name] = _as_turns(row[name], *options, field=name)
-    for name in _ANSWERS:  # text is an answer, whatever it looks like
-        if name in row and not isinstance(row[name], str):
-            row[name] = _as_turns(row[name], *options, field=name)
+    asked = row.get(_prompt_column(row, _PROMPTS))
+    talk = _is_empty(asked) or isinstance(asked, list)
+    for name in (*_PAIRED, *_ANSWERS):
+        if name in row:
+            row[name] = _answer_turns(row[name], options, talk)
     for name in _ANSWER_LISTS:
         if isinstance(values := _as_list(row.get(name)), list):
-            row[name] = [_candidate_turns(value, options) for value in values]
+            row[name] = [_answer_turns(value, options, talk) for value in values]
     return row
 
 
 def _turn_options(roles: dict | None, keys: dict | None) -> tuple[dict, tuple]:
     return roles or {}, ((keys["role"], keys["content"]), *_TURN_KEYS) if keys else _TURN_KEYS
 
-
-def _candidate_turns(value: Any, options: tuple) -> Any:
-    if isinstance(value, dict) and not _turn_keys(value, options[1]):
-        return value | {k: _as_turns(v, *options) for k, v in value.items() if k in _ANSWERS and not isinstance(v, str)}
-    return value if isinstance(value, str) else _as_turns(value, *options)
-
 # %% ../nbs/01_lists.ipynb #c0b1d013a
+def _answer_turns(value: Any, options: tuple, talk: bool) -> Any:
+    """An answer, or a dict that holds one, with messages as ours. Beside a text prompt a text stays text."""
+    if isinstance(value, str):
+        turns = _as_turns(value, *options, field="answer") if talk else value
+        return turns if isinstance(turns, list) and turns[-1]["role"] == "assistant" else value
+    if isinstance(value, dict) and not isinstance(value, _CellDict) and not _turn_keys(value, options[1]):
+        return value | {k: _answer_turns(v, options, talk) for k, v in value.items() if k in _ANSWERS}
+    return _as_turns(value, *options)
+
+
 def _as_list(value: Any) -> Any:
     """A list; it may stand in a string, as JSON or printed."""
     found = _written(value) if isinstance(value, str) else _listed(value)
@@ -1225,7 +1241,9 @@ def _read_own(row: dict, notes: Notes) -> dict:
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
         own = {name: row[name] for name in ("completions", "rewards", "sources")}
         return make_record(row["prompt"], **own, id=_row_id(row), meta=_rest(row, FIELDS))
-    return _read_list(row, ("prompt",), "completions", "rewards", "sources")
+    rewards = _first(row, ("rewards", "scores", "ratings"))
+    fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
+    return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
 
 
 def _read_ranks(row: dict, notes: Notes) -> dict:
@@ -1375,30 +1393,37 @@ def _asks(answer: Any) -> bool:
     return _is_turns(answer) and any(message["role"] == "user" for message in answer)
 
 # %% ../nbs/01_lists.ipynb #c0b1d020
-def _two_columns(row: dict, words: Iterable[str]) -> tuple[str, str] | tuple[()]:
-    """The two columns that say one of `words` about the two answers: score_chosen, chosen_score, chosen-score …"""
-    forms = ("{word}_{which}", "{which}_{word}", "{which}-{word}", "{word}-{which}")
-    pairs = [
-        [form.format(word=word, which=which) for which in ("chosen", "rejected")] for word in words for form in forms
-    ]
-    return next((tuple(pair) for pair in pairs if not any(_is_empty(row.get(name)) for name in pair)), ())
+def _two_names(word: str) -> list[tuple[str, str]]:
+    """How columns are called that say `word` about the two answers: score_chosen, chosen_score, chosen-score …"""
+    forms = (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{word}-{{}}")
+    return [(form.format("chosen"), form.format("rejected")) for form in forms]
+
+
+_SCORES = [names for word in ("score", "reward", "rating") for names in _two_names(word)]
+_SOURCES, _ENDS = _two_names("source"), _two_names("finish_reason")
+
+
+def _two_columns(row: dict, pairs: list[tuple[str, str]]) -> tuple:
+    """The first of `pairs` whose columns are both there, with something in them."""
+    found = (pair for pair in pairs if pair[0] in row and pair[1] in row)
+    return next((pair for pair in found if not any(_is_empty(row[name]) for name in pair)), ())
 
 
 def _two_scores(row: dict) -> dict[str, Any]:
     """The columns with the scores of a pair, both known; or "rewards", by a mapping."""
     if isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2:
         return {"rewards": [_check_reward(value, f"rewards[{i}]") for i, value in enumerate(row["rewards"])]}
-    names = _two_columns(row, ("score", "reward", "rating"))
+    names = _two_columns(row, _SCORES)
     scores = {name: _check_reward(_number(row[name], name), name) for name in names}
     return {} if None in scores.values() else scores
 
-
+# %% ../nbs/01_lists.ipynb #c0b1d020a
 def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict]:
     """A reader of pairs that takes rewards, sources and finish reasons from columns of their own, if any."""
 
     def reader(row: dict, notes: Notes) -> dict:
         scores = _two_scores(row)
-        sources, ends = (_two_columns(row, (word,)) for word in ("source", "finish_reason"))
+        sources, ends = _two_columns(row, _SOURCES), _two_columns(row, _ENDS)
         record = read({k: v for k, v in row.items() if k not in (*scores, *sources, *ends)}, notes)
         if scores:
             record["rewards"] = list(scores.values()) if len(scores) == 2 else scores["rewards"]
@@ -1411,7 +1436,7 @@ def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict
 
     return reader
 
-# %% ../nbs/01_lists.ipynb #c0b1d020a
+
 def _note_order(chosen: float | None, rejected: float | None, notes: Notes) -> None:
     if None not in (chosen, rejected) and chosen <= rejected:
         notes.append("chosen and rejected have the same score" if chosen == rejected else "chosen has the lower score")

@@ -682,3 +682,14 @@ def test_relatives_of_21(tmp_path):
     path.write_text(json.dumps({"messages": [Q, FOUR]}) + "\n")
     with pytest.raises(LireError, match="ends with an answer"):
         cli.read_prompts(str(path))
+
+
+def test_relatives_of_18_in_memory():
+    printed = {"prompt": str([Q]), "completion": str([FOUR]), "label": True}
+    assert one(printed)["prompt"] == [Q] and one(printed)["completions"] == ["4"]
+    whole = {"chosen": json.dumps([BRIEF, Q, FOUR]), "rejected": json.dumps([BRIEF, Q, FIVE])}
+    assert one(whole)["prompt"] == [BRIEF, Q] and one(whole)["completions"] == ["4", "5"]
+    answer = json.dumps([FOUR])  # asked for, as text
+    assert one({"prompt": "Write a chat as JSON.", "completion": answer, "score": 1})["completions"] == [answer]
+    assert one({"prompt": "Write a chat as JSON.", "chosen": answer, "rejected": "no"})["completions"] == [answer, "no"]
+    assert one({"prompt": "p", "completions": ["a", "b"], "scores": ["1.5", "N/A"]})["rewards"] == [1.5, None]
