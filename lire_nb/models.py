@@ -245,6 +245,7 @@ def _with_adapter(model, name):
     peft, folder = import_peft(), resolve_model(name)
     try:
         with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers
             warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else they stay at their first values
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as e:

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -438,7 +439,9 @@ def put_adapter(
         return model
     peft = import_peft()
     set_seed(seed)
-    return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers
+        return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
 
 # %% ../nbs/07_training.ipynb #7c8a73a4
 class LIRETrainer(ExactTrainer):
