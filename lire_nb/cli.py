@@ -84,18 +84,11 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
 
 
 def settings_of(pairs: list[str]) -> dict:
-    "['temperature=2', 'loss_type=dpo'] -> {'temperature': 2, 'loss_type': 'dpo'}"
-    words = {"true": True, "false": False, "none": None, "null": None}
+    "['temperature=2', 'loss_type=dpo'] -> {'temperature': 2.0, 'loss_type': 'dpo'}, each by the type of its field in LIREConfig"
+    from lire_nb.settings import parse_settings
+    from lire_nb.training import LIREConfig
 
-    def value(text):
-        if text.lower() in words:
-            return words[text.lower()]
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-    return {k: value(v) for k, v in named(pairs, "--set").items()}
+    return parse_settings(named(pairs, "--set"), LIREConfig)
 
 # %% ../nbs/11_cli.ipynb #700f041e
 def _is_main() -> bool:
@@ -164,11 +157,11 @@ def score_command(args) -> None:
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import train_policy
+    from lire_nb.enhancement import check_settings, train_policy
 
     from lire_nb.models import resolve_model
 
-    settings, lora = settings_of(args.set), _lora(args)
+    settings, lora = check_settings(settings_of(args.set)), _lora(args)
     resolve_model(args.policy)
     if _claim(args.out, policy=args.policy, lists=_hash(args.lists), settings=settings, seed=args.seed, **({"lora": lora} if lora else {})):
         _say(f"training {args.policy} on {args.lists} into {args.out}")
@@ -200,9 +193,10 @@ def train_reward_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.enhancement import StopRule, self_enhance
+    from lire_nb.enhancement import StopRule, check_settings, self_enhance
     from lire_nb.sampling import SamplingSettings
 
+    training = check_settings(settings_of(args.set))
     prompts = read_prompts(args.prompts, args.limit)
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
@@ -211,7 +205,7 @@ def enhance_command(args) -> None:
             raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
         stop = StopRule(read_prompts(args.stop_prompts, args.limit), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
     policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
-                            settings=settings, training=settings_of(args.set), seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
+                            settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
     _say(f"the last policy is in {policies[-1]}")
 
 
@@ -485,8 +479,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
-    except KeyboardInterrupt:
-        print(f"lire {args.command}: stopped; what was finished is kept, the same command goes on after it", file=sys.stderr)
+    except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
+        print(f"lire {args.command}: {getattr(e, 'message', 'stopped by Ctrl-C; stages that are finished are kept, the same command goes on after them')}", file=sys.stderr)
         return 130
     return 0
 

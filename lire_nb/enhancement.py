@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'write_json', 'claim_folder',
-           'policy_identity', 'lists_identity', 'by_id', 'train_policy', 'join_candidates', 'cap_candidates',
-           'run_round', 'StopRule', 'should_stop', 'reward_identity', 'self_enhance']
+           'policy_identity', 'lists_identity', 'by_id', 'train_policy', 'check_settings', 'join_candidates',
+           'cap_candidates', 'run_round', 'StopRule', 'should_stop', 'reward_identity', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
-import difflib
 import errno
 import gc
 import hashlib
@@ -22,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,8 +34,9 @@ from .logprobs import dataset_logps
 from .models import compute_dtype, file_hash, load_policy, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
+from .settings import parse_settings, refuse_decided
 from lire_nb.training import (
-    LIREConfig, LIRETrainer, Stopped, changed_files, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
+    Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_teaching, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
@@ -192,9 +192,9 @@ def train_policy(
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
     **settings,  # for LIREConfig
 ) -> Path:
-    "Train a policy on lists and save it, all or nothing; goes on from a checkpoint if one is there. On SIGTERM it writes one and raises `Stopped`."
-    folder, lists, options = Path(folder), by_id(lists), trainer_options or {}
-    _check_settings(settings)
+    "Train a policy on lists and save it, all or nothing; goes on from a checkpoint if one is there. On SIGTERM and Ctrl-C it writes one and raises `Stopped` or `Interrupted`."
+    folder, lists, options = Path(folder), by_id(as_lists(lists, "lists")), trainer_options or {}
+    settings = check_settings(settings)
     partial = folder.with_name(f"{folder.name}.partial")
     identity = {"policy": str(policy), "fingerprint": policy_identity(policy), "lists": lists_identity(lists), "seed": seed, "settings": _plain_value(settings), "trainer": _plain_value(options)}
     if folder.exists():
@@ -203,13 +203,19 @@ def train_policy(
     with args.main_process_first(local=False), disk_errors(folder):
         resume = _claim_partial(partial, identity, args.process_index == 0)
     try:
+        check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
         with on_sigterm() as sigterm, disk_errors(folder):
             _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, **options)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as e:  # the second one
+        newest = last_checkpoint(partial)
+        raise Interrupted(f"stopped at once by Ctrl-C; {f'{newest.name} is kept, start again to go on' if newest else 'nothing was saved yet, start again from the beginning'}") from e
     finally:
         if args.process_index == 0 and not checkpoints(partial):
             shutil.rmtree(partial, ignore_errors=True)  # nothing to go on from
     if sigterm.asked:
-        raise Stopped(f"stopped by SIGTERM; the policy in {folder} is complete")
+        raise sigterm.stopped(f"the policy in {folder} is complete")
     return folder
 
 
@@ -256,6 +262,7 @@ def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, ca
         trainer.save_model(str(draft))
     if trainer.is_world_process_zero():
         _add_records(draft, trainer)
+        _keep_trackers(partial, draft)
         draft.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -272,23 +279,24 @@ def _add_records(draft: Path, trainer) -> None:
     (draft / "lire_config.json").write_text(json.dumps(settings, indent=1, default=str))
 
 
-def _check_settings(settings: dict) -> None:
-    "An unknown setting is said before a model is loaded, with the name that was probably meant."
-    known = [f.name for f in fields(LIREConfig)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or ["loss_type", "temperature", "learning_rate"]
-            raise LireError("unknown setting", field=name, allowed="a field of LIREConfig", remedy=f"did you mean {' or '.join(near)}?")
-    try:
-        LIREConfig(**({"output_dir": "unused"} | settings))
-    except LireError:
-        raise
-    except (ValueError, TypeError) as e:
-        raise LireError(str(e).splitlines()[0], field="settings", value=settings, remedy="change this setting") from e
-    numbers = {f.name: f.default for f in fields(LIREConfig) if type(f.default) in (int, float)}
-    for name, value in settings.items():
-        if name in numbers and isinstance(value, str):
-            raise LireError("not a number", field=name, value=value, allowed="a number", remedy="change this setting")
+_OURS = re.compile(r"checkpoint-\d+|policy|identity\.json|\..*")  # names that a training gives in its folder
+
+
+def _keep_trackers(partial: Path, draft: Path) -> None:
+    "What trackers wrote, such as TensorBoard's runs folder, goes into the policy's folder."
+    for path in list(partial.iterdir()):
+        if not _OURS.fullmatch(path.name) and not (draft / path.name).exists():
+            shutil.move(path, draft / path.name)
+
+
+def check_settings(
+    settings: dict,  # for LIREConfig; values may be texts
+) -> dict:  # the same with values of the types of their fields
+    "What a training cannot use is said before a model is loaded; raises `LireError`."
+    refuse_decided(settings)
+    settings = parse_settings(settings, LIREConfig)
+    LIREConfig(**({"output_dir": "unused"} | settings))
+    return settings
 
 
 def _plain(log: dict) -> dict:
@@ -364,7 +372,7 @@ def run_round(
     if not trained.exists():
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if contrastive else load_lists(scored)
-        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, **({"num_train_epochs": iterate, "disable_tqdm": True} | training))
+        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, **({"num_train_epochs": iterate, "disable_tqdm": True, "on_mute_lists": "warn"} | training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)
@@ -567,12 +575,12 @@ def self_enhance(
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
     prompts, training, start, run_folder = _distinct(prompts), training or {}, policy, Path(run_folder)
     _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
-    _check_settings(training)
+    training = check_settings(training)
     config = {"policy": str(policy), "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": [(p["id"], p["prompt"]) for p in prompts],
               "given": lists_identity(_given_lists(prompts)), "evolve": evolve, "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings), "training": _plain_value(training),
               "seed": seed, "pool": pool, "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else _plain_value(stop)}
     policies = []
-    with on_sigterm("stopped by SIGTERM; the stages that are finished are kept, start again to go on"):
+    with on_sigterm("the stages that are finished are kept, start again to go on"):
         _claim_run(run_folder, config)
         for number in range(1, evolve + 1):
             policy = run_round(number, policy, prompts, reward, run_folder, iterate=iterate, num_candidates=num_candidates, settings=settings, seed=seed, training=training,
