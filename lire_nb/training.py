@@ -524,7 +524,12 @@ class LIRETrainer(ExactTrainer):
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         chosen = self.args.num_candidates if kwargs.get("is_training") else None
-        return super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
+        loader = super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
+        if self.args.dataloader_persistent_workers:
+            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on: with the dropout's generator, every later mask would differ.
+            for one in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the loader and copies it for a resumed epoch
+                one.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _make_sampler(self, lists, order: str, batch: int, step: int) -> ListSampler:
         world = self.accelerator.num_processes
