@@ -84,7 +84,7 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
 
 
 def settings_of(pairs: list[str]) -> dict:
-    "['temperature=2', 'loss_type=dpo'] -> {'temperature': 2.0, 'loss_type': 'dpo'}, each by the type of its field in LIREConfig"
+    "['temperature=2', 'bf16=no'] -> {'temperature': 2.0, 'bf16': False}, each by the type of its field in LIREConfig"
     from lire_nb.settings import parse_settings
     from lire_nb.training import LIREConfig
 
@@ -204,8 +204,22 @@ def enhance_command(args) -> None:
         if not args.stop_prompts:
             raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
         stop = StopRule(read_prompts(args.stop_prompts, args.limit), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
-    policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
-                            settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop)
+    policies = self_enhance(
+        args.policy,
+        prompts,
+        read_reward(args.reward),
+        args.out,
+        evolve=args.evolve,
+        iterate=args.iterate,
+        num_candidates=args.num_candidates,
+        settings=settings,
+        training=training,
+        seed=args.seed,
+        pool=args.pool,
+        max_candidates=args.max_candidates,
+        contrastive=args.contrastive,
+        stop=stop,
+    )
     _say(f"the last policy is in {policies[-1]}")
 
 
@@ -431,7 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     lists, prompts = o("--lists", required=True, help="a file of lists"), o("--prompts", required=True, help="a file, or task:split such as sentiment:test")
     out, limit = o("--out", required=True, help="where the result goes"), o("--limit", type=int, default=None, help="use the first so many prompts")
     reward = o("--reward", required=True, help="vader, length, an address, scalar-head:FOLDER, or the folder of a reward model")
-    settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=2")
+    settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=20")
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
     add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, limit, seed,
@@ -480,7 +494,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
-        print(f"lire {args.command}: {getattr(e, 'message', 'stopped by Ctrl-C; stages that are finished are kept, the same command goes on after them')}", file=sys.stderr)
+        usual = "stopped by Ctrl-C; stages that are finished are kept, the same command goes on after them"
+        print(f"lire {args.command}: {getattr(e, 'message', usual)}", file=sys.stderr)
         return 130
     return 0
 

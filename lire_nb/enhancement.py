@@ -36,7 +36,18 @@ from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
 from .settings import parse_settings, refuse_decided
 from lire_nb.training import (
-    Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_teaching, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
+    Interrupted,
+    LIREConfig,
+    LIRETrainer,
+    as_lists,
+    changed_files,
+    check_teaching,
+    checkpoints,
+    last_checkpoint,
+    on_sigterm,
+    read_manifest,
+    use_training_bar,
+    write_manifest,
 )
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
@@ -192,7 +203,7 @@ def train_policy(
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
     **settings,  # for LIREConfig
 ) -> Path:
-    "Train a policy on lists and save it, all or nothing; goes on from a checkpoint if one is there. On SIGTERM and Ctrl-C it writes one and raises `Stopped` or `Interrupted`."
+    "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
     folder, lists, options = Path(folder), by_id(as_lists(lists, "lists")), trainer_options or {}
     settings = check_settings(settings)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -210,7 +221,8 @@ def train_policy(
         raise
     except KeyboardInterrupt as e:  # the second one
         newest = last_checkpoint(partial)
-        raise Interrupted(f"stopped at once by Ctrl-C; {f'{newest.name} is kept, start again to go on' if newest else 'nothing was saved yet, start again from the beginning'}") from e
+        kept = f"{newest.name} is kept, start again to go on" if newest else "nothing was saved yet, start from the beginning"
+        raise Interrupted(f"stopped at once by Ctrl-C; {kept}") from e
     finally:
         if args.process_index == 0 and not checkpoints(partial):
             shutil.rmtree(partial, ignore_errors=True)  # nothing to go on from
@@ -372,7 +384,13 @@ def run_round(
     if not trained.exists():
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if contrastive else load_lists(scored)
-        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, **({"num_train_epochs": iterate, "disable_tqdm": True, "on_mute_lists": "warn"} | training))
+        train_policy(
+            policy,
+            lists,
+            trained,
+            seed=derive_seed(seed, number, "train") % 2**31,
+            **({"num_train_epochs": iterate, "disable_tqdm": True, "on_mute_lists": "warn"} | training),
+        )
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)

@@ -186,8 +186,13 @@ def judge_pairs(
     compared = list(judge.compare(shown))
     failed = [c for c in compared if c.verdict is None]
     if failed and len(failed) == len(compared):
-        raise LireError(f"none of {len(failed)} replies is a verdict ({failed[0].failure})", field=f"judge {judge.name!r}", value=(failed[0].raw or "")[-60:],
-                        allowed="a last line that is A, B or tie; of a function also first or second", remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able judge")
+        raise LireError(
+            f"none of {len(failed)} replies is a verdict ({failed[0].failure})",
+            field=f"judge {judge.name!r}",
+            value=(failed[0].raw or "")[-60:],
+            allowed="a last line that is A, B or tie; of a function also first or second",
+            remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able judge",
+        )
     if failed:
         logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared), dict(Counter(c.failure for c in failed)))
     replies = iter(compared)

@@ -61,8 +61,11 @@ def _as_json(value, kind: type):
 
 # kind of a field -> (how a value is read, what is allowed); a text is the last that is tried
 _READERS = {
-    bool: (_as_bool, "yes or no, on or off, true or false, 1 or 0"), int: (_as_int, "a whole number"), float: (_as_float, "a finite number"),
-    dict: (lambda value: _as_json(value, dict), "a dict, or one written as JSON"), list: (lambda value: _as_json(value, list), "a list, or one written as JSON"),
+    bool: (_as_bool, "yes or no, on or off, true or false, 1 or 0"),
+    int: (_as_int, "a whole number"),
+    float: (_as_float, "a finite number"),
+    dict: (lambda value: _as_json(value, dict), "a dict, or one written as JSON"),
+    list: (lambda value: _as_json(value, list), "a list, or one written as JSON"),
 }
 
 
@@ -79,7 +82,11 @@ def field_kinds(
 ) -> dict[str, tuple]:  # name -> the types that its field may have
     "The types of a configuration's fields, from their annotations."
     hints = typing.get_type_hints(config)
-    return {f.name: _kinds(hints[f.name]) + ((type(None),) if f.default is None else ()) for f in dataclasses.fields(config) if f.init}
+    return {
+        f.name: _kinds(hints[f.name]) + ((type(None),) if f.default is None else ())
+        for f in dataclasses.fields(config)
+        if f.init
+    }
 
 
 def parse_value(
@@ -94,7 +101,9 @@ def parse_value(
     if isinstance(value, Enum) or value is not None and not plain:
         return value
     readers = [_READERS[kind] for kind in kinds if kind in _READERS]
-    open_text = isinstance(value, str) and (str in kinds or any(isinstance(k, type) and issubclass(k, Enum) for k in kinds))
+    open_text = isinstance(value, str) and (
+        str in kinds or any(isinstance(k, type) and issubclass(k, Enum) for k in kinds)
+    )
     reasons = []
     for read, _ in readers:
         try:
@@ -104,26 +113,49 @@ def parse_value(
     if open_text or not readers and value is not None:
         return value
     allowed = " or ".join([*(allowed for _, allowed in readers), *(["nothing (none)"] if nothing else [])]) or "a value"
-    raise LireError(reasons[0] if reasons else "missing", field=name, value=value, allowed=allowed, remedy="change this setting")
+    raise LireError(
+        reasons[0] if reasons else "missing", field=name, value=value, allowed=allowed, remedy="change this setting"
+    )
 
 # %% ../nbs/06a_settings.ipynb #9d960385
-_FORMER = {"group_by_length": "train_sampling_strategy=group_by_length", "warmup_ratio": "warmup_steps below 1, a share of all steps", "no_cuda": "use_cpu", "evaluation_strategy": "eval_strategy",
-           "fp16_backend": "fp16", "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "T": "temperature"}
+_FORMER = {
+    "group_by_length": "train_sampling_strategy=group_by_length",
+    "warmup_ratio": "warmup_steps below 1, a share of all steps",
+    "no_cuda": "use_cpu",
+    "evaluation_strategy": "eval_strategy",
+    "fp16_backend": "fp16",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "T": "temperature",
+}
 
 
 def parse_settings(
     settings: dict,  # name -> value, texts included
     config: type,  # the dataclass that they are for
 ) -> dict:  # the same names, with values of the types of their fields
-    "Read settings by the types of a configuration's fields; raises `LireError` for an unknown name or a value that cannot be read."
+    "Read settings by the types of a configuration's fields; raises `LireError` for an unknown name or an odd value."
     kinds = field_kinds(config)
     for name in settings:
         if name not in kinds:
-            near = [_FORMER[name]] if name in _FORMER else difflib.get_close_matches(name, kinds, n=3) or ["loss_type", "temperature", "learning_rate"]
-            raise LireError("unknown setting", field=name, allowed=f"a field of {config.__name__}", remedy=f"did you mean {' or '.join(near)}?")
+            near = (
+                [_FORMER[name]]
+                if name in _FORMER
+                else difflib.get_close_matches(name, kinds, n=3) or ["loss_type", "temperature", "learning_rate"]
+            )
+            raise LireError(
+                "unknown setting",
+                field=name,
+                allowed=f"a field of {config.__name__}",
+                remedy=f"did you mean {' or '.join(near)}?",
+            )
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    same = lambda name, value: isinstance(value, str) and value == defaults[name]  # noqa: E731, such as report_to="none", a text
-    return {name: value if same(name, value) else parse_value(name, value, kinds[name]) for name, value in settings.items()}
+    same = lambda name, value: isinstance(value, str) and value == defaults[name]  # noqa: E731, such as the text "none"
+    return {
+        name: value if same(name, value) else parse_value(name, value, kinds[name]) for name, value in settings.items()
+    }
+
 
 _DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}
 
@@ -131,22 +163,56 @@ _DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed
 def refuse_decided(settings: dict) -> None:
     "Raise `LireError` for a setting that the caller of `train_policy` decides in another way."
     for name in sorted(_DECIDED.keys() & settings):
-        raise LireError(f"is decided elsewhere: {_DECIDED[name]}", field=name, value=settings[name], allowed="any other setting", remedy="leave it out of the settings")
+        raise LireError(
+            f"is decided elsewhere: {_DECIDED[name]}",
+            field=name,
+            value=settings[name],
+            allowed="any other setting",
+            remedy="leave it out of the settings",
+        )
 
 # %% ../nbs/06a_settings.ipynb #55f0e677
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_prompt_length", "max_completion_length", "save_total_limit",
-                 "dataloader_prefetch_factor", "torch_empty_cache_steps")
-_AT_LEAST_ZERO = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_minutes", "adam_beta1", "adam_beta2", "dataloader_num_workers", "seed", "data_seed", "eval_delay", "adam_epsilon")
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_prompt_length",
+    "max_completion_length",
+    "save_total_limit",
+    "dataloader_prefetch_factor",
+    "torch_empty_cache_steps",
+)
+_AT_LEAST_ZERO = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "save_minutes",
+    "adam_beta1",
+    "adam_beta2",
+    "dataloader_num_workers",
+    "seed",
+    "data_seed",
+    "eval_delay",
+    "adam_epsilon",
+)
 _ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")
 
 
 def check_ranges(config) -> None:
     "Raise `LireError` for a number that no training can use."
+
     def check(name, fine: bool, allowed: str):
         if not fine:
-            raise LireError("out of range", field=name, value=getattr(config, name), allowed=allowed, remedy="change this setting")
+            raise LireError(
+                "out of range", field=name, value=getattr(config, name), allowed=allowed, remedy="change this setting"
+            )
 
-    for names, test, allowed in ((_AT_LEAST_ONE, lambda v: v >= 1, "1 or more"), (_AT_LEAST_ZERO, lambda v: v >= 0, "0 or more"), (_ABOVE_ZERO, lambda v: v > 0, "more than 0")):
+    for names, test, allowed in (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "1 or more"),
+        (_AT_LEAST_ZERO, lambda v: v >= 0, "0 or more"),
+        (_ABOVE_ZERO, lambda v: v > 0, "more than 0"),
+    ):
         for name in names:
             value = getattr(config, name, None)
             check(name, value is None or test(value), allowed)
@@ -171,7 +237,13 @@ def loss_settings_of(
         if value is None or name not in kwargs and value == usual and not loss.takes(name):
             continue  # nothing is asked for
         if name in kwargs and given.get(name) not in (None, own, usual, value):
-            raise LireError("given twice", field=name, value=(given[name], value), allowed="one value", remedy="leave it out of loss_kwargs")
+            raise LireError(
+                "given twice",
+                field=name,
+                value=(given[name], value),
+                allowed="one value",
+                remedy="leave it out of loss_kwargs",
+            )
         _check_taken(loss, name, value)
         settings[name] = value
     return settings
@@ -187,8 +259,13 @@ def usual_value(
 def _check_taken(loss: LossSpec, name: str, value) -> None:
     "Raise for a setting that the loss does not take."
     if not loss.takes(name):
-        raise LireError(f"the loss {loss.name} does not take it, so it would have no effect", field=name, value=value, allowed=", ".join(loss.settings) or "no setting at all",
-                        remedy="leave it out, or choose a loss that takes it; 00_losses has the table of all losses")
+        raise LireError(
+            f"the loss {loss.name} does not take it, so it would have no effect",
+            field=name,
+            value=value,
+            allowed=", ".join(loss.settings) or "no setting at all",
+            remedy="leave it out, or choose a loss that takes it; 00_losses has the table of all losses",
+        )
 
 # %% ../nbs/06a_settings.ipynb #e743ca4f
 _NO_LOGITS = "an evaluation here gives losses and figures of lists, it keeps no predictions"
@@ -196,7 +273,11 @@ _NO_LABELS = "there are no labels, a list has rewards"
 _BATCHES = "our batches hold no input_ids, and the model never reads one column by its name"
 # setting of TrainingArguments -> (values that ask for nothing, why any other has no effect or does harm, what to do)
 UNUSED = {
-    "label_smoothing_factor": ((0, None), _NO_LABELS, "leave it out; sft_weight or a higher temperature make LIRE softer"),
+    "label_smoothing_factor": (
+        (0, None),
+        _NO_LABELS,
+        "leave it out; sft_weight or a higher temperature make LIRE softer",
+    ),
     "label_names": ((None, []), _NO_LABELS, "leave it out"),
     "include_for_metrics": (([], None), _NO_LOGITS, "leave it out"),
     "batch_eval_metrics": ((False,), _NO_LOGITS, "leave it out"),
@@ -205,17 +286,36 @@ UNUSED = {
     "eval_accumulation_steps": ((None,), _NO_LOGITS, "leave it out"),
     "remove_unused_columns": ((False,), _BATCHES, "leave it at False"),
     "include_num_input_tokens_seen": (("no", False), _BATCHES, "leave it out"),
-    "use_liger_kernel": ((False,), "it fuses a cross-entropy with labels, which is not computed here; the head runs in chunks already", "leave it out"),
+    "use_liger_kernel": (
+        (False,),
+        "it fuses a cross-entropy with labels, which is not computed here; the head runs in chunks already",
+        "leave it out",
+    ),
     "liger_kernel_config": ((None,), "it belongs to use_liger_kernel", "leave it out"),
-    "save_only_model": ((False,), "a checkpoint without the optimizer's state cannot be gone on from exactly", "leave it out; save_total_limit=1 keeps one checkpoint"),
+    "save_only_model": (
+        (False,),
+        "a checkpoint without the optimizer's state cannot be gone on from exactly",
+        "leave it out; save_total_limit=1 keeps one checkpoint",
+    ),
     "dataloader_in_order": ((True,), "lists would come in an order that depends on the machine's load", "leave it out"),
-    "ignore_data_skip": ((False,), "a run that was stopped would read lists twice and leave others out", "leave it out"),
-    "resume_from_checkpoint": ((None,), "only scripts of transformers read it", "call train(resume_from_checkpoint=…); lire train goes on by itself"),
+    "ignore_data_skip": (
+        (False,),
+        "a run that was stopped would read lists twice and leave others out",
+        "leave it out",
+    ),
+    "resume_from_checkpoint": (
+        (None,),
+        "only scripts of transformers read it",
+        "call train(resume_from_checkpoint=…); lire train goes on by itself",
+    ),
 }
 # argument of Trainer -> why
 UNUSED_ARGUMENTS = {
-    "compute_metrics": _NO_LOGITS, "preprocess_logits_for_metrics": _NO_LOGITS, "compute_loss_func": "the loss is chosen by loss_type, which takes a function too",
-    "data_collator": "lists have a collator of their own", "model_init": "the policy is given as model",
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "compute_loss_func": "the loss is chosen by loss_type, which takes a function too",
+    "data_collator": "lists have a collator of their own",
+    "model_init": "the policy is given as model",
 }
 
 
@@ -224,7 +324,9 @@ def check_used(config) -> None:
     for name, (fine, why, remedy) in UNUSED.items():
         value = getattr(config, name, fine[0])
         if not any(value == nothing for nothing in fine):
-            raise LireError(f"has no effect in LIRETrainer: {why}", field=name, value=value, allowed=repr(fine[0]), remedy=remedy)
+            raise LireError(
+                f"has no effect in LIRETrainer: {why}", field=name, value=value, allowed=repr(fine[0]), remedy=remedy
+            )
 
 
 def check_arguments(
@@ -234,6 +336,17 @@ def check_arguments(
     "Raise `LireError` for an argument of the trainer that would have no effect, or that it does not have."
     for name, value in given.items():
         if name in UNUSED_ARGUMENTS and value is not None:
-            raise LireError(f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}", field=name, value=value, allowed="None", remedy="leave it out")
+            raise LireError(
+                f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}",
+                field=name,
+                value=value,
+                allowed="None",
+                remedy="leave it out",
+            )
         if name not in inspect.signature(known).parameters:
-            raise LireError("unknown argument", field=name, allowed="an argument of transformers.Trainer", remedy="check the spelling; settings belong into LIREConfig")
+            raise LireError(
+                "unknown argument",
+                field=name,
+                allowed="an argument of transformers.Trainer",
+                remedy="check the spelling; settings belong into LIREConfig",
+            )

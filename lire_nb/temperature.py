@@ -19,7 +19,11 @@ from .losses import LossSpec, list_probs
 from .models import load_policy
 
 # %% ../nbs/06b_temperature.ipynb #d45a8120
-MUTE = {"one": "have one candidate", "unscored": "have fewer than two scored candidates", "tied": "are tied in all rewards"}
+MUTE = {
+    "one": "have one candidate",
+    "unscored": "have fewer than two scored candidates",
+    "tied": "are tied in all rewards",
+}
 
 
 def why_mute(
@@ -75,8 +79,12 @@ def temperature_for(
 ) -> float:  # T, a round number
     "The smallest round temperature at which the median of the largest P is below `largest`."
     if not logps:
-        raise LireError("no list can teach", field="lists", allowed="a list with two scored candidates whose rewards differ",
-                        remedy="score the lists, or sample more candidates for each prompt")
+        raise LireError(
+            "no list can teach",
+            field="lists",
+            allowed="a list with two scored candidates whose rewards differ",
+            remedy="score the lists, or sample more candidates for each prompt",
+        )
     return next((T for T in ROUND if median(largest_weights(logps, T)) < largest), ROUND[-1])
 
 # %% ../nbs/06b_temperature.ipynb #916f52f7
@@ -133,7 +141,9 @@ def lost_updates(
         if low:
             flat = getattr(p, "_local_tensor", p).detach().flatten()
             weights = flat[:: max(1, flat.numel() // sample)].abs().float()
-            half = torch.finfo(p.dtype).eps / 2 * 2.0 ** (torch.frexp(weights).exponent - 1)  # half the distance to the next
+            half = (
+                torch.finfo(p.dtype).eps / 2 * 2.0 ** (torch.frexp(weights).exponent - 1)
+            )  # half the distance to the next
             lost += p.numel() * (step < half).float().mean().item() if len(weights) else 0.0
         total += p.numel()
     kind, count = kinds.most_common(1)[0] if kinds else ("", 0)

@@ -31,12 +31,31 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .lists import LireError, atomic_write, load_lists
-from .logprobs import IMPLS, ListCollator, causal_lm, check_paths, context_of, list_logps, reference_logps, to_device, tokenize_list
+from lire_nb.logprobs import (
+    IMPLS,
+    ListCollator,
+    causal_lm,
+    check_paths,
+    context_of,
+    list_logps,
+    reference_logps,
+    to_device,
+    tokenize_list,
+)
 from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
 from .models import file_hash, has_bf16, load_policy, quiet_transformers
 from .sampling import derive_seed
 from .settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
-from .temperature import largest_weights, lost_updates, median, mute_lists, needs_difference, spread_out, temperature_for, why_mute
+from lire_nb.temperature import (
+    largest_weights,
+    lost_updates,
+    median,
+    mute_lists,
+    needs_difference,
+    spread_out,
+    temperature_for,
+    why_mute,
+)
 
 # %% ../nbs/07_training.ipynb #cc313dd1
 logger = logging.getLogger(__name__)
@@ -82,21 +101,39 @@ class LIREConfig(TrainingArguments):
         if self.num_candidates is not None and self.num_candidates < 2:
             raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
         if self.on_mute_lists not in ("refuse", "warn"):
-            raise LireError("unknown rule", field="on_mute_lists", value=self.on_mute_lists, allowed="refuse or warn", remedy="leave it at 'refuse'")
+            raise LireError(
+                "unknown rule",
+                field="on_mute_lists",
+                value=self.on_mute_lists,
+                allowed="refuse or warn",
+                remedy="leave it at 'refuse'",
+            )
         if self.train_sampling_strategy not in ORDERS:
             raise LireError("unknown order", field="train_sampling_strategy", value=self.train_sampling_strategy, allowed=" or ".join(ORDERS), remedy="leave it at 'random'")
         self._try_loss()
         try:
             super().__post_init__()
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
-            raise LireError(str(e).splitlines()[0], field="LIREConfig", allowed="settings that go together", remedy="change this setting") from e
+            raise LireError(
+                str(e).splitlines()[0],
+                field="LIREConfig",
+                allowed="settings that go together",
+                remedy="change this setting",
+            ) from e
         if self.world_size > 1 and not self.average_tokens_across_devices:
-            raise LireError("has no effect in LIRETrainer: a step is the mean over the lists of all processes", field="average_tokens_across_devices", value=False, allowed="True",
-                            remedy="leave it out")
+            raise LireError(
+                "has no effect in LIRETrainer: a step is the mean over the lists of all processes",
+                field="average_tokens_across_devices",
+                value=False,
+                allowed="True",
+                remedy="leave it out",
+            )
 
     def _read(self) -> None:
         "Every value by the type of its field, within its range, and with an effect."
-        for name, value in parse_settings({f.name: getattr(self, f.name) for f in fields(self) if f.init}, type(self)).items():
+        for name, value in parse_settings(
+            {f.name: getattr(self, f.name) for f in fields(self) if f.init}, type(self)
+        ).items():
             setattr(self, name, value)
         self.report_to = self.report_to or "none"
         check_ranges(self)
@@ -125,13 +162,19 @@ class LIREConfig(TrainingArguments):
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
-        return loss_settings_of(get_loss(self.loss_type), {name: getattr(self, name) for name in sorted(self._loss_fields())}, self.loss_kwargs)
+        return loss_settings_of(
+            get_loss(self.loss_type),
+            {name: getattr(self, name) for name in sorted(self._loss_fields())},
+            self.loss_kwargs,
+        )
 
     def to_dict(self) -> dict:
         "As the parent's; a callable loss is written by its name."
         values = super().to_dict()
         if not isinstance(self.loss_type, str):
-            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(self.loss_type, "name", repr(self.loss_type))
+            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(
+                self.loss_type, "name", repr(self.loss_type)
+            )
         return values
 
 
@@ -144,9 +187,21 @@ def _check_trackers(report_to) -> None:
         if name in ("all", "none", "flyte", "kubeflow"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            raise LireError("unknown tracker", field="report_to", value=name, allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)), remedy="leave it at none")
+            raise LireError(
+                "unknown tracker",
+                field="report_to",
+                value=name,
+                allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)),
+                remedy="leave it at none",
+            )
         if name not in get_available_reporting_integrations():
-            raise LireError("is not installed here", field="report_to", value=name, allowed="a tracker that is installed, or none", remedy=f"pip install {name}")
+            raise LireError(
+                "is not installed here",
+                field="report_to",
+                value=name,
+                allowed="a tracker that is installed, or none",
+                remedy=f"pip install {name}",
+            )
 
 # %% ../nbs/07_training.ipynb #da9eb0cc
 def choose_candidates(
@@ -294,8 +349,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class on_sigterm:
-    """While active, SIGTERM and Ctrl-C set `asked`, and a second Ctrl-C stops at once; with a line on what is kept already the first one does.
-    Outside the main thread it does nothing."""
+    "While active, SIGTERM and Ctrl-C set `asked`; a second Ctrl-C, or with `kept` the first signal, stops at once."
 
     def __init__(self, kept: str | None = None):
         self.kept, self.asked, self.what, self.before = kept, False, "SIGTERM", {}
@@ -321,7 +375,9 @@ class on_sigterm:
             raise self.stopped(self.kept)
         if again:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # not print: the signal may have come in the middle of one
+        if (
+            number == signal.SIGINT and os.environ.get("RANK", "0") == "0"
+        ):  # not print: the signal may have come in the middle of one
             os.write(2, b"\nCtrl-C: this step is finished and a checkpoint written first; once more stops at once\n")
 
     def stopped(self, kept: str, where: str = "") -> Stopped | Interrupted:
@@ -406,7 +462,9 @@ class ExactTrainer(Trainer):
             kept = "a checkpoint is kept, start again to go on"
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
-        sigterm = self.sigterm if self.sigterm and self.sigterm.asked else on_sigterm()  # another process may have heard it
+        sigterm = (
+            self.sigterm if self.sigterm and self.sigterm.asked else on_sigterm()
+        )  # another process may have heard it
         raise sigterm.stopped(kept, f" after step {self.state.global_step} of {self.state.max_steps}")
 
     def _save_checkpoint(self, model, trial):
@@ -502,15 +560,31 @@ class LIRETrainer(ExactTrainer):
     def _check_call(args, ref_model, eval_dataset, others: dict) -> LossSpec:
         "What can be seen of the arguments before anything is loaded."
         if not isinstance(args, LIREConfig):
-            raise LireError("not a configuration of LIRE", field="args", value=type(args).__name__, allowed="a LIREConfig", remedy="it takes every setting of TrainingArguments")
+            raise LireError(
+                "not a configuration of LIRE",
+                field="args",
+                value=type(args).__name__,
+                allowed="a LIREConfig",
+                remedy="it takes every setting of TrainingArguments",
+            )
         check_arguments(others, Trainer.__init__)
         loss = get_loss(args.loss_type)
         if ref_model is not None and not loss.needs_ref:
-            raise LireError(f"the loss {loss.name} needs no reference model, so it would have no effect", field="ref_model", value=type(ref_model).__name__, allowed="None",
-                            remedy="leave it out, or choose a loss that compares with one, such as dpo")
+            raise LireError(
+                f"the loss {loss.name} needs no reference model, so it would have no effect",
+                field="ref_model",
+                value=type(ref_model).__name__,
+                allowed="None",
+                remedy="leave it out, or choose a loss that compares with one, such as dpo",
+            )
         if eval_dataset is None and args.eval_strategy != "no":
-            raise LireError("nothing to evaluate on", field="eval_strategy", value=str(args.eval_strategy.value), allowed="no, or lists as eval_dataset",
-                            remedy="pass eval_dataset=lists, or leave eval_strategy out")
+            raise LireError(
+                "nothing to evaluate on",
+                field="eval_strategy",
+                value=str(args.eval_strategy.value),
+                allowed="no, or lists as eval_dataset",
+                remedy="pass eval_dataset=lists, or leave eval_strategy out",
+            )
         return loss
 
     @staticmethod
@@ -526,8 +600,12 @@ class LIRETrainer(ExactTrainer):
         chosen = self.args.num_candidates if kwargs.get("is_training") else None
         loader = super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
         if self.args.dataloader_persistent_workers:
-            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on: with the dropout's generator, every later mask would differ.
-            for one in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate wraps the loader and copies it for a resumed epoch
+            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on:
+            # drawn from the dropout's generator, every later mask would differ.
+            for one in (
+                loader,
+                getattr(loader, "base_dataloader", loader),
+            ):  # accelerate wraps the loader and copies it for a resumed epoch
                 one.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
@@ -603,19 +681,28 @@ class LIRETrainer(ExactTrainer):
     def _first_look(self) -> None:
         "Before step 1, one line for what would make the training learn nothing."
         lost, kind = lost_updates(self.model, self.args.learning_rate)
-        if lost > 0.25 and not self.is_deepspeed_enabled and self.is_world_process_zero():  # DeepSpeed keeps its own float32 weights
-            logger.warning("weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
-                           "load float32 weights and set bf16=True, which computes in bfloat16", kind, self.args.learning_rate, 100 * lost)
+        if (
+            lost > 0.25 and not self.is_deepspeed_enabled and self.is_world_process_zero()
+        ):  # DeepSpeed keeps its own float32 weights
+            logger.warning(
+                "weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
+                "load float32 weights and set bf16=True, which computes in bfloat16",
+                kind,
+                self.args.learning_rate,
+                100 * lost,
+            )
         if "temperature" in self.loss.settings and self.train_dataset is not None and (rows := self._first_logps()):
             self._say_saturated(rows)
 
     def _first_logps(self) -> list[list[float]]:
-        "What the loss's P is made of, for at most 64 lists that can teach; random numbers, weights and modes stay as they are."
+        "What P is made of, for at most 64 lists that can teach; random numbers, weights and modes stay as they are."
         lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
         able = [i for i, rewards in enumerate(self.train_dataset["rewards"]) if why_mute(rewards) is None]
         chosen = [lists[0, able[i]] for i in spread_out(len(able))] if able else []
         world, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
-        share = -(-len(chosen) // world)  # every process takes as many, since a sharded model is computed by all of them together
+        share = -(
+            -len(chosen) // world
+        )  # every process takes as many, since a sharded model is computed by all of them together
         mine = [chosen[(self.accelerator.process_index * share + i) % len(chosen)] for i in range(share)]
         collate = TrainingCollator(self.processing_class.pad_token_id or 0)
         modes, found = {m: m.training for m in self.model_wrapped.modules()}, []
@@ -625,7 +712,9 @@ class LIRETrainer(ExactTrainer):
                 for start in range(0, len(mine), size):
                     batch = to_device(collate(mine[start : start + size]), self.args.device)
                     logps, lengths = list_logps(self.model_wrapped, batch, impl=self.args.logps_impl)
-                    scores = logps / lengths.clamp(min=1) if self.args.loss_settings().get("length_normalize") else logps
+                    scores = (
+                        logps / lengths.clamp(min=1) if self.args.loss_settings().get("length_normalize") else logps
+                    )
                     seen = scored_mask(batch["rewards"], batch["mask"])
                     found += [row[kept].float().tolist() for row, kept in zip(scores, seen)]
         finally:
@@ -639,8 +728,17 @@ class LIRETrainer(ExactTrainer):
         lost = sum(p > SATURATED for p in largest)
         if lost > len(rows) / 4 and self.is_world_process_zero():
             better = temperature_for(rows)
-            logger.warning("P is one-hot on %d of %d lists at T = %g, where the gradient is zero; T ≈ %g gives a median largest P of %.2f: "
-                           "set temperature=%g, or ask lire_nb.suggest_temperature", lost, len(rows), T, better, median(largest_weights(rows, better)), better)
+            logger.warning(
+                "P is one-hot on %d of %d lists at T = %g, where the gradient is zero; "
+                "T ≈ %g gives a median largest P of %.2f: "
+                "set temperature=%g, or ask lire_nb.suggest_temperature",
+                lost,
+                len(rows),
+                T,
+                better,
+                median(largest_weights(rows, better)),
+                better,
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -760,7 +858,13 @@ def as_lists(
         return lists
     if isinstance(lists, dict):
         if name == "train_dataset":
-            raise LireError("several data sets", field=name, value=list(lists), allowed="one data set", remedy="choose a split, such as data['train']")
+            raise LireError(
+                "several data sets",
+                field=name,
+                value=list(lists),
+                allowed="one data set",
+                remedy="choose a split, such as data['train']",
+            )
         return {key: as_lists(part, f"{name}[{key!r}]") for key, part in lists.items()}
     rows = lists if isinstance(lists, datasets.Dataset) else list(lists)
     columns = [rows.column_names] if isinstance(rows, datasets.Dataset) else rows
@@ -772,7 +876,7 @@ def as_lists(
         e.field = f"{name}: {e.field}" if e.field else name
         raise
 
-
+# %% ../nbs/07_training.ipynb #314139ee
 def check_teaching(
     lists,  # our own records, or None
     args: LIREConfig,
@@ -780,18 +884,29 @@ def check_teaching(
 ) -> None:
     "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
     loss, lists = get_loss(args.loss_type), () if lists is None else lists
-    columns = zip(lists["id"], lists["rewards"]) if isinstance(lists, datasets.Dataset) else ((r["id"], r["rewards"]) for r in lists)
+    columns = (
+        zip(lists["id"], lists["rewards"])
+        if isinstance(lists, datasets.Dataset)
+        else ((r["id"], r["rewards"]) for r in lists)
+    )
     rewards = [_check_rewards({"id": name, "rewards": row}) for name, row in columns]
     mute, why = mute_lists(rewards)
     if not mute or not needs_difference(loss, args.loss_settings()):
         return
-    if mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES:  # what a function of one's own learns from, only it knows
-        raise LireError(f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list", field="train_dataset", value=f"{mute} lists",
-                        allowed="a list with two scored candidates whose rewards differ", remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft")
+    if (
+        mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES
+    ):  # what a function of one's own learns from, only it knows
+        raise LireError(
+            f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
+            field="train_dataset",
+            value=f"{mute} lists",
+            allowed="a list with two scored candidates whose rewards differ",
+            remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft",
+        )
     if warn and args.process_index == 0:
         logger.warning("%d of %d lists cannot teach: %s", mute, len(rewards), why)
 
-
+# %% ../nbs/07_training.ipynb #dc01bf7c
 def with_adapter(
     model: torch.nn.Module,
     peft_config,  # a peft configuration, or a dict of its settings; LoRA where the dict does not say
@@ -799,28 +914,54 @@ def with_adapter(
     "The model with a fresh adapter; raises `LireError` for settings or matrices that it does not have."
     from peft import get_peft_config, get_peft_model
 
-    named = sorted({name.rpartition(".")[2] for name, m in causal_lm(model).named_modules() if isinstance(m, torch.nn.Linear)})
+    named = sorted(
+        {name.rpartition(".")[2] for name, m in causal_lm(model).named_modules() if isinstance(m, torch.nn.Linear)}
+    )
     try:
         if isinstance(peft_config, dict):
             peft_config = get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **peft_config})
         return get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
     except (ValueError, TypeError, KeyError) as e:
         value = getattr(peft_config, "target_modules", peft_config)
-        raise LireError(f"no adapter can be made: {str(e).splitlines()[0][:200]}", field="peft_config", value=sorted(value) if isinstance(value, set) else value,
-                        allowed=f"settings of peft; matrices of this model are {', '.join(named)}", remedy="change peft_config, or --lora-targets") from e
+        raise LireError(
+            f"no adapter can be made: {str(e).splitlines()[0][:200]}",
+            field="peft_config",
+            value=sorted(value) if isinstance(value, set) else value,
+            allowed=f"settings of peft; matrices of this model are {', '.join(named)}",
+            remedy="change peft_config, or --lora-targets",
+        ) from e
 
-
+# %% ../nbs/07_training.ipynb #60c4f864
 def _check_model(model, tokenizer) -> None:
     "What cannot be trained on lists is said before the work."
     if tokenizer is None:
-        raise LireError("missing", field="processing_class", value=None, allowed="the policy's tokenizer", remedy="pass processing_class=tokenizer")
+        raise LireError(
+            "missing",
+            field="processing_class",
+            value=None,
+            allowed="the policy's tokenizer",
+            remedy="pass processing_class=tokenizer",
+        )
     lm = causal_lm(model)
-    if getattr(getattr(lm, "config", None), "is_encoder_decoder", False) or getattr(lm, "get_output_embeddings", lambda: None)() is None:
-        raise LireError("not a causal language model", field="model", value=type(lm).__name__, allowed="a decoder with a head over the vocabulary",
-                        remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
+    if (
+        getattr(getattr(lm, "config", None), "is_encoder_decoder", False)
+        or getattr(lm, "get_output_embeddings", lambda: None)() is None
+    ):
+        raise LireError(
+            "not a causal language model",
+            field="model",
+            value=type(lm).__name__,
+            allowed="a decoder with a head over the vocabulary",
+            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported",
+        )
     if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
-        raise LireError("has neither an end token nor one for padding", field="processing_class", value=type(tokenizer).__name__, allowed="a tokenizer with an end token",
-                        remedy="set tokenizer.eos_token to a token of its vocabulary")
+        raise LireError(
+            "has neither an end token nor one for padding",
+            field="processing_class",
+            value=type(tokenizer).__name__,
+            allowed="a tokenizer with an end token",
+            remedy="set tokenizer.eos_token to a token of its vocabulary",
+        )
 
 # %% ../nbs/07_training.ipynb #9e25bb16
 def prepare_lists(
