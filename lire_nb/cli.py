@@ -74,18 +74,11 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
 
 
 def settings_of(pairs: list[str]) -> dict:
-    "['temperature=2', 'loss_type=dpo'] -> {'temperature': 2, 'loss_type': 'dpo'}"
-    words = {"true": True, "false": False, "none": None, "null": None}
+    "['temperature=2', 'bf16=no'] -> {'temperature': 2.0, 'bf16': False}, each by the type of its field in LIREConfig"
+    from lire_nb.settings import parse_settings
+    from lire_nb.training import LIREConfig
 
-    def value(text):
-        if text.lower() in words:
-            return words[text.lower()]
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-    return {k: value(v) for k, v in named(pairs, "--set").items()}
+    return parse_settings(named(pairs, "--set"), LIREConfig)
 
 # %% ../nbs/11_cli.ipynb #3f8524bf
 def limit_of(
@@ -181,10 +174,10 @@ def score_command(args) -> None:
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import check_adapter, settings_identity, train_policy
+    from lire_nb.enhancement import check_adapter, check_settings, settings_identity, train_policy
     from lire_nb.identity import policy_identity
 
-    settings, lora = settings_of(args.set), _lora(args)
+    settings, lora = check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
     made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists), "settings": settings_identity(settings), "seed": args.seed}
@@ -230,19 +223,20 @@ def train_reward_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.enhancement import StopRule, self_enhance
+    from lire_nb.enhancement import StopRule, check_settings, self_enhance
     from lire_nb.identity import one_writer
     from lire_nb.sampling import SamplingSettings
 
+    training = check_settings(settings_of(args.set))
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
-        _enhance(args, prompts, StopRule, self_enhance, SamplingSettings)
+        _enhance(args, prompts, training, StopRule, self_enhance, SamplingSettings)
 
 
-def _enhance(args, prompts, StopRule, self_enhance, SamplingSettings) -> None:
+def _enhance(args, prompts, training, StopRule, self_enhance, SamplingSettings) -> None:
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
-    training = _with_limit(settings_of(args.set), args)
+    training = _with_limit(training, args)
     if args.stop_gold or args.stop_kl is not None:
         if not args.stop_prompts:
             raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
@@ -493,7 +487,7 @@ def _parser() -> argparse.ArgumentParser:
     lists, prompts = o("--lists", required=True, help="a file of lists"), o("--prompts", required=True, help="a file, or task:split such as sentiment:test")
     out, limit = o("--out", required=True, help="where the result goes"), o("--limit", type=int, default=None, help="use the first so many prompts")
     reward = o("--reward", required=True, help="vader, length, an address, scalar-head:FOLDER, or the folder of a reward model")
-    settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=2")
+    settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=20")
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"),
                 o("--max-prompt-length", type=int, default=None, metavar="TOKENS", help="longer prompts are cut; default: the task's own limit, else 256"))
     lora = (o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; the policy's own one is trained further"),
@@ -545,8 +539,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
-    except KeyboardInterrupt:
-        print(f"lire {args.command}: stopped; what was finished is kept, the same command goes on after it", file=sys.stderr)
+    except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
+        usual = "stopped by Ctrl-C; stages that are finished are kept, the same command goes on after them"
+        print(f"lire {args.command}: {getattr(e, 'message', usual)}", file=sys.stderr)
         return 130
     return 0
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'write_json', 'claim_folder',
-           'check_claim', 'by_id', 'settings_identity', 'train_policy', 'check_adapter', 'join_candidates',
-           'cap_candidates', 'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'self_enhance']
+           'check_claim', 'by_id', 'settings_identity', 'train_policy', 'check_adapter', 'check_settings',
+           'join_candidates', 'cap_candidates', 'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
-import difflib
 import errno
 import gc
 import importlib.metadata
@@ -21,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -38,8 +37,10 @@ from .losses import LOSSES
 from .models import MODEL_ASSETS, adapter_base, adapter_config, compute_dtype, file_hash, load_policy, load_tokenizer, merged_policy, quiet_transformers
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
+from .settings import parse_settings, refuse_decided
 from lire_nb.training import (
-    LIREConfig, LIRETrainer, Stopped, changed_files, check_same_adapter, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
+    Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_same_adapter, check_teaching, checkpoints, last_checkpoint,
+    on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
@@ -183,9 +184,9 @@ def train_policy(
     merge_adapter: bool = False,  # of the start policy: add it to the weights of its base first
     **settings,  # for LIREConfig
 ) -> Path:
-    "Train a policy on lists and save it, all or nothing; goes on from a checkpoint if one is there. On SIGTERM it writes one and raises `Stopped`."
-    folder, lists, options = Path(folder), by_id(lists), trainer_options or {}
-    _check_settings(settings)
+    "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
+    folder, lists, options = Path(folder), by_id(as_lists(lists, "lists")), trainer_options or {}
+    settings = check_settings(settings)
     check_adapter(policy, options.get("peft_config"), merge_adapter)
     partial = folder.with_name(f"{folder.name}.partial")
     with one_writer(folder, "another training", inside=False):
@@ -197,13 +198,20 @@ def train_policy(
         with args.main_process_first(local=False), disk_errors(folder):
             resume = _claim_partial(partial, identity, args.process_index == 0, policy)
         try:
+            check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm() as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, merge_adapter=merge_adapter, **options)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as e:  # the second one
+            newest = last_checkpoint(partial)
+            kept = f"{newest.name} is kept, start again to go on" if newest else "nothing was saved yet, start from the beginning"
+            raise Interrupted(f"stopped at once by Ctrl-C; {kept}") from e
         finally:
             if args.process_index == 0 and not checkpoints(partial):
                 shutil.rmtree(partial, ignore_errors=True)  # nothing to go on from
         if sigterm.asked:
-            raise Stopped(f"stopped by SIGTERM; the policy in {folder} is complete")
+            raise sigterm.stopped(f"the policy in {folder} is complete")
         return folder
 
 
@@ -271,6 +279,7 @@ def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, ca
         trainer.save_model(str(draft))
     if trainer.is_world_process_zero():
         _add_records(draft, trainer)
+        _keep_trackers(partial, draft)
         _name_base(draft, policy, merge_adapter)
         draft.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
@@ -304,23 +313,24 @@ def _name_base(draft: Path, policy, merged: bool) -> None:
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base})
 
 # %% ../nbs/08_enhancement.ipynb #ff896042
-def _check_settings(settings: dict) -> None:
-    "An unknown setting is said before a model is loaded, with the name that was probably meant."
-    known = [f.name for f in fields(LIREConfig)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or ["loss_type", "temperature", "learning_rate"]
-            raise LireError("unknown setting", field=name, allowed="a field of LIREConfig", remedy=f"did you mean {' or '.join(near)}?")
-    try:
-        LIREConfig(**({"output_dir": "unused"} | settings))
-    except LireError:
-        raise
-    except (ValueError, TypeError) as e:
-        raise LireError(str(e).splitlines()[0], field="settings", value=settings, remedy="change this setting") from e
-    numbers = {f.name: f.default for f in fields(LIREConfig) if type(f.default) in (int, float)}
-    for name, value in settings.items():
-        if name in numbers and isinstance(value, str):
-            raise LireError("not a number", field=name, value=value, allowed="a number", remedy="change this setting")
+_OURS = re.compile(r"checkpoint-\d+|policy|identity\.json|\..*")  # names that a training gives in its folder
+
+
+def _keep_trackers(partial: Path, draft: Path) -> None:
+    "What trackers wrote, such as TensorBoard's runs folder, goes into the policy's folder."
+    for path in list(partial.iterdir()):
+        if not _OURS.fullmatch(path.name) and not (draft / path.name).exists():
+            shutil.move(path, draft / path.name)
+
+
+def check_settings(
+    settings: dict,  # for LIREConfig; values may be texts
+) -> dict:  # the same with values of the types of their fields
+    "What a training cannot use is said before a model is loaded; raises `LireError`."
+    refuse_decided(settings)
+    settings = parse_settings(settings, LIREConfig)
+    LIREConfig(**({"output_dir": "unused"} | settings))
+    return settings
 
 
 def _plain(log: dict) -> dict:
@@ -384,7 +394,8 @@ def run_round(
     if not trained.exists():
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if contrastive else load_lists(scored)
-        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, trainer_options=trainer_options, **({"num_train_epochs": iterate, "disable_tqdm": True} | training))
+        defaults = {"num_train_epochs": iterate, "disable_tqdm": True, "on_mute_lists": "warn"}
+        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, trainer_options=trainer_options, **(defaults | training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)
@@ -597,7 +608,7 @@ def self_enhance(
 ) -> list[Path]:  # the policy folder of every round
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
     prompts, training, start, run_folder = checked_prompts(prompts), training or {}, policy, Path(run_folder)
-    _check_settings(training)
+    training = check_settings(training)
     if isinstance(stop, StopRule) and stop.max_prompt_length is None:
         stop = replace(stop, max_prompt_length=prompt_limit(training))
     _check_templates([*prompts, *(stop.prompts if isinstance(stop, StopRule) else [])], policy, prompt_limit(training))
@@ -609,7 +620,7 @@ def self_enhance(
               "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else plain_value(stop),
               **({"trainer": plain_value(trainer_options)} if trainer_options else {})}
     policies = []
-    with one_writer(run_folder, "another self-enhancement"), on_sigterm("stopped by SIGTERM; the stages that are finished are kept, start again to go on"):
+    with one_writer(run_folder, "another self-enhancement"), on_sigterm("the stages that are finished are kept, start again to go on"):
         _claim_run(run_folder, config, policy)
         if isinstance(stop, StopRule):
             _decide(stop, 0, policy, start, run_folder)  # the start is measured first: what is wrong with the rule is said before the work

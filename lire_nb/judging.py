@@ -158,13 +158,19 @@ def read_comparison(reply: str, parse: Callable = parse_verdict) -> Comparison:
 
 
 class FunctionJudge:
-    "A function (prompt, first, second) → reply as a judge."
+    "A function (prompt, first, second) → reply as a judge; the last line of a reply is A or first, B or second, or tie."
 
     def __init__(self, function: Callable[[str, str, str], str], name: str | None = None):
         self.function, self.name = function, name or getattr(function, "__name__", "function")
 
     def compare(self, shown: list[tuple[str, str, str]]) -> list[Comparison]:
-        return [read_comparison(str(self.function(*texts))) for texts in shown]
+        return [read_comparison(str(self.function(*texts)), _function_verdict) for texts in shown]
+
+
+def _function_verdict(reply: str) -> str | None:
+    "As `parse_verdict`, or one of the words of `VERDICTS`: a function sees a first and a second answer, not A and B."
+    last = (reply.strip().splitlines() or [""])[-1].strip().lower()
+    return last if last in VERDICTS else parse_verdict(reply)
 
 # %% ../nbs/09a_judging.ipynb #03e236d0
 def judge_pairs(
@@ -180,8 +186,13 @@ def judge_pairs(
     compared = list(judge.compare(shown))
     failed = [c for c in compared if c.verdict is None]
     if failed and len(failed) == len(compared):
-        raise LireError(f"none of {len(failed)} replies is a verdict ({failed[0].failure})", field=f"judge {judge.name!r}", value=(failed[0].raw or "")[-60:],
-                        allowed="a last line that is A, B or tie", remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able judge")
+        raise LireError(
+            f"none of {len(failed)} replies is a verdict ({failed[0].failure})",
+            field=f"judge {judge.name!r}",
+            value=(failed[0].raw or "")[-60:],
+            allowed="a last line that is A, B or tie; of a function also first or second",
+            remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able judge",
+        )
     if failed:
         logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared), dict(Counter(c.failure for c in failed)))
     replies = iter(compared)

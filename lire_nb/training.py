@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'ORDERS', 'LIREConfig', 'choose_candidates', 'ListSampler', 'ListRows', 'TrainingCollator', 'write_manifest',
-           'read_manifest', 'changed_files', 'checkpoints', 'last_checkpoint', 'Stopped', 'on_sigterm', 'ExactTrainer',
-           'check_same_adapter', 'put_adapter', 'LIRETrainer', 'prepare_lists', 'TrainingBar', 'use_training_bar']
+           'read_manifest', 'changed_files', 'checkpoints', 'last_checkpoint', 'Stopped', 'Interrupted', 'on_sigterm',
+           'ExactTrainer', 'check_same_adapter', 'put_adapter', 'LIRETrainer', 'as_lists', 'check_teaching',
+           'with_adapter', 'prepare_lists', 'TrainingBar', 'use_training_bar']
 
 # %% ../nbs/07_training.ipynb #78eab5bc
 import copy
@@ -19,7 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -32,25 +33,29 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .conversations import warn_text_prompts
 from .identity import differences
-from .lists import LireError, atomic_write
+from .lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
-    IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, tokenize_list, verified,
+    IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, to_device, tokenize_list, verified,
 )
-from .losses import get_loss, list_metrics, scored_mask
+from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
 from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers
 from .sampling import derive_seed
+from .settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
+from lire_nb.temperature import (
+    largest_weights,
+    lost_updates,
+    median,
+    mute_lists,
+    needs_difference,
+    spread_out,
+    temperature_for,
+    why_mute,
+)
 
 # %% ../nbs/07_training.ipynb #cc313dd1
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/07_training.ipynb #7687c5b8
-# Which of the configuration's loss settings a registered loss takes; all others go through loss_kwargs.
-_LOSS_SETTINGS = {
-    "lire": ("temperature", "reward_transform", "sft_weight", "length_normalize"),
-    "dpo": ("beta",), "plackett_luce_dpo": ("beta",),
-}
-
-
 ORDERS = ("random", "sequential", "group_by_length")  # of the lists in an epoch
 
 
@@ -67,20 +72,22 @@ class LIREConfig(TrainingArguments):
     remove_unused_columns: bool = False  # our columns are not arguments of the model
     bf16: bool | None = None  # None: where the processor is fast at it
     loss_type: str | Callable = "lire"  # a name in `losses.LOSSES`, or a callable with the same signature
-    temperature: float = 2.0  # T of LIRE
-    reward_transform: str = "softmax"  # of LIRE: "softmax", "none", "zscore" or "rank"
-    sft_weight: float = 0.0  # α of LIRE
-    length_normalize: bool = False  # of LIRE
-    beta: float = 0.1  # of the losses with a reference model
+    temperature: float | None = None  # T; None, here and below: the loss's own default, for LIRE 2
+    reward_transform: str | None = None  # of LIRE: "softmax" (its default), "none", "zscore" or "rank"
+    sft_weight: float | None = None  # α, weight of the best candidate's cross-entropy; for LIRE 0
+    length_normalize: bool | None = None  # of LIRE: P from log-probs per token; its default is False
+    beta: float | None = None  # of the losses with a reference model, 0.1
     loss_kwargs: dict = field(default_factory=dict)  # anything else the loss takes
     max_prompt_length: int = 256  # tokens; the beginning is cut
     max_completion_length: int = 128  # tokens; the end is cut
     logps_impl: str = "auto"  # path of `list_logps`
     reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
+    on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
     def __post_init__(self):
+        self._read()
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16("cpu" if self.use_cpu else None)
@@ -88,32 +95,108 @@ class LIREConfig(TrainingArguments):
             raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
         if self.num_candidates is not None and self.num_candidates < 2:
             raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
+        if self.on_mute_lists not in ("refuse", "warn"):
+            raise LireError(
+                "unknown rule",
+                field="on_mute_lists",
+                value=self.on_mute_lists,
+                allowed="refuse or warn",
+                remedy="leave it at 'refuse'",
+            )
         if self.train_sampling_strategy not in ORDERS:
             raise LireError("unknown order", field="train_sampling_strategy", value=self.train_sampling_strategy, allowed=" or ".join(ORDERS), remedy="leave it at 'random'")
         self._try_loss()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
+            raise LireError(
+                str(e).splitlines()[0],
+                field="LIREConfig",
+                allowed="settings that go together",
+                remedy="change this setting",
+            ) from e
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise LireError(
+                "has no effect in LIRETrainer: a step is the mean over the lists of all processes",
+                field="average_tokens_across_devices",
+                value=False,
+                allowed="True",
+                remedy="leave it out",
+            )
+
+    def _read(self) -> None:
+        "Every value by the type of its field, within its range, and with an effect."
+        for name, value in parse_settings(
+            {f.name: getattr(self, f.name) for f in fields(self) if f.init}, type(self)
+        ).items():
+            setattr(self, name, value)
+        self.report_to = self.report_to or "none"
+        check_ranges(self)
+        check_used(self)
+        _check_trackers(self.report_to)
 
     def _try_loss(self) -> None:
         "An unknown loss or a setting it does not take should not wait for the first batch."
         try:
             loss = get_loss(self.loss_type)
+            settings = self.loss_settings()
             if isinstance(self.loss_type, str):
                 one = torch.ones(1, 2)
-                loss.fn(-one, one, lengths=one, ref_logps=-one, **self.loss_settings())
+                loss.fn(-one, one, lengths=one, ref_logps=-one, **settings)
+        except LireError:
+            raise
         except (ValueError, TypeError) as e:
             raise LireError(str(e), field=f"loss {self.loss_type!r}", remedy="change this setting; 00_losses has the table of all losses") from e
+        for name in self._loss_fields() & settings.keys():
+            setattr(self, name, settings[name])
+
+    @classmethod
+    def _loss_fields(cls) -> set[str]:
+        "The settings of losses that are fields of the configuration."
+        return {f.name for f in fields(cls)} & {name for spec in LOSSES.values() for name in spec.settings}
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
-        names = _LOSS_SETTINGS.get(self.loss_type, ()) if isinstance(self.loss_type, str) else ()
-        return {**{name: getattr(self, name) for name in names}, **self.loss_kwargs}
+        return loss_settings_of(
+            get_loss(self.loss_type),
+            {name: getattr(self, name) for name in sorted(self._loss_fields())},
+            self.loss_kwargs,
+        )
 
     def to_dict(self) -> dict:
         "As the parent's; a callable loss is written by its name."
         values = super().to_dict()
-        if callable(self.loss_type):
-            values["loss_type"] = getattr(self.loss_type, "__name__", repr(self.loss_type))
+        if not isinstance(self.loss_type, str):
+            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(
+                self.loss_type, "name", repr(self.loss_type)
+            )
         return values
+
+
+def _check_trackers(report_to) -> None:
+    "A tracker that is not installed is said before the work."
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("all", "none", "flyte", "kubeflow"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise LireError(
+                "unknown tracker",
+                field="report_to",
+                value=name,
+                allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)),
+                remedy="leave it at none",
+            )
+        if name not in get_available_reporting_integrations():
+            raise LireError(
+                "is not installed here",
+                field="report_to",
+                value=name,
+                allowed="a tracker that is installed, or none",
+                remedy=f"pip install {name}",
+            )
 
 # %% ../nbs/07_training.ipynb #da9eb0cc
 def choose_candidates(
@@ -252,27 +335,49 @@ class Stopped(SystemExit):
         return self.message
 
 
-class on_sigterm:
-    "While active, SIGTERM sets `asked`; with a message it raises `Stopped` at once. Outside the main thread it does nothing."
+class Interrupted(KeyboardInterrupt):
+    "Ctrl-C came: exit code 130, and a line on what is kept."
 
-    def __init__(self, message: str | None = None):
-        self.message, self.asked, self.active = message, False, False
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message, self.code = message, 130
+
+
+class on_sigterm:
+    "While active, SIGTERM and Ctrl-C set `asked`; a second Ctrl-C, or with `kept` the first signal, stops at once."
+
+    def __init__(self, kept: str | None = None):
+        self.kept, self.asked, self.what, self.before = kept, False, "SIGTERM", {}
 
     def __enter__(self):
         try:
-            self.before, self.active = signal.signal(signal.SIGTERM, self._note), True
+            self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+            if callable(signal.getsignal(signal.SIGINT)):  # a process in the background may have been told to ignore it
+                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         except ValueError:  # only the main thread may listen
             pass
         return self
 
     def __exit__(self, *exc):
-        if self.active:
-            signal.signal(signal.SIGTERM, self.before if self.before is not None else signal.SIG_DFL)
+        for number, before in self.before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
 
     def _note(self, number, frame):
-        self.asked = True
-        if self.message is not None:
-            raise Stopped(self.message)
+        again, self.asked = self.asked and number == signal.SIGINT, True
+        if not again:
+            self.what = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        if self.kept is not None:
+            raise self.stopped(self.kept)
+        if again:
+            raise KeyboardInterrupt
+        if (
+            number == signal.SIGINT and os.environ.get("RANK", "0") == "0"
+        ):  # not print: the signal may have come in the middle of one
+            os.write(2, b"\nCtrl-C: this step is finished and a checkpoint written first; once more stops at once\n")
+
+    def stopped(self, kept: str, where: str = "") -> Stopped | Interrupted:
+        "The error to raise: by what the run was stopped, where, and what is kept."
+        return (Stopped if self.what == "SIGTERM" else Interrupted)(f"stopped by {self.what}{where}; {kept}")
 
 
 class _Watch(TrainerCallback):
@@ -352,7 +457,10 @@ class ExactTrainer(Trainer):
             kept = "a checkpoint is kept, start again to go on"
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
-        raise Stopped(f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; {kept}")
+        sigterm = (
+            self.sigterm if self.sigterm and self.sigterm.asked else on_sigterm()
+        )  # another process may have heard it
+        raise sigterm.stopped(kept, f" after step {self.state.global_step} of {self.state.max_steps}")
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -437,11 +545,8 @@ def put_adapter(
     if has:
         check_same_adapter(has[model.active_adapter], peft_config)
         return model
-    peft = import_peft()
     set_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers
-        return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
+    return with_adapter(model, peft_config)
 
 # %% ../nbs/07_training.ipynb #7c8a73a4
 class LIRETrainer(ExactTrainer):
@@ -459,18 +564,20 @@ class LIRETrainer(ExactTrainer):
         callbacks=None,
         **kwargs,  # for Trainer
     ):
-        args = args or LIREConfig(output_dir="lire-output")
+        args = LIREConfig(output_dir="lire-output") if args is None else args
+        self.loss = self._check_call(args, ref_model, eval_dataset, kwargs)
+        train_dataset, eval_dataset = as_lists(train_dataset), as_lists(eval_dataset, "eval_dataset")
+        check_teaching(train_dataset, args)
         if isinstance(model, (str, Path)):
             model, tokenizer = load_policy(model)
             processing_class = processing_class or tokenizer
+        _check_model(model, processing_class)
         if isinstance(ref_model, (str, Path)):
             ref_model, _ = load_policy(ref_model, device=args.device)
-        if processing_class is None:
-            raise LireError("processing_class", value=None, allowed="the policy's tokenizer", remedy="pass processing_class=tokenizer")
         model = put_adapter(model, peft_config, args.seed)
         remember_start(model)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
-        self.loss, self.ref_model = get_loss(args.loss_type), ref_model
+        self.ref_model = ref_model
         self._check_paths(model, args, ref_model)
         reference, context = self.loss.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
@@ -483,6 +590,37 @@ class LIRETrainer(ExactTrainer):
     def train(self, *args, **kwargs):
         self._began = True  # from here on the model is no longer the policy at the start
         return super().train(*args, **kwargs)
+
+    @staticmethod
+    def _check_call(args, ref_model, eval_dataset, others: dict) -> LossSpec:
+        "What can be seen of the arguments before anything is loaded."
+        if not isinstance(args, LIREConfig):
+            raise LireError(
+                "not a configuration of LIRE",
+                field="args",
+                value=type(args).__name__,
+                allowed="a LIREConfig",
+                remedy="it takes every setting of TrainingArguments",
+            )
+        check_arguments(others, Trainer.__init__)
+        loss = get_loss(args.loss_type)
+        if ref_model is not None and not loss.needs_ref:
+            raise LireError(
+                f"the loss {loss.name} needs no reference model, so it would have no effect",
+                field="ref_model",
+                value=type(ref_model).__name__,
+                allowed="None",
+                remedy="leave it out, or choose a loss that compares with one, such as dpo",
+            )
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise LireError(
+                "nothing to evaluate on",
+                field="eval_strategy",
+                value=str(args.eval_strategy.value),
+                allowed="no, or lists as eval_dataset",
+                remedy="pass eval_dataset=lists, or leave eval_strategy out",
+            )
+        return loss
 
     @staticmethod
     def _check_paths(model, args, ref_model=None) -> None:
@@ -503,7 +641,16 @@ class LIRETrainer(ExactTrainer):
 
     def _get_dataloader(self, dataset, *args, **kwargs):
         chosen = self.args.num_candidates if kwargs.get("is_training") else None
-        return super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
+        loader = super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
+        if self.args.dataloader_persistent_workers:
+            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on:
+            # drawn from the dropout's generator, every later mask would differ.
+            for one in (
+                loader,
+                getattr(loader, "base_dataloader", loader),
+            ):  # accelerate wraps the loader and copies it for a resumed epoch
+                one.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _make_sampler(self, lists, order: str, batch: int, step: int) -> ListSampler:
         world = self.accelerator.num_processes
@@ -531,16 +678,25 @@ class LIRETrainer(ExactTrainer):
     def list_losses(self, model, inputs: dict) -> tuple[torch.Tensor, dict]:
         "(B,) losses of a batch, and what `list_metrics` says of it."
         logps, lengths = list_logps(model, inputs, impl=self.args.logps_impl)
-        extra = {"lengths": lengths} if self.loss.needs_lengths or isinstance(self.args.loss_type, str) else {}
+        extra = {"lengths": lengths} if self.loss.needs_lengths or "lengths" in self.loss.parameters else {}
         if self.loss.needs_ref:
             extra["ref_logps"] = inputs["ref_logps"]
         mask = scored_mask(inputs["rewards"], inputs["mask"])  # a candidate without a reward takes no part
         losses = self.loss.fn(logps, inputs["rewards"], mask, **extra, **self.args.loss_settings())
-        scores = logps.detach()
-        if self.args.loss_type == "lire" and self.args.length_normalize:  # what is logged describes the P of the loss
-            scores = scores / lengths.clamp(min=1)
-        metrics = list_metrics(scores, inputs["rewards"], mask, temperature=self.args.temperature)
-        return losses, metrics
+        return losses, self._metrics(logps.detach(), lengths, inputs, mask)
+
+    def _metrics(self, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
+        "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
+        settings, own = self.args.loss_settings(), self.loss.settings
+        if "temperature" in own:
+            scores = logps / lengths.clamp(min=1) if settings.get("length_normalize") else logps
+            return list_metrics(scores, inputs["rewards"], mask, temperature=settings["temperature"])
+        if self.loss.needs_ref:
+            scores = settings.get("beta", 1.0) * (logps - inputs["ref_logps"])  # DPO's implicit rewards
+        else:
+            scores = logps / lengths.clamp(min=1) if self.loss.needs_lengths else logps
+        pairs = settings.get("pairs", own.get("pairs"))
+        return pair_metrics(scores, inputs["rewards"], mask, pairs="best_worst" if pairs == "best_worst" else "all")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         infinite = torch.isinf(inputs["rewards"])
@@ -559,6 +715,73 @@ class LIRETrainer(ExactTrainer):
         return (loss, {"losses": losses}) if return_outputs else loss
 
     # Before the weights are touched.
+
+    def _begin(self) -> None:
+        super()._begin()
+        if self._resumed is None:
+            self._first_look()
+
+    def _first_look(self) -> None:
+        "Before step 1, one line for what would make the training learn nothing."
+        lost, kind = lost_updates(self.model, self.args.learning_rate)
+        if (
+            lost > 0.25 and not self.is_deepspeed_enabled and self.is_world_process_zero()
+        ):  # DeepSpeed keeps its own float32 weights
+            logger.warning(
+                "weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
+                "load float32 weights and set bf16=True, which computes in bfloat16",
+                kind,
+                self.args.learning_rate,
+                100 * lost,
+            )
+        if "temperature" in self.loss.settings and self.train_dataset is not None and (rows := self._first_logps()):
+            self._say_saturated(rows)
+
+    def _first_logps(self) -> list[list[float]]:
+        "What P is made of, for at most 64 lists that can teach; random numbers, weights and modes stay as they are."
+        lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
+        able = [i for i, rewards in enumerate(self.train_dataset["rewards"]) if why_mute(rewards) is None]
+        chosen = [lists[0, able[i]] for i in spread_out(len(able))] if able else []
+        world, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        share = -(
+            -len(chosen) // world
+        )  # every process takes as many, since a sharded model is computed by all of them together
+        mine = [chosen[(self.accelerator.process_index * share + i) % len(chosen)] for i in range(share)]
+        collate = TrainingCollator(self.processing_class.pad_token_id or 0)
+        modes, found = {m: m.training for m in self.model_wrapped.modules()}, []
+        self.model_wrapped.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for start in range(0, len(mine), size):
+                    batch = to_device(collate(mine[start : start + size]), self.args.device)
+                    logps, lengths = list_logps(self.model_wrapped, batch, impl=self.args.logps_impl)
+                    scores = (
+                        logps / lengths.clamp(min=1) if self.args.loss_settings().get("length_normalize") else logps
+                    )
+                    seen = scored_mask(batch["rewards"], batch["mask"])
+                    found += [row[kept].float().tolist() for row, kept in zip(scores, seen)]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return gather_object(found)[: len(chosen)] if world > 1 else found
+
+    def _say_saturated(self, rows: list[list[float]]) -> None:
+        T = self.args.loss_settings()["temperature"]
+        largest = largest_weights(rows, T)
+        lost = sum(p > SATURATED for p in largest)
+        if lost > len(rows) / 4 and self.is_world_process_zero():
+            better = temperature_for(rows)
+            logger.warning(
+                "P is one-hot on %d of %d lists at T = %g, where the gradient is zero; "
+                "T ≈ %g gives a median largest P of %.2f: "
+                "set temperature=%g, or ask lire_nb.suggest_temperature",
+                lost,
+                len(rows),
+                T,
+                better,
+                median(largest_weights(rows, better)),
+                better,
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -601,6 +824,7 @@ class LIRETrainer(ExactTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "As the Trainer's; lists, or a dict of lists, are taken as they are."
+        eval_dataset = eval_dataset if isinstance(eval_dataset, str) else as_lists(eval_dataset, "eval_dataset")
         with self._reference(eval_dataset) as reference:
             eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference, common_context(self.model, self.ref_model))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -664,6 +888,127 @@ def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
         return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
     return lists if _is_prepared(lists) else prepare_lists(lists, tokenizer, args, reference, context)
 
+# %% ../nbs/07_training.ipynb #5a436747
+_OURS = {"id", "prompt", "completions", "rewards"}  # columns of our own records that training reads
+
+
+def as_lists(
+    lists,  # records, rows of another known layout, a file, a dict of such, None, or what is prepared already
+    name: str = "train_dataset",  # for the message
+):  # our own records, a dict of them, or None
+    "Our own records as they are, anything else through `load_lists`; raises `LireError`."
+    if isinstance(lists, (str, Path)):
+        return load_lists(lists)
+    if _is_prepared(lists):
+        return lists
+    if isinstance(lists, dict):
+        if name == "train_dataset":
+            raise LireError(
+                "several data sets",
+                field=name,
+                value=list(lists),
+                allowed="one data set",
+                remedy="choose a split, such as data['train']",
+            )
+        return {key: as_lists(part, f"{name}[{key!r}]") for key, part in lists.items()}
+    rows = lists if isinstance(lists, datasets.Dataset) else list(lists)
+    columns = [rows.column_names] if isinstance(rows, datasets.Dataset) else rows
+    if all(isinstance(c, (dict, list)) and _OURS <= set(c) for c in columns):
+        return rows
+    try:
+        return load_lists(rows)
+    except LireError as e:
+        e.field = f"{name}: {e.field}" if e.field else name
+        raise
+
+# %% ../nbs/07_training.ipynb #314139ee
+def check_teaching(
+    lists,  # our own records, or None
+    args: LIREConfig,
+    warn: bool = True,
+) -> None:
+    "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
+    loss, lists = get_loss(args.loss_type), () if lists is None else lists
+    columns = (
+        zip(lists["id"], lists["rewards"])
+        if isinstance(lists, datasets.Dataset)
+        else ((r["id"], r["rewards"]) for r in lists)
+    )
+    rewards = [_check_rewards({"id": name, "rewards": row}) for name, row in columns]
+    mute, why = mute_lists(rewards)
+    if not mute or not needs_difference(loss, args.loss_settings()):
+        return
+    if (
+        mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES
+    ):  # what a function of one's own learns from, only it knows
+        raise LireError(
+            f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
+            field="train_dataset",
+            value=f"{mute} lists",
+            allowed="a list with two scored candidates whose rewards differ",
+            remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft",
+        )
+    if warn and args.process_index == 0:
+        logger.warning("%d of %d lists cannot teach: %s", mute, len(rewards), why)
+
+# %% ../nbs/07_training.ipynb #dc01bf7c
+def with_adapter(
+    model: torch.nn.Module,
+    peft_config,  # a peft configuration, or a dict of its settings; LoRA where the dict does not say
+) -> torch.nn.Module:
+    "The model with a fresh adapter; raises `LireError` for settings or matrices that it does not have."
+    peft = import_peft()
+    named = sorted(
+        {name.rpartition(".")[2] for name, m in causal_lm(model).named_modules() if isinstance(m, torch.nn.Linear)}
+    )
+    try:
+        if isinstance(peft_config, dict):
+            peft_config = peft.get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **peft_config})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers
+            return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
+    except (ValueError, TypeError, KeyError) as e:
+        value = getattr(peft_config, "target_modules", peft_config)
+        raise LireError(
+            f"no adapter can be made: {str(e).splitlines()[0][:200]}",
+            field="peft_config",
+            value=sorted(value) if isinstance(value, set) else value,
+            allowed=f"settings of peft; matrices of this model are {', '.join(named)}",
+            remedy="change peft_config, or --lora-targets",
+        ) from e
+
+# %% ../nbs/07_training.ipynb #60c4f864
+def _check_model(model, tokenizer) -> None:
+    "What cannot be trained on lists is said before the work."
+    if tokenizer is None:
+        raise LireError(
+            "missing",
+            field="processing_class",
+            value=None,
+            allowed="the policy's tokenizer",
+            remedy="pass processing_class=tokenizer",
+        )
+    lm = causal_lm(model)
+    if (
+        getattr(getattr(lm, "config", None), "is_encoder_decoder", False)
+        or getattr(lm, "get_output_embeddings", lambda: None)() is None
+    ):
+        raise LireError(
+            "not a causal language model",
+            field="model",
+            value=type(lm).__name__,
+            allowed="a decoder with a head over the vocabulary",
+            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported",
+        )
+    if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
+        raise LireError(
+            "has neither an end token nor one for padding",
+            field="processing_class",
+            value=type(tokenizer).__name__,
+            allowed="a tokenizer with an end token",
+            remedy="set tokenizer.eos_token to a token of its vocabulary",
+        )
+
 # %% ../nbs/07_training.ipynb #9e25bb16
 def prepare_lists(
     lists,  # lists with rewards, or None
@@ -698,8 +1043,8 @@ def prepare_lists(
     return datasets.Dataset.from_list(tokenized)
 
 
-def _check_rewards(record: dict) -> None:
-    "Something is scored, and float32 can hold it."
+def _check_rewards(record: dict) -> list[float | None]:
+    "The rewards: something is scored, and float32 can hold it."
     where = f"rewards of list {record['id']!r}"
     if all(r is None for r in record["rewards"]):
         raise LireError("nothing is scored", field=where, value=record["rewards"], allowed="at least one number",
@@ -707,10 +1052,11 @@ def _check_rewards(record: dict) -> None:
     for reward in record["rewards"]:
         if reward is not None and not abs(reward) <= torch.finfo(torch.float32).max:
             raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null", remedy="drop this candidate or scale the rewards")
+    return record["rewards"]
 
 # %% ../nbs/07_training.ipynb #fcf31426
 class TrainingBar(TrainerCallback):
-    "A progress bar over optimizer steps that shows the expected reward of the lists."
+    "A progress bar over optimizer steps that shows the expected reward of the lists, or the accuracy of their pairs."
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=True if os.environ.get("TQDM_DISABLE") or not state.is_world_process_zero else None)
@@ -719,8 +1065,9 @@ class TrainingBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "expected_reward" in logs and hasattr(self, "bar"):
-            self.bar.set_postfix({"expected reward": f"{logs['expected_reward']:.3f}"})
+        name = next((n for n in ("expected_reward", "accuracies") if n in (logs or {})), None)
+        if name and hasattr(self, "bar"):
+            self.bar.set_postfix({name.replace("_", " "): f"{logs[name]:.3f}"})
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

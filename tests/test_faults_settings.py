@@ -1,0 +1,421 @@
+"""Settings take effect or are refused in one line, and a training that would learn nothing says so before its first step."""
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny_policy import make_start
+from transformers import TrainerCallback
+
+from lire_nb.cli import main, settings_of
+from lire_nb.enhancement import train_policy
+from lire_nb.judging import judge_pairs
+from lire_nb.lists import LireError, make_record, save_lists
+from lire_nb.logprobs import dataset_logps
+from lire_nb.losses import lire_loss
+from lire_nb.models import load_policy
+from lire_nb.training import LIREConfig, LIRETrainer, last_checkpoint
+
+HERE = Path(__file__).parent
+WORDS = [" good", " bad", " dull and long", " fine", " odd"]
+REWARDS = [1.0, -0.5, 0.25, 0.0, 0.7]
+LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=REWARDS[: 2 + n % 4], id=f"film-{n:02}") for n in range(8)]
+PAIRS = [{"prompt": f"film {n} was", "chosen": " good", "rejected": " bad"} for n in range(4)]
+BASE = dict(learning_rate=5e-3, bf16=False, use_cpu=True, disable_tqdm=True, report_to="none", logging_steps=1, save_strategy="no")
+ARGS = dict(output_dir="unused", use_cpu=True, bf16=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("policies")
+    make_start(place / "start", dropout=0.0)
+    make_start(place / "start-dropout")
+    return place
+
+
+def trainer(policy, folder, lists=LISTS, eval_lists=None, dtype=torch.float32, **settings):
+    names = ("callbacks", "peft_config", "ref_model", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    options = {name: settings.pop(name) for name in names if name in settings}
+    model, tokenizer = load_policy(policy, dtype=dtype) if isinstance(policy, Path) else policy
+    return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), **BASE, **settings}), lists, eval_lists, processing_class=tokenizer, **options)
+
+
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().float() for p in model.parameters()])
+
+
+def refused(call, *words) -> str:
+    with pytest.raises(LireError) as e:
+        call()
+    text = str(e.value)
+    assert "\n" not in text and len(text) < 900, text
+    for word in words:
+        assert word in text, (word, text)
+    return text
+
+
+def logs(one) -> list[dict]:
+    one.train()
+    return [h for h in one.state.log_history if "loss" in h]
+
+
+def warnings_of(caplog, call) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="lire_nb"):
+        call()
+    return [r.getMessage() for r in caplog.records if r.name.startswith("lire_nb")]
+
+
+# 23: a setting takes effect, or is refused.
+
+
+@pytest.mark.parametrize("loss", ["rrhf", "slic", "pro"])
+def test_23_sft_weight_reaches_the_losses_that_take_it(place, tmp_path, loss):
+    without, much = (logs(trainer(place / "start", tmp_path, loss_type=loss, sft_weight=w, max_steps=1))[0]["loss"] for w in (0.0, 3.0))
+    usual, other = (LIREConfig(**ARGS, loss_type=loss, **extra).loss_settings()["sft_weight"] for extra in ({}, {"loss_kwargs": {"sft_weight": 0.3}}))
+    assert much > without + 0.5 and usual == {"rrhf": 1.0, "slic": 0.0, "pro": 0.05}[loss] and other == 0.3
+
+
+@pytest.mark.parametrize("loss, setting", [
+    ("dpo", {"temperature": 20.0}), ("dpo", {"sft_weight": 1.0}), ("sft", {"temperature": 5.0}), ("rrhf", {"temperature": 5.0}), ("pro", {"length_normalize": True}),
+    ("slic", {"reward_transform": "rank"}), ("lire", {"beta": 0.5}), ("plackett_luce_dpo", {"reward_transform": "zscore"}),
+])
+def test_23_a_setting_that_the_loss_does_not_take_is_refused(loss, setting):
+    refused(lambda: LIREConfig(**ARGS, loss_type=loss, **setting), *setting, loss)
+
+
+def test_23_defaults_are_quiet_for_every_loss(recwarn):
+    from lire_nb.losses import LOSSES
+
+    for loss in LOSSES:
+        config = LIREConfig(**ARGS, loss_type=loss, temperature=2.0, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
+        again = LIREConfig(**{k: v for k, v in config.to_dict().items() if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
+        assert again.loss_settings() == config.loss_settings()
+    assert LIREConfig(**ARGS).temperature == 2.0
+
+
+def test_23_a_function_gets_the_settings_that_it_names(place, tmp_path):
+    seen = []
+
+    def own(logps, rewards, mask=None, *, temperature=10.0, lengths=None):
+        seen.append((temperature, lengths is not None))
+        return lire_loss(logps, rewards, mask, temperature=temperature)
+
+    logs(trainer(place / "start", tmp_path, loss_type=own, max_steps=1))
+    logs(trainer(place / "start", tmp_path, loss_type=own, temperature=7.0, max_steps=1))
+    assert set(seen) == {(10.0, True), (7.0, True)}
+    refused(lambda: LIREConfig(**ARGS, loss_type=own, reward_transform="rank"), "reward_transform", "own")
+    refused(lambda: LIREConfig(**ARGS, loss_type=own, loss_kwargs={"margin": 2}), "margin", "own")
+
+
+@pytest.mark.parametrize("setting", [
+    {"label_smoothing_factor": 0.1}, {"include_for_metrics": ["inputs"]}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}, {"include_num_input_tokens_seen": True},
+    {"label_names": ["x"]}, {"remove_unused_columns": True}, {"save_only_model": True}, {"ignore_data_skip": True}, {"use_liger_kernel": True}, {"eval_accumulation_steps": 2},
+])
+def test_23_inherited_settings_without_effect_are_refused(setting):
+    refused(lambda: LIREConfig(**ARGS, **setting), *setting, "no effect")
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_23_arguments_of_the_trainer_without_effect_are_refused(place, tmp_path, name):
+    refused(lambda: trainer(place / "start", tmp_path, **{name: lambda *_: {}}), name)
+
+
+def test_23_booleans_and_numbers_are_read_by_the_type_of_their_field():
+    words = {"no": False, "off": False, "0": False, "False": False, "yes": True, "on": True, "1": True, "TRUE": True}
+    assert {w: settings_of([f"length_normalize={w}"])["length_normalize"] for w in words} == words
+    assert settings_of(["bf16=off", "gradient_checkpointing=on", "max_steps=2.0", "learning_rate=1e-5", "run_name=5"]) == {
+        "bf16": False, "gradient_checkpointing": True, "max_steps": 2, "learning_rate": 1e-5, "run_name": "5"}
+    for wrong in ("length_normalize=maybe", "num_train_epochs=two", "max_prompt_length=100.5", "learning_rate=nan", "seed=none", "max_steps=yes"):
+        refused(lambda: settings_of([wrong]), wrong.split("=")[0])
+    config = LIREConfig(**ARGS, length_normalize="no", num_train_epochs="2", per_device_train_batch_size=2.0)
+    assert config.length_normalize is False and config.num_train_epochs == 2.0 and type(config.per_device_train_batch_size) is int
+
+
+@pytest.mark.parametrize("setting", [
+    {"temperature": 0}, {"per_device_train_batch_size": 0}, {"per_device_eval_batch_size": 0}, {"gradient_accumulation_steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1e-5},
+    {"num_train_epochs": 0}, {"max_steps": 0}, {"max_prompt_length": 0}, {"max_completion_length": -1}, {"warmup_steps": float("inf")}, {"adam_beta2": 1.0}, {"max_grad_norm": -1},
+    {"lr_scheduler_type": "cosinus"}, {"report_to": "nowhere"}, {"optim": "adamm"}, {"loss_kwargs": "margin"}, {"save_steps": 0},
+])
+def test_23_nonsense_is_refused_before_a_policy_is_loaded(tmp_path, setting):
+    refused(lambda: train_policy("no-such-policy", LISTS, tmp_path / "out", **{**BASE, **setting}))
+
+
+def test_23_what_is_decided_elsewhere_is_refused(tmp_path, capsys):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    for setting, word in (("output_dir=elsewhere", "output_dir"), ("seed=3", "--seed"), ("group_by_length=true", "train_sampling_strategy"), ("label_smoothing_factor=0.1", "no effect")):
+        assert main(["train", "--lists", str(tmp_path / "lists.jsonl"), "--out", str(tmp_path / "p"), "--set", setting]) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+
+
+def test_23_low_precision_weights_that_lose_updates_are_said(place, tmp_path, caplog):
+    low = trainer(place / "start", tmp_path, max_steps=1, learning_rate=2e-5, warmup_steps=0, dtype=torch.bfloat16)
+    before = flat(low.model)
+    said = warnings_of(caplog, low.train)
+    moved = (flat(low.model) != before).float().mean().item()
+    assert len(said) == 1 and "bfloat16" in said[0] and "float32" in said[0] and "bf16=True" in said[0]
+    share = int(said[0].split("about ")[1].split(" %")[0]) / 100
+    assert moved < 0.4 and abs((1 - moved) - share) < 0.15, (moved, share)  # gradients that are exactly zero move nothing either
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, learning_rate=2e-5).train) == []
+
+
+# 30: going on exactly.
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def test_30_persistent_workers_go_on_exactly(place, tmp_path):
+    settings = dict(num_train_epochs=3, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, dataloader_num_workers=1, dataloader_persistent_workers=True,
+                    eval_strategy="epoch", eval_lists=LISTS[:2])
+    whole = trainer(place / "start-dropout", tmp_path / "whole", **settings)
+    whole.train()
+    with pytest.raises(InterruptedError):
+        trainer(place / "start-dropout", tmp_path / "broken", callbacks=[Fail()], **settings).train()
+    again = trainer(place / "start-dropout", tmp_path / "broken", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(flat(whole.model), flat(again.model))
+
+
+# 36: the first contact.
+
+
+def far_apart(count=8, tied=0):
+    "Lists whose answers differ by tens of nats under a random policy that reads letters."
+    lists = [make_record(f"film {n} was", [" ok", " a very long answer that says much", " a long answer"], rewards=[0.0, 1.0, 0.5], id=str(n)) for n in range(count)]
+    return lists + [make_record(f"play {n} was", [" ok", " fine"], rewards=[1.0, 1.0], id=f"tied-{n}") for n in range(tied)]
+
+
+def test_36_a_one_hot_P_is_said_before_the_first_step_with_a_temperature_that_works(place, tmp_path, caplog):
+    lire_nb = pytest.importorskip("lire_nb")
+    lists = far_apart()
+    said = warnings_of(caplog, lambda: logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=2.0)))
+    assert len(said) == 1 and "one-hot on 8 of 8 lists at T = 2" in said[0] and "set temperature=" in said[0]
+    T = lire_nb.suggest_temperature(lists, place / "start")
+    assert f"T ≈ {T:g}" in said[0] and T >= 10
+    cold, warm = (logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=t)) for t in (2.0, T))
+    assert cold[0]["saturated"] == 1.0 and cold[0]["no_signal"] == 0.0 and cold[0]["grad_norm"] < 1e-3 < 1e-2 < warm[0]["grad_norm"] and warm[0]["saturated"] == 0.0
+    assert warnings_of(caplog, lambda: logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=T))) == []
+
+
+def test_36_the_suggestion_is_the_smallest_round_one_by_an_own_count(place):
+    from lire_nb import suggest_temperature
+
+    pair, lists = load_policy(place / "start"), far_apart(tied=3)
+    rows = [logps for logps, _ in dataset_logps(*pair, lists[:8])]
+    middle = lambda T: sorted(max(torch.softmax(torch.tensor(r) / T, 0)) for r in rows)[3:5]  # noqa: E731
+    T = suggest_temperature(lists, pair)
+    below = {1: 2, 2: 2, 5: 2.5}[int(f"{T:e}"[0])]
+    assert sum(middle(T)) / 2 < 0.7 <= sum(middle(T / below)) / 2 and T == suggest_temperature(lists[:8], logps=rows)
+    per_token = suggest_temperature(lists, pair, length_normalize=True)
+    assert per_token < 1 < T
+    refused(lambda: suggest_temperature(lists[8:], pair), "no list can teach")
+
+
+def test_36_the_look_changes_nothing(place, tmp_path, monkeypatch):
+    settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, num_candidates=2, temperature=0.01)
+    looked = trainer(place / "start-dropout", tmp_path / "a", **settings)
+    looked.model.model.layers[0].eval()
+    looked.train()
+    monkeypatch.setattr(LIRETrainer, "_first_look", lambda self: None, raising=False)
+    blind = trainer(place / "start-dropout", tmp_path / "b", **settings)
+    blind.train()
+    assert torch.equal(flat(looked.model), flat(blind.model))
+
+
+def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
+    settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, temperature=0.01, per_device_train_batch_size=2)
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, **settings).train)
+    assert warnings_of(caplog, lambda: trainer(place / "start", tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == []
+
+
+def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
+    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
+    assert len(said) == 1 and "one-hot" in said[0]
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, length_normalize=True).train) == []
+
+
+@pytest.mark.parametrize("kind", ["one candidate", "tied", "fewer than two scored"])
+def test_36_a_file_without_a_list_that_can_teach_is_refused(place, tmp_path, caplog, monkeypatch, kind):
+    texts, rewards = {"one candidate": ([" ok"], [1.0]), "tied": ([" ok", " no"], [0.5, 0.5]), "fewer than two scored": ([" ok", " no"], [None, 0.5])}[kind]
+    mute = [make_record(f"film {n} was", texts, rewards=rewards, id=f"mute-{n}") for n in range(3)]
+    for loss in ("lire", "dpo", "slic"):
+        refused(lambda: trainer(place / "start", tmp_path, mute, loss_type=loss), "no list can teach", kind)
+    with monkeypatch.context() as patch:
+        patch.setattr("lire_nb.enhancement.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
+        refused(lambda: train_policy(place / "start", mute, tmp_path / "out", **BASE), "no list can teach")
+    assert logs(trainer(place / "start", tmp_path, mute, loss_type="sft", max_steps=1))[0]["grad_norm"] > 0
+    assert logs(trainer(place / "start", tmp_path, mute, sft_weight=1.0, max_steps=1))[0]["grad_norm"] > 0
+    said = warnings_of(caplog, lambda: trainer(place / "start", tmp_path, LISTS + mute))
+    assert len(said) == 1 and "3 of 11 lists cannot teach" in said[0] and kind in said[0]
+
+
+# 39: what a user may bring.
+
+
+def test_39_a_TRL_data_set_is_taken(place, tmp_path):
+    raw = datasets.Dataset.from_list(PAIRS)
+    one = trainer(place / "start", tmp_path, raw, raw, max_steps=2, eval_strategy="steps", eval_steps=1)
+    assert logs(one)[0]["grad_norm"] > 0 and "eval_loss" in one.evaluate(raw) and len(one.train_dataset) == 4
+    assert len(trainer(place / "start", tmp_path, [{k: r[k] for k in ("prompt", "completions", "rewards")} for r in LISTS]).train_dataset) == len(LISTS)
+    assert train_policy(place / "start", raw, tmp_path / "policy", max_steps=1, **BASE).is_dir()
+    assert logs(trainer(place / "start", tmp_path, (r for r in LISTS), loss_type="dpo", max_steps=1))  # a generator is read once
+
+
+def test_39_one_line_for_what_cannot_be_used(place, tmp_path):
+    refused(lambda: trainer(place / "start", tmp_path, datasets.Dataset.from_list([{"text": "a"}])), "train_dataset")
+    refused(lambda: trainer(place / "start", tmp_path, {"train": LISTS}), "split")
+    refused(lambda: trainer(place / "start", tmp_path, peft_config={"target_modules": ["query"]}), "peft_config", "q_proj")
+    refused(lambda: trainer(place / "start", tmp_path, peft_config={"rank": 3}), "peft_config")
+    refused(lambda: trainer(place / "start", tmp_path, eval_strategy="steps"), "eval_dataset")
+    refused(lambda: trainer(place / "start", tmp_path, ref_model=load_policy(place / "start")[0]), "ref_model", "lire")
+    model, tokenizer = load_policy(place / "start")
+    refused(lambda: LIRETrainer(model, LIREConfig(output_dir=str(tmp_path), **BASE), LISTS), "processing_class")
+    refused(lambda: LIRETrainer(model, LIREConfig(output_dir=str(tmp_path), **BASE), LISTS, processing_class=tokenizer, beta=0.3), "beta")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    refused(lambda: trainer((model, tokenizer), tmp_path), "end token")
+
+
+def test_39_encoder_decoder_models_are_refused(place, tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    refused(lambda: trainer((t5, load_policy(place / "start")[1]), tmp_path), "T5", "causal")
+
+
+def test_39_a_reference_by_its_name_and_an_adapter_by_a_dict(place, tmp_path):
+    named, loaded = (logs(trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2, ref_model=ref)) for ref in (str(place / "start-dropout"), load_policy(place / "start-dropout")[0]))
+    assert [h["loss"] for h in named] == [h["loss"] for h in loaded]
+    one = trainer(place / "start", tmp_path, peft_config={"r": 2, "target_modules": ["q_proj"]})
+    assert sum(p.numel() for p in one.model.parameters() if p.requires_grad) == 2 * 2 * 2 * 16
+
+
+# 40: trackers and Ctrl-C.
+
+
+class Tracker(TrainerCallback):
+    "What TensorBoard's callback does: a folder in output_dir."
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        Path(args.output_dir, "runs", "now").mkdir(parents=True)
+        Path(args.output_dir, "runs", "now", "events.out.tfevents.1").write_text("scalars")
+
+
+def test_40_what_a_tracker_writes_is_kept(place, tmp_path):
+    policy = train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, callbacks=[Tracker()], **{k: v for k, v in BASE.items() if k != "save_strategy"})
+    assert (policy / "runs" / "now" / "events.out.tfevents.1").read_text() == "scalars" and load_policy(policy)
+    assert not (tmp_path / "policy.partial").exists()
+
+
+def test_40_a_tracker_that_is_not_installed_is_one_line(tmp_path):
+    import importlib.util
+
+    name = next(n for n in ("neptune", "comet_ml", "clearml", "wandb") if importlib.util.find_spec(n) is None)
+    refused(lambda: LIREConfig(**ARGS, report_to=name), name, "installed")
+
+
+class Press(TrainerCallback):
+    "Ctrl-C, at the beginning of the third step, once or twice."
+
+    def __init__(self, times):
+        self.times = times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_40_ctrl_c_writes_a_checkpoint_and_a_second_one_stops_at_once(place, tmp_path, times):
+    settings = {k: v for k, v in BASE.items() if k != "save_strategy"} | {"max_steps": 5}
+    whole = flat(load_policy(train_policy(place / "start", LISTS, tmp_path / "whole", **settings))[0])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as e:
+            train_policy(place / "start", LISTS, tmp_path / "policy", callbacks=[Press(times)], **settings)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    kept = last_checkpoint(tmp_path / "policy.partial")
+    if times == 1:
+        assert kept.name == "checkpoint-3" and "after step 3 of 5; a checkpoint is kept" in str(e.value)
+    else:
+        assert kept is None and "nothing was saved yet" in str(e.value)
+    again = train_policy(place / "start", LISTS, tmp_path / "policy", **settings)
+    assert torch.equal(flat(load_policy(again)[0]), whole)
+
+
+def test_40_ctrl_c_on_the_command_line(place, tmp_path):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    command = [sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from lire_nb.cli import main; sys.exit(main(sys.argv[1:]))",
+               "train", "--lists", str(tmp_path / "lists.jsonl"), "--policy", str(place / "start"), "--out", str(tmp_path / "policy"), "--set", "max_steps=100000", "--set", "save_steps=20"]
+    env = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("policy.partial/checkpoint-*/manifest.json")) and time.monotonic() < end and run.poll() is None:
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    step = int(last_checkpoint(tmp_path / "policy.partial").name.split("-")[1])
+    assert run.returncode == 130 and f"stopped by Ctrl-C after step {step} of 100000; a checkpoint is kept" in error, error[-500:]
+
+
+# 43: logs that say what the loss saw.
+
+
+def test_43_pairs_have_accuracies_and_margins(place, tmp_path):
+    pairs = datasets.Dataset.from_list(PAIRS)
+    one = trainer(place / "start", tmp_path, pairs, loss_type="dpo", beta=0.2, max_steps=6, num_train_epochs=99, ref_model=str(place / "start-dropout"), learning_rate=0.0)
+    log = logs(one)[-1]
+    assert not {"expected_reward", "best_weight", "entropy"} & log.keys()
+    model, ref = (load_policy(place / name) for name in ("start", "start-dropout"))
+    lists = [make_record(p["prompt"], [p["chosen"], p["rejected"]], rewards=[1, 0]) for p in PAIRS]
+    (own, base) = (torch.tensor([logps for logps, _ in dataset_logps(*m, lists)]) for m in (model, ref))
+    implicit = 0.2 * (own - base)
+    margins = implicit[:, 0] - implicit[:, 1]
+    assert log["margins"] == pytest.approx(margins.mean().item(), abs=1e-5) and log["accuracies"] == pytest.approx((margins > 0).float().mean().item())
+    evaluated = one.evaluate(pairs)
+    assert {"eval_accuracies", "eval_margins"} <= evaluated.keys() and "eval_expected_reward" not in evaluated
+
+
+def test_43_lire_keeps_its_expected_reward(place, tmp_path):
+    log = logs(trainer(place / "start", tmp_path, max_steps=1))[0]
+    assert {"expected_reward", "best_weight", "entropy", "kendall", "no_signal", "saturated"} <= log.keys() and "margins" not in log
+
+
+@pytest.mark.parametrize("words", [("A", "B"), ("first", "second"), ("First", "Second")])
+def test_43_a_function_judge_may_say_first_and_second(words):
+    rows = lambda word: [{"id": f"p{i}", "prompt": f"Question {i}?", "completions": [f"{word} {i}"]} for i in range(4)]  # noqa: E731
+    verdicts = judge_pairs(lambda prompt, first, second: words[0] if first.startswith("new") else words[1], {"start": rows("old"), "LIRE": rows("new")})
+    assert {v["verdict"] for v in verdicts} == {"first", "second"} and {v["preference"] for v in verdicts if v["system_a"] == "start"} <= {0.0, 1.0}
+    assert len({(v["preference"], v["system_a"]) for v in verdicts}) == 1
+
+
+def test_readme_states_a_temperature():
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    code = [block for block in text.split("```python")[1:] if "LIREConfig(" in block]
+    assert code and all("suggest_temperature" in block.split("```")[0] or "temperature=" in block.split("```")[0] for block in code)
+    assert "temperature=2.0" not in text
