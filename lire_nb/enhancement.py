@@ -35,6 +35,7 @@ from .logprobs import dataset_logps
 from .models import compute_dtype, file_hash, load_policy, model_fingerprint, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
+from .shown import without_secrets
 from lire_nb.training import (
     LIREConfig, LIRETrainer, Stopped, changed_files, checkpoints, last_checkpoint, on_sigterm, read_manifest, use_training_bar, write_manifest,
 )
@@ -102,9 +103,9 @@ def _runs(process: int) -> bool:
 
 
 def write_json(path: str | Path, value) -> None:
-    "A JSON file that appears whole."
+    "A JSON file that appears whole; passwords and keys in addresses are left out."
     with atomic_write(path) as f:
-        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        f.write(json.dumps(without_secrets(value), indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/08_enhancement.ipynb #c1fe15a1
 def claim_folder(
@@ -114,7 +115,7 @@ def claim_folder(
     remedy: str = "give another folder, or the settings of this one",
 ) -> Path:
     "Create a run folder for this configuration, or go on in one of the same; raises `LireError` for one of another."
-    folder, config = Path(folder), json.loads(json.dumps(config))
+    folder, config = Path(folder), without_secrets(json.loads(json.dumps(config)))
     path = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from .lists import LireError, lists_dataset, make_record, prompt_id
 from .models import compute_dtype, load_policy, render_prompt
+from .shown import public_address
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
 logger = logging.getLogger(__name__)
@@ -660,7 +661,7 @@ def sample_lists(
 
 def _sampled_record(record: dict, completions: list[Completion], source: str) -> dict:
     meta = {**(record.get("meta") or {}), "finish_reasons": [c.finish_reason for c in completions]}
-    return make_record(record["prompt"], [c.text for c in completions], sources=[source] * len(completions), id=record.get("id"), meta=meta)
+    return make_record(record["prompt"], [c.text for c in completions], sources=[public_address(source)] * len(completions), id=record.get("id"), meta=meta)
 
 
 def _as_sampler(policy, options: dict) -> Sampler:
