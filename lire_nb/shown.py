@@ -52,9 +52,12 @@ def in_figure(text, limit: int | None = 80) -> str:
     return f" {text}" if text.startswith("_") else text  # else the legend leaves it out
 
 
+_BREAKS = re.compile("[\\t\\n\\v\\f\\r\\x1c-\\x1e\\x85\\u2028\\u2029]+")
+
+
 def in_terminal(text) -> str:
-    "A line on a screen."
-    return one_line(text)
+    "A line on a screen, with its own spaces."
+    return visible(_BREAKS.sub(" ", str(text)))
 
 
 def in_cell(text) -> str:

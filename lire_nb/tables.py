@@ -285,6 +285,11 @@ def plot_gains(
     return figure
 
 
+def _bar(values: np.ndarray) -> Interval:
+    "The interval of a table, but over prompts alone where two seeds would make it so wide that it hides the figure."
+    return crossed_interval(values.mean(0, keepdims=True) if len(values) == 2 else values)
+
+
 def plot_frontier(
     systems: dict[str, pd.DataFrame],
     start: str = "start",
@@ -292,10 +297,10 @@ def plot_frontier(
     groups: dict[str, str] | None = None,  # system -> its group, drawn in one color; default: each its own
     title: str = "Gain against distance from the start, 95 % intervals",
 ) -> Figure:
-    "Gold gain over KL; the dashed line joins the systems that no other beats in both, among those with all seeds. A system of one seed is hollow."
+    "Gold gain over KL; the dashed line joins the systems that no other beats in both, among those with all seeds. A system of one seed is hollow; bars of one and two seeds are over prompts alone."
     names = [n for n in systems if n != start]
-    gains = [gain(systems[n], systems[start], judge) for n in names]
-    moved = [distance(systems[n]) for n in names]
+    gains = [_bar(gain_values(systems[n], systems[start], judge)) for n in names]
+    moved = [_bar(values_of(systems[n], "kl")) for n in names]
     groups = groups or {n: n for n in names}
     order = list(dict.fromkeys(groups[n] for n in names))
     colors, marks = dict(zip(order, COLORS * 3)), dict(zip(order, "osD^vP*Xh<>p" * 2))
