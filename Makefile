@@ -33,13 +33,13 @@ $(VENV)/bin/python:
 # A stamp is written last, so an interrupted set-up is done again.
 $(VENV)/.ready: $(VENV)/bin/python $(SETUP)
 	@echo "Setting up $(VENV) …"
-	$(PIP) -c constraints.txt -e '.[assets,report]'
+	$(PIP) -c constraints.txt -e '.[assets]'
 	$(PIP) --no-deps --require-hashes -r assets.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "Adding what the tests need …"
-	$(PIP) -c constraints.txt -e '.[assets,report,lora,server,evaluation,peers,dev]'
+	$(PIP) -c constraints.txt -e '.[assets,lora,server,evaluation,peers,dev]'
 	@touch $@
 
 notebooks: $(VENV)/.ready-dev

@@ -1,17 +1,32 @@
-"""Packaging: every value comes from settings.ini, which nbdev reads too."""
+"""Packaging: every value comes from settings.ini, which nbdev reads too. A wheel carries data/ inside the package."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name: settings[f"{name}_requirements"].split() for name in ("assets", "report", "lora", "server", "evaluation", "peers", "dev")}
+extras = {name: settings[f"{name}_requirements"].split() for name in ("assets", "lora", "server", "evaluation", "peers", "dev")}
+
+
+class BuildWithData(build_py):
+    """data/ lies beside the package in a checkout and inside it where it is installed; `tasks.data_path` finds both."""
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            target = Path(self.build_lib, "lire_nb", "data")
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(here / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
 
 setup(
+    cmdclass={"build_py": BuildWithData},
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .lists import LireError, checked_prompts, load_lists, load_prompts, read_lines, save_lists
+from .shown import in_terminal, public_address, visible
 
 # %% ../nbs/11_cli.ipynb #15465dcc
 def read_prompts(
@@ -102,8 +103,13 @@ def _is_main() -> bool:
 
 
 def _say(text: str) -> None:
+    _tell(f"lire: {text}")
+
+
+def _tell(line: str) -> None:
+    "A line on the screen; names and addresses in it obey no terminal and show no password."
     if _is_main():
-        print(f"lire: {text}", flush=True)
+        print(in_terminal(public_address(line)), flush=True)
 
 
 @contextmanager
@@ -282,8 +288,8 @@ def report_command(args) -> None:
     from lire_nb import reporting
 
     page = reporting.report(args.out)
-    for line in reporting.findings(reporting.read_metrics(args.out)):
-        print(line)
+    for line in reporting.findings(reporting.read_metrics(args.out), reporting.read_records(args.out)):
+        _tell(line)
     _say(f"report: {page}")
 
 # %% ../nbs/11_cli.ipynb #d1a7a233
@@ -377,8 +383,8 @@ def quickstart_command(args) -> None:
     changes = {name: getattr(args, name) for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")}
     page = quickstart(args.out, **{k: v for k, v in changes.items() if v is not None})
     print()
-    for line in reporting.findings(reporting.read_metrics(args.out)):
-        print(line)
+    for line in reporting.findings(reporting.read_metrics(args.out), reporting.read_records(args.out)):
+        _tell(line)
     _say(f"table: {Path(args.out, 'table.md')}   report: {page}   policies: {Path(args.out)}/round-*/policy")
 
 # %% ../nbs/11_cli.ipynb #5caed2a6
@@ -445,8 +451,11 @@ def reproduce_command(args) -> None:
 
     about = machine()
     about = {"date": about.pop("date"), "machine": about}
+    for option, value in (("--policy", args.policy), ("--reward", args.reward)):
+        if value and (args.list or args.dry_run):
+            raise LireError("is not used by --list and --dry-run", field=option, value=value, allowed="nothing", remedy=f"leave {option} out, or --list and --dry-run")
     if args.list:
-        return _list_tables(r.progress_rows(args.results or "data/results", args.scale, args.seeds))
+        return _list_tables(r.progress_rows(args.results, args.scale, args.seeds))
     if not args.name:
         raise LireError("missing", field="NAME", allowed=", ".join([*r.TABLES, "cost", "all"]), remedy="lire reproduce --list shows what each one is")
     names = list(r.TABLES if args.scale != "paper" and not args.dry_run else r.RECIPES) if args.name == "all" else [args.name]
@@ -454,7 +463,7 @@ def reproduce_command(args) -> None:
         raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(r.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
     if args.dry_run:
         return _show_dry_run(names, r.dry_run)
-    results = args.results or (f"runs/reproduce/{args.scale}/results" if args.scale == "smoke" else "data/results")
+    results = args.results or r.results_folder(args.scale)
     count = r.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs, accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy, reward=args.reward)
     _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else '; policies for the transfer table stay in the work folder, which may be deleted'}")
 
@@ -507,15 +516,15 @@ def _parser() -> argparse.ArgumentParser:
         o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"), o("--stop-kl", type=float, default=None, help="stop above so many nats"),
         o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), chat, limit, seed, out)
     add("evaluate", evaluate_command, prompts, o("--system", action="append", required=True, metavar="NAME=POLICY", help="repeat; the first is the start policy"),
-        o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat; the first is the reward that training saw"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, chat, limit, seed, out)
+        o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat, e.g. proxy=FOLDER gold=FOLDER"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, chat, limit, seed, out)
     add("report", report_command, out)
     add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
         o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
     add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"), o("--list", action="store_true", help="the tables, and how far they are"),
         o("--scale", default="laptop", help="smoke, laptop, gpu or paper"), o("--seeds", type=int, default=None, help="default: the scale's own number"),
-        o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results, for smoke a folder in runs"),
-        o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"), o("--accept", default=None, metavar="CODE", help="let rows of this other code version count"),
+        o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results of the checkout; installed, and for smoke, runs/reproduce/SCALE/results"),
+        o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"), o("--accept", default=None, metavar="CODE", help="let rows of this other code version count; several with commas"),
         o("--most", type=int, default=None, help="stop after so many experiments"), o("--policy", default=None, help="folder or hub id, for the scale of the paper"),
         o("--reward", default=None, help="weights with a scalar head, for the scale of the paper"),
         o("--dry-run", action="store_true", help="the paper's recipe down to its first batch, with stand-ins"))
@@ -525,14 +534,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/11_cli.ipynb #5b07ddc3
+class _PlainFormatter(logging.Formatter):
+    "Warnings whose texts obey no terminal and show no password."
+
+    def format(self, record):
+        return visible(public_address(super().format(record)))
+
+
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="lire: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainFormatter("lire: %(message)s"))
     try:
         args.run(args)
     except (LireError, OSError) as e:
-        print(f"lire {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
         return 2
     except SystemExit as e:  # SIGTERM during training or self-enhancement
         if not hasattr(e, "message"):

@@ -38,6 +38,7 @@ from .models import MODEL_ASSETS, adapter_base, adapter_config, compute_dtype, f
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
 from .settings import parse_settings, refuse_decided
+from .shown import without_secrets
 from lire_nb.training import (
     Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_same_adapter, check_teaching, checkpoints, last_checkpoint,
     on_sigterm, read_manifest, use_training_bar, write_manifest,
@@ -106,9 +107,9 @@ def _runs(process: int) -> bool:
 
 
 def write_json(path: str | Path, value) -> None:
-    "A JSON file that appears whole."
+    "A JSON file that appears whole; passwords and keys in addresses are left out."
     with atomic_write(path) as f:
-        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        f.write(json.dumps(without_secrets(value), indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/08_enhancement.ipynb #c1fe15a1
 def claim_folder(
@@ -122,7 +123,7 @@ def claim_folder(
 ) -> Path:
     "Create a run folder for this configuration, or go on in one of the same; raises `LireError` for one of another."
     folder, path = Path(folder), Path(folder) / name
-    config = json.loads(json.dumps({"format": FORMAT, **config}))
+    config = without_secrets(json.loads(json.dumps({"format": FORMAT, **config})))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

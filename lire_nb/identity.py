@@ -26,13 +26,13 @@ import types
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 import filelock
 import torch
 
 from .lists import LireError
 from .models import _hub_file, adapter_base, config_content, file_hash, model_fingerprint, resolve_model
+from .shown import has_password, public_address
 
 # %% ../nbs/03a_identity.ipynb #fe52f3a1
 FORMAT = 2  # of what stands beside a result; 1 was version 0.1.0, which left out half of it
@@ -126,12 +126,10 @@ def plain_address(
     address: str,  # "http://host:port/path?query#model"
 ) -> str:
     "The address without values of keys and tokens in its query; raises `LireError` for one with a password."
-    parts = urlsplit(address)
-    if "@" in parts.netloc:
-        raise LireError("a password in an address", field="address", value=f"{parts.scheme}://…@{parts.hostname}", allowed="an address without user and password",
+    if has_password(address):
+        raise LireError("a password in an address", field="address", value=public_address(address), allowed="an address without user and password",
                         remedy="give the key in the environment (OPENAI_API_KEY) or as headers=")
-    query = "&".join(f"{k}={'…' if _SECRET.search(k) else v}" for k, v in parse_qsl(parts.query, keep_blank_values=True))
-    return f"{parts.scheme}://{parts.netloc}{parts.path}" + (f"?{query}" if query else "") + (f"#{parts.fragment}" if parts.fragment else "")
+    return public_address(address)
 
 # %% ../nbs/03a_identity.ipynb #fdaa1034
 def value_identity(value) -> str:  # 16 hex digits

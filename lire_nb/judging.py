@@ -11,7 +11,6 @@ __all__ = ['logger', 'VERDICTS', 'CRITERION', 'TEMPLATE', 'COLUMNS', 'Pair', 'ma
 # %% ../nbs/09a_judging.ipynb #6933ebd3
 import csv
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -34,6 +33,7 @@ from .evaluation import Interval, bootstrap_interval, judge_agreement, slug, win
 from .lists import LireError, atomic_write, read_rows
 from .models import render_prompt
 from .sampling import ServerSampler, TryLater, run_requests
+from .shown import in_cell, in_html
 
 # %% ../nbs/09a_judging.ipynb #dbdf29a7
 logger = logging.getLogger(__name__)
@@ -505,12 +505,12 @@ def _key_entry(judge: str, pair: Pair, order: str) -> dict:
 
 
 def _cells(pair: Pair, order: str) -> dict[str, str]:
-    "Texts as cells; an apostrophe keeps a spreadsheet from taking a text for a formula."
-    return {name: "'" + text if text[0] in "=+-@" else text for name, text in zip(("prompt", "first", "second"), pair.shown(order))}
+    "Texts as cells that a spreadsheet does not compute."
+    return {name: in_cell(text) for name, text in zip(("prompt", "first", "second"), pair.shown(order))}
 
 
 def _text_digest(row: dict) -> str:
-    return _digest([" ".join(row[c].split()).lstrip("'") for c in ("prompt", "first", "second")])  # spreadsheets change line ends, and eat the apostrophe
+    return _digest([" ".join(row[c].split()).lstrip("' ") for c in ("prompt", "first", "second")])  # spreadsheets change line ends, and eat the apostrophe
 
 
 def _write_sheet(path: Path, rows: list[dict]) -> None:
@@ -594,9 +594,9 @@ class SheetWidget:
     def _show(self) -> None:
         done, finished = sum(bool(r["verdict"].strip()) for r in self.rows), self.position >= len(self.rows)
         row = {"prompt": "", "first": "", "second": "", "verdict": ""} if finished else self.rows[self.position]
-        self.progress.value = f"{done} of {len(self.rows)} judged" + ("; this was the last one" if finished else f"; verdict so far: {row['verdict']}" if row["verdict"] else "")
+        self.progress.value = f"{done} of {len(self.rows)} judged" + ("; this was the last one" if finished else f"; verdict so far: {in_html(row['verdict'])}" if row["verdict"] else "")
         for box, title in ((self.prompt, "prompt"), (self.first, "first"), (self.second, "second")):
-            box.value = "" if finished else f"<b>{title}</b><pre style='white-space: pre-wrap'>{html.escape(row[title])}</pre>"
+            box.value = "" if finished else f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>"
         for name, button in self.buttons.items():
             button.disabled = self.position == 0 if name == "back" else finished
 

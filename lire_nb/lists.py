@@ -40,6 +40,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 
+from .shown import one_line, public_address, without_secrets
+
 # %% ../nbs/01_lists.ipynb #3004f7e6
 FEATURES = Features(
     {
@@ -65,7 +67,7 @@ _UNSET = object()
 def _shown(value: Any) -> str:
     """A short repr that cannot itself fail."""
     try:
-        return _short.repr(value)
+        return _short.repr(without_secrets(value))
     except Exception:  # a huge int, or a repr of someone else's class
         return f"<{type(value).__name__}>"
 
@@ -105,7 +107,7 @@ class LireError(ValueError):
         text += f"; got {_shown(self.value)}" if self.has_value else ""
         text += f"; allowed: {self.allowed}" if self.allowed else ""
         text += f"; remedy: {self.remedy}" if self.remedy else ""
-        return " ".join(text.split()).encode(errors="backslashreplace").decode()
+        return one_line(public_address(text))
 
 
 class ListError(LireError):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'NAMES', 'CORE', 'SEARCH', 'Find', 'TABLES', 'RECIPES', 'PAPER', 'HUB', 'Run', 'experiment', 'mean_score',
-           'search', 'Table', 'plan', 'table_of', 'Results', 'reproduce', 'progress_rows', 'paper_plan',
-           'reward_stand_in', 'dry_run']
+           'search', 'Table', 'plan', 'table_of', 'code_of', 'results_folder', 'Results', 'reproduce', 'progress_rows',
+           'paper_plan', 'reward_stand_in', 'dry_run']
 
 # %% ../nbs/10c_reproduce.ipynb #b0b867e7
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from .enhancement import _is_main
 from .experiments import code_version, config_key, run_experiment
 from .identity import one_writer
 from .lists import LireError
+from .tasks import data_path
 
 # %% ../nbs/10c_reproduce.ipynb #8bed9620
 _FILMS = {"lists": 1000, "epochs": 1, "batch_size": 16, "max_length": 64, "seed": 0, "check": None}
@@ -313,12 +315,29 @@ def table_of(name: str) -> Table:
     return TABLES[name]
 
 # %% ../nbs/10c_reproduce.ipynb #2ab5d480
+def code_of(config: dict) -> str:
+    "The version of the code that decides the numbers of this configuration."
+    return code_version(config.get("kind"))
+
+
+def results_folder(scale: str = "laptop") -> Path:
+    "Where rows are written: data/results in a checkout; else, and for the smoke scale, which means nothing, below runs/ of the current folder."
+    own = data_path("results")
+    return Path("runs", "reproduce", scale, "results") if scale == "smoke" or (own.parents[1] / "__init__.py").is_file() else own
+
+
 class Results:
     "The rows of a folder of results, found by configuration."
 
-    def __init__(self, folder: str | Path, codes: Iterable[str] | None = None):  # the code versions that count; None: any, the newest row of a configuration
-        self.folder, self.codes, self.rows, self.others = Path(folder), codes and set(codes), {}, {}
-        for path in sorted(self.folder.glob("*.jsonl")):
+    def __init__(
+        self,
+        folder: str | Path | None = None,  # where rows are written; default: `results_folder()`
+        codes: Iterable[str] | None = None,  # the code versions that count; None: any, the newest row of a configuration
+        current: bool = False,  # the version of this code counts, for every kind its own
+    ):
+        self.folder, self.codes, self.current, self.rows, self.others = Path(results_folder() if folder is None else folder), codes and set(codes), current, {}, {}
+        shipped = [] if folder is not None or self.folder == data_path("results") else [data_path("results")]  # an installed package brings its rows along
+        for path in [p for place in [*shipped, self.folder] for p in sorted(place.glob("*.jsonl"))]:
             for line in path.read_bytes().split(b"\n"):
                 try:
                     row = json.loads(line)
@@ -328,9 +347,14 @@ class Results:
                     self._take(row)
 
     def _take(self, row: dict) -> None:
-        known = self.rows if self.codes is None or row["code"] in self.codes else self.others
+        known = self.rows if self._counts(row) else self.others
         if row["key"] not in known or row["date"] >= known[row["key"]]["date"]:
             known[row["key"]] = row
+
+    def _counts(self, row: dict) -> bool:
+        if self.codes is None and not self.current:
+            return True
+        return row["code"] in (self.codes or ()) or self.current and row["code"] == code_of(row["config"])
 
     def find(self, config: dict) -> dict | None:
         row = self.rows.get(config_key(config))
@@ -338,7 +362,7 @@ class Results:
 
     def append(self, run: Run, result: dict, about: dict) -> dict:
         "Write one row at the end of the table's file."
-        row = {"key": run.key, "table": run.table, "code": code_version(), **about, "labels": run.labels, "config": run.config, "result": result}
+        row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels, "config": run.config, "result": result}
         if _is_main():
             path = self.folder / f"{run.table}.jsonl"
             with one_writer(path, wait=True, inside=False), open(path, "ab+") as f:
@@ -366,7 +390,7 @@ def _worker() -> None:
     for line in lines:
         job = json.loads(line)
         try:
-            answer = {"result": run_experiment(job["config"], job["work"], job["keep"]), "code": code_version()}
+            answer = {"result": run_experiment(job["config"], job["work"], job["keep"]), "code": code_of(job["config"])}
         except Exception as e:  # also a model that does not fit: the others go on
             traceback.print_exc()
             answer = {"error": _reason(e)}
@@ -398,12 +422,13 @@ class _Workers:
     "Processes that run experiments side by side."
 
     def __init__(self, count: int, threads: int | None, log: Path):
-        env = {**os.environ, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        path = os.pathsep.join([str(Path(importlib.util.find_spec("lire_nb").origin).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])  # this package, wherever it was found
+        env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.log = open(log, "a")
         self.count, self.env = count, env
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-c", "from lire_nb.reproduce import _worker; _worker()"]
+        command = [sys.executable, "-P", "-c", "from lire_nb.reproduce import _worker; _worker()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=self.env)
 
     def _ask(self, process: subprocess.Popen, run: Run, work: Path) -> dict:
@@ -417,7 +442,7 @@ class _Workers:
         if not line.endswith("\n"):
             return {"error": f"its process ended; see {self.log.name}"}
         answer = json.loads(line)
-        changed = answer.get("code", code_version()) != code_version()
+        changed = answer.get("code", code_of(run.config)) != code_of(run.config)
         return {"error": "the code was changed while this command ran; start it again"} if changed else answer
 
     def map(self, runs: list[Run], work: Path, done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:  # what failed, and why
@@ -494,20 +519,25 @@ def reproduce(
     scale: str = "laptop",
     seeds: int | None = None,  # default: the scale's
     *,
-    results: str | Path = "data/results",
+    results: str | Path | None = None,  # folder of the rows; default: `results_folder(scale)`
     work: str | Path | None = None,  # for reward models, lists and policies in between; default: runs/reproduce/SCALE
     jobs: int | None = None,  # processes; default: as many as there are cores for
-    accept: str | None = None,  # another code version whose rows count as well
+    accept: str | None = None,  # other code versions whose rows count as well, with commas
     about: dict | None = None,  # machine and date, written into every row
     say: Callable[[str], None] = print,
     most: int | None = None,  # stop after so many runs
     policy: str | None = None,  # of the paper's scale: folder or hub id
     reward: str | None = None,  # of the paper's scale: weights with a scalar head, folder or hub id
-    configs: str | Path = "data/configs",  # the recipes of the paper's scale
+    configs: str | Path | None = None,  # the recipes of the paper's scale; default: data/configs
 ) -> int:  # how many experiments were run
     "Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what is left."
     _check_scale(scale)
-    names = list(names)
+    names, configs = list(names), Path(configs or data_path("configs"))
+    results = Path(results_folder(scale) if results is None else results)
+    for option, value in (("--policy", policy), ("--reward", reward)):
+        if value and scale != "paper":
+            raise LireError("is used at the scale of the paper only", field=option, value=value, allowed="nothing at the other scales, which say their policies and rewards themselves",
+                            remedy=f"leave {option} out, or give --scale paper")
     for name in names:
         table_of(name) if scale != "paper" else _recipe(name, configs)
     if seeds is not None and seeds < 1:
@@ -527,8 +557,8 @@ def reproduce(
         return _distinct(r for name in names for r in plan(name, scale, seeds, find))
 
     with _only_one(work):
-        say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}, code {code_version()}")
-        return _run_missing(planned, size["threads"], Path(results), work / code_version(), jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
+        say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
+        return _run_missing(planned, size["threads"], results, work, jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
 
 
 def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
@@ -543,10 +573,10 @@ def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
 # %% ../nbs/10c_reproduce.ipynb #4168b72c
 def _counting(folder: Path, accept: str | None, say) -> Results:
     "The rows that count: of this code, and of the one that is accepted."
-    store = Results(folder, {accept or code_version(), code_version()})
+    store = Results(folder, (accept or "").split(","), current=True)
     if store.others:
         codes = sorted({r["code"] for r in store.others.values()})
-        say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count for {code_version()}; --accept {codes[-1]} lets them")
+        say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count; --accept {','.join(codes)} lets them")
     return store
 
 
@@ -556,11 +586,13 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
     workers = _Workers(jobs, threads, work / "workers.log") if jobs > 1 else None
     while True:
         planned = plan_of(store.find)
-        todo = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed), key=lambda r: r.labels.get("stage") != "reward")
-        todo = todo[: None if most is None else most - count]
+        missing = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed), key=lambda r: r.labels.get("stage") != "reward")
+        todo = missing[: None if most is None else max(0, most - count)]
         if not todo:
             break
-        say(f"{len(planned) - len(todo)} of {len(planned)} runs are there; {len(todo)} to go, {jobs} at a time")
+        only = f", of which {len(todo)} now" if len(todo) < len(missing) else ""
+        there = sum(key in store.rows for key in planned)
+        say(f"{there} of {len(planned)} runs are there; {len(planned) - there - sum(key in failed for key in planned)} to go{only}, {min(jobs, len(todo))} at a time")
         began, before = time.monotonic(), count
 
         def done(run: Run, result: dict) -> None:
@@ -588,13 +620,13 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
 
 # %% ../nbs/10c_reproduce.ipynb #b94624e4
 def progress_rows(
-    results: str | Path = "data/results",
+    results: str | Path | None = None,  # default: `results_folder(scale)`
     scale: str = "laptop",
     seeds: int | None = None,
 ) -> list[dict]:  # table, done, planned, more (whether searches must end before the rest is known), other (rows of other code), minutes, notebook, claim
     "How far every table is; raises `LireError` for an unknown scale."
     _check_scale(scale)
-    store, rows = Results(results, [code_version()]), []
+    store, rows = Results(results if results is not None or scale != "smoke" else results_folder(scale), current=True), []
     for name, table in TABLES.items():
         if scale == "paper" and name not in RECIPES:
             continue
@@ -608,19 +640,19 @@ def progress_rows(
 HUB = {"dialogue": "Anthropic/hh-rlhf", "summarization": "openai/summarize_from_feedback"}
 
 
-def _recipe(table: str, configs: str | Path) -> dict:
+def _recipe(table: str, configs: str | Path | None = None) -> dict:
     from lire_nb.scale import read_recipe
 
     table_of(table)
     if table not in RECIPES:
         raise LireError("not in the paper's recipes", field="NAME", value=table, allowed=", ".join(RECIPES), remedy="--scale laptop has every table")
-    return read_recipe(Path(configs) / RECIPES[table])
+    return read_recipe(Path(configs or data_path("configs")) / RECIPES[table])
 
 
 def paper_plan(
     table: str,  # dialogue or summarization
     policy: str | None = None,  # folder or hub id; default: what the recipe says
-    configs: str | Path = "data/configs",
+    configs: str | Path | None = None,
     seeds: int = 1,
     reward: str | None = None,  # the proxy: weights with a scalar head; default: what the recipe says
 ) -> list[Run]:
@@ -668,7 +700,7 @@ def reward_stand_in(folder: str | Path, seed: int = 0) -> Path:
 
 def dry_run(
     table: str,  # dialogue or summarization
-    configs: str | Path = "data/configs",
+    configs: str | Path | None = None,
     work: str | Path | None = None,  # for the stand-ins; default: a temporary folder
 ) -> list[dict]:  # method, candidates, tokens, trained parameters, loss of the first batch
     "The paper's recipe down to the first batch of every method, with small random models of the same classes."

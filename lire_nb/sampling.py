@@ -41,6 +41,7 @@ from lire_nb.conversations import (
 from .identity import free_lock, take_lock
 from .lists import LireError, checked_prompts, lists_dataset, make_record, prompt_facts, prompt_id
 from .models import causal_lm, compute_dtype, context_of, load_policy
+from .shown import public_address
 
 # %% ../nbs/04_sampling.ipynb #d75fdaec
 logger = logging.getLogger(__name__)
@@ -842,7 +843,7 @@ def _sampled_record(record: dict, completions: list[Completion], source: str, dr
         meta["tokenizer"] = drawn_by
     if len(good) < len(completions):
         meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
-    return make_record(record["prompt"], [c.text for c in good], sources=[source] * len(good), id=record["id"], meta=meta)
+    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good), id=record["id"], meta=meta)
 
 
 def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:

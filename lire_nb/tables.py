@@ -4,30 +4,32 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'crossed_interval', 'crossed_bootstrap',
-           'difference', 'gain', 'wins', 'distance', 'start_perplexity', 'spread_of', 'shown', 'system_table',
-           'search_table', 'plot_gains', 'plot_frontier', 'plot_matrix', 'plot_lines', 'points_of', 'NotMeasured',
-           'verdict', 'off_mean', 'transfer_gain', 'verdict_table', 'paper_table', 'beside_paper', 'summary_table',
-           'verdict_text', 'reward_table', 'sample_text']
+           'difference', 'gain', 'gain_values', 'wins', 'distance', 'start_perplexity', 'spread_of', 'shown',
+           'system_table', 'search_table', 'plot_gains', 'plot_frontier', 'plot_matrix', 'Line', 'along', 'plot_lines',
+           'points_of', 'NotMeasured', 'verdict', 'off_mean', 'transfer_gain', 'verdict_table', 'paper_table',
+           'beside_paper', 'summary_table', 'verdict_text', 'reward_table', 'sample_text']
 
 # %% ../nbs/10d_tables.ipynb #ee5f91bd
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .evaluation import Interval, preferences
-from .experiments import expand
+from .evaluation import FEW, Interval, preferences, wilson_interval
 from .lists import LireError
-from .reporting import COLORS, _plain, figure_style, non_dominated, plot_win_matrix
+from .reporting import COLORS, draw_win_matrix, figure_style, non_dominated
 from .reproduce import NAMES, SCALES, Results, plan
+from .shown import in_figure, in_markdown
+from .tasks import data_path
 
 # %% ../nbs/10d_tables.ipynb #923c7de1
 def load_runs(
     table: str,  # of `reproduce.TABLES`
-    results: str | Path = "../data/results",
+    results: str | Path | None = None,  # folder of the rows; default: `reproduce.results_folder()`
     scale: str = "laptop",
 ) -> pd.DataFrame:  # labels, key, config, result, code, date, machine; `.attrs`: planned and missing runs
     "The stored runs of a table; raises `LireError` when there is none."
@@ -107,7 +109,7 @@ def crossed_interval(
     mean, by_seed, by_prompt = values.mean(), values.mean(1), values.mean(0)
     if S == 1:
         half = stats.t.ppf(0.975, N - 1) * by_prompt.std(ddof=1) / N**0.5
-        return Interval(float(mean), float(mean - half), float(mean + half))
+        return Interval(float(mean), float(mean - half), float(mean + half), "t")
     rest = ((values - by_seed[:, None] - by_prompt + mean) ** 2).sum() / ((S - 1) * (N - 1))
     seeds, prompts = N * by_seed.var(ddof=1), max(S * by_prompt.var(ddof=1), rest)
     total, freedom = prompts, N - 1
@@ -115,7 +117,7 @@ def crossed_interval(
         total = seeds + prompts - rest
         freedom = total**2 / (seeds**2 / (S - 1) + prompts**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1)))
     half = stats.t.ppf(0.975, freedom) * (total / (S * N)) ** 0.5 if total > 0 else 0.0
-    return Interval(float(mean), float(mean - half), float(mean + half))
+    return Interval(float(mean), float(mean - half), float(mean + half), "t")
 
 
 def crossed_bootstrap(
@@ -124,11 +126,14 @@ def crossed_bootstrap(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    "A 95 % interval for what is not a mean: seeds and prompts drawn with replacement; with few seeds rather narrow."
+    "A 95 % interval for what is not a mean: seeds and prompts drawn with replacement; with few seeds rather narrow, and none (NaN) below 20 prompts."
     draw = np.random.default_rng(seed)
     rows, columns = (draw.multinomial(n, np.full(n, 1 / n), draws) / n for n in shape)
+    point = float(statistic(*(np.full((1, n), 1 / n) for n in shape))[0])
+    if shape[1] < FEW:
+        return Interval(point, np.nan, np.nan)
     low, high = np.quantile(statistic(rows, columns), [0.025, 0.975])
-    return Interval(float(statistic(*(np.full((1, n), 1 / n) for n in shape))[0]), float(low), float(high))
+    return Interval(point, float(low), float(high), "bootstrap")
 
 
 def _paired(new: pd.DataFrame, old: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -154,20 +159,29 @@ def difference(
 
 def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interval:
     "Mean reward minus that of the start, in standard deviations of the start's reward."
-    return difference(runs, start, judge, spread_of(start, judge))
+    return crossed_interval(gain_values(runs, start, judge))
+
+
+def gain_values(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> np.ndarray:  # (S, N)
+    "Rewards minus those of the start with the same seed, in standard deviations of the start's reward."
+    a, b = _paired(runs, start)
+    return (values_of(a, judge) - values_of(b, judge)) / spread_of(start, judge)
 
 
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
-    "Share of comparisons won against `old` with the same seed, ties a half."
+    "Share of comparisons won against `old` with the same seed, ties a half; Wilson's interval where all prompts of all seeds say the same."
     a, b = _paired(new, old)
-    found = crossed_interval(np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])]))
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
+    values = np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])])
+    if np.ptp(values) == 0:
+        return wilson_interval(values.mean(), values.shape[1])
+    found = crossed_interval(values)
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0), found.method)
 
 
 def distance(runs: pd.DataFrame) -> Interval:
     "Mean KL to the start policy in nats a completion; no lower than zero."
     found = crossed_interval(values_of(runs, "kl"))
-    return Interval(found.value, max(found.low, min(found.value, 0.0)), found.high)  # an estimate from samples may itself lie below zero
+    return Interval(found.value, max(found.low, min(found.value, 0.0)), found.high, found.method)  # an estimate from samples may itself lie below zero
 
 
 def start_perplexity(runs: pd.DataFrame) -> Interval:
@@ -186,7 +200,9 @@ def shown(
     interval: Interval,
     form: str = "+.2f",  # of the numbers
 ) -> str:
-    "value [low, high]"
+    "value [low, high]; the value alone where there is no interval."
+    if np.isnan(interval.low):
+        return f"{interval.value:{form}}"
     return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
@@ -234,52 +250,76 @@ def _axes(width: float = 6.4, height: float = 3.6):
     return figure, figure.subplots()
 
 
+def _face(runs: pd.DataFrame, color: str) -> str:
+    "The filling of a mark: none for a single seed."
+    return color if len(runs) > 1 else "white"
+
+
+def _seeded(name: str, systems: dict[str, pd.DataFrame]) -> str:
+    "A system's name, with its seeds where it has fewer than others."
+    most = max(len(runs) for n, runs in systems.items() if n != "start")
+    count = len(systems[name])
+    return in_figure(name if count in (most, 0) or name == "start" else f"{name} ({count} seed{'s' * (count > 1)})")
+
+
 def plot_gains(
     systems: dict[str, pd.DataFrame],
     start: str = "start",
     judges: tuple[str, ...] = ("gold", "proxy"),
     title: str = "Gain over the start policy",
 ) -> Figure:
-    "A row for every system, a bar for every judge, in standard deviations of the start's rewards."
+    "A row for every system, a bar for every judge, in standard deviations of the start's rewards; a system of one seed is hollow."
     names = [n for n in systems if n != start]
     with figure_style():
         figure, axes = _axes(6.4, 1.2 + 0.42 * len(names))
         for k, judge in enumerate(judges):
             found = [gain(systems[n], systems[start], judge) for n in names]
             y = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.28
-            axes.errorbar([f.value for f in found], y, xerr=[[f.value - f.low for f in found], [f.high - f.value for f in found]], fmt="so"[judge == "gold"], color=COLORS[k], capsize=3, label=judge)
+            for place, name, f in zip(y, names, found):
+                axes.errorbar([f.value], [place], xerr=[[f.value - f.low], [f.high - f.value]], fmt="so"[judge == "gold"], color=COLORS[k], capsize=3, mfc=_face(systems[name], COLORS[k]))
+            axes.plot([], [], "so"[judge == "gold"], color=COLORS[k], label=in_figure(judge))
         axes.axvline(0, color="0.6", lw=1)
-        axes.set(yticks=range(len(names)), xlabel="standard deviations of the start's reward, 95 % intervals", title=title, ylim=(len(names) - 0.5, -0.5))
-        axes.set_yticklabels(names)
+        axes.set(yticks=range(len(names)), xlabel="standard deviations of the start's reward, 95 % intervals", title=in_figure(title), ylim=(len(names) - 0.5, -0.5))
+        axes.set_yticklabels([_seeded(name, systems) for name in names])
         axes.legend(title="judge", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
+
+
+def _bar(values: np.ndarray) -> Interval:
+    "The interval of a table, but over prompts alone where two seeds would make it so wide that it hides the figure."
+    return crossed_interval(values.mean(0, keepdims=True) if len(values) == 2 else values)
 
 
 def plot_frontier(
     systems: dict[str, pd.DataFrame],
     start: str = "start",
     judge: str = "gold",
-    groups: dict[str, str] | None = None,  # system -> its group, drawn in one colour; default: each its own
+    groups: dict[str, str] | None = None,  # system -> its group, drawn in one color; default: each its own
     title: str = "Gain against distance from the start, 95 % intervals",
 ) -> Figure:
-    "Gold gain over KL; the dashed line joins the systems that no other beats in both."
+    "Gold gain over KL; the dashed line joins the systems that no other beats in both, among those with all seeds. A system of one seed is hollow; bars of one and two seeds are over prompts alone."
     names = [n for n in systems if n != start]
-    gains = [gain(systems[n], systems[start], judge) for n in names]
-    moved = [distance(systems[n]) for n in names]
+    gains = [_bar(gain_values(systems[n], systems[start], judge)) for n in names]
+    moved = [_bar(values_of(systems[n], "kl")) for n in names]
     groups = groups or {n: n for n in names}
-    colors, marks = dict(zip(dict.fromkeys(groups[n] for n in names), COLORS * 3)), dict(zip(dict.fromkeys(groups[n] for n in names), "osD^vP*Xh<>p" * 2))
-    best, seen = non_dominated([m.value for m in moved], [g.value for g in gains]), set()
+    order = list(dict.fromkeys(groups[n] for n in names))
+    colors, marks = dict(zip(order, COLORS * 3)), dict(zip(order, "osD^vP*Xh<>p" * 2))
+    seeds = [set(systems[n]["seed"]) for n in names]
+    whole = [n for n, own in zip(names, seeds) if own == set.union(*seeds)]  # only these may be joined
+    seen = set()
     with figure_style():
         figure, axes = _axes(6.8, 4.2)
-        for n, g, m, top in zip(names, gains, moved, best):
+        for n, g, m in zip(names, gains, moved):
             group = groups[n]
-            axes.errorbar([m.value], [g.value], xerr=[[m.value - m.low], [m.high - m.value]], yerr=[[g.value - g.low], [g.high - g.value]], color=colors[group], marker=marks[group], ms=6, capsize=2, lw=1.1,
-                          mfc=colors[group] if top else "white", ls="none", label=None if group in seen else group)
+            label = None if group in seen else in_figure(group) if group != n else _seeded(n, systems)
+            axes.errorbar([m.value], [g.value], xerr=[[m.value - m.low], [m.high - m.value]], yerr=[[g.value - g.low], [g.high - g.value]], color=colors[group], marker=marks[group], ms=6,
+                          capsize=2, lw=1.1, mfc=_face(systems[n], colors[group]), ls="none", label=label)
             seen.add(group)
-        line = sorted((m.value, g.value) for g, m, top in zip(gains, moved, best) if top)
+        places = [(m.value, g.value) for n, g, m in zip(names, gains, moved) if n in whole]
+        line = sorted(p for p, top in zip(places, non_dominated(*map(list, zip(*places)))) if top) if places else []
         axes.step([0, *(x for x, _ in line)], [0, *(y for _, y in line)], where="post", color="0.5", ls="--", lw=1.1, label="frontier")
         axes.axhline(0, color="0.8", lw=1)
-        axes.set(xlabel="KL to the start policy, nats a completion", ylabel=f"{judge} gain, standard deviations of the start", title=title)
+        axes.set(xlabel="KL to the start policy, nats a completion", ylabel=in_figure(f"{judge} gain, standard deviations of the start"), title=in_figure(title))
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -288,41 +328,63 @@ def plot_matrix(
     systems: dict[str, pd.DataFrame],
     judge: str = "gold",
 ) -> Figure:
-    "Win rate of every system against every other, the samples of all seeds together."
-    seeds = {n: len(runs) for n, runs in systems.items() if n != "start"}
-    few = {n for n, count in seeds.items() if count < max(seeds.values())}
-    return plot_win_matrix({f"{n} ({seeds[n]} seed)" if n in few else n: expand(list(runs["result"])) for n, runs in systems.items()}, judge)
+    "Share of comparisons that every system wins against every other with the same seeds: the numbers of the table."
+    cells = {(a, b): wins(systems[a], systems[b], judge) for a in systems for b in systems if a != b and set(systems[a]["seed"]) & set(systems[b]["seed"])}
+    names = {n: _seeded(n, systems) for n in systems}
+    return draw_win_matrix(list(names.values()), {(names[a], names[b]): found for (a, b), found in cells.items()}, f"Row wins against column, judge: {judge}")
+
+
+class Line(NamedTuple):
+    "Values along a number, all over the same seeds."
+    points: dict[float, Interval]  # means over these seeds
+    dots: dict[float, list[float]]  # the mean of each seed
+    seeds: int
+
+
+def along(
+    parts: dict[float, pd.DataFrame],  # position -> runs
+    values: Callable[[pd.DataFrame], np.ndarray],  # of some runs: (S, N)
+) -> Line:
+    "A line over the seeds that all positions have; below five seeds the intervals are over prompts, and the seeds are shown as dots."
+    seeds = set.intersection(*(set(runs["seed"]) for runs in parts.values()))
+    if not seeds:
+        raise LireError("no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()}, allowed="runs with the same seeds", remedy="leave out the positions without them")
+    found = {x: values(runs[runs["seed"].isin(seeds)]) for x, runs in parts.items()}
+    means = {x: v if len(seeds) > 4 else v.mean(0, keepdims=True) for x, v in found.items()}
+    return Line({x: crossed_interval(v) for x, v in means.items()}, {x: v.mean(1).tolist() for x, v in found.items()}, len(seeds))
 
 
 def plot_lines(
-    lines: dict[str, dict[float, Interval]],  # name -> position -> value
+    lines: dict[str, Line],  # of `along`
     xlabel: str,
     ylabel: str,
     title: str,
     log: bool = False,
     flat: dict[str, Interval] | None = None,  # values without a position, drawn as bands
 ) -> Figure:
-    "Values with intervals along a number."
-    ticks = sorted({x for points in lines.values() for x in points})
+    "Values along a number: bars for prompts (for both from five seeds on), a dot for each seed; a line of one seed is hollow."
+    ticks = sorted({x for line in lines.values() for x in line.points})
     counted = log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9  # a few positions that all lines share
     with figure_style():
         figure, axes = _axes(7.2, 3.8)
-        for n, (color, (name, points)) in enumerate(zip(COLORS * 3, lines.items())):
+        for n, (color, (name, line)) in enumerate(zip(COLORS * 3, lines.items())):
             aside = 0.01 * (n - (len(lines) - 1) / 2) * counted  # of the width, so that bars do not hide each other
-            x, y = [t * (ticks[-1] / ticks[0]) ** aside if log else t + (ticks[-1] - ticks[0]) * aside for t in points], list(points.values())
-            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]], color=color, marker="o", ms=4, capsize=3, label=name)
+            x, y = [t * (ticks[-1] / ticks[0]) ** aside if log else t + (ticks[-1] - ticks[0]) * aside for t in line.points], list(line.points.values())
+            label = in_figure(f"{name} ({line.seeds} seed{'s' * (line.seeds > 1)})")
+            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]], color=color, marker="o", ms=5, capsize=3, mfc=color if line.seeds > 1 else "white", label=label)
+            for place, values in zip(x, line.dots.values() if line.seeds > 1 else ()):
+                axes.plot([place] * len(values), values, ls="none", marker=".", ms=4, color=color, alpha=0.6)
         for color, (name, value) in zip(COLORS[len(lines):] + COLORS, (flat or {}).items()):
-            axes.axhline(value.value, color=color, ls="--", label=name)
+            axes.axhline(value.value, color=color, ls="--", label=in_figure(name))
             axes.axhspan(value.low, value.high, color=color, alpha=0.12, lw=0)
         axes.axhline(0, color="0.8", lw=1)
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.set(xlabel=in_figure(xlabel), ylabel=in_figure(ylabel), title=in_figure(title))
         if log:
             axes.set_xscale("log")
         if counted:  # and have no halves between them
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
-        if len(lines) > 1 or flat:
-            axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 # %% ../nbs/10d_tables.ipynb #b406ce86
@@ -552,13 +614,13 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
 ]
 
 
-def _link(notebook: str, results: Path) -> str:
-    there = results.resolve().parents[1] / "nbs" / f"{notebook}.ipynb"
+def _link(notebook: str) -> str:
+    there = data_path().parent / "nbs" / f"{notebook}.ipynb"
     return f"[{notebook}]({notebook}.ipynb)" if there.exists() else notebook
 
 
 def verdict_table(
-    results: str | Path = "../data/results",
+    results: str | Path | None = None,  # folder of the rows; default: `reproduce.results_folder()`
 ) -> pd.DataFrame:  # claim, said by, measurement, verdict, notebook
     "Every claim with what was measured here, differences in standard deviations of the start's reward; open where something was not yet."
     store, rows = results if isinstance(results, Results) else Results(results), []
@@ -567,19 +629,20 @@ def verdict_table(
             found, decided = measure(store)
         except (LireError, KeyError, IndexError, NotMeasured):  # a part of it has no rows yet
             found, decided = "not measured yet", "open"
-        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": _link(notebook, store.folder)})
+        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": _link(notebook)})
     return pd.DataFrame(rows).set_index("claim")
 
 # %% ../nbs/10d_tables.ipynb #3260f78f
 def paper_table(
     table: str,
-    path: str | Path = "../data/paper_tables.csv",
+    path: str | Path | None = None,  # default: data/paper_tables.csv
 ) -> pd.DataFrame:  # system × metric, as text; empty where no source is known
     "What is published for a table; raises `LireError` for one that the file does not name."
+    path = Path(path or data_path("paper_tables.csv"))
     rows = pd.read_csv(path)
     mine = rows[rows["table"] == table]
     if mine.empty:
-        raise LireError("not in the file", file=path, field="table", value=table, allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
+        raise LireError("not in the file", file=path.name, field="table", value=table, allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
     wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(), columns=mine["metric"].unique())
     return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")
 
@@ -587,7 +650,7 @@ def paper_table(
 def beside_paper(
     systems: dict[str, pd.DataFrame],  # of `systems_of`
     table: str,
-    path: str | Path = "../data/paper_tables.csv",
+    path: str | Path | None = None,  # default: data/paper_tables.csv
 ) -> pd.DataFrame:  # paper's numbers and ours, by system
     "The paper's table with ours beside it; systems that only one of them has keep empty cells."
     ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])), "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
@@ -598,7 +661,7 @@ def beside_paper(
 
 # %% ../nbs/10d_tables.ipynb #bc196e18
 def summary_table(
-    results: str | Path = "../data/results",
+    results: str | Path | None = None,  # folder of the rows; default: `reproduce.results_folder()`
 ) -> pd.DataFrame:  # method × task: gold gain [interval], share of wins, KL
     "Every method on every task."
     store, columns = results if isinstance(results, Results) else Results(results), {}
@@ -616,7 +679,7 @@ def summary_table(
 # %% ../nbs/10d_tables.ipynb #86af72c7
 def verdict_text(
     notebook: str,
-    results: str | Path = "../data/results",
+    results: str | Path | None = None,  # folder of the rows; default: `reproduce.results_folder()`
 ) -> str:  # Markdown
     "The verdicts of one notebook as a list."
     table = verdict_table(results)
@@ -633,9 +696,12 @@ def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("judge")
 
 
-def sample_text(systems: dict[str, pd.DataFrame], which: int = 0) -> str:  # Markdown
-    "A completion of every system for one prompt."
+def sample_text(
+    systems: dict[str, pd.DataFrame],
+    which: int = 0,  # of the stored examples
+) -> str:  # Markdown
+    "A completion of every system for one prompt, seed 0."
     example = lambda runs: runs["result"].iloc[0]["examples"][which]  # noqa: E731
     first = example(next(iter(systems.values())))["prompt"]
     texts = {"prompt": first if isinstance(first, str) else first[-1]["content"], **{name: example(runs)["completion"] for name, runs in systems.items()}}
-    return "\n".join(f"- *{name}*: {_plain(text)}" for name, text in texts.items())
+    return "\n".join(f"- *{in_markdown(name)}*: {in_markdown(text)}" for name, text in texts.items())

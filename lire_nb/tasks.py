@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PROMPT_LENGTHS', 'ASSETS', 'REVIEW_HEADER', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'TASKS',
-           'Task', 'text_hash', 'split_of', 'Asset', 'asset_path', 'prompt_text', 'split_lists', 'load_task']
+           'Task', 'text_hash', 'split_of', 'Asset', 'asset_path', 'prompt_text', 'split_lists', 'data_path',
+           'load_task']
 
 # %% ../nbs/02_tasks.ipynb #ec12bbfa
 import csv
@@ -194,14 +195,18 @@ def split_lists(
     return result, removed
 
 # %% ../nbs/02_tasks.ipynb #c9064d88
-def _own_data() -> Path:
-    "data/ beside the package, where the repository is checked out."
-    return Path(importlib.util.find_spec("lire_nb").origin).parents[1] / "data"
+def data_path(
+    name: str = "",  # of a file or folder in data/; empty: data/ itself
+) -> Path:
+    "What this project wrote itself, wherever the command runs: data/ beside the package in a checkout, inside the package where it is installed."
+    package = Path(importlib.util.find_spec("lire_nb").origin).parent
+    checkout = package.parent / "data"
+    return (checkout if (package.parent / "settings.ini").is_file() and checkout.is_dir() else package / "data") / name
 
 
 def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) -> tuple[dict[str, list[dict]], dict]:
     "Records of a file, folder or hub id, its own test records apart; and counts. Damaged rows are left out and counted."
-    path = _own_data() / f"{name}.jsonl" if path is None else path
+    path = data_path(f"{name}.jsonl") if path is None else path
     if Path(path).is_file():
         return _loaded({"": [Path(path)]})
     if Path(path).is_dir():
