@@ -629,7 +629,7 @@ def _check(model, lm, length: int) -> tuple:
     if not broken:
         return "chunks", False, f"{type(lm).__name__}: {problem}", errors
     worse = wrong("full")
-    return ("refused", False, f"in a batch, {worse}", errors) if worse else ("full", False, broken, errors)
+    return ("refused", False, f"no path agrees with each candidate alone: {worse}", errors) if worse else ("full", False, broken, errors)
 
 # %% ../nbs/06_logprobs.ipynb #bae74748
 def _truth(model, lm, lists: list[dict], tolerance: float) -> tuple:
