@@ -2084,24 +2084,14 @@ def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
         raise ListError(
             "not a list of prompts", field="prompts", value=prompts, allowed="an iterable of texts, messages or records"
         )
-    seen, records = {}, []
+    known, records = {}, []
     for num, prompt in enumerate(_plain_rows(prompts), 1):
-        record = _checked_prompt(prompt, num, chat)
-        if seen.setdefault(record["id"], record["prompt"]) != record["prompt"]:
-            allowed, remedy = "one prompt an id", "correct the id, or leave it out"
-            raise ListError(
-                "this id already belongs to another prompt",
-                num=num,
-                field="id",
-                value=record["id"],
-                allowed=allowed,
-                remedy=remedy,
-            )
-        records.append(record)
+        records.append(_checked_prompt(prompt, num, chat, known))
     return records
 
 # %% ../nbs/01_lists.ipynb #c0b1d031a
-def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
+def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, dict]) -> dict:
+    """The record of a prompt; `known` holds the first record of every id."""
     try:
         record = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
         if record.get("prompt") is None:
@@ -2119,7 +2109,12 @@ def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
             raise ListError(
                 "not a dict", field="meta", value=meta, allowed="a dict", remedy="write {} where there is nothing"
             )
-        return as_chat(record | {"meta": _check_meta(meta)}, chat)
+        record = as_chat(record | {"meta": _check_meta(meta)}, chat)
+        if known.setdefault(record["id"], record)["prompt"] != record["prompt"]:
+            allowed, remedy = "one prompt an id", "correct the id, or leave it out"
+            reason = "the same id already belongs to another prompt"
+            raise ListError(reason, field="id", value=record["id"], allowed=allowed, remedy=remedy)
+        return record
     except ListError as error:
         raise error.at(None, None, num) from None
 
@@ -2148,7 +2143,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
-# %% ../nbs/01_lists.ipynb #c0b1d032a
+
 def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict]:
     """The prompts of a file as checked records with "id", "prompt" and "meta".
 
@@ -2158,20 +2153,10 @@ def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict
     known: dict[str, dict] = {}
     for line, prompt in _file_prompts(Path(path)):
         try:
-            record = _checked_prompt(prompt, line, chat)
-            first = known.setdefault(record["id"], record)
-            if first["prompt"] != record["prompt"]:
-                allowed, remedy = "one prompt an id", "correct the id, or leave it out"
-                raise ListError(
-                    "this id already belongs to another prompt",
-                    field="id",
-                    value=record["id"],
-                    allowed=allowed,
-                    remedy=remedy,
-                )
+            record = _checked_prompt(prompt, line, chat, known)
         except ListError as error:
             raise error.at(str(path), line) from None
-        if first is not record:
+        if known[record["id"]] is not record:
             logger.info("%s:%d: the prompt %s again, taken once", path, line, record["id"])
     return list(known.values())
 
