@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['batch_parts', 'list_logps_in_parts', 'saved_bytes', 'free_bytes', 'candidates_that_fit']
 
-# %% ../nbs/06a_long_lists.ipynb #18e159b4
+# %% ../nbs/06a_long_lists.ipynb #1a5e5ce2
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .lists import LireError
 from .logprobs import check_paths, list_logps, unwrap
 
-# %% ../nbs/06a_long_lists.ipynb #8268adc3
+# %% ../nbs/06a_long_lists.ipynb #76f8a6db
 def batch_parts(
     batch: dict,  # from `ListCollator`: B lists, N candidates
     candidates_at_once: int,  # of all lists together, 1 or more
@@ -36,7 +37,7 @@ def batch_parts(
         part["prompt_ids"] = part["prompt_ids"][:, : int(part["prompt_lengths"].max())]
         yield part, place, candidate
 
-# %% ../nbs/06a_long_lists.ipynb #ec70e686
+# %% ../nbs/06a_long_lists.ipynb #7cf9787c
 def list_logps_in_parts(
     model: torch.nn.Module,  # a causal language model, wrapped or not
     batch: dict,  # from `ListCollator`, on the model's device
@@ -57,7 +58,8 @@ def _in_parts(model, batch: dict, candidates_at_once: int, impl: str) -> tuple[t
     values = []
     for part, place, candidate in batch_parts(batch, candidates_at_once):
         def run(part=part, at=(place, candidate)):
-            return list_logps(model, part, impl=impl)[0][at]
+            with _own_casts(part["prompt_ids"].device.type):
+                return list_logps(model, part, impl=impl)[0][at]
 
         values.append(checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run())
     at = (batch["list_index"], batch["candidate_index"])
@@ -65,7 +67,14 @@ def _in_parts(model, batch: dict, candidates_at_once: int, impl: str) -> tuple[t
     lengths = torch.zeros_like(batch["mask"], dtype=torch.long).index_put(at, batch["completion_lengths"])
     return values.new_zeros(batch["mask"].shape).index_put(at, values), lengths
 
-# %% ../nbs/06a_long_lists.ipynb #61f80154
+
+def _own_casts(device: str):
+    "Mixed precision without the memory of casts: shared by all parts, gradients would add up in 16 bits, and wait there."
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
+
+# %% ../nbs/06a_long_lists.ipynb #2ca0d1bf
 def _through_wrapper(model: torch.nn.Module, run: Callable):
     "run(model); under DDP inside one forward pass of the wrapper, with the model that it wraps."
     if not isinstance(model, DistributedDataParallel):
@@ -90,7 +99,7 @@ def _through_wrapper(model: torch.nn.Module, run: Callable):
         if vars(inner).get("forward") is forward:
             restore()
 
-# %% ../nbs/06a_long_lists.ipynb #31a79e63
+# %% ../nbs/06a_long_lists.ipynb #ad864296
 def saved_bytes(
     model: torch.nn.Module,
     batch: dict,  # a small one is enough
