@@ -37,6 +37,7 @@ from .lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
     IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, to_device, tokenize_list, verified,
 )
+from .long_lists import list_logps_in_parts
 from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
 from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers
 from .sampling import derive_seed
@@ -83,6 +84,7 @@ class LIREConfig(TrainingArguments):
     logps_impl: str = "auto"  # path of `list_logps`
     reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
+    candidates_at_once: int | None = None  # in memory at a time, the gradient is the same, see 06c_long_lists; None: all of a batch
     on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
@@ -95,6 +97,8 @@ class LIREConfig(TrainingArguments):
             raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
         if self.num_candidates is not None and self.num_candidates < 2:
             raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
+        if self.candidates_at_once is not None and self.candidates_at_once < 1:
+            raise LireError("too few", field="candidates_at_once", value=self.candidates_at_once, allowed="1 or more, or None for all", remedy="leave it out")
         if self.on_mute_lists not in ("refuse", "warn"):
             raise LireError(
                 "unknown rule",
@@ -579,7 +583,8 @@ class LIRETrainer(ExactTrainer):
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
         self.ref_model = ref_model
         self._check_paths(model, args, ref_model)
-        reference, context = self.loss.needs_ref and (ref_model or model), common_context(model, ref_model)
+        self.needs_ref = self.loss.asks_ref(**args.loss_settings())
+        reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
         super().__init__(
             model=model, args=args, processing_class=processing_class, callbacks=callbacks, data_collator=TrainingCollator(processing_class.pad_token_id or 0),
@@ -604,7 +609,7 @@ class LIRETrainer(ExactTrainer):
             )
         check_arguments(others, Trainer.__init__)
         loss = get_loss(args.loss_type)
-        if ref_model is not None and not loss.needs_ref:
+        if ref_model is not None and not loss.asks_ref(**args.loss_settings()):
             raise LireError(
                 f"the loss {loss.name} needs no reference model, so it would have no effect",
                 field="ref_model",
@@ -677,24 +682,31 @@ class LIRETrainer(ExactTrainer):
 
     def list_losses(self, model, inputs: dict) -> tuple[torch.Tensor, dict]:
         "(B,) losses of a batch, and what `list_metrics` says of it."
-        logps, lengths = list_logps(model, inputs, impl=self.args.logps_impl)
+        logps, lengths = self._logps(model, inputs)
         extra = {"lengths": lengths} if self.loss.needs_lengths or "lengths" in self.loss.parameters else {}
-        if self.loss.needs_ref:
+        if self.needs_ref:
             extra["ref_logps"] = inputs["ref_logps"]
         mask = scored_mask(inputs["rewards"], inputs["mask"])  # a candidate without a reward takes no part
         losses = self.loss.fn(logps, inputs["rewards"], mask, **extra, **self.args.loss_settings())
         return losses, self._metrics(logps.detach(), lengths, inputs, mask)
 
+    def _logps(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        "(B, M) log-probs and lengths, all candidates in one pass or a few at a time."
+        if self.args.candidates_at_once is None:
+            return list_logps(model, inputs, impl=self.args.logps_impl)
+        return list_logps_in_parts(model, inputs, self.args.candidates_at_once, impl=self.args.logps_impl)
+
     def _metrics(self, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
         "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
         settings, own = self.args.loss_settings(), self.loss.settings
         if "temperature" in own:
-            scores = logps / lengths.clamp(min=1) if settings.get("length_normalize") else logps
-            return list_metrics(scores, inputs["rewards"], mask, temperature=settings["temperature"])
-        if self.loss.needs_ref:
-            scores = settings.get("beta", 1.0) * (logps - inputs["ref_logps"])  # DPO's implicit rewards
-        else:
-            scores = logps / lengths.clamp(min=1) if self.loss.needs_lengths else logps
+            how = {name: settings[name] for name in ("temperature", "score", "length_normalize") if name in settings}
+            return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"), **how)
+        score = settings.get("score") or ("ratio" if self.needs_ref else "token" if self.loss.needs_lengths else "sum")
+        scores = logps - inputs["ref_logps"] if score.endswith("ratio") else logps
+        scores = scores / lengths.clamp(min=1) if score.startswith("token") else scores
+        if self.needs_ref:  # DPO's implicit rewards
+            scores = settings.get("beta", 1.0) * scores
         pairs = settings.get("pairs", own.get("pairs"))
         return pair_metrics(scores, inputs["rewards"], mask, pairs="best_worst" if pairs == "best_worst" else "all")
 
@@ -832,7 +844,7 @@ class LIRETrainer(ExactTrainer):
     @contextmanager
     def _reference(self, lists):
         "The reference model for lists that come late; False where none is needed."
-        if not self.loss.needs_ref or _is_prepared(lists):
+        if not self.needs_ref or _is_prepared(lists):
             yield False
         elif self.ref_model is not None:
             yield self.ref_model
