@@ -746,7 +746,9 @@ class LIRETrainer(ExactTrainer):
                 self.args.learning_rate,
                 100 * lost,
             )
-        if "temperature" in self.loss.settings and self.train_dataset is not None and (rows := self._first_logps()):
+        settings = self.args.loss_settings()
+        fixed = isinstance(settings.get("temperature"), (int, float)) and not str(settings.get("score")).endswith("ratio")
+        if fixed and self.train_dataset is not None and (rows := self._first_logps()):
             self._say_saturated(rows)
 
     def _first_logps(self) -> list[list[float]]:
@@ -760,16 +762,15 @@ class LIRETrainer(ExactTrainer):
         )  # every process takes as many, since a sharded model is computed by all of them together
         mine = [chosen[(self.accelerator.process_index * share + i) % len(chosen)] for i in range(share)]
         collate = TrainingCollator(self.processing_class.pad_token_id or 0)
-        modes, found = {m: m.training for m in self.model_wrapped.modules()}, []
+        modes, found, settings = {m: m.training for m in self.model_wrapped.modules()}, [], self.args.loss_settings()
         self.model_wrapped.eval()
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
                 for start in range(0, len(mine), size):
                     batch = to_device(collate(mine[start : start + size]), self.args.device)
                     logps, lengths = list_logps(self.model_wrapped, batch, impl=self.args.logps_impl)
-                    scores = (
-                        logps / lengths.clamp(min=1) if self.args.loss_settings().get("length_normalize") else logps
-                    )
+                    per_token = settings.get("length_normalize") or settings.get("score") == "token"
+                    scores = logps / lengths.clamp(min=1) if per_token else logps
                     seen = scored_mask(batch["rewards"], batch["mask"])
                     found += [row[kept].float().tolist() for row, kept in zip(scores, seen)]
         finally:
