@@ -155,7 +155,8 @@ def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int =
     openings = {_opening(text, opening_words): label for text, label in parts["prompts"] if len(text.split()) > 2 * opening_words}
     for opening, label in openings.items():
         prompt = _sentiment_prompt(opening, chat)
-        prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}})
+        meta = {"label": label} if chat else {"label": label, "chat": False}  # plain text is meant
+        prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append({"id": prompt_id(prompt), "prompt": prompt, "meta": meta})
     lists = {name: _review_pairs(parts[part], review_words) for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
     return Task("sentiment", "continue the opening of an IMDb review", prompts, lists, "1 for a positive, 0 for a negative review; policies should become positive", 48, 64, chat,
                 "free continuation of a text, no request and no answer; opinion, informal prose", notes={k: len(v) for k, v in parts.items()})
@@ -255,8 +256,10 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
 def _templated(record: dict, template: Callable) -> dict:
     "The prompt as the task asks it; after plain text the answers begin with a space, in a turn of their own they do not."
     prompt = template(record["prompt"])
-    write = spaced if isinstance(prompt, str) else unspaced
-    return {**record, "prompt": prompt, "completions": [write(c) for c in record["completions"]]}
+    plain = isinstance(prompt, str)
+    completions = [(spaced if plain else unspaced)(c) for c in record["completions"]]
+    meta = record["meta"] | ({"chat": False} if plain else {})  # plain text is meant, whatever template there is
+    return {**record, "prompt": prompt, "completions": completions, "meta": meta}
 
 
 def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:
