@@ -287,8 +287,10 @@ def test_29_a_tokenizer_without_pad_and_end_is_refused_and_one_without_pad_is_no
     with pytest.raises(LireError, match="no end-of-text token and no padding token.*eos_token"):
         load_tokenizer(tmp_path / "none")
     tokenizer = _fast(_bytes())
-    batch = ListCollator(tokenizer.pad_token_id)([trained(tokenizer, "a"), trained(tokenizer, "a b c")])
-    assert batch["prompt_ids"].shape[0] == 2
+    with pytest.raises(LireError, match="no token ends an answer.*eos_token"):
+        trained(tokenizer, "a")
+    cut = [tokenize_list(make_record(p, [" b"], [1.0], meta={"finish_reasons": ["length"]}), tokenizer) for p in ("a", "a b c")]
+    assert ListCollator(tokenizer.pad_token_id)(cut)["prompt_ids"].shape[0] == 2
 
 
 # 37: text prompts and the chat template
@@ -301,3 +303,15 @@ def test_37_text_prompts_before_a_chat_template_are_said_once(caplog):
         assert C.warn_text_prompts(records, KINDS["bytes_chatml"]()) == 1
         assert len(caplog.records) == 1 and "1 of 4 prompts" in caplog.text and "chat=True" in caplog.text and "chat=False" in caplog.text
         assert C.warn_text_prompts(records[1:], KINDS["bytes_chatml"]()) == 0 == C.warn_text_prompts(records, KINDS["letters"]()) and len(caplog.records) == 1
+
+
+def test_37_a_task_states_whether_its_prompts_are_plain_text(tmp_path):
+    from lire_nb.lists import save_lists
+    from lire_nb.tasks import load_task
+
+    path = save_lists([make_record(f"A post about cat {i}.", ["A cat."], [1.0]) for i in range(9)], tmp_path / "posts.jsonl")
+    for chat, said in ((False, " A cat."), (True, "A cat.")):
+        task = load_task("summarization", path=path, chat=chat)
+        records = [r for lists in task.reward_lists.values() for r in lists]
+        assert {c for r in records for c in r["completions"]} == {said}  # after "TL;DR:" stands a space, in a turn of its own none
+        assert all(r["meta"].get("chat") is (None if chat else False) for r in records)
