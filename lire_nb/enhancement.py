@@ -626,9 +626,7 @@ def _distinct(prompts: Iterable[dict]) -> list[dict]:
     "In the order of their ids; a prompt that occurs twice is taken once."
     found = {}
     for record in by_id(prompts):
-        first = found.setdefault(record["id"], record)
-        if first["prompt"] != record["prompt"]:
-            raise LireError("two prompts have the same id", field="prompts", value=record["id"], allowed="an id of its own for every prompt", remedy="leave the ids out, or rename one")
+        found.setdefault(record["id"], record)
     return list(found.values())
 
 

@@ -587,76 +587,83 @@ _NAMES = {"None": None, "True": True, "False": False, "nan": math.nan, "inf": ma
 _SKIPPED = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
-class _Printed:
-    """Reads what Python, pandas or numpy print for lists and dicts of plain values. Nothing is evaluated."""
+def _printed(text: str) -> Any:
+    """What Python, pandas or numpy printed as `text`: lists and dicts of plain values. Nothing is evaluated."""
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in _SKIPPED]
+    tokens.reverse()
+    value = _printed_value(tokens)
+    if tokens:
+        raise ValueError("text after the value")
+    return value
 
-    def __init__(self, text: str):
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        self.tokens = [token for token in tokens if token.type not in _SKIPPED]
 
-    def peek(self) -> str:
-        return self.tokens[0].string if self.tokens else ""
+def _printed_value(tokens: list[tokenize.TokenInfo]) -> Any:
+    """The next value; `tokens` is a stack, its end comes first."""
+    token = tokens.pop()
+    if token.string in ("[", "("):
+        return _printed_items(tokens, "]" if token.string == "[" else ")")
+    if token.string == "{":
+        return _unique_keys(_printed_items(tokens, "}", pairs=True))
+    if token.string == "-":
+        return -_printed_value(tokens)
+    if token.type in (tokenize.STRING, tokenize.NUMBER):
+        value = ast.literal_eval(token.string)
+        if isinstance(value, (str, int, float)):
+            return value
+    if token.type == tokenize.NAME:
+        return _NAMES[token.string] if token.string in _NAMES else _printed_array(tokens, token.string)
+    raise ValueError("not a plain value")
 
-    def expect(self, text: str) -> None:
-        if self.tokens.pop(0).string != text:
-            raise ValueError(f"expected {text}")
+# %% ../nbs/01_lists.ipynb #c0b1d002a
+def _printed_items(tokens: list[tokenize.TokenInfo], end: str, pairs: bool = False) -> list:
+    """Up to `end`. numpy prints no commas: two strings side by side are two strings."""
+    found = []
+    while tokens[-1].string != end:
+        found.append(_printed_value(tokens))
+        if pairs:
+            _expect(tokens, ":")
+            found[-1] = (_check_text(found[-1], "key"), _printed_value(tokens))
+        if tokens[-1].string == ",":
+            tokens.pop()
+    tokens.pop()
+    return found
 
-    def value(self) -> Any:
-        token = self.tokens.pop(0)
-        if token.string in ("[", "("):
-            return self.items("]" if token.string == "[" else ")")
-        if token.string == "{":
-            return _unique_keys(self.items("}", pairs=True))
-        if token.string == "-":
-            return -self.value()
-        if token.type in (tokenize.STRING, tokenize.NUMBER):
-            value = ast.literal_eval(token.string)
-            if isinstance(value, (str, int, float)):
-                return value
-        if token.type == tokenize.NAME:
-            return _NAMES[token.string] if token.string in _NAMES else self.numpy(token.string)
+
+def _printed_array(tokens: list[tokenize.TokenInfo], name: str) -> Any:
+    """array([…], dtype=object), np.float64(9.0), np.str_('a'): what they hold."""
+    while tokens[-1].string == ".":
+        tokens.pop()
+        name += f".{tokens.pop().string}"
+    if name != "array" and not name.startswith(("np.", "numpy.")):
         raise ValueError("not a plain value")
+    _expect(tokens, "(")
+    value = _printed_value(tokens)
+    while tokens[-1].string != ")":  # dtype=object
+        tokens.pop()
+    tokens.pop()
+    return value
 
-    def items(self, end: str, pairs: bool = False) -> list:
-        """Up to `end`. numpy prints no commas: two strings side by side are two strings."""
-        found = []
-        while self.peek() != end:
-            found.append(self.value())
-            if pairs:
-                self.expect(":")
-                found[-1] = (_check_text(found[-1], "key"), self.value())
-            if self.peek() == ",":
-                self.tokens.pop(0)
-        self.tokens.pop(0)
-        return found
 
-    def numpy(self, name: str) -> Any:
-        """array([…], dtype=object), np.float64(9.0), np.str_('a'): what they hold."""
-        while self.peek() == ".":
-            self.tokens.pop(0)
-            name += f".{self.tokens.pop(0).string}"
-        if name != "array" and not name.startswith(("np.", "numpy.")):
-            raise ValueError("not a plain value")
-        self.expect("(")
-        value = self.value()
-        while self.peek() not in (")", ""):  # dtype=object
-            self.tokens.pop(0)
-        self.expect(")")
-        return value
+def _expect(tokens: list[tokenize.TokenInfo], text: str) -> None:
+    if tokens.pop().string != text:
+        raise ValueError(f"expected {text}")
 
 # %% ../nbs/01_lists.ipynb #c0b1d003
+_opens = re.compile(
+    r"\s*(array\()?[\[{][\[({\s]*(['\"\d.\]}-]|(null|true|false|None|True|False|nan|inf)\b|array\(|np\.|numpy\.)"
+)
+
+
 def _written(text: str) -> Any:
     """The list or dict whose JSON or printed form `text` is; `BLANK` where it is neither."""
-    if text.lstrip()[:1] not in ("[", "{"):
+    if not _opens.match(text) or not text.rstrip().endswith(("]", "}", ")")):
         return BLANK
     try:
         return _decoder.decode(text)
     except (ValueError, RecursionError):
         pass
     try:
-        printed = _Printed(text.strip())
-        value = printed.value()
-        return BLANK if printed.tokens else value
+        return _printed(text.strip())
     except (ValueError, IndexError, RecursionError, MemoryError, SyntaxError, TypeError, tokenize.TokenError):
         return BLANK
 
@@ -665,8 +672,8 @@ def _cell(text: str | None) -> Any:
     """A CSV cell: missing, a list or dict (JSON or as Python prints it), or text."""
     if not text:
         return None
-    value = _written(text) if text[0] in "[{" else BLANK
-    if value is BLANK:
+    value = _written(text)
+    if not isinstance(value, (list, dict)):
         return text
     value = _CellDict(value) if isinstance(value, dict) else _CellList(value)
     value.text = text
@@ -886,12 +893,21 @@ def _left_over(row: dict, used: Iterable[str]) -> dict:
 
 def _check_parts(row: dict, used: set) -> None:
     """Refuse a column that belongs to the prompt, unless the prompt contains it already."""
-    for name in (name for name in _PARTS if name in row and name not in used and not _is_empty(row[name])):
-        if not (isinstance(row[name], str) and any(row[name].strip() in text for text in _texts(row, used))):
-            allowed = "one prompt column, with instruction + input, system and history beside it"
-            remedy = 'say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the column'
-            reason = "belongs to the prompt and would be lost"
-            raise ListError(reason, field=name, value=row[name], allowed=allowed, remedy=remedy)
+    for name in (name for name in row if name in _PARTS and name not in used):
+        value = row[name]
+        if _is_empty(value if name in _MORE else _as_list(value)):
+            continue
+        if isinstance(value, str) and _is_known(name, value, _texts(row, used)):
+            continue
+        allowed = "one prompt column, with instruction + input, system and history beside it"
+        remedy = 'say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the column'
+        reason = "belongs to the prompt and would be lost"
+        raise ListError(reason, field=name, value=value, allowed=allowed, remedy=remedy)
+
+
+def _is_known(name: str, value: str, texts: list[str]) -> bool:
+    """Does the prompt that was read contain this one? A column "prompt" may also be its rendered form."""
+    return any(value.strip() in text or (name == "prompt" and text.strip() in value) for text in texts)
 
 
 def _texts(row: dict, names: Iterable[str]) -> list[str]:
@@ -947,9 +963,12 @@ _like_turns = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.
 
 def _turn_keys(message: Any, keys: tuple = _TURN_KEYS) -> tuple[str, str] | None:
     """The names under which `message` keeps its role and its text."""
-    return next(
-        (pair for pair in keys if isinstance(message, dict) and all(message.get(k) is not None for k in pair)), None
-    )
+    if not isinstance(message, dict):
+        return None
+    for role, text in keys:
+        if message.get(role) is not None and message.get(text) is not None:
+            return role, text
+    return None
 
 
 def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
@@ -957,6 +976,8 @@ def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
 
 
 def _one_turn(message: dict, roles: dict, keys: tuple) -> dict:
+    if not roles and len(message) == 2 and isinstance(message.get("content"), str) and "role" in message:
+        return message
     role, text = _turn_keys(message, keys)
     said, who = message[text], message[role]
     if isinstance(said, list) and said and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
@@ -965,11 +986,11 @@ def _one_turn(message: dict, roles: dict, keys: tuple) -> dict:
     rest = {k: v for k, v in message.items() if k not in (role, text) and v is not None}
     return {"role": names.get(who, who) if isinstance(who, str) else who, "content": said, **rest}
 
-
+# %% ../nbs/01_lists.ipynb #c0b1d011a
 def _as_turns(value: Any, roles: dict = {}, keys: tuple = _TURN_KEYS, field: str = "prompt") -> Any:
     """`value` as our messages where it holds messages in any form, else as it is."""
     value = _listed(value)
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{", "array(")):
         found = _written(value)
         if _is_turns(found, keys) or (_turn_keys(found, keys) and len(found) == 2):
             value = found
@@ -991,6 +1012,7 @@ def _as_turns(value: Any, roles: dict = {}, keys: tuple = _TURN_KEYS, field: str
 # %% ../nbs/01_lists.ipynb #c0b1d013
 _TALKS = ("conversations", "conversation", "messages", "context")  # a prompt as messages, sometimes with the answer
 _PROMPTS = ("prompt", "instruction", "question", "query", "input", *_TALKS)
+_SYSTEM = ("system", "system_prompt", "system_message")
 _PAIRED = ("chosen", "rejected", "output_1", "output_2", "output_A", "output_B")
 _ANSWERS = ("completion", "response", "answer", "output", "generation")
 _ANSWER_LISTS = ("completions", "responses", "generations")
@@ -1003,26 +1025,32 @@ def _with_turns(row: dict, roles: dict | None = None, keys: dict | None = None) 
         return row
     options = _turn_options(roles, keys)
     row = dict(row)
-    for name in (*_PROMPTS, *_PAIRED, "history"):
+    for name in (*_PROMPTS, *_SYSTEM, "history"):
         if name in row:
             row[name] = _as_turns(row[name], *options, field=name)
-    for name in _ANSWERS:  # text is an answer, whatever it looks like
-        if name in row and not isinstance(row[name], str):
-            row[name] = _as_turns(row[name], *options, field=name)
+    asked = row.get(_prompt_column(row, _PROMPTS))
+    talk = _is_empty(asked) or isinstance(asked, list)
+    for name in (*_PAIRED, *_ANSWERS):
+        if name in row:
+            row[name] = _answer_turns(row[name], options, talk)
     for name in _ANSWER_LISTS:
         if isinstance(values := _as_list(row.get(name)), list):
-            row[name] = [_candidate_turns(value, options) for value in values]
+            row[name] = [_answer_turns(value, options, talk) for value in values]
     return row
 
 
 def _turn_options(roles: dict | None, keys: dict | None) -> tuple[dict, tuple]:
     return roles or {}, ((keys["role"], keys["content"]), *_TURN_KEYS) if keys else _TURN_KEYS
 
-
-def _candidate_turns(value: Any, options: tuple) -> Any:
-    if isinstance(value, dict) and not _turn_keys(value, options[1]):
-        return value | {k: _as_turns(v, *options) for k, v in value.items() if k in _ANSWERS and not isinstance(v, str)}
-    return value if isinstance(value, str) else _as_turns(value, *options)
+# %% ../nbs/01_lists.ipynb #c0b1d013a
+def _answer_turns(value: Any, options: tuple, talk: bool) -> Any:
+    """An answer, or a dict that holds one, with messages as ours. Beside a text prompt a text stays text."""
+    if isinstance(value, str):
+        turns = _as_turns(value, *options, field="answer") if talk else value
+        return turns if isinstance(turns, list) and turns[-1]["role"] == "assistant" else value
+    if isinstance(value, dict) and not isinstance(value, _CellDict) and not _turn_keys(value, options[1]):
+        return value | {k: _answer_turns(v, options, talk) for k, v in value.items() if k in _ANSWERS}
+    return _as_turns(value, *options)
 
 
 def _as_list(value: Any) -> Any:
@@ -1056,7 +1084,7 @@ def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
         )
     return (system or own_system) + _joined_turns(a, b, field)
 
-
+# %% ../nbs/01_lists.ipynb #c0b1d015a
 def _joined_turns(a: list[dict], b: list[dict], field: str) -> list[dict]:
     if not a or not b or _same(a, b[: len(a)]):
         return b or a  # b repeats a from its beginning
@@ -1094,9 +1122,8 @@ def _split_answers(prompt: Any, answers: list, names: list[str]) -> tuple[Any, l
     for answer, name in zip(answers, names):
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         if not isinstance(answer, list) or not answer:
-            raise ListError(
-                "not an answer", field=name, value=answer, allowed="a string or messages", remedy="drop the row"
-            )
+            allowed = "a string or messages"
+            raise ListError("not an answer", field=name, value=answer, allowed=allowed, remedy="drop the row")
         *said, last = [_check_message(message, f"{name}[{i}]") for i, message in enumerate(answer)]
         if last["role"] != "assistant":
             allowed, remedy = "an assistant turn at the end", 'drop the row, or read with on_error="quarantine"'
@@ -1119,34 +1146,16 @@ def _raise_parted(first: list[dict], other: list[dict], field: str) -> None:
     raise ListError(reason, field=field, value=lengths, allowed="one shared prompt", remedy=remedy)
 
 # %% ../nbs/01_lists.ipynb #c0b1d017
-_SYSTEM = ("system", "system_prompt", "system_message")
 _MORE = ("input", "context")  # what Alpaca and Dolly put beside an instruction
-_PARTS = (
-    *_SYSTEM,
-    "history",
-    *_MORE,
-    "instruction",
-    "question",
-    "query",
-    "tools",
-    "image",
-    "images",
-    "video",
-    "videos",
-    "audio",
-    "audios",
-)
+_PARTS = {*_SYSTEM, "history", *_MORE, "prompt", "instruction", "question", "query"}  # what belongs to a prompt
+_PARTS |= {"tools", "image", "images", "video", "videos", "audio", "audios"}  # and cannot be read into one
 
 
 def _is_empty(value: Any) -> bool:
     """Nothing: null, NaN, no text, no entries."""
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}")
-    return (
-        value is None
-        or (isinstance(value, float) and math.isnan(value))
-        or (isinstance(value, (list, dict)) and not value)
-    )
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value == [] or value == {}
 
 
 def _prompt_column(row: dict, names: Iterable[str]) -> str | None:
@@ -1161,36 +1170,34 @@ def _history(value: Any) -> list[dict]:
     if _is_turns(pairs):
         return [_check_message(message, f"history[{i}]") for i, message in enumerate(pairs)]
     if not isinstance(pairs, list) or not all(isinstance(_listed(pair), list) and len(pair) == 2 for pair in pairs):
-        raise ListError(
-            "not a history",
-            field="history",
-            value=value,
-            allowed="messages, or [[question, answer], …]",
-            remedy="correct the row",
-        )
-    turns = [dict(role=role, content=text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+        allowed, remedy = "messages, or [[question, answer], …]", "correct the row"
+        raise ListError("not a history", field="history", value=value, allowed=allowed, remedy=remedy)
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
     return [_check_message(message, f"history[{i // 2}]") for i, message in enumerate(turns)]
 
+# %% ../nbs/01_lists.ipynb #c0b1d017a
+def _row_prompt(row: dict, names: Iterable[str] = _PROMPTS, answered: bool = False) -> tuple[Any, set[str]]:
+    """The prompt of a row with all that belongs to it, and the columns it came from.
 
-def _row_prompt(row: dict, names: Iterable[str] = _PROMPTS) -> tuple[Any, set[str]]:
-    """The prompt of a row with all that belongs to it, and the columns it came from."""
+    answered: a conversation may end with the answer.
+    """
     name = _prompt_column(row, names)
     prompt, used = (None, set()) if name is None else (row[name], {name})
+    if name in _TALKS and not answered and _is_turns(prompt) and prompt[-1]["role"] == "assistant":
+        remedy = 'leave the answer out, or name the column "prompt" to have it continued'
+        raise ListError(
+            "ends with an answer", field=name, value=prompt[-1], allowed="a user turn at the end", remedy=remedy
+        )
     for more in _MORE if name == "instruction" else ():
         if isinstance(prompt, str) and isinstance(row.get(more), str):
             prompt = prompt if _is_empty(row[more]) or row[more] == prompt else f"{prompt}\n\n{row[more]}"
             used.add(more)
     system = {row[s]: s for s in _SYSTEM if isinstance(row.get(s), str) and not _is_empty(row[s])}
     if len(system) > 1:
-        raise ListError(
-            "two system texts",
-            field=list(system.values())[1],
-            value=list(system),
-            allowed="one",
-            remedy="give a mapping",
-        )
+        name = list(system.values())[1]
+        raise ListError("two system texts", field=name, value=list(system), allowed="one", remedy="give a mapping")
     before = [{"role": "system", "content": text} for text in system]
-    past = [] if _is_empty(row.get("history")) else _history(row["history"])
+    past = [] if _is_empty(_as_list(row.get("history"))) else _history(row["history"])
     if before or past:
         turns = _transcript_prompt(prompt) or ([] if prompt is None else _user(prompt))
         prompt = _continued(before, _continued(past, turns, name or "prompt"), "system")
@@ -1234,7 +1241,9 @@ def _read_own(row: dict, notes: Notes) -> dict:
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
         own = {name: row[name] for name in ("completions", "rewards", "sources")}
         return make_record(row["prompt"], **own, id=_row_id(row), meta=_rest(row, FIELDS))
-    return _read_list(row, ("prompt",), "completions", "rewards", "sources")
+    rewards = _first(row, ("rewards", "scores", "ratings"))
+    fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
+    return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
 
 
 def _read_ranks(row: dict, notes: Notes) -> dict:
@@ -1384,32 +1393,40 @@ def _asks(answer: Any) -> bool:
     return _is_turns(answer) and any(message["role"] == "user" for message in answer)
 
 # %% ../nbs/01_lists.ipynb #c0b1d020
-def _two_columns(row: dict, words: Iterable[str]) -> tuple[str, str] | tuple[()]:
-    """The two columns that say one of `words` about the two answers: score_chosen, chosen_score, chosen-score …"""
-    forms = ("{word}_{which}", "{which}_{word}", "{which}-{word}", "{word}-{which}")
-    pairs = [
-        [form.format(word=word, which=which) for which in ("chosen", "rejected")] for word in words for form in forms
-    ]
-    return next((tuple(pair) for pair in pairs if not any(_is_empty(row.get(name)) for name in pair)), ())
+def _two_names(word: str) -> list[tuple[str, str]]:
+    """How columns are called that say `word` about the two answers: score_chosen, chosen_score, chosen-score …"""
+    forms = (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{word}-{{}}")
+    return [(form.format("chosen"), form.format("rejected")) for form in forms]
 
 
+_SCORES = [names for word in ("score", "reward", "rating") for names in _two_names(word)]
+_SOURCES, _ENDS = _two_names("source"), _two_names("finish_reason")
+
+
+def _two_columns(row: dict, pairs: list[tuple[str, str]]) -> tuple:
+    """The first of `pairs` whose columns are both there, with something in them."""
+    found = (pair for pair in pairs if pair[0] in row and pair[1] in row)
+    return next((pair for pair in found if not any(_is_empty(row[name]) for name in pair)), ())
+
+
+def _two_scores(row: dict) -> dict[str, Any]:
+    """The columns with the scores of a pair, both known; or "rewards", by a mapping."""
+    if isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2:
+        return {"rewards": [_check_reward(value, f"rewards[{i}]") for i, value in enumerate(row["rewards"])]}
+    names = _two_columns(row, _SCORES)
+    scores = {name: _check_reward(_number(row[name], name), name) for name in names}
+    return {} if None in scores.values() else scores
+
+# %% ../nbs/01_lists.ipynb #c0b1d020a
 def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict]:
     """A reader of pairs that takes rewards, sources and finish reasons from columns of their own, if any."""
 
     def reader(row: dict, notes: Notes) -> dict:
-        scores, sources, ends = (
-            _two_columns(row, words) for words in (("score", "reward", "rating"), ("source",), ("finish_reason",))
-        )
-        named = isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2  # by a mapping
-        used = (*scores, *sources, *ends, *(("rewards",) if named else ()))
-        record = read({k: v for k, v in row.items() if k not in used}, notes)
-        if scores or named:
-            values = (
-                dict(zip(("rewards[0]", "rewards[1]"), row["rewards"]))
-                if named
-                else {name: row[name] for name in scores}
-            )
-            record["rewards"] = [_check_reward(_number(value, name), name) for name, value in values.items()]
+        scores = _two_scores(row)
+        sources, ends = _two_columns(row, _SOURCES), _two_columns(row, _ENDS)
+        record = read({k: v for k, v in row.items() if k not in (*scores, *sources, *ends)}, notes)
+        if scores:
+            record["rewards"] = list(scores.values()) if len(scores) == 2 else scores["rewards"]
             _note_order(*record["rewards"], notes)
         if sources:
             record["sources"] = [_check_text(row[name], name) for name in sources]
@@ -1455,7 +1472,7 @@ def _preference(value: Any) -> list[float | None]:
         )
     return [0.5, 0.5] if value == 0 else [2.0 - value, value - 1.0]
 
-
+# %% ../nbs/01_lists.ipynb #c0b1d021a
 def _one_of(value: Any, field: str, allowed: tuple) -> Any:
     if value not in allowed:
         raise ListError(
@@ -1501,6 +1518,7 @@ _LONG = {
 }
 
 
+_LABELS = {"true": 1.0, "false": 0.0}  # in a CSV file they are words
 _RANKED = "\0ranked"  # no column is called this
 
 
@@ -1516,9 +1534,9 @@ def _read_long(row: dict, notes: Notes) -> dict:
     """A record with M = 1. A rank waits in `rewards`, marked in meta: only the whole list turns it into a reward."""
     names = {field: _first(row, options) for field, options in _LONG.items()}
     reward = row.get(names["reward"])
-    if names["reward"] in ("label", "kto_tag") and isinstance(reward, bool):
-        reward = float(reward)
-    prompt, used = _row_prompt(row, (*_LONG["prompt"], *_TALKS))
+    if names["reward"] in ("label", "kto_tag") and isinstance(reward, (bool, str)):
+        reward = _LABELS.get(str(reward).strip().lower(), reward)
+    prompt, used = _row_prompt(row, (*_LONG["prompt"], *_TALKS), answered=names["completion"] is None)
     answer = row[names["completion"]] if names["completion"] else None
     if answer is None and isinstance(prompt, list) and names["completion"] is None:
         prompt, answer = None, prompt
@@ -2064,24 +2082,14 @@ def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
         raise ListError(
             "not a list of prompts", field="prompts", value=prompts, allowed="an iterable of texts, messages or records"
         )
-    seen, records = {}, []
+    known, records = {}, []
     for num, prompt in enumerate(_plain_rows(prompts), 1):
-        record = _checked_prompt(prompt, num, chat)
-        if seen.setdefault(record["id"], record["prompt"]) != record["prompt"]:
-            allowed, remedy = "one prompt an id", "correct the id, or leave it out"
-            raise ListError(
-                "this id already belongs to another prompt",
-                num=num,
-                field="id",
-                value=record["id"],
-                allowed=allowed,
-                remedy=remedy,
-            )
-        records.append(record)
+        records.append(_checked_prompt(prompt, num, chat, known))
     return records
 
-
-def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
+# %% ../nbs/01_lists.ipynb #c0b1d031a
+def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, dict]) -> dict:
+    """The record of a prompt; `known` holds the first record of every id."""
     try:
         record = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
         if record.get("prompt") is None:
@@ -2099,7 +2107,12 @@ def _checked_prompt(prompt: Any, num: int, chat: bool | None) -> dict:
             raise ListError(
                 "not a dict", field="meta", value=meta, allowed="a dict", remedy="write {} where there is nothing"
             )
-        return as_chat(record | {"meta": _check_meta(meta)}, chat)
+        record = as_chat(record | {"meta": _check_meta(meta)}, chat)
+        if known.setdefault(record["id"], record)["prompt"] != record["prompt"]:
+            allowed, remedy = "one prompt an id", "correct the id, or leave it out"
+            reason = "the same id already belongs to another prompt"
+            raise ListError(reason, field="id", value=record["id"], allowed=allowed, remedy=remedy)
+        return record
     except ListError as error:
         raise error.at(None, None, num) from None
 
@@ -2138,30 +2151,19 @@ def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict
     known: dict[str, dict] = {}
     for line, prompt in _file_prompts(Path(path)):
         try:
-            record = _checked_prompt(prompt, line, chat)
-            first = known.setdefault(record["id"], record)
-            if first["prompt"] != record["prompt"]:
-                allowed, remedy = "one prompt an id", "correct the id, or leave it out"
-                raise ListError(
-                    "this id already belongs to another prompt",
-                    field="id",
-                    value=record["id"],
-                    allowed=allowed,
-                    remedy=remedy,
-                )
+            record = _checked_prompt(prompt, line, chat, known)
         except ListError as error:
             raise error.at(str(path), line) from None
-        if first is not record:
+        if known[record["id"]] is not record:
             logger.info("%s:%d: the prompt %s again, taken once", path, line, record["id"])
     return list(known.values())
 
-
+# %% ../nbs/01_lists.ipynb #c0b1d034
 def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, prompt record), not yet checked."""
     if path.name.lower().endswith(".txt"):
-        yield from (
-            (number, {"prompt": line.strip(" \t\r")}) for number, line in enumerate(read_lines(path), 1) if line.strip()
-        )
+        lines = enumerate(read_lines(path), 1)
+        yield from ((number, {"prompt": line.strip(" \t\r")}) for number, line in lines if line.strip())
         return
     for row in read_rows(path):
         try:
@@ -2178,24 +2180,28 @@ def _prompt_record(row: Any) -> dict:
     if not isinstance(row, dict):
         raise ListError("not an object", value=row, allowed="one JSON object a row", remedy="repair or remove it")
     row = _with_turns(row)
-    record = None
-    if "chosen" in row or ("prompt" not in row and any(layout.matches(row) for layout in LAYOUTS)):
+    answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
+    needed = "chosen" in row or "prompt" not in row or any(map(_holds_turns, answers))
+    if needed and any(layout.matches(row) for layout in LAYOUTS):
         record = _adapt(row, None, [])[1]
-        return {
-            "id": record["id"],
-            "prompt": record["prompt"],
-            "meta": {k: v for k, v in prompt_facts(record).items() if k != _RANKED},
-        }
+        meta = {name: value for name, value in prompt_facts(record).items() if name != _RANKED}
+        return {"id": record["id"], "prompt": record["prompt"], "meta": meta}
     prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)
     if _is_empty(prompt):
-        raise ListError(
-            "no prompt", field="prompt", value=prompt, allowed="a text or messages", remedy="give every record a prompt"
-        )
+        allowed, remedy = "a text or messages", "give every record a prompt"
+        raise ListError("no prompt", field="prompt", value=prompt, allowed=allowed, remedy=remedy)
     _check_parts(row, used)
     meta = row.get("meta")
     if isinstance(meta, dict) and isinstance(row.get("completions"), list):
         meta = prompt_facts({"completions": row["completions"], "meta": meta})
     return {"id": _row_id(row), "prompt": prompt, "meta": meta}
+
+# %% ../nbs/01_lists.ipynb #c0b1d034a
+def _holds_turns(value: Any) -> bool:
+    """Are there messages anywhere in it?"""
+    if isinstance(value, dict):
+        return _turn_keys(value) is not None or any(map(_holds_turns, value.values()))
+    return isinstance(value, list) and any(map(_holds_turns, value))
 
 # %% ../nbs/01_lists.ipynb #75ed73e7
 def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, int]]:

@@ -643,3 +643,53 @@ def test_37_tasks_state_their_choice(tmp_path):
     posts = save_lists([make_record(f"post {i}", ["a", "b"], [1, 0], meta={"notes": ["x", "y"], "topic": "t"}) for i in range(20)], tmp_path / "posts.jsonl")
     plain = load_task("summarization", posts, chat=False)
     assert {json.dumps(p["meta"], sort_keys=True) for split in plain.prompts.values() for p in split} == {'{"chat": false, "topic": "t"}'}
+
+
+# Relatives that were found on the way -----------------------------------------------------------------------------------
+
+
+def test_relatives_of_17():
+    assert one({"instruction": "Sort this list", "input": "[]", "generations": ["[]"], "ratings": [1]})["prompt"] == "Sort this list\n\n[]"
+    with pytest.raises(ListError, match="would be lost"):
+        one({"instruction": "Sort", "prompt": "something else", "generations": ["a"], "ratings": [1]})
+    assert one({"instruction": "Sort", "prompt": "[INST] Sort [/INST]", "generations": ["a"], "ratings": [1]})["prompt"] == "Sort"
+
+
+def test_relatives_of_18(tmp_path):
+    rows = [{"instruction": "Sort", "input": "[3, 1]", "output": "[1, 3]", "score": 1, "system": "['x']"}]
+    record = one(as_pandas_writes(rows, tmp_path / "x.csv"))
+    assert record["prompt"] == [S("['x']"), U("Sort\n\n[3, 1]")] and record["completions"] == ["[1, 3]"]
+    rows = [{"prompt": [Q], "completion": [answer], "label": answer is FOUR} for answer in (FOUR, FIVE)]
+    record = one(as_pandas_writes(rows, tmp_path / "k.csv"))
+    assert (record["prompt"], record["completions"], record["rewards"]) == ([Q], ["4", "5"], [1.0, 0.0])
+
+
+def test_relatives_of_20():
+    record = one({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "N/A", "score_rejected": 3})
+    assert record["rewards"] == [1.0, 0.0] and record["meta"] == {"score_chosen": "N/A", "score_rejected": 3}
+    mapping = {"prompt": "q", "chosen": "good", "rejected": "bad", "rewards": ["s1", "s2"]}
+    assert one({"q": "p", "good": "a", "bad": "b", "s1": 3, "s2": "4"}, mapping)["rewards"] == [3.0, 4.0]
+
+
+def test_relatives_of_21(tmp_path):
+    with pytest.raises(ListError, match="ends with an answer"):
+        one({"conversations": [turn("human", "2+2?"), turn("gpt", "4")], "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5")})
+    prefill = {"prompt": [Q, A("It is")], "chosen": [A(" 4")], "rejected": [A(" 5")]}
+    assert one(prefill)["prompt"] == [Q, A("It is")] and one(prefill)["completions"] == [" 4", " 5"]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "2+2?", "completion": [BRIEF, Q, FOUR], "label": True}) + "\n" + json.dumps({"messages": [Q0]}) + "\n")
+    assert [p["prompt"] for p in cli.read_prompts(str(path))] == [[BRIEF, Q], [Q0]]
+    path.write_text(json.dumps({"messages": [Q, FOUR]}) + "\n")
+    with pytest.raises(LireError, match="ends with an answer"):
+        cli.read_prompts(str(path))
+
+
+def test_relatives_of_18_in_memory():
+    printed = {"prompt": str([Q]), "completion": str([FOUR]), "label": True}
+    assert one(printed)["prompt"] == [Q] and one(printed)["completions"] == ["4"]
+    whole = {"chosen": json.dumps([BRIEF, Q, FOUR]), "rejected": json.dumps([BRIEF, Q, FIVE])}
+    assert one(whole)["prompt"] == [BRIEF, Q] and one(whole)["completions"] == ["4", "5"]
+    answer = json.dumps([FOUR])  # asked for, as text
+    assert one({"prompt": "Write a chat as JSON.", "completion": answer, "score": 1})["completions"] == [answer]
+    assert one({"prompt": "Write a chat as JSON.", "chosen": answer, "rejected": "no"})["completions"] == [answer, "no"]
+    assert one({"prompt": "p", "completions": ["a", "b"], "scores": ["1.5", "N/A"]})["rewards"] == [1.5, None]
