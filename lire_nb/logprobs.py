@@ -170,7 +170,7 @@ def _head_of(model, index, targets):
     "While active, `model(...).logits` is (T,) log-probs of the targets, or (T, V) logits where the model's head cannot be exchanged for that."
     head, bends = causal_lm(model).get_output_embeddings(), _bends(model)
     own = vars(head).get("forward")  # set by offloading hooks
-    exact = type(head) is torch.nn.Linear and len(bends) <= 1 and all(name in _BENDS for _, name, _ in bends)
+    exact = type(head) is torch.nn.Linear and len(bends) <= 1 and all(_can_switch(*one) for one in bends)
 
     def pick(hidden):
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
@@ -194,8 +194,18 @@ def _head_of(model, index, targets):
         del head.forward  # the class's own forward is found again
         if own is not None:
             head.forward = own
-        for owner, name, value in bends:
+        for owner, name, value in bends if exact else []:
             setattr(owner, name, value)
+
+
+def _can_switch(owner, name, value) -> bool:
+    "Whether what the model does to its logits is known and can be switched off; some configurations let nothing be set."
+    try:
+        setattr(owner, name, _BENDS[name][0])
+        setattr(owner, name, value)
+        return True
+    except Exception:  # not known, a property, or a validator's own error
+        return False
 
 
 def _forward_logps(model, rows: dict) -> torch.Tensor:
@@ -576,7 +586,8 @@ def _state_of_module(m) -> tuple:
     states = ("_active_adapter", "_disable_adapters", "merged_adapters")
     adapted = "_active_adapter" in own and tuple(str(own.get(name)) for name in states)
     hooked = m._forward_pre_hooks or m._forward_hooks or "forward" in own
-    return kind, adapted, hooked and tuple(n for n in _around(m) if not any(word in n for word in _HARMLESS))
+    around = _around(m) if hooked else []
+    return kind, adapted, tuple(name for name in around if not any(word in name for word in _HARMLESS))
 
 
 def _around(module) -> list[str]:
@@ -617,7 +628,7 @@ def _check(model, lm, length: int) -> tuple:
     if not broken:
         return "chunks", False, f"{type(lm).__name__}: {problem}", errors
     worse = wrong("full")
-    return ("refused", False, f"in a batch, {worse}", errors) if worse else ("full", False, broken, errors)
+    return ("refused", False, f"no path agrees with each candidate alone: {worse}", errors) if worse else ("full", False, broken, errors)
 
 # %% ../nbs/06_logprobs.ipynb #bae74748
 def _truth(model, lm, lists: list[dict], tolerance: float) -> tuple:

@@ -1,4 +1,4 @@
-"""Every causal family of transformers as a tiny random model, held against each candidate alone: `python tests/families.py [NAME …]` prints a line each and writes data/results/families.jsonl."""
+"""Every causal family of transformers as a tiny random model, held against each candidate alone: `python tests/families.py [NAME …]` prints a line each and writes data/results/families.jsonl; with names, these lines alone."""
 import json
 import logging
 import os
@@ -57,12 +57,12 @@ def shrunk(config: dict, layers: str | None = None) -> dict:
     for name, value in config.items():
         if layers and name in LAYERS:
             continue
-        if isinstance(value, dict) and name.endswith("_config"):
+        if name == "per_layer_config" and value:  # exceptions by number of layer
+            found[name] = {1: {}}
+        elif isinstance(value, dict) and name.endswith("_config"):
             found[name] = {**value, **shrunk(value, layers)}
         elif name in VALUES and (isinstance(value, int) and not isinstance(value, bool) or value is None and name in MAYBE):
             found[name] = VALUES[name]
-        elif name == "per_layer_config" and value:  # exceptions by number of layer
-            found[name] = {}
         elif name == "intermediate_size" and isinstance(value, list):
             found[name] = VALUES[name]
         elif name == "layer_types" and value:
@@ -182,17 +182,21 @@ def verdict(model) -> dict:
     return {"verdict": kind, "reason": check.reason, "error": float(f"{worst:.1e}")}
 
 
-def family(config_class, seconds: int = 60) -> dict:
+class Late(BaseException):
+    "Not an error that a check may take for an answer."
+
+
+def family(config_class, seconds: int = 300) -> dict:
     "A family's line of the table."
     def late(*_):
-        raise LireError(f"not done after {seconds} s")
+        raise Late(f"not done after {seconds} s")
 
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
         model = tiny(config_class)
         found = verdict(model)
-    except LireError as e:
+    except (LireError, Late) as e:
         found = {"verdict": "not built", "reason": str(e), "error": None}
     finally:
         signal.alarm(0)
@@ -215,8 +219,9 @@ def main(names: list[str]) -> int:
             rows.append(family(c))
             print("{family:24} {verdict:10} {error!s:8} {reason}".format(**rows[-1]), flush=True)
     print({v: sum(r["verdict"] == v for r in rows) for v in VERDICTS})
-    if not names:
-        TABLE.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    known = [json.loads(line) for line in TABLE.read_text().splitlines()] if names else []
+    rows = sorted({r["family"]: r for r in [*known, *rows]}.values(), key=lambda r: r["family"].lower())
+    TABLE.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return int(any(r["verdict"] == "wrong" for r in rows))
 
 
