@@ -1814,7 +1814,7 @@ class _Seen:
         known = self.ids.get(record["id"])
         if known not in (None, prompt):
             remedy = "correct the id, or leave it out"
-            raise ListError("this id already belongs to another prompt", field="id", value=record["id"], allowed="one prompt an id", remedy=remedy)
+            raise ListError("the same id already belongs to another prompt", field="id", value=record["id"], allowed="one prompt an id", remedy=remedy)
         if content in self.contents:
             self.report.duplicates += 1
             return False
