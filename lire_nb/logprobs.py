@@ -539,7 +539,8 @@ def verified(
     return check
 
 # %% ../nbs/06_logprobs.ipynb #e9ad2d0a
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule")
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",
+             "OptimizedModule")
 
 
 def _called(model):
@@ -629,7 +630,9 @@ def _check(model, lm, length: int) -> tuple:
     if not broken:
         return "chunks", False, f"{type(lm).__name__}: {problem}", errors
     worse = wrong("full")
-    return ("refused", False, f"no path agrees with each candidate alone: {worse}", errors) if worse else ("full", False, broken, errors)
+    if worse:
+        return "refused", False, f"no path agrees with each candidate alone: {worse}", errors
+    return "full", False, broken, errors
 
 # %% ../nbs/06_logprobs.ipynb #bae74748
 def _truth(model, lm, lists: list[dict], tolerance: float) -> tuple:
@@ -850,10 +853,10 @@ WORTH = 1.1  # "auto" shares when the padded path has this many times the tokens
 def list_logps(
     model: torch.nn.Module,  # a causal language model, wrapped or not
     batch: dict,  # from `ListCollator`, on the model's device
-    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": where exact and worth it
+    impl: str = "auto",  # "padded": a row for each candidate; "shared": each prompt once; "auto": the better
     per_token: bool = False,  # also return the (T,) token log-probs, candidates one after the other
 ) -> tuple[torch.Tensor, ...]:  # logps (B, M) float32, lengths (B, M) in tokens[, (T,)]
-    "Summed log-probability of every completion, with gradients; raises `LireError` where they would not be right."
+    "Summed log-probability of every completion, with gradients; raises `LireError` where it would not be right."
     if impl not in IMPLS:
         raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
     tokens = _token_logps(model, batch, impl)
