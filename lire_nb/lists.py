@@ -1386,6 +1386,7 @@ def _read_pair(row: dict, notes: Notes) -> dict:
         notes.append("both answers begin with the prompt's text (kept)")
     prompt, answers = _split_answers(prompt, pair, ["chosen", "rejected"])
     if isinstance(prompt, list):
+        prompt = _check_prompt(prompt)
         _note_turns(prompt, answers, notes)
     return make_record(prompt, answers, id=_row_id(row), meta=_left_over(row, {*used, "chosen", "rejected"}), **_PAIR)
 
@@ -1454,7 +1455,8 @@ def _read_outputs(row: dict, notes: Notes) -> dict:
     }
     prompt, used = _row_prompt(row)
     prompt, texts = _split_answers(prompt, [row[name] for name in names], names)
-    rewards = _preference(marks["preference"]) if numbered else [marks["reward_A"], marks["reward_B"]]
+    rewards = [] if numbered else [_check_reward(marks[name], name) for name in ("reward_A", "reward_B")]
+    rewards = _preference(marks["preference"]) if numbered else rewards
     if not numbered and None in rewards:
         first = _one_of(marks["label"], "label", (0, 1, None))
         rewards = [None, None] if first is None else [float(first), 1.0 - first]

@@ -693,3 +693,30 @@ def test_relatives_of_18_in_memory():
     assert one({"prompt": "Write a chat as JSON.", "completion": answer, "score": 1})["completions"] == [answer]
     assert one({"prompt": "Write a chat as JSON.", "chosen": answer, "rejected": "no"})["completions"] == [answer, "no"]
     assert one({"prompt": "p", "completions": ["a", "b"], "scores": ["1.5", "N/A"]})["rewards"] == [1.5, None]
+
+
+JUNK = [None, True, 0, -1.5, 10**30, "", "x", "[1", "[None]", "[[1]]", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1], [["a"]], [["a", "b"]], [[None, 1]], [{"role": "user"}]]
+JUNK += [[U("x")], [U("x"), None], U("x"), [turn("human", 1)], [turn(1, "x")], [{"role": ["user"], "content": "x"}], [{"completion": 1}], [{"rank": "x", "completion": "y"}], float("nan")]
+
+
+def test_no_value_of_any_column_is_a_crash(tmp_path):
+    rows = [ASK | more for more in WITH_INPUT.values()]
+    rows += [{"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE], "score_chosen": 1, "score_rejected": 2}]
+    rows += [{"conversations": [turn("human", "Hi")], "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"), "system": "Be brief."}]
+    rows += [{"context": [Q], "completions": [{"rank": 0, "completion": [FOUR]}]}, {"prompt": [Q], "completion": [FOUR], "label": True}]
+    rows += [{"prompt": [Q], "output_A": [FOUR], "output_B": [FIVE], "label": 1, "reward_A": 1, "reward_B": 0}, {"messages": [Q, FOUR], "score": 1}]
+    made = [row | {name: junk} for row in rows for name in [*row, "system", "history", "input", "finish_reason_chosen", "meta", "id"] for junk in JUNK]
+    kept = refused = 0
+    for row in made:
+        try:
+            record = one(row)
+            assert lists.validate_record(record) == record
+            kept += 1
+        except ListError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        try:
+            lists.checked_prompts([lists._prompt_record(row)])
+        except ListError:
+            pass
+    assert kept > 100 and refused > 500
