@@ -237,3 +237,13 @@ def test_13_the_kl_to_the_start_of_a_trained_adapter_begins_at_zero(place):
     trainer.train()
     kls = [log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log]
     assert kls[0] == 0 and kls[-1] > 1e-4
+
+
+def test_13_a_peft_model_in_memory_with_a_trained_adapter(place):
+    """As trl#1340: loaded by peft itself, learning rate 0; the base as reference gave 0.587 in the place of log 2."""
+    base, tokenizer = load_policy(place / "base", device="cpu")
+    trainer = dpo(PeftModel.from_pretrained(base, place / "r1", is_trainable=True), place)
+    trainer.train()
+    assert trainer.evaluate(LATE)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    with trainer.model.disable_adapter():
+        assert max(abs(a - b) for a, b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3
