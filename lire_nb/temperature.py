@@ -20,9 +20,9 @@ from .models import load_policy
 
 # %% ../nbs/06b_temperature.ipynb #d45a8120
 MUTE = {
-    "one": "have one candidate",
-    "unscored": "have fewer than two scored candidates",
-    "tied": "are tied in all rewards",
+    "one": "with one candidate",
+    "unscored": "with fewer than two scored candidates",
+    "tied": "tied in all rewards",
 }
 
 

@@ -114,7 +114,7 @@ class LIREConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
             raise LireError(
-                str(e).splitlines()[0],
+                " ".join(str(e).split())[:300],
                 field="LIREConfig",
                 allowed="settings that go together",
                 remedy="change this setting",
