@@ -22,7 +22,7 @@ def readme(notebook: Path = ROOT / "nbs" / "index.ipynb") -> str:
         body, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell], metadata=nb.metadata))
         parts.append(body.strip())
     text = re.sub(r"\]\(\.\./", "](", "\n\n".join(parts))
-    text = re.sub(r"\]\((\d\d[a-z]?_\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((\d\d[a-z]*_\w+\.ipynb)", r"](nbs/\1", text)
     return NOTE + text + "\n"
 
 

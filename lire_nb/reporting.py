@@ -68,19 +68,19 @@ def read_records(run: str | Path) -> Records:
     config, names = _json(run / "config.json") or {}, list(read_metrics(run)["system"].unique())
     whole = {"eval_prompts", "rounds", "task"} <= config.keys()  # `lire quickstart`: prompts of another split, the proxy is the reward
     policies = {name: run / f"round-{k}" / "policy" for k, name in enumerate(names) if k} if whole else config.get("systems")
-    for name, policy in (policies if isinstance(policies, dict) else {}).items():
+    for name, policy in _object(policies).items():
         place = re.fullmatch(r"round-(\d+)", Path(str(policy)).parent.name)
         if name not in names[1:] or not place or not Path(policy).is_dir():
             continue
         home, number = Path(policy).parents[1], int(place[1])
         made = _json(home / "enhancement.json") or {}
-        first = [names[0]] if whole or str(made.get("policy")) == str(policies.get(names[0])) else []
+        first = [names[0]] if whole or made and str(made.get("policy")) == str(policies.get(names[0])) else []
         rounds.setdefault(str(home), {0: first})[number] = [name]
         trained = _training_prompts(home, made, number)
         if trained is not None or whole:
             judged = [_prompt_key(r["prompt"]) for r in read_jsonl(run / "evaluation" / f"{slug(name)}.jsonl")]
             found.seen[name] = sum(p in (trained or ()) for p in judged)
-        judges = [j for j, identity in (config.get("judges") or {}).items() if made.get("reward") is not None and identity == made["reward"]]
+        judges = [j for j, identity in _object(config.get("judges")).items() if made.get("reward") is not None and identity == made["reward"]]
         found.rewards.update({name: (["proxy"] if whole else judges)[0]} if whole or judges else {})
     found.courses.extend([system for _, group in sorted(course.items()) for system in group] for course in rounds.values())
     return found
@@ -93,6 +93,10 @@ def _json(path: Path):
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _object(value) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def _prompt_key(prompt) -> str:
