@@ -264,8 +264,10 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
 def _templated(record: dict, template: Callable) -> dict:
     "The prompt as the task asks it; after plain text the answers begin with a space, in a turn of their own they do not."
     prompt = template(record["prompt"])
-    write = spaced if isinstance(prompt, str) else unspaced
-    return {**record, "prompt": prompt, "completions": [write(c) for c in record["completions"]]}
+    plain = isinstance(prompt, str)
+    completions = [(spaced if plain else unspaced)(c) for c in record["completions"]]
+    meta = record["meta"] | ({"chat": False} if plain else {})  # plain text is meant, whatever template there is
+    return {**record, "prompt": prompt, "completions": completions, "meta": meta}
 
 
 def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:
