@@ -1845,7 +1845,7 @@ def _records(
             if isinstance(row.value, ListError):
                 raise row.value
             layout, record = _adapt(row.value, mapping, notes)
-            record = as_chat(record, chat)
+            record = as_chat(record, chat is None and _instructs(row.value) or chat)
             if layout.read is _read_long:
                 groups.setdefault(prompt_id(record["prompt"]), []).append((row, record))
                 continue
@@ -1860,6 +1860,11 @@ def _records(
             report.add_list(record)
             yield record
     yield from _grouped(groups, errors, report, seen)
+
+
+def _instructs(row: dict) -> bool | None:
+    """True where the row's own word for its prompt is "instruction": a text that is said to a model, so a user turn."""
+    return True if isinstance(row.get("instruction"), str) else None
 
 
 def _grouped(groups: dict[str, list], errors: _Errors, report: LoadReport, seen: _Seen | None) -> Iterator[dict]:
