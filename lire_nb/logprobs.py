@@ -619,10 +619,10 @@ def _check(model, lm, length: int) -> tuple:
     if isinstance(truth, str):
         return "refused", False, truth, errors
     batch, problem = to_device(ListCollator()(lists), next(lm.parameters()).device), _why_not(lm)
-    wrong = lambda path: _compare(model, lm, batch, path, truth, tolerance, errors, training)  # noqa: E731
+    wrong = lambda path, **how: _compare(model, lm, batch, path, truth, tolerance, errors, training, **how)  # noqa: E731
     if not problem:
         enable_shared(lm)  # the padded path must stay right with it
-        problem = wrong("shared") or wrong("padded")
+        problem = wrong("shared") or wrong("padded", gradient=False)  # the same head
         if not problem:
             return "chunks", True, "", errors
         disable_shared(lm)
@@ -650,19 +650,19 @@ def _truth(model, lm, lists: list[dict], tolerance: float) -> tuple:
     return reason, training
 
 # %% ../nbs/06_logprobs.ipynb #5ec0407e
-def _compare(model, lm, batch, path, truth, tolerance, errors, training) -> str:
+def _compare(model, lm, batch, path, truth, tolerance, errors, training, gradient=True) -> str:
     "What is wrong with a path, or nothing."
     try:
         with _observed(model, lm, training) as windows:
-            values, gradient = _probe(model, lm, batch, path)
+            values, by_id = _probe(model, lm, batch, path, gradient)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a foreign model does
         return _one_line(e)
     nothing = torch.zeros_like(next(iter(truth[1].values())))
-    ids = sorted(truth[1] | gradient)  # a pad must have no gradient
-    both = [torch.stack([g.get(i, nothing) for i in ids]) for g in (gradient, truth[1])]
-    distances = _distance(values, truth[0]), _distance(*both)
+    ids = sorted(truth[1] | by_id)  # a pad must have no gradient
+    both = [torch.stack([g.get(i, nothing) for i in ids]) for g in (by_id, truth[1])]
+    distances = [_distance(values, truth[0]), *([_distance(*both)] if gradient else [])]
     errors[path] = dict(zip(("value", "gradient"), distances))
     if any(distance > allowed for distance, allowed in zip(distances, tolerance)):
         return f"relative error {max(distances):.1e} on a tiny batch"
@@ -788,7 +788,7 @@ def _observed(model, lm, training: bool):
             own["forward"] = forward
 
 # %% ../nbs/06_logprobs.ipynb #2edf2cff
-def _probe(model, lm, batch, path) -> tuple[torch.Tensor, dict]:
+def _probe(model, lm, batch, path, gradient=True) -> tuple[torch.Tensor, dict]:
     "(T,) log-probs by a path, and the gradient of a fixed mixture of them at the embedding of each token id."
     seen = []
 
@@ -799,6 +799,8 @@ def _probe(model, lm, batch, path) -> tuple[torch.Tensor, dict]:
     hook = lm.get_input_embeddings().register_forward_hook(keep, with_kwargs=True)
     try:
         logps = _path_logps(model, batch, path)
+        if not gradient:
+            return logps.detach().float(), {}
         weights = torch.linspace(-1, 1, len(logps), device=logps.device, dtype=logps.dtype)
         grads = torch.autograd.grad((logps * weights).sum(), [out for _, out in seen], allow_unused=True)
     finally:
