@@ -152,7 +152,8 @@ def test_23_booleans_and_numbers_are_read_by_the_type_of_their_field():
     {"lr_scheduler_type": "cosinus"}, {"report_to": "nowhere"}, {"optim": "adamm"}, {"loss_kwargs": "margin"}, {"save_steps": 0},
 ])
 def test_23_nonsense_is_refused_before_a_policy_is_loaded(tmp_path, setting):
-    refused(lambda: train_policy("no-such-policy", LISTS, tmp_path / "out", **{**BASE, **setting}))
+    text = refused(lambda: train_policy("no-such-policy", LISTS, tmp_path / "out", **{**BASE, **setting}))
+    assert "no-such-policy" not in text and any(name in text or str(value) in text for name, value in setting.items())
 
 
 def test_23_what_is_decided_elsewhere_is_refused(tmp_path, capsys):
