@@ -514,7 +514,7 @@ from lire_nb.tasks import load_task
 from lire_nb import reproduce, tables
 assert len(load_task("dialogue").reward_lists["train"]) > 100 and len(load_task("summarization").prompts["test"]) > 50
 assert not tables.paper_table("dialogue").empty and len(reproduce.paper_plan("summarization")) == 8
-assert len(tables.load_runs("sentiment")) > 40 and len(tables.verdict_table()) == len(tables.CLAIMS)
+assert len(tables.load_runs("sentiment")) > 40
 from lire_nb.cli import main
 raise SystemExit(main(["reproduce", "--list"]))
 """
