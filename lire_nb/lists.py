@@ -1863,8 +1863,8 @@ def _records(
 
 
 def _instructs(row: dict) -> bool | None:
-    """True where the row's own word for its prompt is "instruction": a text that is said to a model, so a user turn."""
-    return True if isinstance(row.get("instruction"), str) else None
+    """True where the row calls its prompt an instruction: a text that is said to a model, so a user turn."""
+    return True if isinstance(row.get("instruction"), str) and not isinstance(row.get("prompt"), str) else None
 
 
 def _grouped(groups: dict[str, list], errors: _Errors, report: LoadReport, seen: _Seen | None) -> Iterator[dict]:

@@ -202,10 +202,11 @@ WITH_INPUT = {
 @pytest.mark.parametrize("name", WITH_INPUT)
 def test_17_instruction_and_input_are_one_prompt(name):
     record = one(ASK | WITH_INPUT[name])
-    assert record["prompt"] == ASKED and record["completions"] == ["Bonjour", "Hi"] and record["rewards"][0] > record["rewards"][1]
+    assert record["prompt"] == [U(ASKED)] and record["completions"] == ["Bonjour", "Hi"] and record["rewards"][0] > record["rewards"][1]
     assert "input" not in record["meta"] and "instruction" not in record["meta"]
     for empty in ("", None, float("nan"), "  "):
-        assert one(ASK | {"input": empty} | WITH_INPUT[name])["prompt"] == "Translate to French"
+        assert one(ASK | {"input": empty} | WITH_INPUT[name])["prompt"] == [U("Translate to French")]
+    assert one(ASK | WITH_INPUT[name], chat=False)["prompt"] == ASKED
 
 
 @pytest.mark.parametrize("name", WITH_INPUT)
@@ -224,7 +225,8 @@ def test_17_long_rows(tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
     for source in (rows, tmp_path / "x.csv"):
         first, second = load_lists(source)
-        assert first["prompt"] == ASKED and first["completions"] == ["Bonjour", "Hi"] and first["rewards"] == [9, 2] and second["prompt"] == "Translate to French\n\nBye"
+        assert first["prompt"] == [U(ASKED)] and first["completions"] == ["Bonjour", "Hi"] and first["rewards"] == [9, 2]
+        assert second["prompt"] == [U("Translate to French\n\nBye")]
     record = one([row | {"system": "Be brief."} for row in rows[:2]])
     assert record["prompt"] == [BRIEF, U(ASKED)] and record["completions"] == ["Bonjour", "Hi"]
 
@@ -265,7 +267,7 @@ def test_17_what_belongs_to_the_prompt_and_cannot_be_read_is_refused(row):
 def test_17_a_prompt_that_holds_the_instruction_already():
     template = "### Instruction:\nTranslate to French\n### Input:\nHello\n### Response:"
     record = one({"prompt": template, **ASK, "chosen": "Bonjour", "rejected": "Hi"})
-    assert record["prompt"] == template and record["meta"] == ASK
+    assert record["prompt"] == template and record["meta"] == ASK  # the prompt is what is said
 
 
 def test_17_a_mapping_joins_columns():
@@ -649,10 +651,10 @@ def test_37_tasks_state_their_choice(tmp_path):
 
 
 def test_relatives_of_17():
-    assert one({"instruction": "Sort this list", "input": "[]", "generations": ["[]"], "ratings": [1]})["prompt"] == "Sort this list\n\n[]"
+    assert one({"instruction": "Sort this list", "input": "[]", "generations": ["[]"], "ratings": [1]})["prompt"] == [U("Sort this list\n\n[]")]
     with pytest.raises(ListError, match="would be lost"):
         one({"instruction": "Sort", "prompt": "something else", "generations": ["a"], "ratings": [1]})
-    assert one({"instruction": "Sort", "prompt": "[INST] Sort [/INST]", "generations": ["a"], "ratings": [1]})["prompt"] == "Sort"
+    assert one({"instruction": "Sort", "prompt": "[INST] Sort [/INST]", "generations": ["a"], "ratings": [1]})["prompt"] == [U("Sort")]
 
 
 def test_relatives_of_18(tmp_path):

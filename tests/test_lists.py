@@ -95,7 +95,8 @@ def test_alpaca_lists_load_with_no_mapping():
     data, report = load_lists(ALPACA, return_report=True)
     assert len(data) == len(rows) == 644 and dict(report.layouts) == {"distilabel": 644}
     for row, record in zip(rows, exact(data)):
-        assert record["prompt"] == row["instruction"] and record["completions"] == row["generations"] and record["id"] == row["id"]
+        said = [{"role": "user", "content": row["instruction"]}]  # an instruction is said to the model
+        assert record["prompt"] == said and record["completions"] == row["generations"] and record["id"] == row["id"]
         assert record["rewards"] == row["ratings"] and record["sources"] == row["generation_models"] and record["meta"] == {"dataset": row["dataset"]}
 
 
@@ -118,7 +119,7 @@ LAYOUTS = {
     "rrhf, a transcript": ({"query": "\n\nHuman: Hi\n\nAssistant:", "responses": ["a"], "scores": [1]}, USER, ["a"], [1.0], ["unknown"]),
     "distilabel": (
         {"instruction": "Hi", "generations": ["a", "", "c"], "ratings": ["4", "N/A", float("nan")], "generation_models": ["m", "n", "o"]},
-        "Hi", ["a", "", "c"], [4.0, None, None], ["m", "n", "o"],
+        USER, ["a", "", "c"], [4.0, None, None], ["m", "n", "o"],
     ),
     "distilabel, ratings in a string": ({"input": "Hi", "generations": ["a", "b"], "rating": "[9.0, 7.0]"}, "Hi", ["a", "b"], [9.0, 7.0], ["unknown"] * 2),
     "ultrafeedback": (
@@ -128,7 +129,7 @@ LAYOUTS = {
             {"response": "c", "model": "o", "annotations": {"truth": {"Rating": "4"}, "help": {"Rating": "3"}, "x": {"Rating": "N/A"}}},
             {"response": "d"},
         ]},
-        "Hi", ["a", "b", "c", "d"], [7.5, 2.5, 3.5, None], ["m", "n", "o", "unknown"],
+        USER, ["a", "b", "c", "d"], [7.5, 2.5, 3.5, None], ["m", "n", "o", "unknown"],
     ),
     "trl, strings": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Hi", ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
     "trl, static": ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}, USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
