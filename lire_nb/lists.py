@@ -1845,7 +1845,7 @@ def _records(
             if isinstance(row.value, ListError):
                 raise row.value
             layout, record = _adapt(row.value, mapping, notes)
-            record = as_chat(record, chat is None and _instructs(row.value) or chat)
+            record = as_chat(record, _instructs(row.value, record) if chat is None else chat)
             if layout.read is _read_long:
                 groups.setdefault(prompt_id(record["prompt"]), []).append((row, record))
                 continue
@@ -1862,9 +1862,9 @@ def _records(
     yield from _grouped(groups, errors, report, seen)
 
 
-def _instructs(row: dict) -> bool | None:
+def _instructs(row: dict, record: dict) -> bool | None:
     """True where the row calls its prompt an instruction: a text that is said to a model, so a user turn."""
-    return True if isinstance(row.get("instruction"), str) and not isinstance(row.get("prompt"), str) else None
+    return True if isinstance(row.get("instruction"), str) and record["prompt"] != row.get("prompt") else None
 
 
 def _grouped(groups: dict[str, list], errors: _Errors, report: LoadReport, seen: _Seen | None) -> Iterator[dict]:
