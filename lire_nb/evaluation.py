@@ -34,7 +34,7 @@ from scipy import stats
 from scipy.special import expit
 from transformers import Trainer, TrainerCallback
 
-from .conversations import MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
+from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, end_tokens, tokenizer_fingerprint
 from .enhancement import check_claim, write_json
 from .identity import FORMAT, one_writer, plain_value, policy_identity, prompts_identity, reward_identity
 from .lists import BLANK, LireError, Row, _Errors, atomic_write, checked_prompts, prompt_id, read_rows
@@ -653,7 +653,7 @@ def text_kl(
     *,
     batch_size: int = 8,  # lists at once
     max_prompt_length: int = MAX_PROMPT_LENGTH,
-    max_completion_length: int = 128,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
 ) -> list[list[list[float]]]:  # for each list, for each completion, the KL at each of its positions, in nats
     "Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's positions, or their sum, is what to report."
     (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .conversations import warn_text_prompts
+from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .identity import differences
 from .lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
@@ -79,8 +79,8 @@ class LIREConfig(TrainingArguments):
     length_normalize: bool | None = None  # of LIRE: P from log-probs per token; its default is False
     beta: float | None = None  # of the losses with a reference model, 0.1
     loss_kwargs: dict = field(default_factory=dict)  # anything else the loss takes
-    max_prompt_length: int = 256  # tokens; the beginning is cut
-    max_completion_length: int = 128  # tokens; the end is cut
+    max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; what is longer loses its beginning, but for the head
+    max_completion_length: int = MAX_COMPLETION_LENGTH  # tokens; the end is cut
     logps_impl: str = "auto"  # path of `list_logps`
     reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
