@@ -87,6 +87,7 @@ class _Shape:
     dropped: frozenset = frozenset()  # places of system and user turns that do not appear
     glue: str = ""  # whitespace between the opened turn and the answer
     end: int | None = None  # the special token that closes the answer
+    unasked: bool = False  # it opens the answer's turn only together with the answer
 
 
 def _find_shape(tokenizer, roles: tuple[str, ...]) -> _Shape:
@@ -99,8 +100,10 @@ def _find_shape(tokenizer, roles: tuple[str, ...]) -> _Shape:
     before, found, after = text.rpartition(answer)
     if not found:
         return _Shape(dropped)
-    glue = before[len(opened):] if turns and before.startswith(opened) else ""
-    return _Shape(dropped, glue if glue.isspace() else "", _first_special(tokenizer, after))
+    between = before.removeprefix(opened)  # blank where the question already opens the answer
+    unasked = bool(between.strip()) and opened == (_apply(tokenizer, turns) if turns else "")
+    glue = between if turns and between.isspace() else ""
+    return _Shape(dropped, glue, _first_special(tokenizer, after), unasked)
 
 
 def _first_special(tokenizer, text: str) -> int | None:
@@ -146,12 +149,12 @@ def render_prompt(
         return join_transcript([*closed, {"role": "assistant", "content": begun}])
     shape = _shape(tokenizer, prompt)
     opened = _apply(tokenizer, closed, id, add_generation_prompt=True) if closed else ""
-    if begun:
+    if begun or shape.unasked:
         probe = "probeofananswer"
         opened, found, _ = _apply(tokenizer, [*closed, {"role": "assistant", "content": probe}], id).rpartition(probe)
         if not found:
             raise _left_out("assistant", begun, id)
-        opened = opened.removesuffix(shape.glue) if begun[0].isspace() else opened
+        opened = opened.removesuffix(shape.glue) if begun[:1].isspace() else opened
     _check_kept(opened, closed, shape.dropped, id)
     return opened + begun
 
@@ -214,6 +217,27 @@ def _text_ids(text: str, prompt, tokenizer) -> list[int]:
     ids = _ids(text, tokenizer)
     return ids if _has_template(prompt, tokenizer) else _started(ids, _frame(tokenizer)[0])
 
+# %% ../nbs/01a_conversations.ipynb #7d41c0be
+def _behind_header(ids: list[int], prompt, tokenizer, limit: int) -> list[int] | None:
+    "The conversation up to the answer, in half of the room if it can be, then the end of the answer; None: no room."
+    encode = lambda p: _text_ids(render_prompt(p, tokenizer), p, tokenizer)  # noqa: E731
+    opened = [*_split(prompt)[0], {"role": "assistant", "content": ""}]
+    for room in (limit // 2, limit - 1):
+        fits = lambda p: len(encode(p)) <= room  # noqa: E731, B023
+        if talk := opened if fits(opened) else _shortened(opened, fits):
+            answer, head = ids[_common(encode(opened), ids):], encode(talk)
+            first = max(0, len(answer) - (limit - len(head)))
+            if first and _glue(opened, tokenizer):  # that mark is followed by a space
+                blank = lambda k: _after_text(answer[k : k + 1], tokenizer)[:1].isspace()  # noqa: E731, B023
+                first = next(filter(blank, range(first, len(answer) - 1)), first)
+            return head + answer[first:]
+    return None
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    "How many ids two rows begin with together."
+    return next((k for k, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+
 # %% ../nbs/01a_conversations.ipynb #58c7c5c8
 def _shortened(prompt: str | list[dict], fits: Callable) -> list[dict] | None:
     "The longest conversation that fits, its system turns kept; None where there is none."
@@ -239,13 +263,15 @@ def _shortened(prompt: str | list[dict], fits: Callable) -> list[dict] | None:
 
 def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list[int]:
     "Start tokens and the template's header, then as much of the end as there is room for."
+    if not isinstance(prompt, str) and (kept := _behind_header(ids, prompt, tokenizer, limit)):
+        return kept
     if isinstance(prompt, str):
         start = _frame(tokenizer)[0]
         head = len(start) if ids[: len(start)] == start else 0
     else:
         said = next((m["content"].strip() for m in prompt if m["content"].strip()), "")
         header = _text_ids(text[: max(0, text.find(said))], prompt, tokenizer)
-        head = next((k for k, pair in enumerate(zip(header, ids)) if pair[0] != pair[1]), min(len(header), len(ids)))
+        head = _common(header, ids)
     head = head if head < limit else limit // 2
     return ids[:head] + ids[len(ids) - (limit - head):]
 
@@ -366,9 +392,13 @@ def completion_text(
     "Drawn ids as the text of a record: what `encode_completion` undoes."
     special = {*tokenizer.all_special_ids, *end_tokens(tokenizer)}
     said = [i for i in ids if i not in special]
-    anchor = _ids("a", tokenizer)[-1:]  # a decoder may take a text's first space away, so something stands before it
-    raw = _decoded([*anchor, *said], tokenizer)[len(_decoded(anchor, tokenizer)):]
-    return answer_text(prompt, raw, tokenizer)
+    return answer_text(prompt, _after_text(said, tokenizer), tokenizer)
+
+
+def _after_text(ids: list[int], tokenizer) -> str:
+    "What ids say behind other text: a decoder may take the first space of a text away."
+    anchor = _ids("a", tokenizer)[-1:]
+    return _decoded([*anchor, *ids], tokenizer)[len(_decoded(anchor, tokenizer)):]
 
 # %% ../nbs/01a_conversations.ipynb #2cd265fa
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (length, fingerprint)
@@ -400,9 +430,9 @@ def drawn_tokens(
 
 
 def _says(prompt, ids: list[int], text: str, reason: str | None, tokenizer) -> bool:
-    "Whether ids are this text; a model may end at an added token that its tokenizer does not call special."
-    added = getattr(tokenizer, "added_tokens_decoder", ())
-    endings = [ids] if reason == "length" or ids[-1] not in added else [ids, ids[:-1]]
+    "Whether ids are this text; a model may end at any token, also one that its tokenizer does not call special."
+    ended = reason == "stop" or reason is None and ids[-1] in getattr(tokenizer, "added_tokens_decoder", ())
+    endings = [ids, ids[:-1]] if ended else [ids]
     return any(completion_text(prompt, some, tokenizer) == text for some in endings)
 
 # %% ../nbs/01a_conversations.ipynb #a2f62624

@@ -46,11 +46,12 @@ def tokenize_list(
     max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens; head and end are kept
     max_completion_length: int = MAX_COMPLETION_LENGTH,  # tokens; the end is cut
     context: int | None = None,  # tokens that the model can read at most, see `context_of`
+    answers: list[list[int]] | None = None,  # the ids of every completion, where they are settled already
 ) -> dict:  # id, prompt_ids, completion_ids, rewards, cut, retokenized
     "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, and for a prompt that leaves no room for one."
     id, longest = record["id"], check_limit(max_prompt_length, "max_prompt_length", 0)
     prompt_ids, shorter = encode_prompt(record["prompt"], tokenizer, max(1, longest), id=id)
-    completions, retokenized = completion_ids(record, tokenizer)
+    completions, retokenized = completion_ids(record, tokenizer) if answers is None else (answers, 0)
     for j, ids in enumerate(completions):
         if not ids:
             raise LireError("no token", field=f"completions[{j}] of list {id!r}", value=record["completions"][j],
@@ -908,12 +909,14 @@ def dataset_logps(
     autocast: torch.dtype | None = None,  # e.g. torch.bfloat16
     impl: str = "auto",  # as in `list_logps`
     context: int | None = None,  # tokens that another model of the comparison can read, where it is fewer
+    answers: list[list[list[int]]] | None = None,  # for each list the ids of its completions, where they are settled
 ) -> list[tuple[list[float], list[int]]]:  # for each list: log-probs and token counts of its candidates
     "Log-probs of every completion under a model, in eval mode and without gradients."
     was_training = model.training
     model.eval()
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": _fewer(context, context_of(model))}
-    tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
+    settled = itertools.repeat(None) if answers is None else answers
+    tokens = [tokenize_list(r, tokenizer, answers=ids, **limits) for r, ids in zip(lists, settled)]
     order = sorted(range(len(tokens)), key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
     collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
     device = next(model.parameters()).device
@@ -1097,21 +1100,25 @@ def sampled_logps(
     lists, limit = [dict(r) for r in lists], {"max_prompt_length": max_prompt_length, "batch_size": batch_size}
     lists = [without_ends(r, end_tokens(policy[1], policy[0])) for r in lists] if stopped else lists
     prints = [tokenizer_fingerprint(tokenizer) for _, tokenizer in (policy, start)]
-    read = lambda pair, wanted=None: measure_candidates(lists, lambda part: _text_logps(*pair, part, limit), (0.0, 0), wanted)  # noqa: E731
-    known = [[None if ids is None or logp is None or r["meta"].get("tokenizer") != prints[0] else (logp, len(ids))
-              for ids, logp in zip(_column(r, "token_ids"), _column(r, "logps"))] for r in lists]
+    one = policy[1] if prints[0] == prints[1] else None  # both read the very ids that this tokenizer gives
+    measure = lambda pair: lambda part: _text_logps(*pair, part, limit, one)  # noqa: E731
+    read = lambda pair, wanted=None: measure_candidates(lists, measure(pair), (0.0, 0), wanted)  # noqa: E731
+    known = [[None if logp is None or ids is None else (logp, len(ids))
+              for ids, logp in zip(drawn_tokens(r, policy[1]), _column(r, "logps"))] for r in lists]
     missing = read(policy, [[value is None for value in row] for row in known])
     own = [[a or b for a, b in zip(*rows)] for rows in zip(known, missing)]
     same = same_policy(policy[0], start[0]) and _same_prompts(policy[1], start[1], lists, max_prompt_length)
     base = own if same else read(start)
-    _tell_read_again(lists, start[1], prints[0] != prints[1])
+    _tell_read_again(lists, one or start[1], prints[0] != prints[1])
     return [{"tokens": [n for _, n in a], "logps": [v for v, _ in a], "start_tokens": [n for _, n in b], "start_logps": [v for v, _ in b],
              "same_tokenizer": prints[0] == prints[1]} for a, b in zip(own, base)]
 
 # %% ../nbs/06_logprobs.ipynb #e086e621
-def _text_logps(model, tokenizer, lists, limits) -> list[list[tuple[float, int]]]:
-    "Log-prob and number of tokens of every candidate, whole."
-    return [list(zip(*found)) for found in dataset_logps(model, tokenizer, lists, max_completion_length=10**9, **limits)]
+def _text_logps(model, tokenizer, lists, limits, reader=None) -> list[list[tuple[float, int]]]:
+    "Log-prob and number of tokens of every candidate, whole; `reader` is the tokenizer that decides on their ids."
+    answers = [completion_ids(r, reader or tokenizer)[0] for r in lists]
+    found = dataset_logps(model, tokenizer, lists, max_completion_length=10**9, answers=answers, **limits)
+    return [list(zip(*one)) for one in found]
 
 
 def _same_prompts(one, other, lists, max_prompt_length) -> bool:

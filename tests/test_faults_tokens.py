@@ -315,3 +315,124 @@ def test_37_a_task_states_whether_its_prompts_are_plain_text(tmp_path):
         records = [r for lists in task.reward_lists.values() for r in lists]
         assert {c for r in records for c in r["completions"]} == {said}  # after "TL;DR:" stands a space, in a turn of its own none
         assert all(r["meta"].get("chat") is (None if chat else False) for r in records)
+
+
+# 38: what an attacker found afterwards
+
+
+def ending_in_a_dash(tmp_path):
+    """A random policy that may end at an ordinary letter, and another one to compare with."""
+    import tiny_policy
+    from lire_nb.models import load_policy
+
+    pairs = [load_policy(str(tiny_policy.make_start(tmp_path / f"p{seed}", 0.0, seed)), device="cpu") for seed in (0, 1)]
+    for model, _ in pairs:
+        model.generation_config.eos_token_id = [0, pairs[0][1].convert_tokens_to_ids("-")]
+        model.float().eval()
+    return pairs
+
+
+@pytest.mark.parametrize("kind, end", [("letters", "-"), ("bytes_chatml", "Ċ"), ("bytes_bos", ".")])
+@pytest.mark.parametrize("prompt", ["hi", [U("hi")]])
+def test_38_an_end_that_is_an_ordinary_token_is_trained_as_drawn(kind, end, prompt):
+    C = importlib.import_module("lire_nb.conversations")
+    tokenizer = KINDS[kind]()
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in ("n", "o", end)]
+    meta = {"token_ids": [ids, ids, ids, ids[-1:]], "tokenizer": C.tokenizer_fingerprint(tokenizer), "finish_reasons": ["stop", "stop", "length", "stop"]}
+    tokens = tokenize_list(make_record(prompt, ["no", "edited", "no", ""], [1, 0, 0, 0], meta=meta), tokenizer)
+    assert tokens["completion_ids"][0] == ids and tokens["completion_ids"][3] == ids[-1:] and tokens["retokenized"] == 2
+    assert ids not in tokens["completion_ids"][1:3]
+
+
+def test_38_the_kl_is_measured_on_the_tokens_that_were_drawn(tmp_path):
+    import math
+
+    from lire_nb.logprobs import sampled_logps
+    from lire_nb.sampling import SamplingSettings, sample_lists
+
+    policy, start = ending_in_a_dash(tmp_path)
+    with torch.no_grad():
+        policy[0].get_output_embeddings().weight[14] *= 20  # "-" is drawn now and then
+    prompts = [{"id": str(i), "prompt": f"q{i}"} for i in range(6)]
+    lists = list(sample_lists(policy, prompts, 4, settings=SamplingSettings(max_new_tokens=24), seed=0, progress=False))
+    dash = policy[1].convert_tokens_to_ids("-")
+    assert sum(ids[-1] == dash for r in lists for ids in r["meta"]["token_ids"]) >= 3
+
+    def alone(pair, prompt, ids):
+        before = pair[1](prompt, add_special_tokens=False)["input_ids"]
+        logps = pair[0](torch.tensor([before + ids])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        return logps[range(len(ids)), ids].sum().item()
+
+    for record, found in zip(lists, sampled_logps(policy, start, lists)):
+        for j, ids in enumerate(record["meta"]["token_ids"]):
+            assert found["tokens"][j] == found["start_tokens"][j] == len(ids)
+            assert math.isclose(found["logps"][j], alone(policy, record["prompt"], ids), abs_tol=1e-3)
+            assert math.isclose(found["start_logps"][j], alone(start, record["prompt"], ids), abs_tol=1e-3)
+
+
+def test_38_texts_that_were_tokenized_again_are_compared_on_the_same_tokens(tmp_path):
+    from copy import deepcopy
+
+    from lire_nb.conversations import tokenizer_fingerprint
+    from lire_nb.logprobs import sampled_logps
+
+    policy, start = ending_in_a_dash(tmp_path)
+    meta = {"token_ids": [policy[1]("abcdef")["input_ids"] + [0], None], "logps": [-12.5, None], "finish_reasons": ["stop", "stop"], "tokenizer": tokenizer_fingerprint(policy[1])}
+    edited = make_record([U("q")], ["abc", "de"], id="edited", meta=meta)
+    other = deepcopy(start[1])  # the same tokens, another template: it would close the answer with another one
+    other.chat_template = "{% for m in messages %}<{{ m['content'] }}~{% endfor %}"
+    other.add_tokens([])
+    [found] = sampled_logps(policy, (policy[0], other), [edited])
+    assert found["same_tokenizer"] and found["tokens"] == found["start_tokens"] == [5, 4] and found["logps"][0] != -12.5
+    [same] = sampled_logps(policy, (deepcopy(policy[0]), deepcopy(policy[1])), [edited])
+    assert same["logps"] == same["start_logps"]
+
+
+IGNORES = "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [IGNORES, IGNORES + "{{ '<|endoftext|>' }}", IGNORES.replace("<|im_end|>\n", "<|im_end|>{% if not loop.last %}{{ '\\n' }}{% endif %}")])
+@pytest.mark.parametrize("prompt", [[U("hi")], [S("Be brief."), U("hi")], [U("a"), A("b"), U("c")], [U("hi"), A("Well")]])
+def test_39_a_template_that_ignores_the_question_for_an_answer(template, prompt):
+    tokenizer = _fast(_bytes(), template, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    text = render_prompt(prompt, tokenizer)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n" + begun) and text.count("assistant") == 1 + str(prompt[:-1]).count("assistant")
+    tokens = trained(tokenizer, prompt)
+    assert tokens["prompt_ids"] == LocalSampler(None, tokenizer)._encode([prompt])[0]
+    read = judged(tokenizer, prompt, "Yes.")
+    both = tokens["prompt_ids"] + tokens["completion_ids"][0]
+    assert both == read[: len(both)] and tokenizer.decode(both).endswith("Yes.<|im_end|>")
+
+
+# 40: a long begun answer
+
+
+@pytest.mark.parametrize("kind", ["bytes_chatml", "phi_left", "gemma", "letters", "bytes_bos"])
+def test_40_a_long_begun_answer_is_cut_behind_its_header(kind):
+    tokenizer = KINDS[kind]()
+    for closed in ([U("Write.")], [U("one two " * 60)], [U("one"), A("two " * 60), U("Write.")], [S("Be brief."), U("Write.")]):
+        if kind == "gemma" and closed[0]["role"] == "system":
+            continue
+        limit = 40 if kind != "letters" and len(closed) == 1 else 70
+        prompt = [*closed, A("pre " * 60)]
+        ids = trained(tokenizer, prompt, max_prompt_length=limit)["prompt_ids"]
+        text = tokenizer.decode(ids)
+        header = render_prompt(closed, tokenizer)[-12:]
+        text = text.removeprefix("<s>")
+        assert limit - 4 <= len(ids) <= limit and text.count(header) == 1 and text.startswith(render_prompt([*closed, A("pre")], tokenizer)[:8])
+        user, answer = text.split(header)
+        assert tokenizer.chat_template or answer[0] == " "
+        assert len(answer) > 8 and answer.strip() in "pre " * 60 and answer.endswith("pre ") and "pre " not in user
+        assert len(closed[0]["content"]) > 10 or len(closed) > 1 or "Write." in user
+        assert "two" not in user or len(closed) == 1
+        assert ids == LocalSampler(None, tokenizer, max_prompt_length=limit)._encode([prompt])[0]
+
+
+def test_40_a_reward_model_reads_a_long_answer_behind_its_header():
+    for kind in ("bytes_chatml", "bytes_bos"):
+        tokenizer = KINDS[kind]()
+        for prompt, said in (([U("Write."), A("pre " * 60)], "Yes."), ([U("Write.")], "no " * 60 + "Yes.")):
+            text = tokenizer.decode(judged(tokenizer, prompt, said, max_length=60))
+            assert "Write." in text and text.count("ssistant") == 1 and text.rstrip("\n").removesuffix("<|im_end|>").endswith("Yes.")
