@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class _Bounds(NamedTuple):
 class Interval(_Bounds):
     "An estimate with the bounds of its interval: three numbers to unpack, and in `method` how the bounds were found."
 
-    method: str | None  # "t", "wilson", "bootstrap"; None: bounds that nobody computed
+    method: str | None  # "t", "wilson", "bootstrap"; "no spread": equal values, which say nothing about other prompts; None: bounds that nobody computed
 
     def __new__(cls, value: float, low: float, high: float, method: str | None = None):
         self = super().__new__(cls, value, low, high)
@@ -90,8 +91,9 @@ def bootstrap_interval(
     confidence: float = 0.95,
     resamples: int = 4999,
     seed: int = 0,
+    share: bool = True,  # values that are all 0 or 1 are a share; False where they may lie anywhere, as differences do
 ) -> Interval:
-    "An interval over prompts: percentile bootstrap (scipy) from 20 prompts on, Student's t for the mean of fewer; raises `LireError` where neither covers."
+    "An interval over prompts: percentile bootstrap (scipy) from 20 prompts on, Student's t for the mean of fewer, Wilson's for few 0s and 1s; raises `LireError` where none covers."
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5], allowed="one finite number a prompt, two prompts or more",
@@ -99,6 +101,8 @@ def bootstrap_interval(
     if len(values) < FEW:
         if statistic not in (_mean, np.mean):
             raise LireError("too few for a bootstrap interval", field="values", value=len(values), allowed=f"{FEW} prompts or more; the mean of two or more", remedy="evaluate more prompts")
+        if share and np.isin(values, (0, 1)).all():
+            return wilson_interval(float(values.mean()), len(values), confidence)
         return _t_interval(values, confidence)
     point = float(statistic(values))
     if np.ptp(values) == 0:
@@ -112,9 +116,9 @@ def _standard_error(values) -> float:
 
 
 def _t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
-    "The mean of independent values with Student's interval."
+    "The mean of independent values with Student's interval; bounds without width are not Student's: equal values say nothing about others."
     mean, half = float(values.mean()), float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * _standard_error(values))
-    return Interval(mean, mean - half, mean + half, "t")
+    return Interval(mean, mean - half, mean + half, "t" if np.ptp(values) > 0 else "no spread")
 
 
 def paired_difference(
@@ -125,7 +129,7 @@ def paired_difference(
     "Mean of new − old over prompts, with a paired interval."
     if len(new) != len(old):
         raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)), allowed="one value a prompt in both", remedy="evaluate both on the same prompts")
-    return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float), **options)
+    return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float), **{"share": False, **options})
 
 # %% ../nbs/09_evaluation.ipynb #7d88f4f3
 def preferences(
@@ -441,7 +445,7 @@ def length_controlled_win_rate(
     confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
-) -> dict:  # win_rate, low, high, method, theta, slope; no interval (None) below 20 prompts, where a bootstrap does not cover
+) -> dict:  # win_rate, low, high, method, theta, slope; no interval (None) below 20 prompts, where a bootstrap does not cover; Wilson's where all prompts say the same
     "The win rate predicted for answers of equal length, with a bootstrap interval over prompts (Dubois et al., 2024, without instruction difficulty)."
     _same_number(preferences=preferences, lengths=lengths, reference_lengths=reference_lengths)
     y, delta = _checked_preferences(preferences), _length_term(lengths, reference_lengths)
@@ -451,6 +455,8 @@ def length_controlled_win_rate(
     found = {"win_rate": float(expit(theta)), "low": None, "high": None, "method": None, "theta": float(theta), "slope": float(phi)}
     if len(y) < FEW:
         return found
+    if np.ptp(y) == 0:  # every draw would be the same, as in `win_rate`
+        return {**found, **{k: v for k, v in wilson_interval(found["win_rate"], len(y), confidence)._asdict().items() if k != "value"}}
     rng, tail, drawn = np.random.default_rng(seed), (1 - confidence) / 2, []
     for first in range(0, resamples, 250):  # memory: 250 × prompts
         weights = rng.multinomial(len(y), np.full(len(y), 1 / len(y)), size=min(250, resamples - first)).astype(float)
@@ -594,7 +600,7 @@ def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> I
         raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more", remedy="evaluate more prompts")
     if len(logps) < FEW:
         rest = _t_interval(-(logps - lengths * logps.sum() / lengths.sum()) / lengths.mean())
-        return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), "t")
+        return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), rest.method)
     draws = np.random.default_rng(seed).integers(0, len(logps), (4999, len(logps)))
     low, high = np.quantile(np.exp(-logps[draws].sum(1) / lengths[draws].sum(1)), [0.025, 0.975])
     return Interval(perplexity(logps, lengths), float(low), float(high), "bootstrap")
@@ -734,10 +740,10 @@ def _metric(name: str, description: str, features: dict, compute) -> type[LireMe
     return type(name, (LireMetric,), {"__doc__": description, "__module__": __name__, "_info": info, "_compute": lambda self, **inputs: compute(**inputs)})
 
 
-def _estimate(values: Sequence[float]) -> dict:
+def _estimate(values: Sequence[float], interval=bootstrap_interval) -> dict:
     "Mean over prompts, interval and standard error; prompts where the value does not exist (NaN) are left out and counted."
     known = [float(v) for v in values if not math.isnan(v)]
-    found = bootstrap_interval(known)._asdict() if len(known) > 1 else {"value": known[0] if known else None, "low": None, "high": None, "method": None}
+    found = interval(known)._asdict() if len(known) > 1 else {"value": known[0] if known else None, "low": None, "high": None, "method": None}
     return {**found, "standard_error": _standard_error(known) if len(known) > 1 else None, "prompts": len(known), "undefined": len(values) - len(known)}
 
 
@@ -764,6 +770,7 @@ def _kendall(scores, grades) -> float:
     return float(stats.kendalltau(*zip(*known)).statistic) if len(known) > 1 else math.nan
 
 # %% ../nbs/09_evaluation.ipynb #5282ae16
+_anywhere = partial(bootstrap_interval, share=False)  # 0 and 1 are values like others
 _FLOAT, _FLOATS, _TEXTS = datasets.Value("float64"), datasets.List(datasets.Value("float64")), datasets.List(datasets.Value("string"))
 _BOTH = {"predictions": _FLOATS, "references": _FLOATS}
 MeanReward = _metric("MeanReward", "Mean reward over prompts with its interval; predictions: the scores of each prompt's samples.",
@@ -774,17 +781,17 @@ LengthControlledWinRate = _metric(
     "LengthControlledWinRate", "Win rate at equal length; predictions: one preference (0 … 1) a prompt, lengths and reference_lengths: of the two answers.",
     {"predictions": _FLOAT, "lengths": _FLOAT, "reference_lengths": _FLOAT}, lambda predictions, lengths, reference_lengths: length_controlled_win_rate(predictions, lengths, reference_lengths))
 KLDivergence = _metric("KLDivergence", "KL to the start policy in nats; predictions: summed log-probs of samples under the policy that drew them, references: under the start.",
-                       _BOTH, lambda predictions, references: _estimate(_each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references)))
+                       _BOTH, lambda predictions, references: _estimate(_each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references), _anywhere))
 Perplexity = _metric("Perplexity", "Perplexity under a model; predictions: summed log-probs of texts, references: their token counts.",
                      {"predictions": _FLOAT, "references": _FLOAT}, lambda predictions, references: {"perplexity": perplexity(predictions, references)})
 Length = _metric("Length", "Mean length over prompts in words and characters; predictions: the texts of each prompt's samples.", {"predictions": _TEXTS},
-                 lambda predictions: {"words": _estimate([np.mean([len(_words(t)) for t in p]) for p in predictions]), "characters": _estimate([np.mean([len(t) for t in p]) for p in predictions])})
+                 lambda predictions: {"words": _estimate([np.mean([len(_words(t)) for t in p]) for p in predictions], _anywhere), "characters": _estimate([np.mean([len(t) for t in p]) for p in predictions], _anywhere)})
 Diversity = _metric("Diversity", "distinct-1, -2, -3 and self-BLEU within a prompt, mean over prompts; predictions: the texts of each prompt's samples.", {"predictions": _TEXTS},
-                    lambda predictions: {**{f"distinct_{n}": _estimate([distinct_n(p, n) for p in predictions]) for n in (1, 2, 3)}, "self_bleu": _estimate([self_bleu(p) for p in predictions])})
+                    lambda predictions: {**{f"distinct_{n}": _estimate([distinct_n(p, n) for p in predictions], share_interval) for n in (1, 2, 3)}, "self_bleu": _estimate([self_bleu(p) for p in predictions], share_interval)})
 PairAccuracy = _metric("PairAccuracy", "Share of ordered pairs that a reward orders like the grades, mean over lists; predictions: a list's scores, references: its grades.",
-                       _BOTH, lambda predictions, references: _estimate(_each(_pair_accuracy, predictions, references)))
+                       _BOTH, lambda predictions, references: _estimate(_each(_pair_accuracy, predictions, references), share_interval))
 RankingAgreement = _metric("RankingAgreement", "Kendall's tau-b of scores and grades within a list, mean over lists; predictions: a list's scores, references: its grades.",
-                           _BOTH, lambda predictions, references: _estimate(_each(_kendall, predictions, references)))
+                           _BOTH, lambda predictions, references: _estimate(_each(_kendall, predictions, references), _anywhere))
 
 # %% ../nbs/09_evaluation.ipynb #1d87ceea
 def judge_policy(
@@ -874,7 +881,7 @@ def _reward(rows, judge, seed) -> Interval:
 def _movement(rows: list[dict], seed: int) -> list[tuple]:
     "KL, perplexity under the start policy, length, share ended."
     def over_prompts(value) -> Interval:
-        return bootstrap_interval([float(np.mean(value(r))) for r in rows], seed=seed)
+        return bootstrap_interval([float(np.mean(value(r))) for r in rows], seed=seed, share=False)
 
     none, kl_known = Interval(None, None, None), all(has_kl(r) for r in rows)
     same = all(r.get("same_tokenizer", True) for r in rows)

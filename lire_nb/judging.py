@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .evaluation import Interval, bootstrap_interval, judge_agreement, slug, win_rate
+from .evaluation import Interval, judge_agreement, share_interval, slug, win_rate
 from .lists import LireError, atomic_write, read_rows
 from .models import render_prompt
 from .sampling import ServerSampler, TryLater, run_requests
@@ -222,7 +222,7 @@ class JudgedPrompts:
         "Win rate, flip rate and position bias with intervals over prompts, and all counts."
         found = {"system": self.system, "against": self.against, **win_rate(self.preferences, **options)}
         for name, values in (("flip_rate", self.flips), ("first_share", self.first)):
-            found[name] = bootstrap_interval(values, **options) if len(values) > 1 else None
+            found[name] = share_interval(values, **options) if len(values) > 1 else None
         return {**found, **self.counts}
 
 

@@ -895,8 +895,10 @@ def _left_over(row: dict, used: Iterable[str]) -> dict:
 
 def _check_parts(row: dict, used: set) -> None:
     """Refuse a column that belongs to the prompt, unless the prompt contains it already."""
-    for name in (name for name in row if name in _PARTS and name not in used):
+    for name in (name for name in row if name in _PARTS | _TEXT_PARTS and name not in used):
         value = row[name]
+        if name in _TEXT_PARTS and not isinstance(value, str):
+            continue
         if _is_empty(value if name in _MORE else _as_list(value)):
             continue
         if isinstance(value, str) and _is_known(name, value, _texts(row, used)):
@@ -960,7 +962,16 @@ def _first(row: dict, names: Iterable[str]) -> str | None:
 # %% ../nbs/01_lists.ipynb #c0b1d011
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TURN_KEYS = (("role", "content"), ("from", "value"))
-_like_turns = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
+_like_turns = re.compile(r"\s*(?:array\(\s*)?(?:(\[\s*)\{\s*['\"](?:role|content|from|value)|\{\s*['\"](?:role|content))['\"]\s*:")
+
+
+def _is_torn(text: str) -> bool:
+    """Does it begin like printed messages, without a whole value at the beginning? A whole one with text behind it is text."""
+    if not (begun := _like_turns.match(text)):
+        return False
+    ends = [end.end() for end in itertools.islice(re.finditer(r"[\]})]", text), 100)]  # enough to see a whole value
+    whole = [_written(text[:end]) for end in ends if not begun[1] or text[end:].strip()]
+    return not any(isinstance(value, list if begun[1] else dict) for value in whole)
 
 
 def _turn_keys(message: Any, keys: tuple = _TURN_KEYS) -> tuple[str, str] | None:
@@ -996,7 +1007,7 @@ def _as_turns(value: Any, roles: dict = {}, keys: tuple = _TURN_KEYS, field: str
         found = _written(value)
         if _is_turns(found, keys) or (_turn_keys(found, keys) and len(found) == 2):
             value = found
-        elif _like_turns.fullmatch(value):
+        elif _is_torn(value):
             remedy = "write the messages as JSON"
             raise ListError(
                 "printed messages that cannot be read",
@@ -1151,6 +1162,7 @@ def _raise_parted(first: list[dict], other: list[dict], field: str) -> None:
 _MORE = ("input", "context")  # what Alpaca and Dolly put beside an instruction
 _PARTS = {*_SYSTEM, "history", *_MORE, "prompt", "instruction", "question", "query"}  # what belongs to a prompt
 _PARTS |= {"tools", "image", "images", "video", "videos", "audio", "audios"}  # and cannot be read into one
+_TEXT_PARTS = {"title", "passage", "document", "article", "post", "background"}  # the same, where they are texts
 
 
 def _is_empty(value: Any) -> bool:
@@ -1402,7 +1414,8 @@ def _two_names(word: str) -> list[tuple[str, str]]:
     return [(form.format("chosen"), form.format("rejected")) for form in forms]
 
 
-_SCORES = [names for word in ("score", "reward", "rating") for names in _two_names(word)]
+_WORDS = [f"{how}{word}{s}" for how in ("", "avg_", "average_", "mean_", "overall_") for word in ("score", "reward", "rating") for s in ("", "s")]
+_SCORES = [names for word in _WORDS for names in _two_names(word)]
 _SOURCES, _ENDS = _two_names("source"), _two_names("finish_reason")
 
 

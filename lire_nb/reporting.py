@@ -631,7 +631,7 @@ def pick_samples(systems: dict[str, list[dict]], judge: str | None = None) -> pd
     return pd.DataFrame(rows).set_index("change")
 
 # %% ../nbs/10_reporting.ipynb #dab27cd0
-_METHODS = {"bootstrap": "bootstrap", "t": "Student", "wilson": "Wilson"}
+_METHODS = {"bootstrap": "bootstrap", "t": "Student", "wilson": "Wilson"}  # "no spread" is no way to find bounds
 
 
 def findings(
@@ -665,7 +665,9 @@ def _known(metrics: pd.DataFrame, records: Records) -> str:
         kind, aside = ("held-out prompts", "") if not seen else ("prompts", f", {seen} of which training saw")
     used = set(metrics["method"].dropna()) if "method" in metrics else {"bootstrap"}
     how = " and ".join(name for method, name in _METHODS.items() if method in used)
-    text = f"{prompts} {kind}{aside}, 95 % {how} intervals over prompts, paired."
+    text = f"{prompts} {kind}{aside}, 95 % {how} intervals over prompts, paired." if how else f"{prompts} {kind}{aside}."
+    if "no spread" in used:
+        text += " Bounds that equal their value are no interval: with so few prompts, equal values say nothing about others."
     if "method" not in metrics and prompts < FEW:
         text += f" Below {FEW} prompts bootstrap intervals are too narrow: evaluate again for others."
     rewards = {records.rewards.get(system) for system in trained}

@@ -722,3 +722,42 @@ def test_no_value_of_any_column_is_a_crash(tmp_path):
         except ListError:
             pass
     assert kept > 100 and refused > 500
+
+
+def test_20_pair_scores_by_longer_names():
+    for good, bad in (("chosen_avg_rating", "rejected_avg_rating"), ("chosen_rewards", "rejected_rewards"), ("avg_score_chosen", "avg_score_rejected")):
+        record = one({"prompt": "p", "chosen": "a", "rejected": "b", good: 4.25, bad: 1.5})
+        assert record["rewards"] == [4.25, 1.5] and record["meta"] == {}
+
+
+TORN = ["[{'role': 'user', 'content': 'hi th", "[{'role': 'user', 'content': 'hi'}, ...]", "[{'content': 'hi', 'role': 'user'}, {'content'...", '[{"from": "human", "value": "hi"},', "{'role': 'user', 'content': 'h"]
+TORN += ["array([{'role': 'user', 'content': 'hi'}, ..., {'role': 'user', 'content': 'x'}], dtype=object)", "[{'role': 'user', 'content': 'hi']"]
+
+
+@pytest.mark.parametrize("text", TORN)
+def test_18_torn_messages_are_no_text(tmp_path, text):
+    for source in ({"prompt": text, "chosen": "a", "rejected": "b"}, as_pandas_writes([{"prompt": text, "completion": "a", "score": 1}], tmp_path / "x.csv")):
+        with pytest.raises(ListError, match="printed messages that cannot be read"):
+            one(source)
+
+
+@pytest.mark.parametrize("text", [f"{json.dumps([Q])} is JSON. Why?", f"{[Q]} sorted?", '{"role": "admin"} is what?', '{"content": 1}', "[{'name': 'torn", "{'a': "])
+def test_18_text_after_whole_messages_is_text(text):
+    assert one({"prompt": text, "completions": ["a"]})["prompt"] == text
+
+
+def test_17_texts_beside_a_prompt_are_not_lost(tmp_path):
+    row = {"title": "My cat", "query": "What does it eat?", "responses": ["fish", "hay"], "scores": [1, 0]}
+    for wrong in (row, {"prompt": "Sum it up.", "document": "A cat came.", "chosen": "a", "rejected": "b"}, {"question": "Who?", "passage": "Ann.", "completion": "Ann", "score": 1}):
+        with pytest.raises(ListError, match="would be lost"):
+            one(wrong)
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"title": "My cat", "prompt": "What does it eat?"}) + "\n")
+    with pytest.raises(LireError, match="would be lost"):
+        cli.read_prompts(str(path))
+    mapping = {"prompt": ["title", "query"], "completions": "responses", "rewards": "scores"}
+    assert one(row, mapping)["prompt"] == "My cat\n\nWhat does it eat?"
+    assert one(row, mapping | {"prompt": "query"})["meta"] == {"title": "My cat"}  # said to be no part of it
+    assert one(row | {"query": "My cat: what does it eat?"})["meta"] == {"title": "My cat"}
+    assert one(row | {"title": None})["prompt"] == row["query"] and one(row | {"title": {"id": 3}})["meta"] == {"title": {"id": 3}}
+    assert one({"prompt": "p", "completions": ["a"], "rewards": [1], "sources": ["m"], "meta": {"title": "x"}, "id": "i"})["meta"] == {"title": "x"}

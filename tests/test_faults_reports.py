@@ -276,7 +276,7 @@ def test_34_results_say_their_method():
     assert np.allclose((won["low"], won["high"]), (expected.low, expected.high))
     rows = evaluation.compare_systems({"start": rows_of(["a"] * 5), "new": rows_of(["b"] * 5, 1.0)})
     assert {r["metric"]: r["method"] for r in rows if r["value"] is not None and r["system"] == "new"} == {
-        "reward": "t", "reward difference": "t", "win rate": "wilson", "KL to start": "t", "perplexity under start": "t", "tokens": "t", "ended": "wilson"}
+        "reward": "t", "reward difference": "no spread", "win rate": "wilson", "KL to start": "no spread", "perplexity under start": "no spread", "tokens": "no spread", "ended": "wilson"}
 
 
 def test_34_what_does_not_cover_has_no_interval():
@@ -292,6 +292,48 @@ def test_34_what_does_not_cover_has_no_interval():
     pytest.importorskip("krippendorff")
     agreement = evaluation.judge_agreement({"a": [1, 0, 1, 0], "b": [1, 0, 0, 0]})
     assert np.isfinite(agreement.value) and np.isnan(agreement.low) and agreement.method is None
+
+
+@pytest.mark.parametrize("prompts, rate", [(3, 0.5), (5, 0.1), (12, 0.95)])
+def test_34_interval_of_zeros_and_ones_covers(prompts, rate):
+    values = (np.random.default_rng(0).random((300, prompts)) < rate).astype(float)
+    for interval in (evaluation.bootstrap_interval, evaluation.share_interval):
+        found = [interval(v) for v in values]
+        assert np.mean([low <= rate <= high for _, low, high in found]) >= 0.88
+        assert all(0 <= f.low < f.high <= 1 and f.method == "wilson" for f in found)
+
+
+def test_34_equal_values_have_no_spread():
+    for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False})):
+        found = evaluation.bootstrap_interval(values, **options)
+        assert found == (values[0],) * 3 and found.method == "no spread"
+    found = evaluation.paired_difference([1.0, 1.0, 0.0], [1.0, 1.0, 0.0])  # a difference is no share
+    assert found == (0, 0, 0) and found.method == "no spread"
+    assert evaluation.paired_difference([1.0, 1.0, 0.0], [0.0, 1.0, 0.0]).method == "t"
+    accuracy = evaluation.PairAccuracy().compute(predictions=[[1.0, 0.0]] * 4, references=[[1.0, 0.0]] * 4)
+    assert accuracy["method"] == "wilson" and accuracy["low"] < 0.6 and accuracy["high"] == 1
+    kl = evaluation.KLDivergence().compute(predictions=[[-1.0]] * 4, references=[[-1.0]] * 4)
+    assert kl["method"] == "no spread"
+
+
+def test_34_shares_of_judged_prompts_stay_in_range():
+    for flips, first in (([0.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.5, 1.0]), ([0.0] * 3, [1.0] * 3), ([0.0, 0.5, 0.0], [0.5] * 3)):
+        ids = [str(i) for i in range(len(flips))]
+        found = judging.JudgedPrompts("new", "old", ids, [1.0] * len(ids), flips, first, {}).summary()
+        for name in ("flip_rate", "first_share"):
+            value, low, high = found[name]
+            assert 0 <= low <= value <= high <= 1 and high - low > 0.2 and found[name].method == "wilson"
+
+
+@pytest.mark.parametrize("said", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("slope", [None, 0.7])
+def test_34_equal_preferences_at_equal_length_keep_an_interval(said, slope):
+    draw = np.random.default_rng(0)
+    for lengths in (np.full(30, 9.0), draw.normal(9, 3, 30)):
+        found = evaluation.length_controlled_win_rate([said] * 30, lengths, np.full(30, 9.0), slope=slope, resamples=19)
+        won = evaluation.win_rate([said] * 30)
+        assert found["low"] <= found["win_rate"] <= found["high"] and found["method"] == "wilson"
+        assert found["high"] - found["low"] > 0.8 * (won["high"] - won["low"])
 
 
 def test_34_perplexity_covers_with_few_prompts():
