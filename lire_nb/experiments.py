@@ -61,6 +61,9 @@ def _outside(value, name: str = "") -> list:
     return []
 
 
+_NAMING = ("KINDS", "code_version", "config_key", "_outside", "_made_by")  # say what a result is called, not what it is
+
+
 @cache
 def code_version(
     kind: str | None = None,  # of experiment, a key of `KINDS`; None or another word: all of them
@@ -68,13 +71,15 @@ def code_version(
 ) -> str:  # 7 hex digits
     "One hash for all definitions that decide the numbers of an experiment of this kind."
     makers = [KINDS[kind]] if kind in KINDS else KINDS.values()
-    return version("run_experiment", *(f"experiments.{make.__name__}" for make in makers), package=package, without=("KINDS", "code_version"))
+    losses = () if kind in ("reward", "online") else ("rivals.RIVALS",)  # found by name, so no definition leads there
+    starts = ["run_experiment", *(f"experiments.{make.__name__}" for make in makers), *losses]
+    return version(*starts, package=package, without=_NAMING)
 
 
 @cache
 def _made_by(maker: str) -> str:
     "The version of what fills a shared folder."
-    return version(f"experiments.{maker}")
+    return version(f"experiments.{maker}", without=_NAMING)
 
 # %% ../nbs/10b_experiments.ipynb #14501e69
 def _locked(path: Path):

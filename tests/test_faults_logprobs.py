@@ -332,6 +332,9 @@ class Letters:
     eos_token_id, pad_token_id, bos_token_id, chat_template, name_or_path = 2, None, 1, None, ""
     all_special_tokens, all_special_ids = ["<end>"], [2]
 
+    def __len__(self):
+        return 97
+
     def __call__(self, text, **_):
         return {"input_ids": [3 + ord(c) % 90 for c in text]}
 
@@ -350,7 +353,7 @@ LONG = [make_record("ask " * 5, [" good" * 4, " bad"], rewards=[1.0, 0.0], id="a
 
 
 def config(folder, **options):
-    return LIREConfig(output_dir=str(folder / "out"), max_steps=1, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", temperature=5.0, **options)
+    return LIREConfig(output_dir=str(folder / "out"), max_steps=1, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", **options)
 
 
 @pytest.mark.parametrize("model", [lambda n: tf.GPT2Config(**GPT, n_positions=n), lambda n: tf.LlamaConfig(**BASE | {"max_position_embeddings": n})], ids=["absolute", "rotary"])

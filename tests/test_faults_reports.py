@@ -499,7 +499,7 @@ def test_code_version_follows_definitions_not_files(tmp_path):
     assert remarked == now, "remarks and what is not reached stale nothing"
     changed = versions(tmp_path, losses=lambda t: t.replace("temperature: float = 2.0", "temperature: float = 3.0"))
     assert changed["train"] != now["train"] and changed["reward"] == now["reward"]
-    changed = versions(tmp_path, rewards=lambda t: t.replace("def _join(", "def _join(extra=0, *, ", 1) if "def _join(" in t else t + "")
+    changed = versions(tmp_path, rewards=lambda t: t.replace("weight_decay=0.01", "weight_decay=0.02", 1))
     assert changed["reward"] != now["reward"]
 
 

@@ -572,7 +572,7 @@ def test_alpha_is_that_of_the_literature(data, level, value):
     """FOUR: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C; THREE: the example of the package krippendorff, and of the encyclopedia's article on alpha."""
     pytest.importorskip("krippendorff", reason="krippendorff is not installed: pip install 'lire_nb[evaluation]'")
     found = judge_agreement({str(i): row for i, row in enumerate(data)}, level=level, resamples=199)
-    assert round(found.value, 3) == value and found.low <= found.value <= found.high
+    assert round(found.value, 3) == value and math.isnan(found.low) and math.isnan(found.high)  # fewer than 20 units: no interval covers
     if level != "ordinal":
         by_loops = alpha_by_hand([[v for v in unit if v == v] for unit in zip(*data)], (lambda a, b: float(a != b)) if level == "nominal" else lambda a, b: (a - b) ** 2)
         assert math.isclose(found.value, by_loops, rel_tol=1e-9)

@@ -130,9 +130,12 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
 
 
 def test_one_command_at_a_time_in_a_work_folder(tmp_path):
-    with R._only_one(tmp_path):
+    code = f"import sys; from lire_nb import reproduce as R\nwith R._only_one({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(LireError, match="another lire reproduce"):
             R.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path, jobs=1)
+        other.stdin.close()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
