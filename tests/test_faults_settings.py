@@ -420,3 +420,51 @@ def test_readme_states_a_temperature():
     code = [block for block in text.split("```python")[1:] if "LIREConfig(" in block]
     assert code and all("suggest_temperature" in block.split("```")[0] or "temperature=" in block.split("```")[0] for block in code)
     assert "temperature=2.0" not in text
+
+
+# What is wrong is said before the work, and what is said when a run is stopped is true.
+
+
+def said_by(capsys, *command, code=2) -> str:
+    capsys.readouterr()
+    assert main(list(map(str, command))) == code
+    text = capsys.readouterr().err.strip()
+    assert "\n" not in text and "Traceback" not in text, text
+    return text
+
+
+@pytest.mark.parametrize("options, word", [(("--lora-rank", "0"), "--lora-rank"), (("--lora-rank", "-3"), "--lora-rank"), (("--lora-alpha", "8"), "--lora-alpha"), (("--lora-targets", "q_proj"), "--lora-targets"),
+                                           (("--lora-rank", "2", "--lora-alpha", "0"), "--lora-alpha"), (("--lora-rank", "2", "--lora-targets", ","), "--lora-targets")])
+def test_an_adapter_that_cannot_be_is_not_full_training(place, tmp_path, capsys, options, word):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    assert word in said_by(capsys, "train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "out", *options)
+    assert word in said_by(capsys, "enhance", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--reward", "length", "--out", tmp_path / "run", *options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
+
+
+def test_the_ending_of_a_file_is_looked_at_before_the_work(place, tmp_path, capsys, monkeypatch):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\n")
+    for name in ("lire_nb.sampling.sample_lists", "lire_nb.rewards.score_lists"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("the work was done first"))
+    assert ".jsonl" in said_by(capsys, "sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "x.txt")
+    assert ".jsonl" in said_by(capsys, "score", "--lists", tmp_path / "lists.jsonl", "--reward", "length", "--out", tmp_path / "x.txt")
+
+
+def test_ctrl_c_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    for name in ("lire_nb.sampling.sample_lists", "lire_nb.enhancement.train_policy", "lire_nb.evaluation.evaluate_systems"):
+        monkeypatch.setattr(name, stop)
+    sample = ("sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "c.jsonl")
+    train = ("train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "policy")
+    assert "nothing was saved" in said_by(capsys, *sample, code=130)
+    assert "nothing was saved" in said_by(capsys, *train, code=130)
+    (tmp_path / "policy.partial" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "policy.partial" / "checkpoint-3" / "manifest.json").write_text("{}")
+    assert "checkpoint is kept" in said_by(capsys, *train, code=130)
+    assert "stages that are finished are kept" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={place / 'start'}", "--judge", "length=length", "--out", tmp_path / "e", code=130)
