@@ -468,3 +468,38 @@ def test_ctrl_c_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
     (tmp_path / "policy.partial" / "checkpoint-3" / "manifest.json").write_text("{}")
     assert "checkpoint is kept" in said_by(capsys, *train, code=130)
     assert "stages that are finished are kept" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={place / 'start'}", "--judge", "length=length", "--out", tmp_path / "e", code=130)
+
+
+def test_the_suggestion_reads_what_the_trainer_reads(place):
+    from lire_nb import suggest_temperature
+
+    pairs = [{"prompt": f"film {n} was", "chosen": " good", "rejected": " bad"} for n in range(3)]
+    own = [make_record(r["prompt"], [r["chosen"], r["rejected"]], rewards=[1.0, 0.0]) for r in pairs]
+    assert suggest_temperature(pairs, place / "start") == suggest_temperature(own, place / "start")
+    refused(lambda: suggest_temperature(own), "policy")
+    refused(lambda: suggest_temperature([{"text": "a"}], place / "start"), "lists")
+
+
+def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
+    from lire_nb import evaluation
+
+    start, prompts, judges = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], {"length": lambda prompt, texts: [float(len(t)) for t in texts]}
+    run = lambda systems=None, ask=prompts, by=judges, **options: evaluation.evaluate_systems(tmp_path / "run", {"start": start} if systems is None else systems, ask, by, **options)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
+        refused(lambda: run({}), "systems")
+        refused(lambda: run({"start": start, "served": "http://localhost:1/v1#m"}), "served", "local")
+        refused(lambda: run(num_sample=1), "num_sample", "unknown")
+        refused(lambda: run(num_samples=1.5), "num_samples")
+        refused(lambda: run(settings={"temperature": 1}), "settings")
+        refused(lambda: run(by={"length": None}), "judges")
+        refused(lambda: run(ask=[*prompts, prompts[0]]), "twice", "p0")
+        (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+        assert "local" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={start}", "--system", "n=http://localhost:1/v1#m", "--judge", "length=length", "--out", tmp_path / "e")
+        assert not (tmp_path / "run").exists() and not (tmp_path / "e").exists()
+    options = dict(num_samples=1, settings=evaluation.SamplingSettings(max_new_tokens=4), progress=False)
+    figures = run(ask=(p for p in prompts), **options)
+    assert run(**options) == figures
+    for content in ("not rows\n", "[1, 2]\n", '{"id": "p0"}\n', ""):
+        (tmp_path / "run" / "evaluation" / "start.jsonl").write_text(content)
+        refused(lambda: run(**options), "start.jsonl", "delete")
