@@ -503,3 +503,38 @@ def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, mo
     for content in ("not rows\n", "[1, 2]\n", '{"id": "p0"}\n', ""):
         (tmp_path / "run" / "evaluation" / "start.jsonl").write_text(content)
         refused(lambda: run(**options), "start.jsonl", "delete")
+
+
+def test_a_training_of_one_step_changes_the_policy(place, tmp_path, caplog):
+    for schedule, count in (("cosine", 1), ("linear", 1), ("constant", 0)):
+        one = trainer(place / "start", tmp_path, max_steps=1, temperature=20.0, lr_scheduler_type=schedule)
+        before = flat(one.model)
+        said = warnings_of(caplog, one.train)
+        assert not torch.equal(flat(one.model), before) and sum("warm-up" in line for line in said) == count, (schedule, said)
+        assert one.args.warmup_steps == 0.03
+    two = trainer(place / "start", tmp_path, max_steps=2, temperature=20.0)  # any other run keeps its schedule
+    assert [h["learning_rate"] for h in logs(two)] == [0.0, BASE["learning_rate"]]
+    assert train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, temperature=20.0, **BASE)
+    assert not torch.equal(flat(load_policy(tmp_path / "policy")[0]), flat(load_policy(place / "start")[0]))
+
+
+@pytest.mark.parametrize("setting, word", [
+    ({"optim": "lomo"}, "optim"), ({"optim": "adamw_bnb_8bit"}, "optim"), ({"optim_args": "nonsense"}, "optim_args"), ({"optim_args": "momentum=2"}, "optim_args"),
+    ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_kwargs"), ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs"),
+    ({"gradient_checkpointing_kwargs": {"nonsense": 1}}, "checkpointing_kwargs"), ({"gradient_checkpointing_kwargs": {"use_reentrant": "x"}}, "checkpointing_kwargs"),
+    ({"torch_compile_backend": "nonsense"}, "torch_compile_backend"), ({"deepspeed": "/nope.json"}, "deepspeed"), ({"accelerator_config": "/nope.json"}, "nope.json"),
+    ({"length_column_name": "rewards"}, "length_column_name"), ({"length_column_name": "prompt_ids"}, "length_column_name")])
+def test_settings_that_cannot_work_are_one_line(setting, word):
+    refused(lambda: LIREConfig(**ARGS, **setting), word)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+
+
+def test_settings_that_work_are_taken(place, tmp_path):
+    for setting in ({"lr_scheduler_kwargs": {"num_cycles": 0.5}}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {"optim": "sgd"}, {"optim": "adafactor"}, {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+                    {"torch_compile_backend": None}, {"optim": "lion_32bit"} if __import__("importlib").util.find_spec("bitsandbytes") else {}):
+        LIREConfig(**ARGS, **setting)
+
+
+def test_arguments_of_the_trainer_that_cannot_work_are_one_line(place, tmp_path):
+    refused(lambda: trainer(place / "start", tmp_path, peft_config="lora"), "peft_config")
+    refused(lambda: trainer(place / "start", tmp_path, None).train(), "train_dataset")
