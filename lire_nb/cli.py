@@ -182,11 +182,12 @@ def score_command(args) -> None:
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import check_adapter, check_settings, settings_identity, train_policy
+    from lire_nb.enhancement import check_adapter, check_options, check_settings, settings_identity, train_policy
     from lire_nb.identity import policy_identity
 
     settings, lora = check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
+    check_options(args.policy, settings, options, args.merge_adapter)
     check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
     made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists), "settings": settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}
@@ -244,11 +245,12 @@ def train_reward_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.enhancement import StopRule, check_settings, self_enhance
+    from lire_nb.enhancement import StopRule, check_options, check_settings, self_enhance
     from lire_nb.identity import one_writer
     from lire_nb.sampling import SamplingSettings
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
+    check_options(args.policy, training, options)
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _enhance(args, prompts, training, options, StopRule, self_enhance, SamplingSettings)

@@ -99,6 +99,9 @@ class LIREConfig(TrainingArguments):
             self.bf16 = not self.fp16 and has_bf16("cpu" if self.use_cpu else None)
         if self.logps_impl not in IMPLS:
             raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
+        if self.logps_impl == "shared" and self.neftune_noise_alpha is not None:
+            raise LireError("not exact with NEFTune, which scales its noise by the length of a row", field="logps_impl",
+                            value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
         if self.num_candidates is not None and self.num_candidates < 2:
             raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
         if self.candidates_at_once is not None and self.candidates_at_once < 1:

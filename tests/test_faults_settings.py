@@ -538,3 +538,45 @@ def test_settings_that_work_are_taken(place, tmp_path):
 def test_arguments_of_the_trainer_that_cannot_work_are_one_line(place, tmp_path):
     refused(lambda: trainer(place / "start", tmp_path, peft_config="lora"), "peft_config")
     refused(lambda: trainer(place / "start", tmp_path, None).train(), "train_dataset")
+
+
+def test_an_enhancement_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
+    from lire_nb import enhancement
+
+    monkeypatch.setattr(enhancement, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
+    monkeypatch.setattr(enhancement, "load_policy", lambda *_, **__: pytest.fail("loaded first"))
+    prompts, length = [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], lambda prompts, texts: [float(len(t)) for t in texts]
+
+    def run(*words, reward=length, **options):
+        refused(lambda: enhancement.self_enhance(place / "start", prompts, reward, tmp_path / "run", progress=False, **options), *words)
+        assert not (tmp_path / "run").exists()
+
+    run("eval_strategy", training={"eval_strategy": "steps"})
+    run("peft_config", "q_proj", trainer_options={"peft_config": {"target_modules": ["query"]}})
+    run("peft_config", trainer_options={"peft_config": "lora"})
+    run("NEFTune", training={"neftune_noise_alpha": 5, "logps_impl": "shared"})
+    run("compute_metrics", trainer_options={"compute_metrics": len})
+    run("nonsense", "unknown", trainer_options={"nonsense": 1})
+    run("callbacks", trainer_options={"callbacks": []})
+    run("ref_model", "lire", trainer_options={"ref_model": str(place / "start")})
+    run("trainer_options", trainer_options=["peft_config"])
+    for reward in (None, "vader"):
+        run("reward", reward=reward)
+    for name in ("num_candidates", "evolve", "iterate"):
+        for value in (2.5, "3", True):
+            run(name, "whole", **{name: value})
+    run("settings", settings={"temperature": 1.0})
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    for command in (("enhance", "--prompts", tmp_path / "prompts.txt", "--reward", "length"), ("train", "--lists", tmp_path / "lists.jsonl")):
+        for options, word in ((("--lora-rank", "2", "--lora-targets", "query"), "q_proj"), (("--set", "eval_strategy=steps"), "eval_strategy")):
+            assert word in said_by(capsys, *command, "--policy", place / "start", "--out", tmp_path / "out", *options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
+
+
+def test_the_look_at_an_adapter_draws_no_random_number(place):
+    from lire_nb.enhancement import check_options
+
+    before = torch.get_rng_state()
+    check_options(place / "start", {}, {"peft_config": {"r": 2, "target_modules": ["q_proj"]}})
+    assert torch.equal(torch.get_rng_state(), before)
