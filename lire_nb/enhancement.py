@@ -205,7 +205,7 @@ def train_policy(
             resume = _claim_partial(partial, identity, args.process_index == 0, policy)
         try:
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
-            with on_sigterm() as sigterm, disk_errors(folder):
+            with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, merge_adapter=merge_adapter, **options)
         except Interrupted:
             raise

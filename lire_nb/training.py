@@ -415,8 +415,8 @@ class Interrupted(KeyboardInterrupt):
 class on_sigterm:
     "While active, SIGTERM and Ctrl-C set `asked`; a second Ctrl-C, or with `kept` the first signal, stops at once."
 
-    def __init__(self, kept: str | None = None):
-        self.kept, self.asked, self.what, self.before = kept, False, "SIGTERM", {}
+    def __init__(self, kept: str | None = None, saves: bool = True):  # saves: a checkpoint is written before the stop
+        self.kept, self.saves, self.asked, self.what, self.before = kept, saves, False, "SIGTERM", {}
 
     def __enter__(self):
         try:
@@ -442,7 +442,8 @@ class on_sigterm:
         if (
             number == signal.SIGINT and os.environ.get("RANK", "0") == "0"
         ):  # not print: the signal may have come in the middle of one
-            os.write(2, b"\nCtrl-C: this step is finished and a checkpoint written first; once more stops at once\n")
+            saves = b" and a checkpoint written" if self.saves else b""
+            os.write(2, b"\nCtrl-C: this step is finished%s first; once more stops at once\n" % saves)
 
     def stopped(self, kept: str, where: str = "") -> Stopped | Interrupted:
         "The error to raise: by what the run was stopped, where, and what is kept."

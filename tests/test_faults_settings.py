@@ -172,7 +172,7 @@ def test_23_low_precision_weights_that_lose_updates_are_said(place, tmp_path, ca
     assert len(said) == 1 and "bfloat16" in said[0] and "float32" in said[0] and "bf16=True" in said[0]
     share = int(said[0].split("about ")[1].split(" %")[0]) / 100
     assert moved < 0.4 and abs((1 - moved) - share) < 0.15, (moved, share)  # gradients that are exactly zero move nothing either
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, learning_rate=2e-5).train) == []
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, warmup_steps=0, learning_rate=2e-5).train) == []
 
 
 # 30: going on exactly.
@@ -249,7 +249,7 @@ def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
 
 
 def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
-    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
+    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
     assert len(said) == 1 and "one-hot" in said[0]
     assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, length_normalize=True).train) == []
 
