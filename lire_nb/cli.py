@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from .lists import LireError, checked_prompts, load_lists, load_prompts, read_lines, save_lists
+from .lists import LireError, check_ending, checked_prompts, load_lists, load_prompts, read_lines, save_lists
 from .shown import in_terminal, public_address, visible
 
 # %% ../nbs/11_cli.ipynb #15465dcc
@@ -145,6 +145,7 @@ def sample_command(args) -> None:
     from lire_nb.identity import policy_identity, prompts_identity
     from lire_nb.sampling import SamplingSettings, check_address, sample_lists
 
+    check_ending(args.out)
     settings = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     served = args.policy.startswith(("http://", "https://"))
@@ -171,6 +172,7 @@ def score_command(args) -> None:
     from lire_nb.identity import reward_identity
     from lire_nb.rewards import score_lists
 
+    check_ending(args.out)
     reward = read_reward(args.reward)
     with _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), about={"lists": args.lists}, **_chat(args)) as todo:
         if todo:
@@ -180,11 +182,12 @@ def score_command(args) -> None:
 
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import check_adapter, check_settings, settings_identity, train_policy
+    from lire_nb.enhancement import check_adapter, check_options, check_settings, settings_identity, train_policy
     from lire_nb.identity import policy_identity
 
     settings, lora = check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
+    check_options(args.policy, settings, options, args.merge_adapter)
     check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
     made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists), "settings": settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}
@@ -201,8 +204,21 @@ def _chat(args) -> dict:
 
 
 def _lora(args) -> dict | None:
-    "The adapter that was asked for."
-    return args.lora_rank and {"rank": args.lora_rank, "alpha": args.lora_alpha or args.lora_rank, "targets": sorted(args.lora_targets.split(","))}
+    "The adapter that was asked for; raises `LireError` for one that cannot be, so that nobody trains all weights unknowingly."
+    rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
+    for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
+        if rank is None and value is not None:
+            raise LireError("has no effect without --lora-rank", field=option, value=value, allowed="a rank beside it", remedy="give --lora-rank, or leave it out to train all weights")
+    if rank is None:
+        return None
+    if rank < 1:
+        raise LireError("not a rank", field="--lora-rank", value=rank, allowed="1 or more", remedy="leave it out to train all weights")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise LireError("out of range", field="--lora-alpha", value=alpha, allowed="more than 0", remedy="leave it out: the rank is taken")
+    names = ["q_proj", "v_proj"] if targets is None else sorted(name.strip() for name in targets.split(",") if name.strip())
+    if not names:
+        raise LireError("no matrix", field="--lora-targets", value=targets, allowed="names of matrices, with commas", remedy="leave it out for q_proj,v_proj")
+    return {"rank": rank, "alpha": alpha or rank, "targets": names}
 
 
 def _adapter(lora: dict | None) -> dict | None:
@@ -229,17 +245,18 @@ def train_reward_command(args) -> None:
 # %% ../nbs/11_cli.ipynb #0832441e
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.enhancement import StopRule, check_settings, self_enhance
+    from lire_nb.enhancement import StopRule, check_options, check_settings, self_enhance
     from lire_nb.identity import one_writer
     from lire_nb.sampling import SamplingSettings
 
-    training = check_settings(settings_of(args.set))
+    training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
+    check_options(args.policy, training, options)
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
-        _enhance(args, prompts, training, StopRule, self_enhance, SamplingSettings)
+        _enhance(args, prompts, training, options, StopRule, self_enhance, SamplingSettings)
 
 
-def _enhance(args, prompts, training, StopRule, self_enhance, SamplingSettings) -> None:
+def _enhance(args, prompts, training, options, StopRule, self_enhance, SamplingSettings) -> None:
     _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
     training = _with_limit(training, args)
@@ -249,7 +266,7 @@ def _enhance(args, prompts, training, StopRule, self_enhance, SamplingSettings) 
         stop = StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
     policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
                             settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
-                            trainer_options=_adapter(_lora(args)))
+                            trainer_options=options)
     _say(f"the last policy is in {policies[-1]}")
 
 
@@ -500,7 +517,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"),
                 o("--max-prompt-length", type=int, default=None, metavar="TOKENS", help="longer prompts are cut; default: the task's own limit, else 256"))
     lora = (o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; the policy's own one is trained further"),
-            o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default="q_proj,v_proj", help="matrices, with commas"))
+            o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default=None, help="matrices, with commas; default: q_proj,v_proj"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
     chat = o("--chat", choices=("yes", "no"), default=None, help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word where it matters")
     add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, chat, limit, seed,
@@ -541,6 +558,19 @@ class _PlainFormatter(logging.Formatter):
         return visible(public_address(super().format(record)))
 
 
+def _kept(args) -> str:
+    "What a command that was stopped leaves behind, by what lies there."
+    if args.command in ("enhance", "evaluate", "quickstart", "reproduce"):
+        return "stages that are finished are kept, the same command goes on after them"
+    if args.command == "bench":
+        return "points that are finished are kept, the same command goes on after them"
+    if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
+        return f"the answers that came are kept in {Path(args.out).name}.journal.jsonl, the same command asks for the others"
+    if args.command == "train" and any(Path(f"{args.out}.partial").glob("checkpoint-*/manifest.json")):
+        return "the last checkpoint is kept, the same command goes on from it"
+    return "nothing was saved yet, the same command starts from the beginning"
+
+
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
     args = _parser().parse_args(argv)
@@ -558,8 +588,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
-        usual = "stopped by Ctrl-C; stages that are finished are kept, the same command goes on after them"
-        print(f"lire {args.command}: {getattr(e, 'message', usual)}", file=sys.stderr)
+        print(in_terminal(f"lire {args.command}: {getattr(e, 'message', None) or f'stopped by Ctrl-C; {_kept(args)}'}"), file=sys.stderr)
         return 130
     return 0
 

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'write_json', 'claim_folder',
-           'check_claim', 'by_id', 'settings_identity', 'train_policy', 'check_adapter', 'check_settings',
-           'join_candidates', 'cap_candidates', 'run_round', 'prompt_limit', 'StopRule', 'should_stop', 'self_enhance']
+           'check_claim', 'by_id', 'settings_identity', 'train_policy', 'check_options', 'check_adapter',
+           'check_settings', 'join_candidates', 'cap_candidates', 'run_round', 'prompt_limit', 'StopRule',
+           'should_stop', 'self_enhance']
 
 # %% ../nbs/08_enhancement.ipynb #f4c0dca3
+import copy
 import errno
 import gc
 import importlib.metadata
 import json
 import logging
 import math
+import numbers
 import os
 import re
 import shutil
@@ -23,8 +26,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .conversations import MAX_PROMPT_LENGTH, encode_prompt
@@ -34,14 +38,14 @@ from lire_nb.identity import (
 from .lists import LireError, atomic_write, checked_prompts, load_lists, make_record, merge_candidates, prompt_facts, save_lists, select_candidates
 from .logprobs import sampled_logps
 from .losses import LOSSES
-from .models import MODEL_ASSETS, adapter_base, adapter_config, compute_dtype, file_hash, load_policy, load_tokenizer, merged_policy, quiet_transformers
+from .models import MODEL_ASSETS, adapter_base, adapter_config, compute_dtype, file_hash, load_policy, load_tokenizer, merged_policy, quiet_transformers, resolve_model
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, derive_seed, sample_lists
 from .settings import parse_settings, refuse_decided
 from .shown import without_secrets
 from lire_nb.training import (
-    Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_same_adapter, check_teaching, checkpoints, last_checkpoint,
-    on_sigterm, read_manifest, use_training_bar, write_manifest,
+    Interrupted, LIREConfig, LIRETrainer, as_lists, changed_files, check_peft_config, check_same_adapter, check_teaching, checkpoints, last_checkpoint,
+    on_sigterm, read_manifest, use_training_bar, with_adapter, write_manifest,
 )
 
 # %% ../nbs/08_enhancement.ipynb #7b3c12de
@@ -188,6 +192,7 @@ def train_policy(
     "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
     folder, lists, options = Path(folder), by_id(as_lists(lists, "lists")), trainer_options or {}
     settings = check_settings(settings)
+    check_options(policy, settings, trainer_options, merge_adapter)
     check_adapter(policy, options.get("peft_config"), merge_adapter)
     partial = folder.with_name(f"{folder.name}.partial")
     with one_writer(folder, "another training", inside=False):
@@ -200,7 +205,7 @@ def train_policy(
             resume = _claim_partial(partial, identity, args.process_index == 0, policy)
         try:
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
-            with on_sigterm() as sigterm, disk_errors(folder):
+            with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, merge_adapter=merge_adapter, **options)
         except Interrupted:
             raise
@@ -214,6 +219,43 @@ def train_policy(
         if sigterm.asked:
             raise sigterm.stopped(f"the policy in {folder} is complete")
         return folder
+
+
+def check_options(
+    policy: str | Path,  # where training starts
+    settings: dict,  # for LIREConfig, as `check_settings` gives them
+    options: dict | None = None,  # for LIRETrainer
+    merge: bool = False,  # the policy's own adapter into its base first
+) -> None:
+    "What LIRETrainer would refuse of its arguments is said before a model is loaded; raises `LireError`."
+    if not (options is None or isinstance(options, dict)):
+        raise LireError("not arguments of LIRETrainer", field="trainer_options", value=options, allowed="a dict", remedy="for example {'peft_config': …}")
+    options = dict(options or {})
+    for name in ("model", "args", "train_dataset", "processing_class", "callbacks"):
+        if name in options:
+            raise LireError("is decided elsewhere", field=f"trainer_options: {name}", value=options[name], allowed="any other argument of LIRETrainer",
+                            remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
+    peft_config, ref_model, eval_dataset = (options.pop(name, None) for name in ("peft_config", "ref_model", "eval_dataset"))
+    LIRETrainer._check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset, options)
+    check_peft_config(peft_config)
+    if peft_config is not None and (merge or adapter_config(policy) is None):
+        _check_matrices(adapter_base(policy) or policy, peft_config)
+
+
+def _check_matrices(policy, peft_config) -> None:
+    "An adapter for matrices that the policy does not have; its names are known without its weights."
+    named = copy.deepcopy(peft_config)  # first weights are not asked for
+    if isinstance(named, dict):
+        named = {k: v for k, v in named.items() if k != "init_lora_weights"}
+    elif hasattr(named, "init_lora_weights"):
+        named.init_lora_weights = True
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet_transformers():
+            with_adapter(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(policy))), named)
+    except LireError:
+        raise
+    except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError):
+        return  # `load_policy` says what is wrong with the policy
 
 
 def check_adapter(
@@ -610,6 +652,8 @@ def self_enhance(
     "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
     prompts, training, start, run_folder = checked_prompts(prompts), training or {}, policy, Path(run_folder)
     training = check_settings(training)
+    _check_arguments(reward, settings, evolve=evolve, iterate=iterate, num_candidates=num_candidates)
+    check_options(policy, training, trainer_options)
     if isinstance(stop, StopRule) and stop.max_prompt_length is None:
         stop = replace(stop, max_prompt_length=prompt_limit(training))
     _check_templates([*prompts, *(stop.prompts if isinstance(stop, StopRule) else [])], policy, prompt_limit(training))
@@ -665,6 +709,16 @@ def _distinct(prompts: Iterable[dict]) -> list[dict]:
     for record in by_id(prompts):
         found.setdefault(record["id"], record)
     return list(found.values())
+
+
+def _check_arguments(reward, settings, **counts) -> None:
+    if not callable(reward):
+        raise LireError("cannot be called", field="reward", value=reward, allowed="a reward: (prompts, completions) -> scores", remedy="for example VaderReward()")
+    if not isinstance(settings, SamplingSettings):
+        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings", remedy="settings of training go into training=")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise LireError("not a whole number", field=name, value=value, allowed="a whole number", remedy="change it, or leave it out")
 
 
 def _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts) -> None:

@@ -46,6 +46,7 @@ from lire_nb.logprobs import (
 from .models import compute_dtype, load_policy
 from .rewards import Reward, score_lists
 from .sampling import SamplingSettings, sample_lists
+from .shown import public_address
 
 # %% ../nbs/09_evaluation.ipynb #4767f022
 logger = logging.getLogger(__name__)
@@ -917,32 +918,42 @@ def evaluate_systems(
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
     "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count when they were made from the same."
-    run, rows, start = Path(run_folder), {}, None
+    run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
+    _check_options(judges, options)
     with one_writer(run, "another evaluation"):
         made_from = _made_from(systems, prompts, judges, seed, options)
         for name, path in paths.items():  # before anything is sampled
             if path.exists():
                 check_claim(_beside(path), made_from[name], remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
+                rows[name] = _judged_rows(path, prompts, judges)
         for number, (name, policy) in enumerate(systems.items()):
             if not paths[name].exists():
                 start = start or _loaded(next(iter(systems.values())))
                 write_json(_beside(paths[name]), {"format": FORMAT, **made_from[name], "about": {"policy": str(policy) if isinstance(policy, (str, os.PathLike)) else "in memory"}})
                 write_jsonl(paths[name], judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed, **options))
-            with open(paths[name], encoding="utf-8") as f:
-                rows[name] = [json.loads(line) for line in f]
-        figures = compare_systems(rows, seed=seed)
+                rows[name] = _judged_rows(paths[name], prompts, judges)
+        figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
         write_jsonl(run / "metrics.jsonl", figures)
     return figures
 
 
 def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str, Path]:
     "The file of each system; what would fail after the work is said before it."
+    if not isinstance(systems, dict) or not systems:
+        raise LireError("no system", field="systems", value=systems, allowed="a dict of names and policies, the start policy first", remedy="give at least the start policy")
+    for name, policy in systems.items():
+        if str(policy).startswith(("http://", "https://")):
+            raise LireError("is a server, and KL and perplexity need its weights", field=f"system {name}", value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
+                            remedy="compare a server's answers with lire_nb.judging")
     slugs = [slug(name) for name in systems]
     if "" in slugs or len(set(slugs)) < len(slugs):
         raise LireError("names that are not different as file names", field="systems", value=list(systems), allowed="names that differ in letters and digits", remedy="rename one")
     if len(prompts) < 2:
         raise LireError("too few", field="prompts", value=len(prompts), allowed="2 or more: intervals are over prompts", remedy="give more prompts, or raise --limit")
+    twice = [name for name, count in Counter(r["id"] for r in prompts).items() if count > 1]
+    if twice:
+        raise LireError("the same id twice", field="prompts", value=twice[0], allowed="each prompt once: one that counts twice narrows the intervals", remedy="leave the second one out")
     return {name: run / "evaluation" / f"{short}.jsonl" for name, short in zip(systems, slugs)}
 
 
@@ -953,6 +964,37 @@ def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, opti
     same = {"prompts": prompts_identity(prompts), "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed, "options": plain_value(limits)}
     found = {name: policy_identity(policy) for name, policy in systems.items()}
     return {name: {"policy": found[name], "start": next(iter(found.values())), **same} for name in systems}
+
+
+def _check_options(judges: dict, options: dict) -> None:
+    "Unknown options, and judges that cannot be called, are said before the work."
+    known = [n for n in inspect.signature(judge_policy).parameters if n not in ("policy", "prompts", "judges", "start", "seed")]
+    for name in options:
+        if name not in known:
+            raise LireError("unknown option", field=name, allowed=", ".join(known), remedy="check the spelling")
+    count, settings = options.get("num_samples", 2), options.get("settings", SamplingSettings())
+    if type(count) is not int or count < 1:
+        raise LireError("not a number of samples", field="num_samples", value=count, allowed="a whole number, 1 or more", remedy="change it, or leave it out")
+    if not isinstance(settings, SamplingSettings):
+        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings", remedy="for example SamplingSettings(max_new_tokens=32)")
+    if not isinstance(judges, dict) or not all(map(callable, judges.values())):
+        raise LireError("not judges", field="judges", value=judges, allowed="a dict of names and rewards", remedy="for example {'vader': VaderReward()}")
+
+
+def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
+    "The rows of a system; raises `LireError` for a file that does not hold them."
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        whole = [r["id"] for r in rows] == [r["id"] for r in prompts] and all(r["scores"].keys() >= judges.keys() and _WHOLE <= r.keys() for r in rows)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise LireError("not the rows of an evaluation of these prompts", file=path, allowed="what evaluate_systems wrote", remedy="delete the file to make it again, or put the right one back")
+    return rows
+
+
+_WHOLE = {"id", "prompt", "completions", "finish_reasons", "scores", "tokens", "logps", "start_logps"}  # of a row
 
 
 def _beside(path: Path) -> Path:

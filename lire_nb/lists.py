@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'logger', 'BLANK', 'Notes', 'LAYOUTS', 'LireError', 'ListError', 'validate_record',
-           'prompt_id', 'make_record', 'as_chat', 'lists_dataset', 'atomic_write', 'save_lists', 'Row', 'read_rows',
-           'spaced', 'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout', 'LoadReport',
-           'iter_lists', 'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists',
-           'checked_prompts', 'prompt_facts', 'read_lines', 'load_prompts', 'to_trl_pairs', 'to_rrhf']
+           'prompt_id', 'make_record', 'as_chat', 'lists_dataset', 'atomic_write', 'check_ending', 'save_lists', 'Row',
+           'read_rows', 'spaced', 'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'Layout',
+           'LoadReport', 'iter_lists', 'load_lists', 'candidate_columns', 'select_candidates', 'merge_candidates',
+           'merge_lists', 'checked_prompts', 'prompt_facts', 'read_lines', 'load_prompts', 'to_trl_pairs', 'to_rrhf']
 
 # %% ../nbs/01_lists.ipynb #4a063116
 import ast
@@ -475,6 +475,11 @@ def _chosen(path: Path, table: dict, what: str) -> Callable:
         if path.name.lower().endswith(suffix):
             return entry
     raise ListError(f"unknown kind of file to {what}", file=path, field="path", value=path.name, allowed=", ".join(table), remedy="choose one of these endings")
+
+
+def check_ending(path: str | os.PathLike) -> None:
+    """Raise `ListError` for a file that `save_lists` could not write; to be asked before the work."""
+    _chosen(Path(path), _WRITERS, "write")
 
 
 def save_lists(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path:

@@ -100,8 +100,8 @@ def spread_out(
 
 
 def suggest_temperature(
-    lists: Iterable[dict],  # with rewards
-    policy=None,  # name, folder or (model, tokenizer)
+    lists: Iterable[dict],  # with rewards, in any layout that `load_lists` reads
+    policy=None,  # name, folder or (model, tokenizer); needed unless logps are given
     *,
     logps: Sequence[Sequence[float]] | None = None,  # (M,) of each list, in nats, where they are known
     length_normalize: bool = False,  # P from log-probs per token
@@ -110,7 +110,11 @@ def suggest_temperature(
     **limits,  # max_prompt_length, max_completion_length, as in `dataset_logps`
 ) -> float:  # T
     "A temperature for LIRE at which P is not one-hot on most lists. Raises `LireError` where no list can teach."
-    lists = list(lists)
+    from lire_nb.training import as_lists  # here, since training itself looks through this notebook
+
+    lists = list(as_lists([] if lists is None else lists, "lists"))
+    if logps is None and policy is None:
+        raise LireError("missing", field="policy", allowed="a name, a folder or (model, tokenizer)", remedy="name the policy that will be trained, or give its logps")
     known = list(logps) if logps is not None else [None] * len(lists)
     useful = [(r, row) for r, row in zip(lists, known, strict=True) if why_mute(r["rewards"]) is None]
     useful = [useful[i] for i in spread_out(len(useful), most)] if useful else []

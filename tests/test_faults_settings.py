@@ -172,7 +172,7 @@ def test_23_low_precision_weights_that_lose_updates_are_said(place, tmp_path, ca
     assert len(said) == 1 and "bfloat16" in said[0] and "float32" in said[0] and "bf16=True" in said[0]
     share = int(said[0].split("about ")[1].split(" %")[0]) / 100
     assert moved < 0.4 and abs((1 - moved) - share) < 0.15, (moved, share)  # gradients that are exactly zero move nothing either
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, learning_rate=2e-5).train) == []
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, warmup_steps=0, learning_rate=2e-5).train) == []
 
 
 # 30: going on exactly.
@@ -249,7 +249,7 @@ def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
 
 
 def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
-    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
+    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
     assert len(said) == 1 and "one-hot" in said[0]
     assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, length_normalize=True).train) == []
 
@@ -420,3 +420,163 @@ def test_readme_states_a_temperature():
     code = [block for block in text.split("```python")[1:] if "LIREConfig(" in block]
     assert code and all("suggest_temperature" in block.split("```")[0] or "temperature=" in block.split("```")[0] for block in code)
     assert "temperature=2.0" not in text
+
+
+# What is wrong is said before the work, and what is said when a run is stopped is true.
+
+
+def said_by(capsys, *command, code=2) -> str:
+    capsys.readouterr()
+    assert main(list(map(str, command))) == code
+    text = capsys.readouterr().err.strip()
+    assert "\n" not in text and "Traceback" not in text, text
+    return text
+
+
+@pytest.mark.parametrize("options, word", [(("--lora-rank", "0"), "--lora-rank"), (("--lora-rank", "-3"), "--lora-rank"), (("--lora-alpha", "8"), "--lora-alpha"), (("--lora-targets", "q_proj"), "--lora-targets"),
+                                           (("--lora-rank", "2", "--lora-alpha", "0"), "--lora-alpha"), (("--lora-rank", "2", "--lora-targets", ","), "--lora-targets")])
+def test_an_adapter_that_cannot_be_is_not_full_training(place, tmp_path, capsys, options, word):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    assert word in said_by(capsys, "train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "out", *options)
+    assert word in said_by(capsys, "enhance", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--reward", "length", "--out", tmp_path / "run", *options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
+
+
+def test_the_ending_of_a_file_is_looked_at_before_the_work(place, tmp_path, capsys, monkeypatch):
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\n")
+    for name in ("lire_nb.sampling.sample_lists", "lire_nb.rewards.score_lists"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("the work was done first"))
+    assert ".jsonl" in said_by(capsys, "sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "x.txt")
+    assert ".jsonl" in said_by(capsys, "score", "--lists", tmp_path / "lists.jsonl", "--reward", "length", "--out", tmp_path / "x.txt")
+
+
+def test_ctrl_c_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    for name in ("lire_nb.sampling.sample_lists", "lire_nb.enhancement.train_policy", "lire_nb.evaluation.evaluate_systems"):
+        monkeypatch.setattr(name, stop)
+    sample = ("sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "c.jsonl")
+    train = ("train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "policy")
+    assert "nothing was saved" in said_by(capsys, *sample, code=130)
+    assert "nothing was saved" in said_by(capsys, *train, code=130)
+    (tmp_path / "policy.partial" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "policy.partial" / "checkpoint-3" / "manifest.json").write_text("{}")
+    assert "checkpoint is kept" in said_by(capsys, *train, code=130)
+    assert "stages that are finished are kept" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={place / 'start'}", "--judge", "length=length", "--out", tmp_path / "e", code=130)
+
+
+def test_the_suggestion_reads_what_the_trainer_reads(place):
+    from lire_nb import suggest_temperature
+
+    pairs = [{"prompt": f"film {n} was", "chosen": " good", "rejected": " bad"} for n in range(3)]
+    own = [make_record(r["prompt"], [r["chosen"], r["rejected"]], rewards=[1.0, 0.0]) for r in pairs]
+    assert suggest_temperature(pairs, place / "start") == suggest_temperature(own, place / "start")
+    refused(lambda: suggest_temperature(own), "policy")
+    refused(lambda: suggest_temperature([{"text": "a"}], place / "start"), "lists")
+
+
+def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
+    from lire_nb import evaluation
+
+    start, prompts, judges = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], {"length": lambda prompt, texts: [float(len(t)) for t in texts]}
+    run = lambda systems=None, ask=prompts, by=judges, **options: evaluation.evaluate_systems(tmp_path / "run", {"start": start} if systems is None else systems, ask, by, **options)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
+        refused(lambda: run({}), "systems")
+        refused(lambda: run({"start": start, "served": "http://localhost:1/v1#m"}), "served", "local")
+        refused(lambda: run(num_sample=1), "num_sample", "unknown")
+        refused(lambda: run(num_samples=1.5), "num_samples")
+        refused(lambda: run(settings={"temperature": 1}), "settings")
+        refused(lambda: run(by={"length": None}), "judges")
+        refused(lambda: run(ask=[*prompts, prompts[0]]), "twice", "p0")
+        (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+        assert "local" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={start}", "--system", "n=http://localhost:1/v1#m", "--judge", "length=length", "--out", tmp_path / "e")
+        assert not (tmp_path / "run").exists() and not (tmp_path / "e").exists()
+    options = dict(num_samples=1, settings=evaluation.SamplingSettings(max_new_tokens=4), progress=False)
+    figures = run(ask=(p for p in prompts), **options)
+    assert run(**options) == figures
+    for content in ("not rows\n", "[1, 2]\n", '{"id": "p0"}\n', ""):
+        (tmp_path / "run" / "evaluation" / "start.jsonl").write_text(content)
+        refused(lambda: run(**options), "start.jsonl", "delete")
+
+
+def test_a_training_of_one_step_changes_the_policy(place, tmp_path, caplog):
+    for schedule, count in (("cosine", 1), ("linear", 1), ("constant", 0)):
+        one = trainer(place / "start", tmp_path, max_steps=1, temperature=20.0, lr_scheduler_type=schedule)
+        before = flat(one.model)
+        said = warnings_of(caplog, one.train)
+        assert not torch.equal(flat(one.model), before) and sum("warm-up" in line for line in said) == count, (schedule, said)
+        assert one.args.warmup_steps == 0.03
+    two = trainer(place / "start", tmp_path, max_steps=2, temperature=20.0)  # any other run keeps its schedule
+    assert [h["learning_rate"] for h in logs(two)] == [0.0, BASE["learning_rate"]]
+    assert train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, temperature=20.0, **BASE)
+    assert not torch.equal(flat(load_policy(tmp_path / "policy")[0]), flat(load_policy(place / "start")[0]))
+
+
+@pytest.mark.parametrize("setting, word", [
+    ({"optim": "lomo"}, "optim"), ({"optim": "adamw_bnb_8bit"}, "optim"), ({"optim_args": "nonsense"}, "optim_args"), ({"optim_args": "momentum=2"}, "optim_args"),
+    ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_kwargs"), ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs"),
+    ({"gradient_checkpointing_kwargs": {"nonsense": 1}}, "checkpointing_kwargs"), ({"gradient_checkpointing_kwargs": {"use_reentrant": "x"}}, "checkpointing_kwargs"),
+    ({"torch_compile_backend": "nonsense"}, "torch_compile_backend"), ({"deepspeed": "/nope.json"}, "deepspeed"), ({"accelerator_config": "/nope.json"}, "nope.json"),
+    ({"length_column_name": "rewards"}, "length_column_name"), ({"length_column_name": "prompt_ids"}, "length_column_name")])
+def test_settings_that_cannot_work_are_one_line(setting, word):
+    refused(lambda: LIREConfig(**ARGS, **setting), word)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+
+
+def test_settings_that_work_are_taken(place, tmp_path):
+    for setting in ({"lr_scheduler_kwargs": {"num_cycles": 0.5}}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {"optim": "sgd"}, {"optim": "adafactor"}, {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+                    {"torch_compile_backend": None}, {"optim": "lion_32bit"} if __import__("importlib").util.find_spec("bitsandbytes") else {}):
+        LIREConfig(**ARGS, **setting)
+
+
+def test_arguments_of_the_trainer_that_cannot_work_are_one_line(place, tmp_path):
+    refused(lambda: trainer(place / "start", tmp_path, peft_config="lora"), "peft_config")
+    refused(lambda: trainer(place / "start", tmp_path, None).train(), "train_dataset")
+
+
+def test_an_enhancement_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
+    from lire_nb import enhancement
+
+    monkeypatch.setattr(enhancement, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
+    monkeypatch.setattr(enhancement, "load_policy", lambda *_, **__: pytest.fail("loaded first"))
+    prompts, length = [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], lambda prompts, texts: [float(len(t)) for t in texts]
+
+    def run(*words, reward=length, **options):
+        refused(lambda: enhancement.self_enhance(place / "start", prompts, reward, tmp_path / "run", progress=False, **options), *words)
+        assert not (tmp_path / "run").exists()
+
+    run("eval_strategy", training={"eval_strategy": "steps"})
+    run("peft_config", "q_proj", trainer_options={"peft_config": {"target_modules": ["query"]}})
+    run("peft_config", trainer_options={"peft_config": "lora"})
+    run("NEFTune", training={"neftune_noise_alpha": 5, "logps_impl": "shared"})
+    run("compute_metrics", trainer_options={"compute_metrics": len})
+    run("nonsense", "unknown", trainer_options={"nonsense": 1})
+    run("callbacks", trainer_options={"callbacks": []})
+    run("ref_model", "lire", trainer_options={"ref_model": str(place / "start")})
+    run("trainer_options", trainer_options=["peft_config"])
+    for reward in (None, "vader"):
+        run("reward", reward=reward)
+    for name in ("num_candidates", "evolve", "iterate"):
+        for value in (2.5, "3", True):
+            run(name, "whole", **{name: value})
+    run("settings", settings={"temperature": 1.0})
+    (tmp_path / "prompts.txt").write_text("a film\nanother\n")
+    save_lists(LISTS, tmp_path / "lists.jsonl")
+    for command in (("enhance", "--prompts", tmp_path / "prompts.txt", "--reward", "length"), ("train", "--lists", tmp_path / "lists.jsonl")):
+        for options, word in ((("--lora-rank", "2", "--lora-targets", "query"), "q_proj"), (("--set", "eval_strategy=steps"), "eval_strategy")):
+            assert word in said_by(capsys, *command, "--policy", place / "start", "--out", tmp_path / "out", *options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
+
+
+def test_the_look_at_an_adapter_draws_no_random_number(place):
+    from lire_nb.enhancement import check_options
+
+    before = torch.get_rng_state()
+    check_options(place / "start", {}, {"peft_config": {"r": 2, "target_modules": ["q_proj"]}})
+    assert torch.equal(torch.get_rng_state(), before)
