@@ -66,7 +66,7 @@ def prompts_identity(
 _POLICY_FILES = re.compile(r".*\.safetensors|.*\.safetensors\.index\.json|(config|generation_config|adapter_config|special_tokens_map|added_tokens|preprocessor_config)\.json"
                            r"|tokenizer.*|vocab.*|merges.*|chat_template.*|.*\.(jinja|model|tiktoken)")
 _SECRET = re.compile(r"(^|_)(api_?keys?|password|passwd|credentials?|authorization)$", re.IGNORECASE)  # says who asks
-_MASKED = re.compile(r"(^|_)(key|token|secret|pw|auth|headers?)$|" + _SECRET.pattern, re.IGNORECASE)  # is hashed, never shown
+_MASKED = re.compile(r"(^|_)(key|token|secret|pw|auth|headers?)$|" + _SECRET.pattern, re.IGNORECASE)  # never shown
 _HASHES: dict = {}
 
 
@@ -229,7 +229,7 @@ def _unknown(kind: type, why="not readable") -> dict:
 
 
 def _parts(value, seen):
-    own = isinstance(value, (dict, list, tuple, set, frozenset)) and _origin(type(value)) == "user"  # more than its items
+    own = isinstance(value, (dict, list, tuple, set, frozenset)) and _origin(type(value)) == "user"  # not only items
     for kinds, how in () if own else _KINDS:
         if isinstance(value, kinds):
             return how(value, seen)
@@ -349,8 +349,8 @@ def _function(value, seen):
             "named defaults": describe(value.__kwdefaults__, seen)}
     written = _written(value)
     cells = zip(value.__code__.co_freevars, value.__closure__ or ())
-    made["closure"] = {name: _first(value, name, cell.cell_contents, seen) if name in written else describe(cell.cell_contents, seen)
-                       for name, cell in cells if written.get(name, True) and not _empty(cell)}
+    held = {name: cell.cell_contents for name, cell in cells if written.get(name, True) and not _empty(cell)}
+    made["closure"] = {name: _first(value, name, v, seen) if name in written else describe(v, seen) for name, v in held.items()}
     own = {k: _first(value, k, v, seen) if k in written else v for k, v in vars(value).items()
            if k != "__wrapped__" and written.get(k, True)}
     if own:
@@ -472,7 +472,11 @@ def _assigned(code) -> tuple[frozenset, frozenset]:
 @functools.lru_cache(maxsize=None)
 def _read(code) -> frozenset:
     "Names and attributes that a piece of code reads for more than to write them anew: `self.calls += 1` reads nothing."
-    tree, own, found = ast.parse(textwrap.dedent(inspect.getsource(code))), set(), set()
+    own, found = set(), set()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return frozenset()  # without source nothing is known as written
     name_of = lambda node: node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)  # noqa: E731
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:  # self.calls = self.calls + 1
@@ -480,9 +484,9 @@ def _read(code) -> frozenset:
             own |= {id(part) for part in ast.walk(node.value) if same and name_of(part) == same}
         if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):  # self.seen[c] = 1
             own.add(id(node.value))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-            if node.value.func.attr in _MUTATORS:  # self.seen.append(c)
-                own.add(id(node.value.func.value))
+        called = getattr(getattr(node, "value", None), "func", None) if isinstance(node, ast.Expr) else None
+        if isinstance(called, ast.Attribute) and called.attr in _MUTATORS:  # self.seen.append(c)
+            own.add(id(called.value))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load) and id(node) not in own:
             found.add(name_of(node))
@@ -496,21 +500,18 @@ def _written(function) -> dict[str, bool]:
 
 
 def _written_by(kind: type, also: Iterable[str] = ()) -> dict[str, bool]:
-    "Attributes that an object changes while it scores, in `__call__` and what that calls -> whether it also reads them."
+    "Attributes that an object changes while it scores -> whether it also reads them."
     todo, done, written, read = ["__call__", "compare", "sample", *also], set(), set(), set()
     while todo:
         name = todo.pop()
-        method = getattr(kind, name, None)
-        if name in done or not isinstance(method, types.FunctionType):
+        if name in done or name in ("__init__", "__post_init__"):
             continue
         done.add(name)
-        if found := _assigned(method.__code__)[1]:
-            written |= found
-        try:
-            read |= _read(method.__code__)
-        except (OSError, TypeError, SyntaxError, ValueError):
-            pass  # without source nothing is known as written
-        todo += [n for n in method.__code__.co_names if n not in ("__init__", "__post_init__")]
+        for method in (vars(owner).get(name) for owner in kind.__mro__):  # super() may be called
+            if isinstance(method, types.FunctionType):
+                written |= _assigned(method.__code__)[1]
+                read |= _read(method.__code__)
+                todo += method.__code__.co_names
     return {name: name in read for name in written}
 
 
@@ -530,13 +531,13 @@ def _first(owner, name: str, value, seen):
     before = here[1].setdefault(name, now)
     if before != now and type(value) in (*_PLAIN, float):
         logger.warning("%s of %s is written while it scores, and is another now than when it was first described; "
-                       "the identity counts the first: for other settings make a new object", name, type(owner).__name__)
+                       "the first counts: for other settings make a new object", name, type(owner).__name__)
     return before
 
 
 # %% ../nbs/03a_identity.ipynb #d7c1e296
 _IDLE = {"_thread", "threading", "logging", "concurrent"}  # compute nothing
-_CLIENTS = {"openai", "httpx", "requests", "urllib", "urllib3", "http", "aiohttp", "socket", "_socket", "ssl", "sqlite3"}
+_CLIENTS = {"openai", "httpx", "requests", "urllib", "urllib3", "http", "aiohttp", "socket", "_socket", "sqlite3"}
 
 
 def _library_object(value, seen):
@@ -548,7 +549,8 @@ def _library_object(value, seen):
     if family in _CLIENTS:
         plain = {k: describe(v, seen) for k, v in sorted(_state(value).items())
                  if k[0] != "_" and not _is_secret(k, v) and isinstance(v, (*_PLAIN, float))}
-        return {**_unknown(kind, "a connection"), "state": plain, "address": public_address(str(getattr(value, "base_url", "")))}
+        address = public_address(str(getattr(value, "base_url", "")))
+        return {**_unknown(kind, "a connection"), "state": plain, "address": address}
     try:
         return {"class": name, "state": _reduced(value, seen)}
     except (TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as e:  # it cannot be copied
