@@ -273,7 +273,7 @@ def check_adapter(
     if peft_config is None:
         raise LireError("is an adapter, and full training of it is not defined", field="policy", value=str(policy), allowed="the adapter trained further, or merged into its base first",
                         remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it (peft_config=, merge_adapter=True)")
-    check_same_adapter(there, peft_config)
+    check_same_adapter(there, peft_config, adapter_base(policy))
 
 
 def _done_before(folder: Path, partial: Path, identity: dict) -> Path:
@@ -683,7 +683,7 @@ def self_enhance(
 
 def _claim_run(run_folder: Path, config: dict, policy) -> None:
     if _is_main():
-        claim_folder(run_folder, config, "enhancement.json", made=["round-*/*.jsonl", "round-*/policy*"], about={"policy": str(policy)})
+        claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"], about={"policy": str(policy)})
         sweep_drafts(run_folder, within=True)
     _wait_for((run_folder / "enhancement.json").exists)
 

@@ -31,20 +31,25 @@ import torch.utils.checkpoint
 from accelerate.utils import DynamoBackend, gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+<<<<<<< OURS
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+=======
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
+>>>>>>> THEIRS
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
-from .identity import differences
-from .lists import LireError, atomic_write, load_lists
+from lire_nb.conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
+from lire_nb.identity import differences
+from lire_nb.lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
     IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, to_device, tokenize_list, verified,
 )
-from .long_lists import list_logps_in_parts
-from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
-from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers
-from .sampling import derive_seed
-from .settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
+from lire_nb.long_lists import list_logps_in_parts
+from lire_nb.losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
+from lire_nb.models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers, resolve_model
+from lire_nb.sampling import derive_seed
+from lire_nb.settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
 from lire_nb.temperature import (
     largest_weights,
     lost_updates,
@@ -585,13 +590,31 @@ class ExactTrainer(Trainer):
 _FREE = {"revision", "task_type", "auto_mapping", "init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of an adapter's first weights, and of how it is loaded
 
 
+def _is_all_linear(
+    targets: list[str],  # of an adapter
+    base,  # name or folder of its base, or the configuration
+) -> bool:
+    "Whether these are all linear matrices but the output layer: what peft makes of \"all-linear\"."
+    config = AutoConfig.from_pretrained(resolve_model(base)) if isinstance(base, (str, os.PathLike)) else base
+    with torch.device("meta"), quiet_transformers():  # names only
+        model = AutoModelForCausalLM.from_config(config)
+    out = model.get_output_embeddings()
+    linear = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not out}
+    meant = {name for name, _ in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)}
+    return meant == linear
+
+
 def check_same_adapter(
     there,  # a peft configuration, or what adapter_config.json says
     asked,  # a peft configuration
+    base=None,  # name, folder or configuration of the adapter's base, to tell what "all-linear" stands for
 ) -> None:
     "Raise `LireError` where the adapter asked for is another one than the policy has."
     there, asked = (json.loads(config_content(c)) for c in (there, asked))
     same = [k for k in {**there, **asked} if k in _FREE or (k == "target_modules" and not asked.get(k)) or k not in there or k not in asked]
+    targets = there.get("target_modules")
+    if asked.get("target_modules") == "all-linear" and isinstance(targets, list) and base is not None:
+        same += ["target_modules"] if _is_all_linear(targets, base) else []
     there, asked = ({k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k not in same} for c in (there, asked))
     if differ := differences(there, asked):
         raise LireError(f"the policy has another adapter already ({differ})", field="peft_config", allowed="the same rank, alpha and targets: the adapter is trained further",
@@ -619,7 +642,7 @@ def put_adapter(
     if peft_config is None:
         return model
     if has:
-        check_same_adapter(has[model.active_adapter], peft_config)
+        check_same_adapter(has[model.active_adapter], peft_config, causal_lm(model).config)
         return model
     set_seed(seed)
     return with_adapter(model, peft_config)

@@ -1,11 +1,19 @@
 """What is reused is what is asked for: everything on disk is told apart by content, a difference is one line, and one command writes to a folder at a time."""
+import collections
+import decimal
+import fractions
 import functools
 import json
+import operator
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -494,6 +502,192 @@ def test_27_every_writer_holds_a_lock(tmp_path, start):
     with Journal(tmp_path / "j.jsonl") as journal:
         journal.add({"a": 1})
     assert train_policy(start, LISTS, tmp_path / "policy", **TRAINING).is_dir()
+
+
+# what state counts
+
+class Holder:
+    """A reward that holds something under any name."""
+
+    def __init__(self, **state):
+        vars(self).update(state)
+
+    def __call__(self, prompts, completions):
+        return [0.0 for c in completions]
+
+
+def held(value):
+    return reward_identity(Holder(inside=value))
+
+
+def layers(activation):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(2, 1), activation)
+
+
+class OwnLayer(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Words(dict):
+    def __call__(self, prompts, completions):
+        return [self.get(c, self.other) for c in completions]
+
+    def __init__(self, other):
+        self.other = other
+
+
+@pytest.mark.parametrize("make", [
+    lambda k: types.SimpleNamespace(w=[float(k)]), lambda k: collections.deque([k]), lambda k: fractions.Fraction(k, 3), lambda k: decimal.Decimal(k), lambda k: operator.itemgetter(k),
+    lambda k: operator.methodcaller("count", str(k)), lambda k: {"a": k}.get, lambda k: re.compile("ab"[k - 1]).findall, lambda k: types.MappingProxyType({"a": k}),
+    lambda k: collections.defaultdict((int, str)[k - 1]), lambda k: layers((torch.nn.ReLU(), torch.nn.Tanh())[k - 1]), OwnLayer, lambda k: torch.nn.Sequential(OwnLayer(k)), Words,
+    lambda k: collections.UserDict(a=[k]), lambda k: bytearray([k]), lambda k: random.Random(k), lambda k: collections.Counter(a=k), lambda k: net(k),
+])
+def test_11_state_of_libraries_and_of_python_counts(make):
+    assert held(make(1)) == held(make(1)) != held(make(2))
+    assert reward_identity(functools.partial(short, make(1))) != reward_identity(functools.partial(short, make(2)))
+
+
+@pytest.mark.parametrize("name", ["token", "key", "sort_key", "header", "headers", "sig", "auth", "secret"])
+def test_11_a_name_like_that_of_a_secret_hides_nothing(name):
+    from lire_nb.enhancement import settings_identity
+
+    one, other = (reward_identity(Holder(**{name: v})) for v in ("hush-a", "hush-b"))
+    assert one != other and "hush" not in one
+    said = json.dumps(settings_identity({"hub_token": "hush", "learning_rate": 0.1}))
+    assert "hush" not in said and "0.1" in said
+
+
+def test_11_a_pipeline_and_a_word_list_of_a_library_count(start):
+    from transformers import TextClassificationPipeline
+
+    from lire_nb.rewards import VaderReward
+
+    def pipe(seed):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForSequenceClassification.from_pretrained(start)
+        model.config.pad_token_id = 0
+        torch.nn.init.normal_(model.score.weight)
+        return TextClassificationPipeline(model=model, tokenizer=tokenizer, device="cpu")
+
+    one = pipe(1)
+    before = held(one)
+    one("a film")
+    assert held(one) == before == held(pipe(1)) != held(pipe(2))
+    pytest.importorskip("vaderSentiment")
+    one, other = VaderReward(), VaderReward()
+    assert reward_identity(one) == reward_identity(other)
+    other.analyzer.lexicon["film"] = 4.0
+    assert reward_identity(one) != reward_identity(other) and held(one.analyzer) != held(other.analyzer)
+
+
+class Written:
+    def __init__(self, scale, table=None):
+        self.scale, self.table, self.calls, self.noted = scale, table or {}, 0, []
+
+    def __call__(self, prompts, completions):
+        self.scale *= 1.5
+        self.calls = self.calls + 1
+        self.noted.append(len(completions))
+        for c in completions:
+            self.table.setdefault(c, len(c))
+        return [self.scale * self.table[c] for c in completions]
+
+
+def test_11_what_scoring_changes_counts_with_its_first_value(caplog):
+    assert len({reward_identity(r) for r in (Written(1), Written(2), Written(1, {"a": 3}))}) == 3
+    reward = Written(1)
+    before = reward_identity(reward)
+    reward(["p"], ["abc"])
+    assert reward_identity(reward) == before == reward_identity(Written(1))
+    assert "scale of Written" in caplog.text and "calls" not in caplog.text
+    noted = Written(1)
+    noted.calls, noted.noted = 7, [1]  # never read for a score
+    assert reward_identity(noted) == before
+
+
+def test_11_a_path_kept_as_text_counts_by_what_the_file_holds(tmp_path):
+    for name, text in (("a.txt", "good"), ("b.txt", "good"), ("c.txt", "bad")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (held(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b != c
+    (tmp_path / "a.txt").write_text("bad")
+    assert held(str(tmp_path / "a.txt")) == c
+
+
+def test_11_what_cannot_be_described_is_marked_and_said_once(caplog):
+    assert held(x for x in "a") == held(x for x in "b") != held(None)
+    assert caplog.text.count("generator cannot be read") <= 1
+
+    class Hostile:
+        def __reduce_ex__(self, protocol):
+            raise OSError("no")
+
+        def __getattr__(self, name):
+            raise KeyError(name)
+
+    assert held(Hostile()) == held(Hostile())
+
+
+def test_11_state_is_the_same_in_another_process():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_faults_identity as t; print(t.several())"
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env={**ENV, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(several()), done.stderr[-500:]
+
+
+def several():
+    things = [types.SimpleNamespace(w={"a", "b", "c"}), collections.deque([1]), str.lower, {"a": 1}.get, layers(torch.nn.ReLU()), operator.itemgetter(1), Words(1), threading.Lock(), fractions.Fraction(1, 3)]
+    return [held(thing) for thing in things]
+
+
+def test_11_a_method_of_a_type_may_be_a_default():
+    def reward(p, c, norm=str.lower):
+        return [float(len(norm(x))) for x in c]
+
+    def other(p, c, norm=str.upper):
+        return [float(len(norm(x))) for x in c]
+
+    other.__qualname__ = reward.__qualname__
+    assert reward_identity(reward).partition("-")[2] != reward_identity(other).partition("-")[2]
+
+
+def test_26_all_linear_is_the_same_adapter_in_the_second_round(tmp_path, start):
+    from peft import LoraConfig
+
+    from lire_nb.enhancement import check_adapter
+
+    asked = dict(r=2, lora_alpha=4, task_type="CAUSAL_LM")
+    options = {"trainer_options": {"peft_config": LoraConfig(target_modules="all-linear", **asked)}}
+    found = self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, num_candidates=2, settings=SHORT, progress=False, training=TRAINING, **options)
+    assert len(found) == 2
+    some = train_policy(start, LISTS, tmp_path / "some", trainer_options={"peft_config": LoraConfig(target_modules=["q_proj"], **asked)}, **TRAINING)
+    with pytest.raises(LireError, match="another adapter.*target_modules"):
+        check_adapter(some, options["trainer_options"]["peft_config"])
+
+
+def test_25_what_the_start_was_measured_with_is_claimed(tmp_path, start):
+    from lire_nb.enhancement import StopRule
+
+    def fail(prompts, completions):
+        raise InterruptedError
+
+    options = dict(evolve=1, num_candidates=2, settings=SHORT, progress=False, training=TRAINING)
+    with pytest.raises(Exception):  # noqa: B017  the first round is interrupted
+        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=1), **options)
+    assert (tmp_path / "run" / "stop.json").exists()
+    for path in (tmp_path / "run").glob("round-*/*"):
+        path.unlink()
+    with pytest.raises(LireError, match="another configuration.*stop.*there.*now"):
+        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=2), **options)
 
 
 if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity.py 10
