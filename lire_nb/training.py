@@ -31,25 +31,23 @@ import torch.utils.checkpoint
 from accelerate.utils import DynamoBackend, gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-<<<<<<< OURS
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
-=======
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed,
+)
 from transformers.pytorch_utils import Conv1D
->>>>>>> THEIRS
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lire_nb.conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
-from lire_nb.identity import differences
-from lire_nb.lists import LireError, atomic_write, load_lists
+from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
+from .identity import differences
+from .lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
     IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, to_device, tokenize_list, verified,
 )
-from lire_nb.long_lists import list_logps_in_parts
-from lire_nb.losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
-from lire_nb.models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers, resolve_model
-from lire_nb.sampling import derive_seed
-from lire_nb.settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
+from .long_lists import list_logps_in_parts
+from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
+from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers, resolve_model
+from .sampling import derive_seed
+from .settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
 from lire_nb.temperature import (
     largest_weights,
     lost_updates,
