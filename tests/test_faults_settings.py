@@ -251,7 +251,7 @@ def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
 def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
     said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
     assert len(said) == 1 and "one-hot" in said[0]
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, length_normalize=True).train) == []
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, length_normalize=True).train) == []
 
 
 @pytest.mark.parametrize("kind", ["one candidate", "tied", "fewer than two scored"])
