@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'FEW', 'VERDICT_LAYOUTS', 'RIDGE', 'MeanReward', 'WinRate', 'LengthControlledWinRate', 'KLDivergence',
            'Perplexity', 'Length', 'Diversity', 'PairAccuracy', 'RankingAgreement', 'Interval', 'bootstrap_interval',
-           'paired_difference', 'preferences', 'wilson_interval', 'share_interval', 'win_rate', 'VerdictReport',
+           'paired_difference', 'wilson_interval', 'preferences', 'share_interval', 'win_rate', 'VerdictReport',
            'read_preference', 'load_verdicts', 'leaderboard', 'length_controlled_win_rate', 'length_slope',
            'win_matrix', 'system_difference', 'judge_verdicts', 'judge_agreement', 'perplexity', 'token_kl', 'text_kl',
            'distinct_n', 'self_bleu', 'LireMetric', 'judge_policy', 'compare_systems', 'has_kl', 'evaluate_systems',
@@ -132,6 +132,18 @@ def paired_difference(
         raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)), allowed="one value a prompt in both", remedy="evaluate both on the same prompts")
     return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float), **{"share": False, **options})
 
+# %% ../nbs/09_evaluation.ipynb #a51e0c12
+def wilson_interval(
+    share: float,  # 0 … 1
+    count: int,  # of independent values, each between 0 and 1, behind it
+    confidence: float = 0.95,
+) -> Interval:
+    "Wilson's interval of a share; ties and fractions vary less than it allows for, so for them it is rather wide."
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    low, high = ((middle + side * half) / (1 + z * z / count) for side in (-1, 1))
+    return Interval(float(share), max(0.0, min(low, share)), min(1.0, max(high, share)), "wilson")
+
 # %% ../nbs/09_evaluation.ipynb #7d88f4f3
 def preferences(
     new: Sequence[Sequence[float]],  # scores of each prompt's samples
@@ -151,18 +163,6 @@ def _same_number(**columns) -> None:
     counts = {name: len(values) for name, values in columns.items()}
     if len(set(counts.values())) > 1:
         raise LireError("unequal numbers", field=", ".join(counts), value=tuple(counts.values()), allowed="the same prompts in all of them", remedy="evaluate all of them on the same prompts, in the same order")
-
-
-def wilson_interval(
-    share: float,  # 0 … 1
-    count: int,  # of independent values, each between 0 and 1, behind it
-    confidence: float = 0.95,
-) -> Interval:
-    "Wilson's interval of a share; ties and fractions vary less than it allows for, so for them it is rather wide."
-    z = float(stats.norm.ppf((1 + confidence) / 2))
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    low, high = ((middle + side * half) / (1 + z * z / count) for side in (-1, 1))
-    return Interval(float(share), max(0.0, min(low, share)), min(1.0, max(high, share)), "wilson")
 
 
 def share_interval(

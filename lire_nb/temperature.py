@@ -112,7 +112,7 @@ def suggest_temperature(
     "A temperature for LIRE at which P is not one-hot on most lists. Raises `LireError` where no list can teach."
     from lire_nb.training import as_lists  # here, since training itself looks through this notebook
 
-    lists = list(as_lists([] if lists is None else lists, "lists"))
+    lists = list([] if lists is None else lists) if logps is not None else list(as_lists([] if lists is None else lists, "lists"))
     if logps is None and policy is None:
         raise LireError("missing", field="policy", allowed="a name, a folder or (model, tokenizer)", remedy="name the policy that will be trained, or give its logps")
     known = list(logps) if logps is not None else [None] * len(lists)
