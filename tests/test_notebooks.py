@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from yardstick import import_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -135,4 +136,5 @@ def outputs(path: Path) -> list:
 def test_drawing_from_results_is_quick():
     if len(SECONDS) < len(DRAWN):
         pytest.skip("runs after all of the notebooks that are drawn from results")
-    assert sum(SECONDS.values()) < 120, SECONDS
+    one = import_seconds()  # 120 s where this takes 3 to 4; measured 160 s where it takes 8
+    assert sum(SECONDS.values()) < 3.5 * one * len(DRAWN), (one, SECONDS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from yardstick import import_seconds
 
 from lire_nb import reproduce as R
 from lire_nb import tables as T
@@ -41,7 +42,7 @@ def smoke(tmp_path_factory):
 
 def test_every_table_is_made_at_the_smoke_scale(smoke):
     folder, seconds = smoke
-    assert seconds < 180
+    assert seconds < 50 * import_seconds()  # processor time of 63 experiments: 180 s where an import takes 3 to 4, 290 s where it takes 8
     done = R.progress_rows(folder / "results", "smoke")
     assert {row["table"]: (row["done"], row["more"]) for row in done} == {row["table"]: (row["planned"], False) for row in done}
     keys = [row["key"] for row in rows_of(folder / "results")]
