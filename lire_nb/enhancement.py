@@ -33,7 +33,8 @@ from transformers.trainer_callback import ExportableState
 
 from .conversations import MAX_PROMPT_LENGTH, encode_prompt
 from lire_nb.identity import (
-    FORMAT, differences, digest, lists_identity, named_identity, one_writer, plain_value, policy_identity, prompts_identity, reward_identity,
+    FORMAT, differences, digest, lists_identity, named_identity, one_writer, plain_value, policy_identity, prompts_identity,
+    reward_identity, sweep_locks,
 )
 from .lists import LireError, atomic_write, checked_prompts, load_lists, make_record, merge_candidates, prompt_facts, save_lists, select_candidates
 from .logprobs import sampled_logps
@@ -96,7 +97,7 @@ def sweep_drafts(
     stale = [p for p in found if p.name.startswith(start) and ((m := _DRAFT.fullmatch(p.name)) and not _runs(int(m["process"])) or within and _TEMPORARY.fullmatch(p.name))]
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return stale
+    return [*stale, *(sweep_locks(folder) if within else [])]
 
 
 def _runs(process: int) -> bool:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'FORMAT', 'digest', 'lists_identity', 'prompts_identity', 'policy_identity', 'tokenizer_identity',
            'plain_address', 'value_identity', 'named_identity', 'reward_identity', 'plain_value', 'Seen', 'describe',
-           'differences', 'take_lock', 'free_lock', 'one_writer']
+           'differences', 'take_lock', 'free_lock', 'sweep_locks', 'one_writer']
 
 # %% ../nbs/03a_identity.ipynb #40c56535
 import ast
@@ -26,7 +26,7 @@ import time
 import types
 import weakref
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -607,6 +607,7 @@ def _short(value, other, width: int = 40) -> str:
 
 # %% ../nbs/03a_identity.ipynb #d2c22700
 _HELD: dict[str, int] = {}  # lock file -> the thread that holds it
+_LOCK = re.compile(r"\.lock|\..+\.lock|.+\.jsonl\.lock")  # of `one_writer` and of journals
 
 
 def take_lock(
@@ -623,6 +624,19 @@ def free_lock(lock: filelock.BaseFileLock) -> None:
     "Let a lock go; its file is removed while it is held: whoever waits for it sees that it is gone and opens a new one."
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
+
+
+def sweep_locks(
+    folder: str | Path,
+) -> list[Path]:  # what was deleted
+    "Delete the lock files that killed processes left in a folder; one that is held stays."
+    swept = []
+    for path in Path(folder).rglob("*.lock"):
+        if str(path.resolve()) not in _HELD and _LOCK.fullmatch(path.name):
+            with suppress(filelock.Timeout, OSError):
+                free_lock(take_lock(path))
+                swept.append(path)
+    return swept
 
 
 @contextmanager

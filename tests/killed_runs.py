@@ -224,6 +224,7 @@ def left_over(place, stages, whole):
     shutil.copytree(place.parent / "whole" / "run", place / "run")
     (place / "run" / "round-1" / ".policy.4194399.draft").mkdir()
     (place / "run" / "round-2" / ".lists.jsonl.0123abcd.tmp").write_text("half")
+    (place / "run" / "round-1" / ".policy.lock").touch()
     return {"code": 0, "left": left(place), "wrong": finish(place, stages, whole)}
 
 

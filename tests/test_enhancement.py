@@ -66,9 +66,9 @@ def test_damaged_file_is_named_and_the_remedy_mends_it(report, what, file, word,
     assert case["wrong"] is None, case
 
 
-def test_drafts_of_killed_processes_are_swept(report):
+def test_drafts_and_locks_of_killed_processes_are_swept(report):
     case = report["cases"]["left-over"]
-    assert len(case["left"]) == 2 and case["wrong"] is None
+    assert len(case["left"]) == 3 and case["wrong"] is None
 
 
 @pytest.fixture(scope="module")
