@@ -269,7 +269,7 @@ def lire_loss(
     rewards: Tensor,  # (B, M), finite where not masked
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
     *,
-    temperature: float | str = 2.0,  # T > 0 in the score's unit, or "auto": the standard deviation of the list's log-probs
+    temperature: float | str = "auto",  # T > 0 in the score's unit, or "auto": the standard deviation of the list's log-probs
     reward_transform: str = "softmax",  # "softmax" (the authors' code), "none" (the paper's equation), "zscore" or "rank"
     sft_weight: float = 0.0,  # α ≥ 0, the weight of the best candidate's cross-entropy
     sft_normalize: str = "token",  # that cross-entropy per "token", or the "sum" over tokens
@@ -493,7 +493,7 @@ LOSSES: dict[str, LossSpec] = {
     spec.name: spec
     for spec in (
         LossSpec("lire", lire_loss, uses="values", formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
-                 pitfall="T in nats decides who is heard: 2 is one-hot for long texts"),
+                 pitfall="the authors' T = 2 is one-hot for long texts"),
         LossSpec("sft", sft_loss, needs_lengths=True, uses="best", formula="−s̄_b", source="cross-entropy of the best candidate",
                  pitfall="forgets every other answer"),
         LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
@@ -560,7 +560,7 @@ def list_metrics(
     rewards: Tensor,  # (B, M), finite where not masked
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
     *,
-    temperature: float | str = 2.0,  # T > 0, or "auto", as in lire_loss
+    temperature: float | str = "auto",  # T > 0, or "auto", as in lire_loss
     reward_transform: str = "none",  # what expected_reward weighs P with
     length_normalize: bool = False,  # P from logps / lengths, as in lire_loss
     score: str | None = None,  # as in lire_loss

@@ -20,6 +20,7 @@ from enum import Enum
 from functools import cache
 
 from .lists import LireError
+import lire_nb.rivals  # noqa: F401, the other losses register themselves
 from .losses import LOSSES, LossSpec
 
 # %% ../nbs/06a_settings.ipynb #3bcf8af4

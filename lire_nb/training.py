@@ -14,6 +14,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -80,11 +81,17 @@ class LIREConfig(TrainingArguments):
     remove_unused_columns: bool = False  # our columns are not arguments of the model
     bf16: bool | None = None  # None: where the processor is fast at it
     loss_type: str | Callable = "lire"  # a name in `losses.LOSSES`, or a callable with the same signature
-    temperature: float | None = None  # T; None, here and below: the loss's own default, for LIRE 2
+    temperature: float | str | None = None  # T, or "auto"; None, here and below: the loss's own default, for LIRE "auto"
     reward_transform: str | None = None  # of LIRE: "softmax" (its default), "none", "zscore" or "rank"
+    score: str | None = None  # what a loss compares: "sum", "token", "ratio" (against the reference) or "token_ratio"
+    variant: str | None = None  # of dpo, odpo, offline_pg and apo
     sft_weight: float | None = None  # α, weight of the best candidate's cross-entropy; for LIRE 0
     length_normalize: bool | None = None  # of LIRE: P from log-probs per token; its default is False
-    beta: float | None = None  # of the losses with a reference model, 0.1
+    beta: float | None = None  # β; for most losses with a reference model 0.1
+    alpha: float | None = None  # temperature of the rewards in infonca and nca, weight of the offset in odpo and swepo
+    gamma: float | None = None  # the gap of simpo
+    top_k: int | None = None  # places of the order in plackett_luce_dpo; 1 is S-DPO
+    rho: float | None = None  # share of the opposite order in plackett_luce_dpo, against noisy rewards
     loss_kwargs: dict = field(default_factory=dict)  # anything else the loss takes
     max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; what is longer loses its beginning, but for the head
     max_completion_length: int = MAX_COMPLETION_LENGTH  # tokens; the end is cut
@@ -172,6 +179,13 @@ class LIREConfig(TrainingArguments):
             raise LireError(str(e), field=f"loss {self.loss_type!r}", remedy="change this setting; 00_losses has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
+
+    @classmethod
+    def paper(cls, output_dir: str | None = None, **settings) -> "LIREConfig":
+        "The paper's own setting: T = 2, rewards through a softmax, no supervised term, 2e-5. Source: arXiv 2405.13516."
+        own = dict(loss_type="lire", temperature=2.0, reward_transform="softmax", score="sum", sft_weight=0.0)
+        own |= dict(learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.03, num_train_epochs=2.0)
+        return cls(output_dir=output_dir, **{**own, **settings})
 
     @classmethod
     def _loss_fields(cls) -> set[str]:
@@ -1044,6 +1058,26 @@ def as_lists(
         raise
 
 # %% ../nbs/07_training.ipynb #314139ee
+def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: int = 512) -> None:
+    "Raise `LireError` for rewards that the loss refuses, such as those of a loss that asks for numbers in [0, 1]."
+    def refusal(lists) -> str | None:
+        width = max(len(row) for _, row in lists)
+        padded = [[*(math.nan if r is None else r for r in row), *[math.nan] * (width - len(row))] for _, row in lists]
+        values = torch.tensor(padded, dtype=torch.float32)
+        zero = torch.zeros_like(values)
+        try:
+            loss.fn(zero, values, ~values.isnan(), ref_logps=zero, lengths=zero + 1, **settings)
+        except ValueError as e:
+            return str(e)
+
+    for start in range(0, len(rewards), at_once):
+        some = rewards[start : start + at_once]
+        if refusal(some):
+            name, row = wrong = next(pair for pair in some if refusal([pair]))
+            raise LireError(refusal([wrong]), field=f"rewards of list {name!r}", value=row, allowed=f"what the loss {loss.name} reads",
+                            remedy="transform or scale the rewards, or choose another loss")
+
+
 def check_teaching(
     lists,  # our own records, or None
     args: LIREConfig,
@@ -1056,7 +1090,10 @@ def check_teaching(
         if isinstance(lists, datasets.Dataset)
         else ((r["id"], r["rewards"]) for r in lists)
     )
-    rewards = [_check_rewards({"id": name, "rewards": row}) for name, row in columns]
+    rows = [(name, _check_rewards({"id": name, "rewards": row})) for name, row in columns]
+    if isinstance(args.loss_type, str):
+        _check_fit(loss, args.loss_settings(), rows)
+    rewards = [row for _, row in rows]
     mute, why = mute_lists(rewards)
     if not mute or not needs_difference(loss, args.loss_settings()):
         return

@@ -105,7 +105,7 @@ def test_23_defaults_are_quiet_for_every_loss(recwarn):
         config = LIREConfig(**ARGS, loss_type=loss, temperature=2.0, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
         again = LIREConfig(**{k: v for k, v in config.to_dict().items() if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
-    assert LIREConfig(**ARGS).temperature == 2.0
+    assert LIREConfig(**ARGS).temperature == "auto"
 
 
 def test_23_a_function_gets_the_settings_that_it_names(place, tmp_path):

@@ -26,7 +26,7 @@ LOSSES = {name: EVERY[name] for name in ORACLES}  # those of 00_losses; test_riv
 TRANSFORMS = ("softmax", "none", "zscore", "rank")
 # Every loss with its defaults, and every option at least once away from them.
 CONFIGS = [
-    *(("lire", {"reward_transform": how}) for how in TRANSFORMS),
+    *(("lire", {"temperature": 2.0, "reward_transform": how}) for how in TRANSFORMS),
     ("lire", {"temperature": 0.7, "reward_transform": "none", "sft_weight": 0.3}),
     ("lire", {"temperature": 5.0, "sft_weight": 0.01, "sft_normalize": "sum"}),
     ("lire", {"temperature": 0.25, "reward_transform": "zscore", "length_normalize": True}),
@@ -144,7 +144,7 @@ def test_gradient_keeps_its_digits_where_P_has_settled():
     p = [w / sum(weights) for w in weights]
     exact = [-pj * sum(pk * (Decimal(rj) - Decimal(rk)) for pk, rk in zip(p, r)) / T for pj, rj in zip(p, r)]
     logps, rewards = torch.tensor([s, r], dtype=torch.float64).split(1)
-    _, grad = value_and_grad(lire_loss, logps, rewards, reward_transform="none")
+    _, grad = value_and_grad(lire_loss, logps, rewards, temperature=2.0, reward_transform="none")
     for got, want in zip(grad[0].tolist(), exact):
         assert abs(Decimal(got) / want - 1) < Decimal("1e-13")
 
@@ -271,9 +271,9 @@ def test_losses_match_the_values_worked_by_hand():
     logps = torch.tensor([[-4.0, -2.0]], dtype=torch.float64)
     rewards = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     sigmoid = 1 / (1 + math.e)  # σ(−1): a margin of −2 at T = 2
-    assert_close(lire_loss(logps, rewards, reward_transform="none").item(), -sigmoid)
+    assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="none").item(), -sigmoid)
     softmax = [math.e / (1 + math.e), 1 / (1 + math.e)]
-    assert_close(lire_loss(logps, rewards).item(), -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
+    assert_close(lire_loss(logps, rewards, temperature=2.0).item(), -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
     assert call("slic", logps, rewards, None, None)[0].item() == 3.0
     assert_close(call("dpo", logps, rewards, 0 * logps, None)[0].item(), math.log(1 + math.exp(0.2)))
 

@@ -207,3 +207,28 @@ def test_simpo_is_TRLs_loss_on_the_same_log_probs():
     logps, lengths = torch.tensor([[-30.0, -44.0], [-20.0, -9.0]], dtype=torch.float64), torch.tensor([[20, 31], [9, 8]])
     theirs = trainer.cpo_loss(*(logps / lengths).T)[0]
     assert_close(LOSSES["simpo"].fn(logps, torch.tensor([[1.0, 0.0]] * 2), lengths=lengths, beta=2.5, gamma=0.8), theirs)
+
+
+def test_kto_is_TRLs_loss_on_the_same_log_probs():
+    trl = pytest.importorskip("trl", reason="trl is not installed; it is in the peers extra")
+    if "fused_lm_head" not in inspect.getsource(getattr(trl.KTOTrainer, "_compute_loss", FixedLogps)):
+        pytest.skip(f"trl {trl.__version__} takes its log-probs elsewhere; this comparison is written for 1.16")
+    rng, zs = random.Random(5), []
+    for _ in range(10):
+        own, refs, other = (torch.tensor([rng.gauss(-60, 8) for _ in range(4)], dtype=torch.float64) for _ in range(3))
+        model, trainer = FixedLogps(own), object.__new__(trl.KTOTrainer)
+        vars(trainer).update(
+            model=model, beta=0.2, loss_type="kto", desirable_weight=1.0, undesirable_weight=1.3, precompute_ref_logps=True,
+            calculate_KL=True, aux_loss_enabled=False, _compute_kl_logps=lambda model, batch: other, _total_train_tokens=0, _tp_size=1,
+            _metrics=defaultdict(lambda: defaultdict(list)), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x))
+        inputs = {"input_ids": torch.zeros(4, 5, dtype=torch.long), "attention_mask": torch.ones(4, 5, dtype=torch.long),
+                  "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 4), "label": torch.tensor([True, False, True, False]),
+                  "ref_logps": refs, "ref_KL_logps": refs}
+        loss = trainer._compute_loss(model, inputs, return_outputs=False)
+        (grad,) = torch.autograd.grad(loss, model.logps)
+        zs.append(max(0.0, (other - refs).mean().item()))
+        value, ours = call("kto", model.logps[None], torch.tensor([[1.0, -1.0, 2.0, -0.5]]), refs[None], None, beta=0.2,
+                           threshold=0.0, undesirable_weight=1.3, z=zs[-1])
+        assert_close(value[0], loss.detach(), rtol=1e-10, atol=1e-12)
+        assert_close(ours[0], grad, rtol=1e-10, atol=1e-12)
+    assert min(zs) == 0 < max(zs)
