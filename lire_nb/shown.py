@@ -33,7 +33,7 @@ def one_line(text, limit: int | None = None) -> str:
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
 
 # %% ../nbs/00a_shown.ipynb #00b2771e
-_MARKUP = re.compile(r"[\\\\`*_~<>&|$]|\](?=[(\[:])|:(?=//)|(?<=\bwww)\.|^[#+=-](?=\s|[#+=-]|$)|^\d+[.)](?=\s)", re.IGNORECASE)
+_MARKUP = re.compile(r"[\\\\`*_~<>&|$]|\](?=[(\[:])|:(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w)|^[#+=-](?=\s|[#+=-]|$)|^\d+[.)](?=\s)", re.IGNORECASE)
 
 
 def in_markdown(text, limit: int | None = None) -> str:

@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.training_args import trainer_log_levels
 
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .identity import differences
@@ -156,6 +157,9 @@ class LIREConfig(TrainingArguments):
         self.report_to = self.report_to or "none"
         check_ranges(self)
         check_used(self)
+        for name in ("log_level", "log_level_replica"):
+            if getattr(self, name) not in trainer_log_levels:
+                raise LireError("unknown level", field=name, value=getattr(self, name), allowed=", ".join(trainer_log_levels), remedy="leave it out")
         _check_trackers(self.report_to)
         backends = [b.value.lower() for b in DynamoBackend]
         if self.torch_compile_backend is not None and str(self.torch_compile_backend).lower() not in backends:
@@ -238,6 +242,9 @@ def _check_optimizer(args: LIREConfig) -> None:
 
 def _check_schedule(args: LIREConfig) -> None:
     "Settings of a schedule that it does not take are said before the work."
+    if args.lr_scheduler_kwargs and args.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs", value=args.lr_scheduler_kwargs,
+                        allowed="nothing with this schedule", remedy="leave it out, or choose another lr_scheduler_type")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, 2, 8, scheduler_specific_kwargs=args.lr_scheduler_kwargs)

@@ -1,5 +1,6 @@
 """Settings take effect or are refused in one line, and a training that would learn nothing says so before its first step."""
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def test_23_defaults_are_quiet_for_every_loss(recwarn):
     from lire_nb.losses import LOSSES
 
     for loss in LOSSES:
-        config = LIREConfig(**ARGS, loss_type=loss, temperature=2.0, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
+        config = LIREConfig(**ARGS, loss_type=loss, temperature="auto", sft_weight=None if loss in ("rrhf", "pro") else 0.0)
         again = LIREConfig(**{k: v for k, v in config.to_dict().items() if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
     assert LIREConfig(**ARGS).temperature == "auto"
@@ -150,6 +151,8 @@ def test_23_booleans_and_numbers_are_read_by_the_type_of_their_field():
     {"temperature": 0}, {"per_device_train_batch_size": 0}, {"per_device_eval_batch_size": 0}, {"gradient_accumulation_steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1e-5},
     {"num_train_epochs": 0}, {"max_steps": 0}, {"max_prompt_length": 0}, {"max_completion_length": -1}, {"warmup_steps": float("inf")}, {"adam_beta2": 1.0}, {"max_grad_norm": -1},
     {"lr_scheduler_type": "cosinus"}, {"report_to": "nowhere"}, {"optim": "adamm"}, {"loss_kwargs": "margin"}, {"save_steps": 0},
+    {"log_level": "loud"}, {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"foo": 1}}, {"temperature": "warm"}, {"loss_type": "simpo", "score": "tokens"},
+    {"loss_type": "plackett_luce_dpo", "top_k": 0}, {"loss_type": "infonca", "alpha": 0}, {"loss_type": "lire", "gamma": 2.0},
 ])
 def test_23_nonsense_is_refused_before_a_policy_is_loaded(tmp_path, setting):
     text = refused(lambda: train_policy("no-such-policy", LISTS, tmp_path / "out", **{**BASE, **setting}))
@@ -249,9 +252,9 @@ def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
 
 
 def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
-    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
+    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
     assert len(said) == 1 and "one-hot" in said[0]
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, length_normalize=True).train) == []
+    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0, length_normalize=True).train) == []
 
 
 @pytest.mark.parametrize("kind", ["one candidate", "tied", "fewer than two scored"])
@@ -580,3 +583,35 @@ def test_the_look_at_an_adapter_draws_no_random_number(place):
     before = torch.get_rng_state()
     check_options(place / "start", {}, {"peft_config": {"r": 2, "target_modules": ["q_proj"]}})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- defaults and the losses' own settings
+def test_defaults_learn_where_the_papers_setting_cannot(place, tmp_path, caplog):
+    far = far_apart()
+    assert LIREConfig(**ARGS).temperature == "auto" and LIREConfig.paper(**ARGS).loss_settings().items() >= {"temperature": 2.0, "reward_transform": "softmax", "sft_weight": 0.0}.items()
+    assert LIREConfig.paper(**ARGS).learning_rate == 2e-5 and LIREConfig.paper(**ARGS, num_train_epochs=1).num_train_epochs == 1
+    assert warnings_of(caplog, lambda: logs(trainer(place / "start", tmp_path, far, max_steps=2))) == []
+    paper = LIREConfig.paper(**ARGS, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
+    model, tokenizer = load_policy(place / "start")
+    said = warnings_of(caplog, LIRETrainer(model, paper, far, processing_class=tokenizer).train)
+    assert len(said) == 1 and "one-hot" in said[0] and "T = 2" in said[0]
+
+
+def test_every_loss_is_trained_by_its_name_and_its_fields(place, tmp_path):
+    from lire_nb.rivals import RIVALS
+
+    settings = {"infonca": {"alpha": 0.5}, "lipo": {"reward_transform": "rank"}, "simpo": {"gamma": 0.5}, "odpo": {"variant": "linear"}, "offline_pg": {"variant": "topr"}}
+    for name in RIVALS:
+        seen = logs(trainer(place / "start", tmp_path, max_steps=1, loss_type=name, **settings.get(name, {})))
+        assert all(math.isfinite(row["loss"]) for row in seen if "loss" in row), name
+    for field, value in (("top_k", 1), ("rho", 0.1)):
+        assert LIREConfig(**ARGS, loss_type="plackett_luce_dpo", **{field: value}).loss_settings()[field] == value
+
+
+def test_rewards_that_a_loss_refuses_are_said_with_the_lists_id_before_the_policy_is_loaded(place, tmp_path, monkeypatch):
+    lists = [{**r, "rewards": [(j + 1) / 8 for j in range(len(r["completions"]))]} for r in LISTS]
+    lists[3]["rewards"][1] = 5.0
+    with monkeypatch.context() as patch:
+        patch.setattr("lire_nb.enhancement.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
+        refused(lambda: train_policy(place / "start", lists, tmp_path / "out", **{**BASE, "loss_type": "lipo"}), lists[3]["id"], "[0, 1]", "minmax")
+    refused(lambda: trainer(place / "start", tmp_path, lists, loss_type="lipo"), lists[3]["id"], "[0, 1]")
