@@ -23,7 +23,7 @@ import torch
 
 from .lists import LireError
 from .logprobs import ListCollator, causal_lm, check_paths, list_logps, padded_rows, to_device
-from .losses import dpo_loss, lire_loss
+from .losses import dpo_loss, get_loss
 from .models import has_bf16, load_policy, load_tokenizer
 from .tasks import load_task
 
@@ -75,13 +75,16 @@ def gradient_step(
     model: torch.nn.Module,
     batch: dict,
     way: str,  # a key of `WAYS`
+    loss: str = "lire",  # a name in `losses.LOSSES`
 ) -> None:
-    "Forward, LIRE loss, backward. Without the optimizer's update, which is the same for all ways."
+    "Forward, loss, backward. Without the optimizer's update and a reference model's pass, the same for all ways."
     model.zero_grad(set_to_none=True)
     device = batch["prompt_ids"].device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device.type)):
         logps = WAYS[way](model, batch)
-    lire_loss(logps, batch["rewards"]).mean().backward()
+    same = logps.detach()  # stands for the reference
+    lengths = torch.full_like(same, int(batch["completion_lengths"][0]))
+    get_loss(loss).fn(logps, batch["rewards"].sigmoid(), ref_logps=same, lengths=lengths).mean().backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -266,15 +269,16 @@ def bench_point(
     ways: Iterable[str] = tuple(WAYS),
     repeats: int = 5,
     memory: bool = True,
+    loss: str = "lire",  # a name in `losses.LOSSES`
 ) -> list[dict]:  # one row a way
     "Time and memory of one gradient step of each way, beside the ratio that arithmetic allows."
     batch = bench_batch(point, model.config.vocab_size, device=next(model.parameters()).device)
-    seconds = interleaved({way: lambda way=way: gradient_step(model, batch, way) for way in ways}, repeats)
+    seconds = interleaved({way: lambda way=way: gradient_step(model, batch, way, loss) for way in ways}, repeats)
     count, rows = layer_parameters(model), []
     for way in ways:
         flops = forward_flops(model.config, count, point, way)
         limit = forward_flops(model.config, count, point, "authors") / flops
-        row = {"way": way, **asdict(point), **spread(seconds[way]), "runs": seconds[way], "tokens_per_second": point.lists * point.M * (point.P + point.R) / statistics.median(seconds[way]),
+        row = {"way": way, "loss": loss, **asdict(point), **spread(seconds[way]), "runs": seconds[way], "tokens_per_second": point.lists * point.M * (point.P + point.R) / statistics.median(seconds[way]),
                "flop_limit": limit, "profile": profile_step(model, batch, way), "peak_bytes": peak_growth(policy, point, way) if memory else None}
         if "authors" in seconds:
             ratios = [a / b for a, b in zip(seconds["authors"], seconds[way])]

@@ -411,13 +411,20 @@ def bench_command(args) -> None:
 
     from lire_nb import bench
     from lire_nb.evaluation import write_jsonl
+    from lire_nb.identity import policy_identity
     from lire_nb.logprobs import check_paths
+    from lire_nb.losses import get_loss
     from lire_nb.models import load_policy
 
     points, repeats = [_point(text) for text in args.point] or bench.GRID, args.repeats
-    rows = read_rows_of(args.out) if Path(args.out).exists() else []
-    same = [r for r in rows if (r["policy"], r["repeats"]) == (args.policy, repeats)]
-    about = {"policy": args.policy, "repeats": repeats, "machine": machine()}
+    try:
+        get_loss(args.loss)
+    except ValueError as e:
+        raise LireError(str(e), field="--loss", value=args.loss, remedy="00_losses and 00b_rivals have the losses") from e
+    rows, made_from = read_rows_of(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
+    asked = (args.policy, made_from, repeats, args.loss)  # rows of before had one loss, and the policy by its name alone
+    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire")) == asked]
+    about = {"policy": args.policy, "made_from": made_from, "repeats": repeats, "machine": machine()}
     model, _ = load_policy(args.policy, dtype=torch.float32)
     check = check_paths(model)
     _say(f"{len(points)} points × {repeats} repeats on {about['machine']['processor']}; self-check {check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
@@ -425,7 +432,7 @@ def bench_command(args) -> None:
     for point in points:
         if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists) and not r["way"].startswith("dpo") for r in same):
             continue
-        found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory)
+        found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory, loss=args.loss)
         rows += [row | about for row in found]
         write_jsonl(args.out, rows)
         for row in found:
@@ -537,6 +544,7 @@ def _parser() -> argparse.ArgumentParser:
     add("report", report_command, out)
     add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
+        o("--loss", default="lire", help="the loss of the step, by name"),
         o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
     add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"), o("--list", action="store_true", help="the tables, and how far they are"),
         o("--scale", default="laptop", help="smoke, laptop, gpu or paper"), o("--seeds", type=int, default=None, help="default: the scale's own number"),

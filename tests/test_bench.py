@@ -1,5 +1,6 @@
 """`lire bench` on a tiny policy: rows, going on, errors, and the same DPO loss as TRL's before anything is timed. About 45 seconds."""
 import json
+from pathlib import Path
 
 import pytest
 from lire_nb import bench
@@ -13,8 +14,8 @@ def policy(tmp_path_factory):
     return str(make_start(tmp_path_factory.mktemp("policy") / "start", dropout=0.0))
 
 
-def test_rows_are_written_and_not_measured_twice(policy, tmp_path, capsys):
-    out = tmp_path / "cost.jsonl"
+def test_rows_are_written_and_not_measured_twice(tmp_path, capsys):
+    out, policy = tmp_path / "cost.jsonl", str(make_start(tmp_path / "start", dropout=0.0))
     command = ["bench", "--policy", policy, "--point", "24,6,4", "--repeats", "2", "--out", str(out)]
     assert main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -26,6 +27,16 @@ def test_rows_are_written_and_not_measured_twice(policy, tmp_path, capsys):
     assert main(command) == 0 and out.read_bytes() == before
     assert main([*command, "--point", "8,6,2", "--no-memory"]) == 0
     assert out.read_text().startswith(before.decode()) and len(out.read_text().splitlines()) == 6
+    assert main([*command, "--no-memory", "--loss", "lipo"]) == 0  # another loss is another measurement
+    assert [json.loads(line)["loss"] for line in out.read_text().splitlines()] == ["lire"] * 6 + ["lipo"] * 3
+    make_start(Path(policy), dropout=0.0, seed=5)  # another policy under the same name
+    assert main([*command, "--no-memory"]) == 0 and len(out.read_text().splitlines()) == 12
+
+
+def test_a_loss_that_is_none(policy, tmp_path, capsys):
+    assert main(["bench", "--policy", policy, "--loss", "lyre", "--out", str(tmp_path / "x.jsonl")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "--loss" in error and "lyre" in error and "lipo" in error and "\n" not in error
 
 
 @pytest.mark.parametrize("point", ["24,6", "24,0,3", "a,b,c", "1,2,3,4,5"])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 EXPECTED = ["00_losses", "00a_shown", "00b_rivals", "01_lists", "01a_conversations", "02_tasks", "03_models", "03a_identity", "04_sampling", "05_rewards", "06_logprobs", "06a_settings", "06b_temperature", "06c_long_lists", "07_training", "07a_scale", "08_enhancement",
             "08a_online", "09_evaluation", "09a_judging", "10_reporting", "10a_bench", "10aa_versions", "10b_experiments", "10c_reproduce", "10d_tables", "11_cli",
-            "20_dialogue", "20a_sentiment", "21_summarization", "22_candidates", "23_ablations", "24_self_enhancement", "25_overoptimization", "26_transfer", "27_cost",
+            "20_dialogue", "20a_sentiment", "21_summarization", "22_candidates", "23_ablations", "24_self_enhancement", "25_overoptimization", "26_transfer", "27_cost", "28_losses",
             "index"]
 DRAWN = [name for name in EXPECTED if name >= "20"]  # from data/results alone
 MODULES = [name.split("_", 1)[1] for name in EXPECTED if name != "index" and name < "20"]  # 20 and above export nothing
