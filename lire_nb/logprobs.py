@@ -254,7 +254,8 @@ class _Plan:
         lists, candidates, positions = layout
         steps = torch.arange(len(lists), device=layout.device)
         prompt = candidates < 0
-        self.kept, self.record = kept, None  # prompts that ran before; a dict while keys and values are written down
+        self.kept = kept  # prompts that ran before
+        self.record, self.graph = None, False  # a dict while keys and values are written down, and whether they have a graph
         self.prompt_lengths = torch.bincount(lists[prompt]) if kept is None else kept.lengths
         starts = ~prompt & (F.pad(lists * (int(candidates.max()) + 2) + candidates, (1, 0), value=-1).diff() != 0)
         rows = starts.cumsum(0) - 1
@@ -293,8 +294,8 @@ class _Plan:
         "Note what the prompts' keys and values are in a layer, (B, K, P, D) each, where `keep_prompts` asks for it."
         if self.record is None:
             return
-        if module in self.record or torch.is_grad_enabled() != self.record[None]:
-            raise NotImplementedError("a layer runs more than once in a forward pass")
+        if module in self.record or torch.is_grad_enabled() != self.graph:
+            raise NotImplementedError("a layer runs twice in a forward pass, or without a graph")
         self.record[module] = [t if t.dtype == torch.float64 else t.float() for t in shared]
 
 
@@ -488,7 +489,7 @@ def keep_prompts(
 ) -> tuple[torch.Tensor, Kept]:  # log-probs of the first token of each candidate, (N,)
     "One forward pass of the prompts, with what their candidates will need."
     plan = _plan_of(row["attention_mask"])
-    plan.record = {None: torch.is_grad_enabled()}
+    plan.record, plan.graph = {}, torch.is_grad_enabled()
     try:
         logps, layers = _forward_logps(model, row), plan.record
     finally:

@@ -73,8 +73,8 @@ def _in_parts(model, batch: dict, candidates_at_once: int, impl: str) -> tuple[t
     check_paths(model)  # once, before anything is recorded
     if path_of(model, batch, impl) == "shared" and not prompt_again(model, batch):
         return summed(batch, _after_kept_prompts(model, batch, candidates_at_once))
-    values = [_twice(lambda part, at: list_logps(model, part, impl=impl)[0][at], part, at)
-              for part, *at in batch_parts(batch, candidates_at_once)]
+    values = [_twice(lambda part, *at: list_logps(model, part, impl=impl)[0][at], *part)
+              for part in batch_parts(batch, candidates_at_once)]
     at = (batch["list_index"], batch["candidate_index"])
     values = torch.cat(values)
     lengths = torch.zeros_like(batch["mask"], dtype=torch.long).index_put(at, batch["completion_lengths"])
