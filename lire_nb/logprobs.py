@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'CHUNK', 'SHARED', 'IMPLS', 'WORTH', 'tokenize_list', 'ListCollator', 'padded_rows', 'token_logps',
-           'logits_to_logps', 'packed_rows', 'both_sides', 'by_length', 'PathCheck', 'check_paths', 'verified',
-           'to_device', 'enable_shared', 'disable_shared', 'list_logps', 'token_ratio', 'dataset_logps', 'list_length',
+           'logits_to_logps', 'packed_rows', 'both_sides', 'by_length', 'cut_row', 'Kept', 'keep_prompts',
+           'after_prompts', 'logps_in_pieces', 'PathCheck', 'check_paths', 'verified', 'to_device', 'enable_shared',
+           'disable_shared', 'list_logps', 'summed', 'path_of', 'token_ratio', 'dataset_logps', 'list_length',
            'reference_logps', 'remember_start', 'policy_at_start', 'same_policy', 'measure_candidates', 'without_ends',
            'sampled_logps']
 
@@ -249,20 +250,23 @@ def packed_rows(
 class _Plan:
     "Where each token of a packed row stands in the blocks of prompts (B, P) and of candidates (N, R)."
 
-    def __init__(self, layout: torch.Tensor):  # (3, S): list, candidate (-1 in a prompt), position
+    def __init__(self, layout: torch.Tensor, kept=None):  # (3, S): list, candidate (-1 in a prompt), position; `Kept` prompts
         lists, candidates, positions = layout
         steps = torch.arange(len(lists), device=layout.device)
         prompt = candidates < 0
-        self.prompt_lengths = torch.bincount(lists[prompt])
+        self.kept = kept  # prompts that ran before
+        self.record, self.graph = None, False  # a dict while keys and values are written down, and whether they have a graph
+        self.prompt_lengths = torch.bincount(lists[prompt]) if kept is None else kept.lengths
         starts = ~prompt & (F.pad(lists * (int(candidates.max()) + 2) + candidates, (1, 0), value=-1).diff() != 0)
         rows = starts.cumsum(0) - 1
         self.list_index = lists[starts]
         inside = positions - torch.where(prompt, 0, self.prompt_lengths[lists])
-        P, R = int(self.prompt_lengths.max()), int(inside[~prompt].max()) + 1
+        P, R = int(self.prompt_lengths.max()), int(inside.masked_fill(prompt, -1).max()) + 1
         B, N = len(self.prompt_lengths), len(self.list_index)
         self.sizes = (B, P, N, R)
-        self.slot = torch.where(prompt, lists * P + inside, B * P + rows * R + inside)  # (S,) of each token
-        self.token = torch.zeros(B * P + N * R, dtype=torch.long, device=layout.device).index_copy(0, self.slot, steps)  # empty slots show token 0, and nobody looks
+        self.first = B * P if kept is None else 0  # slot of the first candidate: prompts that ran before have none
+        self.slot = torch.where(prompt, lists * P + inside, self.first + rows * R + inside)  # (S,) of each token
+        self.token = torch.zeros(self.first + N * R, dtype=torch.long, device=layout.device).index_copy(0, self.slot, steps)  # empty slots show token 0, and nobody looks
         self.masks: dict = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> tuple:
@@ -285,6 +289,14 @@ class _Plan:
                 among = _additive((gap >= 0) & (gap < window), dtype)[None, None] if window < P else None
             self.masks[key] = among, _additive(torch.cat([to_prompt, to_own.expand(len(lengths), -1, -1)], -1), dtype)[:, None]
         return self.masks[key]
+
+    def write(self, module, shared: list[torch.Tensor]) -> None:
+        "Note what the prompts' keys and values are in a layer, (B, K, P, D) each, where `keep_prompts` asks for it."
+        if self.record is None:
+            return
+        if module in self.record or torch.is_grad_enabled() != self.graph:
+            raise NotImplementedError("a layer runs twice in a forward pass, or without a graph")
+        self.record[module] = [t if t.dtype == torch.float64 else t.float() for t in shared]
 
 
 def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -363,10 +375,18 @@ def _shared_attention(module, query, key, value, attention_mask, scaling=None, d
     B, P, N, R = plan.sizes
     among, to_all = plan.mask(sliding_window, query.dtype)
     blocks = [_Rearrange.apply(t[0].transpose(0, 1), plan.token, plan.slot) for t in (query, key, value)]
-    (pq, pk, pv), (q, k, v) = (
-        [part.unflatten(0, sizes).transpose(1, 2) for part in parts] for parts, sizes in (([b[: B * P] for b in blocks], (B, P)), ([b[B * P :] for b in blocks], (N, R))))
-    k, v = (torch.cat([shared.expand(N, -1, -1, -1) if B == 1 else shared[plan.list_index], own], 2) for shared, own in ((pk, k), (pv, v)))
-    out = [_attend(pq, pk, pv, among, scaling, dropout, softcap), _attend(q, k, v, to_all, scaling, dropout, softcap)]
+    block = lambda tokens, *sizes: [t.unflatten(0, sizes).transpose(1, 2) for t in tokens]  # noqa: E731
+    out = []
+    if plan.first:
+        pq, *shared = block([b[: plan.first] for b in blocks], B, P)
+        plan.write(module, shared)
+        out.append(_attend(pq, *shared, among, scaling, dropout, softcap))
+    else:
+        shared = [t.to(key.dtype) for t in plan.kept.layers[module]]
+    if N:
+        q, *own = block([b[plan.first :] for b in blocks], N, R)
+        k, v = (torch.cat([s.expand(N, -1, -1, -1) if B == 1 else s[plan.list_index], o], 2) for s, o in zip(shared, own))
+        out.append(_attend(q, k, v, to_all, scaling, dropout, softcap))
     out = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in out])
     return _Restore.apply(out, plan.slot, plan.token)[None], None
 
@@ -438,10 +458,78 @@ def by_length(
 
 
 def _path_logps(model, batch: dict, path: str) -> torch.Tensor:
-    "(T,) log-probs by one path: 'shared', 'padded', or 'full' for padded rows and the model's own head."
+    "(T,) log-probs by one path: 'shared', 'padded', 'full' for padded rows and the model's own head, or 'kept'."
+    if path == "kept":
+        return logps_in_pieces(model, batch, 2)
     run = _full_logps if path == "full" else _forward_logps
     rows_of = packed_rows if path == "shared" else padded_rows
     return by_length(model, batch, lambda part: run(model, rows_of(part)))
+
+# %% ../nbs/06_logprobs.ipynb #3fd0a1c2
+def cut_row(
+    row: dict,  # from `packed_rows`
+    tokens: torch.Tensor,  # (S,) bool: those to take
+) -> dict:  # as `packed_rows`, with the targets that these tokens predict
+    "Some tokens of a packed row, as a row of its own."
+    place, said = tokens.cumsum(0) - 1, tokens[row["index"]]
+    return {"input_ids": row["input_ids"][:, tokens], "position_ids": row["position_ids"][:, tokens],
+            "attention_mask": row["attention_mask"][..., tokens], "index": place[row["index"][said]], "targets": row["targets"][said]}
+
+
+@dataclass
+class Kept:
+    "What candidates need of prompts that ran before them."
+    lengths: torch.Tensor  # (B,)
+    layers: dict  # attention module -> keys and values, (B, K, P, D), float32 at least: gradients add up in them
+
+
+def keep_prompts(
+    model,  # with `enable_shared`
+    row: dict,  # prompts alone, from `cut_row`
+) -> tuple[torch.Tensor, Kept]:  # log-probs of the first token of each candidate, (N,)
+    "One forward pass of the prompts, with what their candidates will need."
+    plan = _plan_of(row["attention_mask"])
+    plan.record, plan.graph = {}, torch.is_grad_enabled()
+    try:
+        logps, layers = _forward_logps(model, row), plan.record
+    finally:
+        plan.record = None  # a layer that runs again, for its gradient, writes nothing
+    return logps, Kept(plan.prompt_lengths, layers)
+
+
+def after_prompts(
+    model,
+    row: dict,  # candidates alone, from `cut_row`
+    kept: Kept,
+) -> torch.Tensor:  # (T,) log-probs of the targets
+    "A forward pass of candidates whose prompts ran before."
+    layout = row["attention_mask"]
+    layout.lire_plan = _Plan(layout[0, 0], kept)
+    return _forward_logps(model, row)
+
+# %% ../nbs/06_logprobs.ipynb #3fd0a1c4
+def logps_in_pieces(
+    model,  # with `enable_shared`
+    batch: dict,  # from `ListCollator`
+    candidates_at_once: int,  # in one forward pass
+    call: Callable = lambda function, *args: function(*args),  # how a pass is called
+) -> torch.Tensor:  # (T,) log-probs of all completion tokens
+    "As the shared path, in several forward passes: the prompts, then a few candidates at a time."
+    row = packed_rows(batch)
+    lists, candidates, _ = row["attention_mask"][0, 0]
+    prompt = candidates < 0
+    later = torch.zeros_like(prompt).index_fill(0, row["index"], True) & ~prompt
+    number = (lists * batch["mask"].shape[1] + candidates)[~prompt].unique(return_inverse=True)[1]  # of the candidate
+    number = torch.full_like(lists, -1).masked_scatter(~prompt, number)
+    first, kept = call(keep_prompts, model, cut_row(row, prompt))
+    values, places = [first], [prompt[row["index"]].nonzero()]
+    for start in range(0, len(batch["list_index"]), candidates_at_once):
+        tokens = later & (number >= start) & (number < start + candidates_at_once)
+        if tokens.any():
+            values.append(call(after_prompts, model, cut_row(row, tokens), kept))
+            places.append(tokens[row["index"]].nonzero())
+    places = torch.cat(places).squeeze(1)
+    return torch.cat(values)[places.argsort()]
 
 # %% ../nbs/06_logprobs.ipynb #0bb8c8c5
 def _alone(model, lm, lists: list[dict], tolerance: float) -> tuple[torch.Tensor, dict]:  # (T,), {token id: (H,)}
@@ -492,6 +580,7 @@ class PathCheck:
     errors: dict = field(default_factory=dict)  # of each path, values and gradient, relative to each candidate alone
     seconds: float = 0.0
     context: int | None = None  # tokens that the model can read
+    not_kept: str = ""  # why candidates cannot follow in a pass of their own (`keep_prompts`) where `shared` is exact
 
 
 _CHECKS: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, PathCheck]]" = weakref.WeakKeyDictionary()
@@ -512,7 +601,7 @@ def check_paths(
         began, said = time.perf_counter(), set() if again else {check.reason for check in known.values()}
         with _in_float32(lm), _nowhere_zero(model):
             found = _check(_called(model), lm, length)
-        known[key] = PathCheck(*found, seconds=time.perf_counter() - began, context=context_of(model))
+        known[key] = PathCheck(*found[:4], not_kept="".join(found[4:]), seconds=time.perf_counter() - began, context=context_of(model))
         if found[2] not in said | {""} and found[0] == "full":
             logger.warning("the model's head cannot be exchanged (%s); full logits are computed", found[2])
         elif found[2] not in said | {""} and found[0] == "chunks":
@@ -607,7 +696,7 @@ _CHEAP = 64  # a limit up to this length is always crossed in the check
 
 
 def _check(model, lm, length: int) -> tuple:
-    "head, shared, reason, errors: see `PathCheck`."
+    "head, shared, reason, errors[, not_kept]: see `PathCheck`."
     takes = inspect.signature(lm.forward).parameters
     if getattr(lm.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         return "refused", False, "it is an encoder with a decoder", {}
@@ -625,7 +714,7 @@ def _check(model, lm, length: int) -> tuple:
         enable_shared(lm)  # the padded path must stay right with it
         problem = wrong("shared") or wrong("padded", gradient=False)  # the same head
         if not problem:
-            return "chunks", True, "", errors
+            return "chunks", True, "", errors, wrong("kept")
         disable_shared(lm)
     broken = wrong("padded")
     if not broken:
@@ -860,20 +949,32 @@ def list_logps(
     per_token: bool = False,  # also return the (T,) token log-probs, candidates one after the other
 ) -> tuple[torch.Tensor, ...]:  # logps (B, M) float32, lengths (B, M) in tokens[, (T,)]
     "Summed log-probability of every completion, with gradients; raises `LireError` where it would not be right."
-    if impl not in IMPLS:
-        raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
-    tokens = _token_logps(model, batch, impl)
+    tokens = _path_logps(model, batch, path_of(model, batch, impl))
+    return (*summed(batch, tokens), tokens) if per_token else summed(batch, tokens)
+
+
+def summed(
+    batch: dict,  # from `ListCollator`
+    tokens: torch.Tensor,  # (T,) a value for each completion token, candidates one after the other
+) -> tuple[torch.Tensor, torch.Tensor]:  # (B, M) sums, (B, M) lengths in tokens
+    "Sums over the tokens of each candidate."
     lengths = batch["completion_lengths"]
     row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     sums = tokens.new_zeros(len(lengths)).index_add(0, row, tokens)
     place = (batch["list_index"], batch["candidate_index"])
     table = sums.new_zeros(batch["mask"].shape).index_put(place, sums)
     counts = torch.zeros_like(batch["mask"], dtype=torch.long).index_put(place, lengths)
-    return (table, counts, tokens) if per_token else (table, counts)
+    return table, counts
 
 # %% ../nbs/06_logprobs.ipynb #09a838a9
-def _token_logps(model, batch, impl) -> torch.Tensor:
-    "(T,) log-probs of all completion tokens by the path that `impl` and the model allow."
+def path_of(
+    model: torch.nn.Module,
+    batch: dict,  # from `ListCollator`
+    impl: str,  # as in `list_logps`
+) -> str:  # "shared", "padded", or "full": padded rows and the model's own head
+    "The path that `impl` and the model allow; raises `LireError` where `impl` is not exact."
+    if impl not in IMPLS:
+        raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
     length = int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max())
     check = verified(model, length)
     problem = check.reason or _row_noise(model)
@@ -882,11 +983,11 @@ def _token_logps(model, batch, impl) -> torch.Tensor:
                         remedy="leave it at 'auto'")
     if not problem and (impl == "shared" or impl == "auto" and token_ratio(batch) >= WORTH):
         enable_shared(model)
-        return _path_logps(model, batch, "shared")
+        return "shared"
     if problem and check.shared and impl == "auto" and causal_lm(model) not in _NOTED:
         _NOTED.add(causal_lm(model))
         logger.warning(_PADDED, problem)
-    return _path_logps(model, batch, "padded" if check.head == "chunks" else "full")
+    return "padded" if check.head == "chunks" else "full"
 
 
 def token_ratio(

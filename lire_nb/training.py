@@ -45,7 +45,7 @@ from .lists import LireError, atomic_write, load_lists
 from lire_nb.logprobs import (
     IMPLS, ListCollator, causal_lm, common_context, list_logps, policy_at_start, reference_logps, remember_start, to_device, tokenize_list, verified,
 )
-from .long_lists import list_logps_in_parts
+from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
 from .losses import LOSSES, SATURATED, LossSpec, get_loss, list_metrics, pair_metrics, scored_mask
 from .models import config_content, file_hash, has_bf16, import_peft, load_policy, quiet_transformers, resolve_model
 from .sampling import derive_seed
@@ -99,7 +99,7 @@ class LIREConfig(TrainingArguments):
     logps_impl: str = "auto"  # path of `list_logps`
     reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
-    candidates_at_once: int | None = None  # in memory at a time, the gradient is the same, see 06c_long_lists; None: all of a batch
+    candidates_at_once: int | str | None = None  # in memory at a time, see 06c_long_lists; "auto": what fits; None: all of a batch
     on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
@@ -115,8 +115,7 @@ class LIREConfig(TrainingArguments):
                             value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
         if self.num_candidates is not None and self.num_candidates < 2:
             raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
-        if self.candidates_at_once is not None and self.candidates_at_once < 1:
-            raise LireError("too few", field="candidates_at_once", value=self.candidates_at_once, allowed="1 or more, or None for all", remedy="leave it out")
+        check_at_once(self.candidates_at_once, "auto", None)
         if self.on_mute_lists not in ("refuse", "warn"):
             raise LireError(
                 "unknown rule",
@@ -706,6 +705,7 @@ class LIRETrainer(ExactTrainer):
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
         self._bad, self._step_ids, self._grad_norm, self._began = [], [], None, False
+        self._at_once = None  # candidates in memory at a time, under "auto"
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         "As the Trainer's; a single step is no warm-up, since that begins at a learning rate of 0 and would change nothing."
@@ -822,9 +822,24 @@ class LIRETrainer(ExactTrainer):
 
     def _logps(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         "(B, M) log-probs and lengths, all candidates in one pass or a few at a time."
-        if self.args.candidates_at_once is None:
+        at_once = self._fit(inputs) if self.args.candidates_at_once == "auto" else self.args.candidates_at_once
+        if at_once is None:
             return list_logps(model, inputs, impl=self.args.logps_impl)
-        return list_logps_in_parts(model, inputs, self.args.candidates_at_once, impl=self.args.logps_impl)
+        return list_logps_in_parts(model, inputs, at_once, impl=self.args.logps_impl)
+
+    def _fit(self, batch: dict | None = None) -> int:
+        "`candidates_at_once` under \"auto\": decided once, by memory, for the largest batch of the training or this one."
+        if self._at_once is None:
+            if self.train_dataset is not None:
+                lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
+                largest = largest_lists((lists[0, i] for i in range(len(lists))), self.args.per_device_train_batch_size)
+                batch = to_device(TrainingCollator(self.processing_class.pad_token_id or 0)(largest), self.args.device)
+            with self.compute_loss_context_manager():
+                found = candidates_that_fit(self.model_wrapped, batch, impl=self.args.logps_impl)
+            self._at_once = int(self.accelerator.gather(torch.tensor(found, device=self.args.device)).min())
+            if self.is_world_process_zero():
+                logger.info("candidates_at_once: %d fit into memory; the largest batch has %d", self._at_once, len(batch["list_index"]))
+        return self._at_once
 
     def _metrics(self, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
         "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
@@ -860,6 +875,9 @@ class LIRETrainer(ExactTrainer):
 
     def _begin(self) -> None:
         super()._begin()
+        if self.args.candidates_at_once == "auto":
+            self.model_wrapped.train()  # as in every step: what a layer keeps depends on it
+            self._fit()
         if self._resumed is None:
             self._first_look()
 
