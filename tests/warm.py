@@ -21,16 +21,18 @@ LIBRARIES = ("torch", "torch._dynamo", "torch.distributed.fsdp", "datasets", "tr
              "accelerate", "evaluate", "peft", "pandas", "scipy.stats", "nbdev.test")
 
 
-def run(module: str, *arguments, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-    "`python -m module arguments`, forked; environments differ in what libraries read at import, so each has a process of its own to fork from."
+def run(program: str | Path, *arguments, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    "`python -m program arguments`, or `python program arguments` for a path, forked; each environment has a process of its own, since libraries read it at import."
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"module": module, "arguments": [str(a) for a in arguments], "cwd": str(cwd), "out": str(out), "err": str(err)}
+        request = {"program": str(program), "script": isinstance(program, Path), "arguments": [str(a) for a in arguments], "cwd": str(cwd), "out": str(out), "err": str(err)}
         warm = _warm(tuple(sorted(env.items())))
         warm.stdin.write(json.dumps(request) + "\n")
         warm.stdin.flush()
         answer = json.loads(warm.stdout.readline())
-        return subprocess.CompletedProcess([module, *arguments], answer["code"], out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        done = subprocess.CompletedProcess([program, *arguments], answer["code"], out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        done.seconds = answer["seconds"]  # of the processor
+        return done
 
 
 @cache
@@ -54,19 +56,24 @@ def serve(libraries: tuple[str, ...]) -> dict | None:
         child = os.fork()
         if not child:
             return request
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
+        _, status, used = os.wait4(child, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": used.ru_utime + used.ru_stime}), flush=True)
 
 
 def become(request: dict) -> None:
-    "The rest of this process is `python -m module arguments`."
+    "The rest of this process is the program that is asked for."
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_CREAT), (2, request["err"], os.O_WRONLY | os.O_CREAT)):
         opened = os.open(path, mode)
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(request["cwd"])
-    sys.path[0] = request["cwd"]
-    sys.argv = [request["module"], *request["arguments"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    sys.argv = [request["program"], *request["arguments"]]
+    if request["script"]:
+        sys.path[0] = str(Path(request["program"]).parent)
+        runpy.run_path(request["program"], run_name="__main__")
+    else:
+        sys.path[0] = request["cwd"]
+        runpy.run_module(request["program"], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
