@@ -22,7 +22,7 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check lire_nb tests .ci setup.py
 	$(BIN)/python -c "from lire_nb.models import resolve_model; resolve_model('smollm2')"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 setup: $(VENV)/.ready-dev
 
