@@ -18,11 +18,12 @@ help:
 quickstart: $(VENV)/.ready
 	$(BIN)/lire quickstart
 
-# Two workers of one thread each: most models in the tests are too small for a second thread. The policy is converted before both ask for it.
+# Two workers of one thread each: most models in the tests are too small for a second thread. The policy is converted, and the package compiled, before both ask for it.
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check lire_nb tests .ci setup.py
 	$(BIN)/python -c "from lire_nb.models import resolve_model; resolve_model('smollm2')"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m compileall -q lire_nb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 setup: $(VENV)/.ready-dev
 

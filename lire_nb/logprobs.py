@@ -814,7 +814,8 @@ def _tiny_lists(model, lm, length: int) -> list[dict]:
     config = text_config(lm)
     said = [v for name, v in vars(config).items() if name.endswith("_token_id")]  # some models read more into these
     special = {i for v in said for i in (v if isinstance(v, list) else [v])}
-    ids = [k * 7919 % max(config.vocab_size - 1, 1) for k in range(1, 2 * config.vocab_size)]
+    vocabulary = config.vocab_size  # looked up once: a config's attributes are slow
+    ids = [k * 7919 % max(vocabulary - 1, 1) for k in range(1, 2 * vocabulary)]
     ids = itertools.cycle([i for i in ids if i not in special] or ids)
     waking = [i for c in _adapters(model) for i in getattr(c, "alora_invocation_tokens", None) or ()]  # it begins there
     sizes = [(5, (3, 1, 2)), (2, (2,)), *((n - 2, (1, 4, 2)) for n in _crossed(lm, length))]

@@ -11,7 +11,7 @@ __all__ = ['SCORES', 'AUTO_TEMPERATURE', 'LOSSES', 'SATURATED', 'scored_mask', '
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
@@ -450,6 +450,11 @@ def pro_loss(
 _BATCH = ("logps", "rewards", "mask", "ref_logps", "lengths")  # what a batch brings; anything else is a setting
 
 
+@functools.cache
+def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters  # slow, and asked for at every step
+
+
 @dataclass(frozen=True)
 class LossSpec:
     "A loss and what one has to know to call it."
@@ -475,7 +480,7 @@ class LossSpec:
     def parameters(self) -> dict[str, inspect.Parameter]:
         "Of the function; a module's are those of its forward."
         fn = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
-        return dict(inspect.signature(fn).parameters)
+        return dict(_parameters_of(fn) if inspect.isfunction(fn) else inspect.signature(fn).parameters)
 
     @property
     def settings(self) -> dict[str, object]:

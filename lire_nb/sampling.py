@@ -214,7 +214,8 @@ def cannot_share_prompts(
     tokenizer,
 ) -> str:  # empty when it can
     "Why the candidates of a prompt cannot go on from one computed prompt; found out by trying."
-    usable = [i for i in range(min(len(tokenizer), model.get_input_embeddings().num_embeddings)) if i not in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids)  # built anew whenever it is asked for
+    usable = [i for i in range(min(len(tokenizer), model.get_input_embeddings().num_embeddings)) if i not in special]
     token = lambda k: usable[k * 7919 % len(usable)]  # noqa: E731
     rows = [[token(k) for k in range(9)], [token(k) for k in range(10, 14)]]
     try:

@@ -7,9 +7,9 @@ __all__ = ['Module', 'read_module', 'Package', 'installed', 'definitions', 'vers
 
 # %% ../nbs/10aa_versions.ipynb #8f96da1c
 import ast
-import copy
 import hashlib
 import importlib.util
+import pickle
 import symtable
 from collections.abc import Iterable
 from functools import cache
@@ -168,7 +168,7 @@ class _Look(ast.NodeTransformer):
         self.names = _global_names(statement)
         for name in self.names:
             self._take(name, package.resolve(module, name))
-        self.text = _dump(self.visit(copy.deepcopy(statement)))
+        self.text = _dump(self.visit(pickle.loads(pickle.dumps(statement))))  # a copy, ten times as fast as deepcopy's
 
     def _take_import(self, node) -> None:
         inside, outside = _imports(node, self.package.folder.name)

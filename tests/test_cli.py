@@ -1,4 +1,4 @@
-"""What a user can do wrong gives one line, exit code 2, no traceback and nothing half-written."""
+"""What a user can do wrong gives one line, exit code 2, no traceback and nothing half-written. Each command starts a Python of its own once; the rest are forks, see warm.py."""
 import json
 import os
 import subprocess
@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
-def lire(*arguments, cwd, limit_bytes=None):
+def lire(*arguments, cwd, limit_bytes=None, fork=True):
+    if fork and not limit_bytes:
+        return warm.run("lire_nb.cli", *arguments, cwd=cwd, env=ENV)
     command = [sys.executable, "-m", "lire_nb.cli", *arguments]
     if limit_bytes:
         code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -109,7 +112,7 @@ def test_unknown_loss_and_unknown_setting(tmp_path):
 
 def test_run_folder_of_another_configuration(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
-    assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path).returncode == 0
+    assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path, fork=False).returncode == 0
     before = (tmp_path / "o.jsonl").read_bytes()
     one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "longer_wins", "vader")
     assert (tmp_path / "o.jsonl").read_bytes() == before
@@ -160,15 +163,15 @@ def test_an_output_of_someone_else_is_not_adopted(tmp_path):
     assert files(tmp_path) == {"l.jsonl", "o.jsonl"} and (tmp_path / "o.jsonl").read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("command", [
-    ("enhance", "--prompts", "p.txt", "--reward", "length", "--policy", "smolm2", "--out", "run"),
-    ("evaluate", "--prompts", "p.txt", "--system", "start=smolm2", "--judge", "v=vader", "--out", "run"),
-    ("quickstart", "--policy", "smolm2", "--out", "run"),
-    ("enhance", "--prompts", "p.txt", "--reward", "length", "--set", "temperature=-1", "--out", "run"),
+@pytest.mark.parametrize("fork, command", [
+    (False, ("enhance", "--prompts", "p.txt", "--reward", "length", "--policy", "smolm2", "--out", "run")),
+    (False, ("evaluate", "--prompts", "p.txt", "--system", "start=smolm2", "--judge", "v=vader", "--out", "run")),
+    (False, ("quickstart", "--policy", "smolm2", "--out", "run")),
+    (True, ("enhance", "--prompts", "p.txt", "--reward", "length", "--set", "temperature=-1", "--out", "run")),
 ])
-def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, command):
+def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, fork, command):
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
-    one_line(lire(*command, cwd=tmp_path))
+    one_line(lire(*command, cwd=tmp_path, fork=fork))
     assert files(tmp_path) == {"p.txt"}
 
 
