@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .lists import LireError
 from lire_nb.logprobs import (
-    ListCollator, _rows_of, causal_lm, check_paths, list_logps, logps_in_pieces, path_of, summed, to_device, unwrap, verified,
+    ListCollator, _rows_of, causal_lm, check_paths, list_logps, logps_in_pieces, path_of, summed, to_device, unwrap,
+    verified,
 )
 
 # %% ../nbs/06c_long_lists.ipynb #76f8a6db
@@ -54,8 +55,9 @@ def check_at_once(
     "Raise `LireError` for what is no number of candidates."
     if not (type(value) is int and value >= 1 or any(type(value) is type(one) and value == one for one in others)):
         named = [f"'{one}'" if isinstance(one, str) else f"{one} for all" for one in others]
-        raise LireError("no number of candidates", field="candidates_at_once", value=value,
-                        allowed=" or ".join(["a whole number, 1 or more", *named]), remedy="leave it out to take all at once")
+        allowed = ", ".join(["a whole number, 1 or more", *named])
+        raise LireError("no number of candidates", field="candidates_at_once", value=value, allowed=allowed,
+                        remedy="leave it out to take all at once")
 
 
 def list_logps_in_parts(
@@ -103,7 +105,8 @@ class Twice:
     def __init__(self, model: torch.nn.Module, device: str):
         self.half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.device, self.casts = device, nullcontext()
-        if self.half is not None and type(model).__name__ != "OptimizedModule" and not any(hasattr(p, "placements") for p in model.parameters()):
+        sharded = any(hasattr(p, "placements") for p in model.parameters())  # whole weights are there for a moment only
+        if self.half is not None and not sharded and type(model).__name__ != "OptimizedModule":
             self.casts = SharedCasts(self.half)
 
     def __call__(self, function: Callable, *args):
@@ -165,8 +168,8 @@ def prompt_again(
 def _reentrant(model) -> str:
     "Layers that run without a graph at first give keys without a gradient."
     for module in model.modules():
-        again = getattr(module, "_gradient_checkpointing_func", None)
-        if module.training and getattr(module, "gradient_checkpointing", False) and getattr(again, "keywords", {}).get("use_reentrant"):
+        again = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if module.training and getattr(module, "gradient_checkpointing", False) and again.get("use_reentrant"):
             return "gradient checkpointing with use_reentrant=True runs its layers without a graph"
     return ""
 
@@ -233,16 +236,16 @@ def candidates_that_fit(
     impl: str = "auto",
 ) -> int:  # for `candidates_at_once`, from 1 to all of the batch
     "How many candidates of this batch may go through the model at once."
-    device, path = batch["prompt_ids"].device, path_of(model, batch, impl)
+    device, shared = batch["prompt_ids"].device, path_of(model, batch, impl) == "shared"
     if free is None:
         free = (free_bytes(device) - 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)) // 2
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
-        cost = lambda *sizes: saved_bytes(model, _probe(batch, sizes), "shared" if path == "shared" else "padded")  # noqa: E731
-        one, two, two_lists = cost(1), cost(2), cost(1, 1)
+        one, two, two_lists = (saved_bytes(model, _probe(batch, sizes), "shared" if shared else "padded")
+                               for sizes in ((1,), (2,), (1, 1)))
     prompt, candidate = max(0, two_lists - two), max(1, two - one)
     fixed = max(0, one - candidate - prompt)  # copies of weights, in mixed precision
     lists, everything = len(batch["prompt_lengths"]), len(batch["list_index"])
-    if path == "shared" and not prompt_again(model, batch):  # prompts and candidates are not there together
+    if shared and not prompt_again(model, batch):  # prompts and candidates are not there together
         fits = lambda k: max(min(k, lists) * prompt, k * candidate) <= free - fixed  # noqa: E731
     else:  # every candidate may bring its prompt
         fits = lambda k: min(k, lists) * prompt + k * candidate <= free - fixed  # noqa: E731
@@ -253,7 +256,8 @@ def _probe(batch: dict, sizes: tuple[int, ...]) -> dict:
     "Lists of so many candidates, each the longest prompt with copies of the longest completion."
     prompt, completion = (batch[f"{name}_ids"][n, : batch[f"{name}_lengths"][n]].tolist()
                           for name in ("prompt", "completion") for n in [int(batch[f"{name}_lengths"].argmax())])
-    lists = [{"id": str(b), "prompt_ids": prompt, "completion_ids": [completion] * size, "rewards": [0.0] * size} for b, size in enumerate(sizes)]
+    lists = [{"id": str(b), "prompt_ids": prompt, "completion_ids": [completion] * size, "rewards": [0.0] * size}
+             for b, size in enumerate(sizes)]
     return to_device(ListCollator()(lists), batch["prompt_ids"].device)
 
 
