@@ -107,7 +107,7 @@ class Twice:
         self.device, self.casts = device, nullcontext()
         sharded = any(hasattr(p, "placements") for p in model.parameters())  # whole weights are there for a moment only
         if self.half is not None and not sharded and type(model).__name__ != "OptimizedModule":
-            self.casts = SharedCasts(self.half)
+            self.casts = SharedCasts(self.half, causal_lm(model).get_output_embeddings())
 
     def __call__(self, function: Callable, *args):
         def run():
@@ -135,13 +135,14 @@ class _Copied(torch.autograd.Function):
 class SharedCasts(TorchFunctionMode):
     "While active, linear layers read one copy of each float32 weight in half precision."
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, head: torch.nn.Module):
         super().__init__()
         self.dtype, self.copies = dtype, {}
+        self.head = getattr(head, "weight", None)  # runs again in chunks, after a part, and would be there twice
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and isinstance(args[1], torch.nn.Parameter) and args[1].dtype == torch.float32:
-            weight = args[1]
+        weight = args[1] if function is F.linear else None
+        if isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.float32 and weight is not self.head:
             if weight not in self.copies:
                 self.copies[weight] = weight.detach().to(self.dtype)
             args = (args[0], _Copied.apply(weight, self.copies[weight]), *args[2:])
