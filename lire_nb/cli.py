@@ -416,11 +416,13 @@ def bench_command(args) -> None:
     from lire_nb.losses import get_loss
     from lire_nb.models import load_policy
 
-    points, repeats = [_point(text) for text in args.point] or bench.GRID, args.repeats
+    points, repeats = [_point(text) for text in args.point] or (() if args.long else bench.GRID), args.repeats
     try:
         get_loss(args.loss)
     except ValueError as e:
         raise LireError(str(e), field="--loss", value=args.loss, remedy="00_losses and 00b_rivals have the losses") from e
+    if args.loss != "lire" and (args.long or args.peers):
+        raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire", remedy="leave one of them out")
     rows, made_from = read_rows_of(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
     asked = (args.policy, made_from, repeats, args.loss)  # rows of before had one loss, and the policy by its name alone
     same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire")) == asked]
@@ -430,7 +432,7 @@ def bench_command(args) -> None:
     _say(f"{len(points)} points × {repeats} repeats on {about['machine']['processor']}; self-check {check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
     ways = [way for way in bench.WAYS if check.shared or way != "shared"]
     for point in points:
-        if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists) and not r["way"].startswith("dpo") for r in same):
+        if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists) and not r["way"].startswith(("dpo", "long")) for r in same):
             continue
         found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory, loss=args.loss)
         rows += [row | about for row in found]
@@ -438,6 +440,13 @@ def bench_command(args) -> None:
         for row in found:
             grown = "" if row["peak_bytes"] is None else f"   peak +{row['peak_bytes'] / 2**20:,.0f} MiB"
             print(f"P={point.P} R={point.R} M={point.M} × {point.lists}  {row['way']:8} {row['seconds']:6.2f} s   {row['speedup']:.2f}x of {row['flop_limit']:.2f}x{grown}")
+    if args.long and not any(r["way"].startswith("long") for r in same):
+        found = bench.bench_long(model, args.policy, repeats=repeats, memory=not args.no_memory)
+        rows += [row | about for row in found]
+        write_jsonl(args.out, rows)
+        for row in found:
+            grown = "" if row["peak_bytes"] is None else f"   peak +{row['peak_bytes'] / 2**20:,.0f} MiB"
+            print(f"M={row['M']:2} {row['way']:18} {row['seconds'] / row['M']:6.2f} s a candidate   {row['ratio']:.2f}x{grown}")
     if args.peers and not any(r["way"].startswith("dpo") for r in same):
         del model
         found = bench.bench_pairs(args.policy, bench.review_pairs(args.policy), repeats)
@@ -545,7 +554,7 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
         o("--loss", default="lire", help="the loss of the step, by name"),
-        o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
+        o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--long", action="store_true", help="long lists in parts, instead of the grid"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
     add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"), o("--list", action="store_true", help="the tables, and how far they are"),
         o("--scale", default="laptop", help="smoke, laptop, gpu or paper"), o("--seeds", type=int, default=None, help="default: the scale's own number"),
         o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results of the checkout; installed, and for smoke, runs/reproduce/SCALE/results"),

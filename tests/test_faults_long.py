@@ -68,7 +68,7 @@ class Read:
         torch.nn.Embedding.forward = self.forward
 
 
-@pytest.mark.parametrize("family", SHARED)
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "mixtral", "gemma2", "gemma3", "qwen2-window", "gpt2", "opt", "cohere2", "granite"])
 def test_the_gradient_of_one_pass_with_each_prompt_once(family):
     model = tiny(SHARED[family]())
     plain = gradient(model, lambda b: list_logps(model, b, impl="shared"))
