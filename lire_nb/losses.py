@@ -166,7 +166,7 @@ def transform_rewards(
     rewards: Tensor,  # (B, M), finite where not masked
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
     *,
-    reward_transform: str = "softmax",  # "softmax", "none", "zscore" or "rank"
+    reward_transform: str = "zscore",  # "softmax", "none", "zscore" or "rank"
 ) -> Tensor:  # (B, M), 0 where masked
     "What weighs P in `lire_loss`. Raises ValueError on an unknown name or bad rewards. Source of softmax: the authors' code."
     _check_choice("reward_transform", reward_transform, _TRANSFORMS)
@@ -270,7 +270,7 @@ def lire_loss(
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
     *,
     temperature: float | str = "auto",  # T > 0 in the score's unit, or "auto": the standard deviation of the list's log-probs
-    reward_transform: str = "softmax",  # "softmax" (the authors' code), "none" (the paper's equation), "zscore" or "rank"
+    reward_transform: str = "zscore",  # "softmax" (the authors' code), "none" (the paper's equation), "zscore" or "rank"
     sft_weight: float = 0.0,  # α ≥ 0, the weight of the best candidate's cross-entropy
     sft_normalize: str = "token",  # that cross-entropy per "token", or the "sum" over tokens
     length_normalize: bool = False,  # P from logps / lengths: the same as score="token"

@@ -83,7 +83,7 @@ class LIREConfig(TrainingArguments):
     bf16: bool | None = None  # None: where the processor is fast at it
     loss_type: str | Callable = "lire"  # a name in `losses.LOSSES`, or a callable with the same signature
     temperature: float | str | None = None  # T, or "auto"; None, here and below: the loss's own default, for LIRE "auto"
-    reward_transform: str | None = None  # of LIRE: "softmax" (its default), "none", "zscore" or "rank"
+    reward_transform: str | None = None  # of LIRE: "zscore" (its default), "softmax", "none" or "rank"
     score: str | None = None  # what a loss compares: "sum", "token", "ratio" (against the reference) or "token_ratio"
     variant: str | None = None  # of dpo, odpo, offline_pg and apo
     sft_weight: float | None = None  # α, weight of the best candidate's cross-entropy; for LIRE 0

@@ -52,12 +52,12 @@ def chosen_lists(source) -> list[dict]:
     return random.Random(0).sample(lists, min(len(lists), 4 * STEPS))
 
 
-def look(rows: list[list[float]], lists: list[dict], temperatures: list[float]) -> dict:
+def look(rows: list[list[float]], lists: list[dict], temperatures: list[float], transform: str = "zscore") -> dict:
     """P, its best answer, and T times the gradient of each list, at each list's own fixed T."""
     largest, best, moving = [], [], []
     for row, record, T in zip(rows, lists, temperatures):
         s, r = torch.tensor([row], dtype=torch.float64, requires_grad=True), torch.tensor([record["rewards"]], dtype=torch.float64)
-        (gradient,) = torch.autograd.grad(lire_loss(s, r, temperature=T).sum(), s)
+        (gradient,) = torch.autograd.grad(lire_loss(s, r, temperature=T, reward_transform=transform).sum(), s)
         largest.append(list_probs(s.detach(), temperature=T).max().item())
         best.append(list_metrics(s, r, temperature=T)["best_weight"].item())
         moving.append(T * gradient.norm().item())
@@ -77,12 +77,13 @@ def run(name: str, source, setting: str) -> dict:
         trainer = LIRETrainer(model, args, lists, processing_class=tokenizer)
         trainer.train()
     after, history = measure(), trainer.state.log_history
-    first, last, cold = look(before, seen, auto), look(after, seen, auto), look(before, seen, [2.0] * len(seen))
+    first, last, cold = look(before, seen, auto), look(after, seen, auto), look(before, seen, [2.0] * len(seen), "softmax")
+    flat = look(before, seen, auto, "softmax")
     rise = [b - a for a, b in zip(first["best"], last["best"])]
     return {
         "set": name, "setting": setting, "steps": STEPS, "lists": len(lists), "M": [min(len(r["rewards"]) for r in lists), max(len(r["rewards"]) for r in lists)],
         "tokens": round(statistics.mean(len(tokenizer(c)["input_ids"]) for r in seen for c in r["completions"])), "T": [round(t, 2) for t in sorted(auto)],
-        "one_hot_at_2": cold["one_hot"], "alive_at_2": cold["alive"], "one_hot": first["one_hot"], "alive": first["alive"],
+        "one_hot_at_2": cold["one_hot"], "alive_paper": cold["alive"], "alive_softmax": flat["alive"], "one_hot": first["one_hot"], "alive": first["alive"],
         "best_before": statistics.mean(first["best"]), "best_after": statistics.mean(last["best"]), "rise_se": statistics.stdev(rise) / len(rise) ** 0.5,
         "log": {k: v for k, v in history[-2 if len(history) > 1 else -1].items() if isinstance(v, (int, float))},
         "seconds": round(time.monotonic() - began), "date": str(datetime.date.today()), "machine": machine(), "threads": torch.get_num_threads(),

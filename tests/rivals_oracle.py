@@ -39,7 +39,7 @@ def log_softmax(cands, values):
     return [v - top - (norm - 1.0).log1p() for v in values]
 
 
-def lire(cands, temperature="auto", reward_transform="softmax", score_="sum"):
+def lire(cands, temperature="auto", reward_transform="zscore", score_="sum"):
     values = [score(c, score_) for c in cands]
     own = [score(c, score_.replace("ratio", "").strip("_") or "sum").value for c in cands]
     if temperature == "auto":

@@ -28,7 +28,7 @@ TRANSFORMS = ("softmax", "none", "zscore", "rank")
 CONFIGS = [
     *(("lire", {"temperature": 2.0, "reward_transform": how}) for how in TRANSFORMS),
     ("lire", {"temperature": 0.7, "reward_transform": "none", "sft_weight": 0.3}),
-    ("lire", {"temperature": 5.0, "sft_weight": 0.01, "sft_normalize": "sum"}),
+    ("lire", {"temperature": 5.0, "reward_transform": "softmax", "sft_weight": 0.01, "sft_normalize": "sum"}),
     ("lire", {"temperature": 0.25, "reward_transform": "zscore", "length_normalize": True}),
     ("sft", {}),
     ("sft", {"sft_normalize": "sum"}),
@@ -273,7 +273,7 @@ def test_losses_match_the_values_worked_by_hand():
     sigmoid = 1 / (1 + math.e)  # σ(−1): a margin of −2 at T = 2
     assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="none").item(), -sigmoid)
     softmax = [math.e / (1 + math.e), 1 / (1 + math.e)]
-    assert_close(lire_loss(logps, rewards, temperature=2.0).item(), -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
+    assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="softmax").item(), -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
     assert call("slic", logps, rewards, None, None)[0].item() == 3.0
     assert_close(call("dpo", logps, rewards, 0 * logps, None)[0].item(), math.log(1 + math.exp(0.2)))
 
