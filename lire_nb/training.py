@@ -568,7 +568,7 @@ class ExactTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 (folder / "training_args.bin").unlink(missing_ok=True)
-                write_manifest(folder)
+                write_manifest(folder, **self._facts())
                 self._rotate(folder, limit)
         except (OSError, SafetensorError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not any(word in str(e) for word in _TORCH_WRITES):
@@ -587,6 +587,10 @@ class ExactTrainer(Trainer):
         for path in checkpoints(newest.parent)[limit or None :] if limit else []:
             if best is None or path.name != Path(best).name:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _facts(self) -> dict:
+        "What was decided before the first step, for the manifest of a checkpoint."
+        return {}
 
     def _save_pending(self, folder: Path) -> None:
         "What was seen since the last log."
@@ -827,6 +831,18 @@ class LIRETrainer(ExactTrainer):
             return list_logps(model, inputs, impl=self.args.logps_impl)
         return list_logps_in_parts(model, inputs, at_once, impl=self.args.logps_impl)
 
+    def _check_sharded(self) -> None:
+        "Sharded weights are gathered in every forward pass, which all processes must make equally often."
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+        if sharded and self.args.candidates_at_once is not None and self.accelerator.num_processes > 1:
+            raise LireError("not possible with sharded weights: lists of different lengths need different numbers of passes",
+                            field="candidates_at_once", value=self.args.candidates_at_once, allowed="None under FSDP and ZeRO-3",
+                            remedy="leave it out, or give num_candidates")
+
+    def _facts(self) -> dict:
+        return {} if self._at_once is None else {"candidates_at_once": self._at_once}
+
     def _fit(self, batch: dict | None = None) -> int:
         "`candidates_at_once` under \"auto\": decided once, by memory, for the largest batch of the training or this one."
         if self._at_once is None:
@@ -875,7 +891,10 @@ class LIRETrainer(ExactTrainer):
 
     def _begin(self) -> None:
         super()._begin()
+        self._check_sharded()
         if self.args.candidates_at_once == "auto":
+            if self._resumed:  # decided once: another number would draw other dropout masks
+                self._at_once = (read_manifest(self._resumed) or {}).get("candidates_at_once")
             self.model_wrapped.train()  # as in every step: what a layer keeps depends on it
             self._fit()
         if self._resumed is None:

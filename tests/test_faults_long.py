@@ -315,3 +315,25 @@ def test_two_processes_give_the_gradient_of_one_pass(tmp_path):
     for way, tolerance in (("whole", 1e-4), ("half", 2e-2)):
         assert both[0][way] == both[1][way]
         assert (torch.tensor(both[0][way], dtype=torch.float64) - plain).norm() < tolerance * plain.norm()
+
+
+def test_auto_is_decided_once_for_a_run_that_goes_on(tmp_path, monkeypatch):
+    "Another number of candidates would draw other dropout masks."
+    make_start(tmp_path / "start", dropout=0.3)
+    settings = dict(candidates_at_once="auto", save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(long_lists, "free_bytes", lambda device: 300_000)
+    whole = weights_of(trainer(tmp_path, **settings))
+    first = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[0]
+    monkeypatch.setattr(long_lists, "free_bytes", lambda device: 0)
+    again = trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(first))
+    assert torch.equal(torch.cat([p.detach().flatten() for p in again.model.parameters()]), whole)
+
+
+def test_sharded_weights_are_refused_before_the_first_step(place, monkeypatch):
+    one = trainer(place, candidates_at_once=2)
+    monkeypatch.setattr(type(one.accelerator), "num_processes", property(lambda self: 2))
+    one.is_fsdp_enabled = True
+    with pytest.raises(LireError, match="^candidates_at_once: not possible with sharded weights") as e:
+        one._check_sharded()
+    assert "\n" not in str(e.value)
