@@ -60,7 +60,8 @@ def about_runs(
     days = dates[0] if len(dates) == 1 else f"{dates[0]} … {dates[-1]}"
     missing = frame_attrs["missing"]
     left = " All planned runs are there." if not missing and not frame_attrs["unresolved"] else f" **{missing} planned runs are missing{', and more that depend on them' if frame_attrs['unresolved'] else ''}.**"
-    if len(codes) > 1:
+    kinds = frame["config"].map(lambda config: config.get("kind"))  # each kind of experiment has a code of its own
+    if (frame.groupby(kinds)["code"].nunique() > 1).any():
         left += " **Rows of different code stand side by side.**"
     return f"{len(frame)} runs, {minutes:.0f} minutes of one core, {days}; code {', '.join(codes)}; {'; '.join(machines)}.{left}"
 
