@@ -235,9 +235,9 @@ def loss_settings_of(
             value = own
         elif value is None and name in loss.settings:
             value = usual
-        if value is None or name not in kwargs and value == usual and not loss.takes(name):
-            continue  # nothing is asked for
-        if name in kwargs and given.get(name) not in (None, own, usual, value):
+        if value is None or name not in kwargs and not value and value == usual and not loss.takes(name):
+            continue  # nothing is asked for, or a supervised term of weight 0
+        if name in kwargs and given.get(name) not in (None, value):
             raise LireError(
                 "given twice",
                 field=name,

@@ -93,17 +93,22 @@ def test_23_sft_weight_reaches_the_losses_that_take_it(place, tmp_path, loss):
 
 @pytest.mark.parametrize("loss, setting", [
     ("dpo", {"temperature": 20.0}), ("dpo", {"sft_weight": 1.0}), ("sft", {"temperature": 5.0}), ("rrhf", {"temperature": 5.0}), ("pro", {"length_normalize": True}),
-    ("slic", {"reward_transform": "rank"}), ("lire", {"beta": 0.5}), ("plackett_luce_dpo", {"reward_transform": "rank"}),
+    ("slic", {"reward_transform": "rank"}), ("lire", {"beta": 0.5}), ("plackett_luce_dpo", {"reward_transform": "zscore"}), ("sft", {"temperature": "auto"}),
+    ("lire", {"beta": 0.1}),
 ])
 def test_23_a_setting_that_the_loss_does_not_take_is_refused(loss, setting):
     refused(lambda: LIREConfig(**ARGS, loss_type=loss, **setting), *setting, loss)
+
+
+def test_23_a_default_that_is_given_twice_is_refused_too():
+    refused(lambda: LIREConfig(**ARGS, temperature="auto", loss_kwargs={"temperature": 2.0}), "temperature", "given twice")
 
 
 def test_23_defaults_are_quiet_for_every_loss(recwarn):
     from lire_nb.losses import LOSSES
 
     for loss in LOSSES:
-        config = LIREConfig(**ARGS, loss_type=loss, temperature="auto", sft_weight=None if loss in ("rrhf", "pro") else 0.0)
+        config = LIREConfig(**ARGS, loss_type=loss, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
         again = LIREConfig(**{k: v for k, v in config.to_dict().items() if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
     assert LIREConfig(**ARGS).temperature == "auto"
