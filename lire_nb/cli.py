@@ -420,9 +420,11 @@ def bench_command(args) -> None:
     try:
         get_loss(args.loss)
     except ValueError as e:
-        raise LireError(str(e), field="--loss", value=args.loss, remedy="00_losses and 00b_rivals have the losses") from e
+        remedy = "00_losses and 00b_rivals have the losses"
+        raise LireError(str(e), field="--loss", value=args.loss, remedy=remedy) from e
     if args.loss != "lire" and (args.long or args.peers):
-        raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire", remedy="leave one of them out")
+        raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire",
+                        remedy="leave one of them out")
     rows, made_from = read_rows_of(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
     asked = (args.policy, made_from, repeats, args.loss)  # rows of before had one loss, and the policy by its name alone
     same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire")) == asked]

@@ -113,7 +113,8 @@ def experiment(
 ) -> dict:
     "The configuration of one experiment."
     sizes, judged = scale["tasks"][task], scale["tasks"][judge or task]
-    training = {} if method == "start" else {"num_train_epochs": scale["epochs"], "per_device_train_batch_size": scale["batch"], **grid_settings(method, settings)}
+    training = {"num_train_epochs": scale["epochs"], "per_device_train_batch_size": scale["batch"]}
+    training = {} if method == "start" else {**training, **grid_settings(method, settings)}
     wanted = {"prompts": sizes["prompts"], "sampled": sizes["candidates"], "how": "first", **(take or {})}
     return {
         "kind": kind, "method": method, "seed": seed, "threads": scale["threads"],

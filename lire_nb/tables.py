@@ -675,7 +675,8 @@ def summary_table(
             if name != "start":
                 up, won, kl = gain(runs, systems["start"]), wins(runs, systems["start"]), values_of(runs, "kl").mean()
                 columns.setdefault(task, {})[name] = f"{shown(up)}, wins {won.value:.0%}, KL {kl:.1f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-    return pd.DataFrame(columns).reindex([n for n in NAMES.values() if any(n in c for c in columns.values())]).fillna("").rename_axis("method")
+    order = [n for n in NAMES.values() if any(n in column for column in columns.values())]
+    return pd.DataFrame(columns).reindex(order).fillna("").rename_axis("method")
 
 # %% ../nbs/10d_tables.ipynb #86af72c7
 def verdict_text(

@@ -158,7 +158,8 @@ class LIREConfig(TrainingArguments):
         check_used(self)
         for name in ("log_level", "log_level_replica"):
             if getattr(self, name) not in trainer_log_levels:
-                raise LireError("unknown level", field=name, value=getattr(self, name), allowed=", ".join(trainer_log_levels), remedy="leave it out")
+                raise LireError("unknown level", field=name, value=getattr(self, name),
+                                allowed=", ".join(trainer_log_levels), remedy="leave it out")
         _check_trackers(self.report_to)
         backends = [b.value.lower() for b in DynamoBackend]
         if self.torch_compile_backend is not None and str(self.torch_compile_backend).lower() not in backends:
@@ -242,8 +243,9 @@ def _check_optimizer(args: LIREConfig) -> None:
 def _check_schedule(args: LIREConfig) -> None:
     "Settings of a schedule that it does not take are said before the work."
     if args.lr_scheduler_kwargs and args.lr_scheduler_type in ("constant", "constant_with_warmup"):
-        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs", value=args.lr_scheduler_kwargs,
-                        allowed="nothing with this schedule", remedy="leave it out, or choose another lr_scheduler_type")
+        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs",
+                        value=args.lr_scheduler_kwargs, allowed="nothing with this schedule",
+                        remedy="leave it out, or choose another lr_scheduler_type")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, 2, 8, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
@@ -854,7 +856,8 @@ class LIRETrainer(ExactTrainer):
                 found = candidates_that_fit(self.model_wrapped, batch, impl=self.args.logps_impl)
             self._at_once = int(self.accelerator.gather(torch.tensor(found, device=self.args.device)).min())
             if self.is_world_process_zero():
-                logger.info("candidates_at_once: %d fit into memory; the largest batch has %d", self._at_once, len(batch["list_index"]))
+                whole = len(batch["list_index"])
+                logger.info("candidates_at_once: %d fit into memory; the largest batch has %d", self._at_once, whole)
         return self._at_once
 
     def _metrics(self, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
@@ -1118,7 +1121,8 @@ def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: in
         some = rewards[start : start + at_once]
         if refusal(some):
             name, row = wrong = next(pair for pair in some if refusal([pair]))
-            raise LireError(refusal([wrong]), field=f"rewards of list {name!r}", value=row, allowed=f"what the loss {loss.name} reads",
+            raise LireError(refusal([wrong]), field=f"rewards of list {name!r}", value=row,
+                            allowed=f"what the loss {loss.name} reads",
                             remedy="transform or scale the rewards, or choose another loss")
 
 
