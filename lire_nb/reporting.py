@@ -161,12 +161,6 @@ def figure_style():
         yield
 
 
-def _axes(width: float, height: float):
-    "A figure in inches with one pair of axes, outside pyplot: nothing to close, and the same in a script and a notebook."
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots()
-
-
 def picture(
     figure: Figure,
     alt: str = "",  # what the picture shows, for those who cannot see it

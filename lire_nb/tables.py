@@ -247,6 +247,7 @@ def search_table(
 
 # %% ../nbs/10d_tables.ipynb #d0f10856
 def _axes(width: float = 6.4, height: float = 3.6):
+    "A figure in inches with one pair of axes, outside pyplot: nothing to close, the same in a script and a notebook."
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -28,12 +28,16 @@ class Module(NamedTuple):
     effects: list[ast.stmt]  # statements that belong to no name
 
 
-def read_module(path: Path, package: str) -> Module:
+def read_module(
+    path: Path,
+    package: str,
+    name: str = "",  # with the folders that it lies in, as in lab.plans; default: the file's
+) -> Module:
     "Parse one file of a package."
-    module = Module(path.stem, {}, {}, {}, [])
+    module = Module(name or path.stem, {}, {}, {}, [])
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            inside, outside = _imports(statement, package)
+            inside, outside = _imports(statement, package, module.name)
             module.imported.update(inside), module.outside.update(outside)
         elif not _is_docstring(statement) and not _is_script(statement):
             names = _defined(statement) or {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and n.id in module.defined}
@@ -44,8 +48,8 @@ def read_module(path: Path, package: str) -> Module:
     return module
 
 
-def _imports(statement: ast.Import | ast.ImportFrom, package: str) -> tuple[dict, dict]:
-    "What an import names: of this package, and of others."
+def _imports(statement: ast.Import | ast.ImportFrom, package: str, module: str) -> tuple[dict, dict]:
+    "What an import in a module names: of this package, and of others."
     inside, outside = {}, {}
     for alias in statement.names:
         whole, local = alias.name, alias.asname or alias.name
@@ -55,11 +59,16 @@ def _imports(statement: ast.Import | ast.ImportFrom, package: str) -> tuple[dict
             else:
                 outside[alias.asname or whole.split(".")[0]] = whole if alias.asname else whole.split(".")[0]
         elif statement.level or (statement.module or "").split(".")[0] == package:
-            where = statement.module or "" if statement.level else statement.module.partition(".")[2]
+            where = _absolute(statement, module) if statement.level else statement.module.partition(".")[2]
             inside[local] = (where, whole)
         else:
             outside[local] = f"{statement.module}.{whole}"
     return inside, outside
+
+
+def _absolute(statement: ast.ImportFrom, module: str) -> str:
+    "The module that a relative import names, without the package."
+    return ".".join([*module.split(".")[: -statement.level], *filter(None, [statement.module])])
 
 
 def _defined(statement: ast.stmt) -> set[str]:
@@ -96,7 +105,8 @@ class Package:
 
     def __init__(self, folder: str | Path):
         self.folder, self.found = Path(folder), {}
-        self.modules = {path.stem: read_module(path, self.folder.name) for path in sorted(self.folder.glob("*.py"))}
+        paths = {".".join(p.relative_to(self.folder).with_suffix("").parts): p for p in sorted(self.folder.rglob("*.py"))}
+        self.modules = {name: read_module(path, self.folder.name, name) for name, path in paths.items()}
 
     def resolve(self, module: str, name: str) -> tuple[str, str | None] | None:
         "(module, name) of a definition, (module, None) for a module; None for what this package does not define."
@@ -117,12 +127,13 @@ class Package:
 
     def imported(self, where: str, name: str | None) -> tuple[str, str | None] | None:
         "What `from where import name` gives; where is a module of this package, empty for the package itself."
-        if where:
-            return (where, None) if name is None else self.resolve(where, name)
         if name is None:
-            return "__init__", None
-        if name in self.modules:
-            return name, None
+            return where or "__init__", None
+        whole = f"{where}.{name}".lstrip(".")
+        if any(m == whole or m.startswith(f"{whole}.") for m in self.modules):
+            return whole, None
+        if where:
+            return self.resolve(where, name) or self.resolve(f"{where}.__init__", name)
         holders = [m for m in self.modules if name in self.modules[m].defined]  # a lazy name of the package
         return self.resolve("__init__", name) or ((holders[0], name) if holders else None)
 
@@ -171,7 +182,7 @@ class _Look(ast.NodeTransformer):
         self.text = _dump(self.visit(pickle.loads(pickle.dumps(statement))))  # a copy, ten times as fast as deepcopy's
 
     def _take_import(self, node) -> None:
-        inside, outside = _imports(node, self.package.folder.name)
+        inside, outside = _imports(node, self.package.folder.name, self.module)
         self.outside.update(outside)
         for name, (where, original) in inside.items():
             self.local[name] = self.package.imported(where, original)
@@ -258,7 +269,8 @@ def definitions(
     roots = []
     for name in names:
         where, _, alone = name.rpartition(".")
-        holders = [m for m in ([where] if where else package.modules) if m in package.modules and alone in package.modules[m].defined]
+        inside = (m for m in package.modules if f".{m}".endswith(f".{where}".rstrip(".")))
+        holders = [m for m in inside if alone in package.modules[m].defined]
         if len(holders) != 1:
             raise LireError("not one definition", field="names", value=name, allowed="a name that one module of the package defines", remedy="write it as module.name")
         roots.append((holders[0], alone))
