@@ -37,7 +37,7 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"],
-    packages=["lire_nb"],
+    packages=["lire_nb", "lire_nb.base", "lire_nb.judges", "lire_nb.lab"],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

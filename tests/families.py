@@ -11,8 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers as tf
-from lire_nb.lists import LireError
-from lire_nb.logprobs import ListCollator, check_paths, list_logps
+from lire_nb.base.errors import LireError
+from lire_nb.logprobs import list_logps
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator
 
 TABLE = Path(__file__).resolve().parent.parent / "data" / "results" / "families.jsonl"
 VOCAB, LARGEST, TOLERANCE = 97, 2e7, 1e-4  # tokens; parameters of a model that counts as tiny; relative error

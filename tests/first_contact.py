@@ -19,7 +19,7 @@ import torch
 from lire_nb.cli import machine
 from lire_nb.lists import load_lists
 from lire_nb.logprobs import dataset_logps
-from lire_nb.losses import SATURATED, lire_loss, list_metrics, list_probs
+from lire_nb.losses import lire_loss, list_metrics, list_probs, SATURATED
 from lire_nb.models import load_policy
 from lire_nb.temperature import why_mute
 from lire_nb.training import LIREConfig, LIRETrainer

@@ -21,10 +21,12 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from tiny_policy import make_start
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from lire_nb import enhancement, evaluation
+from lire_nb.base import errors as enhancement
+from lire_nb.base import files
+from lire_nb import evaluation
 from lire_nb.enhancement import self_enhance
 from lire_nb.sampling import SamplingSettings
-from lire_nb.training import ExactTrainer
+from lire_nb.resume import ExactTrainer
 
 STAGES = ("other", "sampling", "scoring", "training", "checkpointing", "saving", "evaluation")
 SPAN = {"sampling": 0.1, "scoring": 0.1, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}  # seconds, about, for the moment inside a stage
@@ -80,7 +82,7 @@ def run(place: Path) -> None:
     def judge(number, policy):
         path = Path("run", "evaluation", f"round-{number}.jsonl")
         if not path.exists():
-            evaluation.write_jsonl(path, evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start", settings=settings, progress=False))
+            files.write_jsonl(path, evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start", settings=settings, progress=False))
 
     self_enhance("start", PROMPTS, vowels, "run", evolve=2, iterate=2, num_candidates=3, settings=settings, training=TRAINING, pool="keep", max_candidates=5, seed=3, progress=False,
                  after_round=judge)

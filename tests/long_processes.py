@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lire_nb.logprobs import ListCollator, check_paths
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator
 from lire_nb.long_lists import list_logps_in_parts
 from lire_nb.losses import lire_loss
 

@@ -1,4 +1,4 @@
-"""The losses of 00b_rivals a second time: float64, plain Python loops over candidates, gradients by dual numbers."""
+"""The losses of 11_rivals a second time: float64, plain Python loops over candidates, gradients by dual numbers."""
 import math
 
 from losses_oracle import contrast, pair_mean, total, transform, zero

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lire_nb.enhancement import train_policy
 from lire_nb.lists import load_lists
-from lire_nb.scale import lora_config
+from lire_nb.lab.memory import lora_config
 from lire_nb.training import LIRETrainer
 
 SETTINGS = dict(learning_rate=5e-3, max_steps=4, bf16=False, use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True)

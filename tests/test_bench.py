@@ -3,9 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
-from lire_nb import bench
+from lire_nb.lab import bench
 from lire_nb.cli import main
-from lire_nb.lists import LireError
+from lire_nb.base.errors import LireError
 from tiny_policy import make_start
 
 

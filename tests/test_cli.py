@@ -79,7 +79,8 @@ def test_lists_without_usable_rewards(tmp_path, rewards, words):
 
 
 def test_reward_that_returns_nan(tmp_path):
-    from lire_nb.lists import LireError, load_lists
+    from lire_nb.base.errors import LireError
+    from lire_nb.lists import load_lists
     from lire_nb.rewards import score_lists
 
     lists = load_lists(lists_file(tmp_path / "l.jsonl", [None, None]))

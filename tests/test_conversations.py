@@ -11,8 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_kinds import FORGETS, KINDS, WORDS, _bytes, _fast  # noqa: E402
 
 from lire_nb import conversations as C  # noqa: E402
-from lire_nb.lists import LireError, join_transcript, make_record, parse_transcript, spaced, unspaced  # noqa: E402
-from lire_nb.logprobs import tokenize_list  # noqa: E402
+from lire_nb.base.errors import LireError
+from lire_nb.layouts import join_transcript, parse_transcript, spaced, unspaced
+from lire_nb.records import make_record  # noqa: E402
+from lire_nb.shared_prompt import tokenize_list  # noqa: E402
 from lire_nb.rewards import RewardModel  # noqa: E402
 from lire_nb.sampling import LocalSampler  # noqa: E402
 

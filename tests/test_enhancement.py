@@ -10,7 +10,9 @@ import pytest
 from tiny_policy import make_start
 
 from lire_nb.enhancement import self_enhance, train_policy
-from lire_nb.lists import LireError, load_lists, make_record, save_lists
+from lire_nb.base.errors import LireError
+from lire_nb.lists import load_lists, save_lists
+from lire_nb.records import make_record
 from lire_nb.sampling import SamplingSettings
 
 HERE = Path(__file__).parent

@@ -16,11 +16,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
 
-from lire_nb.evaluation import (EvaluationCallback, KLDivergence, LengthControlledWinRate, PairAccuracy, Perplexity, RankingAgreement, WinRate, bootstrap_interval,
-                                compare_systems, distinct_n, judge_agreement, judge_policy, leaderboard, length_controlled_win_rate, length_slope, load_verdicts,
-                                paired_difference, preferences, self_bleu, text_kl, token_kl, undisturbed, win_matrix, win_rate)
-from lire_nb.lists import LireError, make_record
-from lire_nb.logprobs import ListCollator, dataset_logps, list_logps, padded_rows
+from lire_nb.evaluation import (
+    compare_systems, distinct_n, judge_policy, KLDivergence, LengthControlledWinRate, PairAccuracy, Perplexity,
+    RankingAgreement, self_bleu, text_kl, token_kl, WinRate,
+)
+from lire_nb.judges.verdicts import load_verdicts
+from lire_nb.preferences import (
+    judge_agreement, leaderboard, length_controlled_win_rate, length_slope, preferences, win_matrix, win_rate,
+)
+from lire_nb.statistics import bootstrap_interval, paired_difference
+from lire_nb.watching import EvaluationCallback, undisturbed
+from lire_nb.base.errors import LireError
+from lire_nb.records import make_record
+from lire_nb.logprobs import dataset_logps, list_logps
+from lire_nb.shared_prompt import ListCollator, padded_rows
 from lire_nb.sampling import SamplingSettings
 from lire_nb.training import LIREConfig, LIRETrainer
 
@@ -237,7 +246,7 @@ def test_a_system_that_wins_everything_still_has_a_figure():
 
 @needs_shared
 def test_distance_of_the_length_controlled_figures_from_the_published_ones(verdicts, published):
-    """09_evaluation states these distances and why they are there; both are measured here."""
+    """22_evaluation states these distances and why they are there; both are measured here."""
     groups = {name: [v for v in verdicts if v["system"] == name] for name in published}
     columns = {name: tuple([v[key] for v in group] for key in ("preference", "length", "baseline_length")) for name, group in groups.items()}
     slope = length_slope(columns.values())

@@ -10,8 +10,11 @@ from peft import LoraConfig, PeftModel
 from tiny_policy import make_start
 
 from lire_nb.cli import main
-from lire_nb.enhancement import policy_identity, self_enhance, train_policy
-from lire_nb.lists import LireError, make_record, save_lists
+from lire_nb.enhancement import self_enhance, train_policy
+from lire_nb.identity import policy_identity
+from lire_nb.base.errors import LireError
+from lire_nb.lists import save_lists
+from lire_nb.records import make_record
 from lire_nb.logprobs import dataset_logps
 from lire_nb.models import load_policy
 from lire_nb.sampling import SamplingSettings
@@ -229,7 +232,7 @@ def test_13_full_fine_tuning_with_late_lists_still_needs_a_reference(place):
 
 
 def test_13_the_kl_to_the_start_of_a_trained_adapter_begins_at_zero(place):
-    from lire_nb.evaluation import EvaluationCallback
+    from lire_nb.watching import EvaluationCallback
 
     watch = EvaluationCallback([{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)], {"length": lambda p, c: [float(len(x)) for x in c]},
                                settings=SamplingSettings(max_new_tokens=4), every=1)

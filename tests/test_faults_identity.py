@@ -22,9 +22,12 @@ from tiny_policy import make_start
 from transformers import AutoModelForCausalLM
 
 from lire_nb.cli import main
-from lire_nb.enhancement import claim_folder, policy_identity, reward_identity, self_enhance, train_policy
+from lire_nb.enhancement import self_enhance, train_policy
+from lire_nb.identity import claim_folder, policy_identity, reward_identity
 from lire_nb.evaluation import evaluate_systems
-from lire_nb.lists import LireError, make_record, save_lists
+from lire_nb.base.errors import LireError
+from lire_nb.lists import save_lists
+from lire_nb.records import make_record
 from lire_nb.logprobs import reference_logps
 from lire_nb.models import load_policy, model_fingerprint
 from lire_nb.sampling import SamplingSettings
@@ -241,8 +244,8 @@ def test_11_a_run_does_not_go_on_with_another_reward(tmp_path, start):
 
 
 def test_41_an_edited_loss_is_another_training(tmp_path, start):
-    from lire_nb import losses
-    from lire_nb.experiments import config_key
+    from lire_nb import rivals as losses
+    from lire_nb.lab.plans import config_key
 
     space = {"LossSpec": losses.LossSpec}
     source = "def own(logps, rewards, mask=None, **kwargs):\n    return -(logps * rewards).sum(-1) * 1.0\n"
@@ -283,7 +286,7 @@ def test_41_a_partial_training_with_another_own_loss_is_refused(tmp_path, start,
 
 
 def test_11_results_of_a_policy_folder_that_was_trained_anew_do_not_count(tmp_path):
-    from lire_nb.experiments import config_key
+    from lire_nb.lab.plans import config_key
 
     folder = make_start(tmp_path / "policy")
     config = {"kind": "train", "source": {"policy": str(folder)}}
@@ -391,7 +394,7 @@ def test_25_evaluate_with_one_prompt_fails_before_it_samples_and_claims_nothing(
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
     command = lambda *more: ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge", "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr("lire_nb.evaluation.sample_lists", lambda *a, **k: pytest.fail("sampled"))
+        patch.setattr("lire_nb.sampling.sample_lists", lambda *a, **k: pytest.fail("sampled"))
         refused(capfd, tmp_path, command("--limit", "1"), "2 or more")
         with pytest.raises(LireError, match="2 or more"):
             evaluate_systems(tmp_path / "api", {"start": start}, PROMPTS[:1], {"l": short})
@@ -484,8 +487,8 @@ def test_27_the_lock_of_a_killed_process_does_not_block(tmp_path, start):
 
 
 def test_27_every_writer_holds_a_lock(tmp_path, start):
-    from lire_nb.identity import one_writer
-    from lire_nb.sampling import Journal
+    from lire_nb.base.files import one_writer
+    from lire_nb.servers import Journal
 
     code = "import sys, time\nfrom lire_nb.identity import one_writer, take_lock\n"
     code += "kept = [one_writer(p, inside=i == '1') for p, i in zip(sys.argv[1::2], sys.argv[2::2])]\n[k.__enter__() for k in kept]\nlock = take_lock('j.jsonl.lock')\nprint('held', flush=True)\ntime.sleep(60)"

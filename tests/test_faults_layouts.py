@@ -8,8 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lire_nb import cli, lists
-from lire_nb.lists import LireError, ListError, iter_lists, load_lists, make_record, merge_lists, save_lists, to_rrhf, to_trl_pairs
+from lire_nb import cli
+from lire_nb.base import files
+from lire_nb import lists
+from lire_nb import records
+from lire_nb.base.errors import LireError, ListError
+from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
+from lire_nb.records import make_record, merge_lists
 
 logging.getLogger("lire_nb.lists").setLevel(logging.ERROR)
 
@@ -55,7 +60,7 @@ def test_09_every_column_travels_with_its_candidate():
     meta = both["meta"]
     assert meta["token_ids"] == [[1], [2, 3], None] and meta["logps"] == [-1.0, -2.0, -4.0] and meta["tokenizer"] == "t"
     assert meta["note"] == ["n2", None, "n1"] and ended(both) == ["stop", "length", "stop"] and meta["topic"] == "t"
-    picked = lists.select_candidates(both, [2, 0])
+    picked = records.select_candidates(both, [2, 0])
     assert picked["completions"] == ["z", "x"] and picked["meta"]["logps"] == [-4.0, -1.0] and picked["meta"]["note"] == ["n1", "n2"] and picked["meta"]["topic"] == "t"
 
 
@@ -63,7 +68,7 @@ def test_09_what_the_lists_do_not_agree_on_is_kept_by_list():
     records = [make_record("p", [c], [1], id=c, meta={"lang": "en", "from": {"file": c}}) for c in "abc"]
     (both,) = merge_lists(records)
     assert both["meta"]["lang"] == "en" and both["meta"]["merged"] == [{"id": c, "meta": {"from": {"file": c}}} for c in "abc"]
-    assert lists.select_candidates(both, [0])["meta"] == both["meta"]  # three parts and three candidates are no column
+    assert records.select_candidates(both, [0])["meta"] == both["meta"]  # three parts and three candidates are no column
     (again,) = merge_lists([both, make_record("p", ["d"], [1], id="d", meta={"lang": "en", "from": {"file": "d"}})])
     assert [part["id"] for part in again["meta"]["merged"]] == ["a", "b", "c", "d"]
 
@@ -80,7 +85,7 @@ def test_09_joining_and_capping_a_pool_keep_the_columns():
 
 
 def test_09_taking_and_giving_candidates_keep_the_columns():
-    from lire_nb.experiments import _with_given, take_candidates
+    from lire_nb.lab.experiments import take_candidates, _with_given
 
     drawn = make_record("p", ["a", "a", "b"], [0.1, 0.2, 0.3], "policy", meta={"finish_reasons": ["length", "stop", "stop"], "logps": [-1.0, -2.0, -3.0]})
     more = _with_given(drawn, [("b", "human"), ("g", "human")])
@@ -104,12 +109,12 @@ def test_09_exports_keep_the_columns(tmp_path):
 @pytest.mark.parametrize("keep", [[], [2], [-1], [0.0]])
 def test_09_a_candidate_that_is_not_there_is_named(keep):
     with pytest.raises(ListError, match="no such candidates"):
-        lists.select_candidates(make_record("p", ["a", "b"]), keep)
+        records.select_candidates(make_record("p", ["a", "b"]), keep)
 
 
 def test_09_lists_of_two_prompts_are_not_one():
     with pytest.raises(ListError, match="not one prompt"):
-        lists.merge_candidates([make_record("p", ["a"]), make_record("q", ["a"])])
+        records.merge_candidates([make_record("p", ["a"]), make_record("q", ["a"])])
 
 
 # 16: pairs whose answers repeat the prompt ------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ def test_19_a_cell_of_any_length(tmp_path):
     limit = csv.field_size_limit()
     data, report = load_lists(as_pandas_writes(rows, tmp_path / "x.csv"), on_error="quarantine", return_report=True)
     assert len(data) == 4 and report.quarantined_rows == 0 and [len(c[0]) for c in data["completions"]] == [10, 131_072, 131_073, 400_000]
-    stream = lists.read_rows(tmp_path / "x.csv")
+    stream = files.read_rows(tmp_path / "x.csv")
     next(stream), next(stream)
     assert csv.field_size_limit() == limit  # also while a reading goes on
 
@@ -494,7 +499,7 @@ def test_22_rows_of_json_too(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)}, ensure_ascii=False) + "\n" for i in range(2)), newline="")
     from lire_nb.logprobs import _read_cache
-    from lire_nb.reporting import read_jsonl
+    from lire_nb.lab.results import read_jsonl
 
     assert len(cli.read_rows_of(str(path))) == 2 and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"] and len(read_jsonl(path)) == 2
     assert [p["prompt"] for p in cli.read_prompts(str(path))] == [f"{ODD}0", f"{ODD}1"]
@@ -712,7 +717,7 @@ def test_no_value_of_any_column_is_a_crash(tmp_path):
     for row in made:
         try:
             record = one(row)
-            assert lists.validate_record(record) == record
+            assert records.validate_record(record) == record
             kept += 1
         except ListError as error:
             assert "\n" not in str(error)

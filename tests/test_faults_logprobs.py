@@ -10,9 +10,13 @@ import transformers as tf
 from torch.testing import assert_close
 from transformers.integrations.neftune import activate_neftune
 
-import lire_nb.logprobs as logprobs
-from lire_nb.lists import LireError, make_record
-from lire_nb.logprobs import ListCollator, check_paths, context_of, dataset_logps, list_logps, reference_logps
+from lire_nb import shared_prompt as logprobs
+from lire_nb.base.errors import LireError
+from lire_nb.records import make_record
+from lire_nb.logprobs import dataset_logps, list_logps, reference_logps
+from lire_nb.models import context_of
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator
 from lire_nb.training import LIREConfig, LIRETrainer
 from tiny_policy import make_start
 

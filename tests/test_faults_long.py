@@ -10,9 +10,13 @@ import long_processes
 import peft
 import pytest
 import torch
-from lire_nb import logprobs, long_lists
-from lire_nb.lists import LireError, make_record
-from lire_nb.logprobs import ListCollator, check_paths, list_logps
+from lire_nb import shared_prompt as logprobs
+from lire_nb import long_lists
+from lire_nb.base.errors import LireError
+from lire_nb.records import make_record
+from lire_nb.logprobs import list_logps
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator
 from lire_nb.long_lists import list_logps_in_parts
 from lire_nb.models import load_policy
 from lire_nb.training import LIREConfig, LIRETrainer

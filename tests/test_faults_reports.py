@@ -15,9 +15,23 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lire_nb import evaluation, experiments, judging, lists, reporting, reproduce, tables, tasks
+from lire_nb.base import files
+from lire_nb import evaluation
+from lire_nb import preferences
+from lire_nb import statistics
+from lire_nb.lab import experiments
+from lire_nb.lab import plans
+from lire_nb.judges import sheets
+from lire_nb.judges import verdicts
+from lire_nb.base import errors as lists
+from lire_nb.lab import report
+from lire_nb.lab import results
+from lire_nb.lab import runner
+from lire_nb.lab import claims
+from lire_nb.lab import figures
+from lire_nb import tasks
 from lire_nb.cli import main
-from lire_nb.lists import LireError
+from lire_nb.base.errors import LireError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -34,8 +48,8 @@ def write_run(folder: Path, systems: dict, config: dict | None = None) -> Path:
     """A run folder as `lire evaluate` leaves it."""
     (folder / "evaluation").mkdir(parents=True)
     for name, rows in systems.items():
-        evaluation.write_jsonl(folder / "evaluation" / f"{evaluation.slug(name)}.jsonl", rows)
-    evaluation.write_jsonl(folder / "metrics.jsonl", evaluation.compare_systems(systems))
+        files.write_jsonl(folder / "evaluation" / f"{files.slug(name)}.jsonl", rows)
+    files.write_jsonl(folder / "metrics.jsonl", evaluation.compare_systems(systems))
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -80,7 +94,7 @@ def test_31_report_runs_nothing_that_lies_in_the_run_folder(tmp_path, where):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text.format(trap=f"open({str(proof)!r}, 'a').write(__file__ + chr(10))"))
     command = "import sys; sys.path = [p for p in sys.path if p]; from lire_nb.cli import main; sys.exit(main(['report', '--out', sys.argv[1]]))"
-    done = subprocess.run([sys.executable, "-P", "-c", command, "." if where == "inside" else str(run)], cwd=run if where == "inside" else tmp_path, env={**ENV, "PYTHONPATH": str(Path(reporting.__file__).parents[1])},
+    done = subprocess.run([sys.executable, "-P", "-c", command, "." if where == "inside" else str(run)], cwd=run if where == "inside" else tmp_path, env={**ENV, "PYTHONPATH": str(Path(report.__file__).parents[1])},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not proof.exists(), proof.read_text()
@@ -89,7 +103,7 @@ def test_31_report_runs_nothing_that_lies_in_the_run_folder(tmp_path, where):
 
 def test_31_page_needs_no_network_and_forbids_scripts(tmp_path):
     run = write_run(tmp_path / "run", {"start": rows_of(["a"] * 24), "new": rows_of(["b"] * 24, 1.0)}, {"seed": 0})
-    text = reporting.report(run).read_text(encoding="utf-8")
+    text = report.report(run).read_text(encoding="utf-8")
     page = Page(text)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video", "audio")]
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")
@@ -118,8 +132,8 @@ def hostile(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     aside = folder / "rewards" / "<b>$x$"
     aside.mkdir(parents=True)
-    evaluation.write_jsonl(aside / "held_out.jsonl", [{"id": str(i), "grades": [2, 1, 0], "scores": rng.normal(size=3).tolist()} for i in range(24)])
-    reporting.report(folder)
+    files.write_jsonl(aside / "held_out.jsonl", [{"id": str(i), "grades": [2, 1, 0], "scores": rng.normal(size=3).tolist()} for i in range(24)])
+    report.report(folder)
     return folder
 
 
@@ -153,7 +167,7 @@ def test_32_rendered_markdown_is_only_text(hostile):
     mistune = pytest.importorskip("mistune")
     page = Page(mistune.html((hostile / "samples.md").read_text(encoding="utf-8")))
     assert {tag for tag, _ in page.tags} <= {"p", "strong", "ul", "li", "em"}
-    shown = reporting.pick_samples(reporting.read_systems(hostile))
+    shown = report.pick_samples(results.read_systems(hostile))
     for prompt in shown["prompt"]:
         assert re.sub(r"\s+", "", prompt.split("\u202e")[0].split("\x1b")[0])[:12] in re.sub(r"\s+", "", page.text)
 
@@ -166,8 +180,8 @@ def test_32_tables_for_spreadsheets_hold_no_formula(hostile):
 
 def test_32_labels_of_figures_are_letters(hostile):
     """A dollar in a name is no formula, and a name with _ in front stays in the legend."""
-    systems = reporting.read_systems(hostile)
-    for name, figure in reporting._figures(hostile, systems):
+    systems = results.read_systems(hostile)
+    for name, figure in report._figures(hostile, systems):
         labels = [t.get_text() for axis in figure.axes for t in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title, axis.xaxis.label, axis.yaxis.label)]
         labels += [t.get_text() for axis in figure.axes if axis.get_legend() for t in axis.get_legend().get_texts()]
         assert not [t for t in labels if len(re.findall(r"(?<!\\)\$", t)) > 1], (name, labels)
@@ -188,20 +202,20 @@ def test_32_screen_obeys_no_name(hostile, capsys, no_pictures):
 def test_32_sheets_hold_no_formula_and_can_be_read_back(tmp_path):
     answers = ["=1+1", "+2", "-3", "@x", "＝1", "\t=1", "plain", "<b>x</b>"]
     systems = {"start": rows_of(["zero"] * 8), "new": rows_of(answers)}
-    for sheet in judging.make_sheets(systems, tmp_path, judges=["ann"], overlap=1):
+    for sheet in sheets.make_sheets(systems, tmp_path, judges=["ann"], overlap=1):
         table = list(csv.DictReader(sheet.open(encoding="utf-8-sig", newline="")))
         assert not [c for row in table for c in row.values() if re.match(r"\s*[=+\-@＝]", c)]
-        judging._write_sheet(sheet, [{**row, "verdict": "tie", "first": row["first"].lstrip("'")} for row in table])  # a spreadsheet eats the apostrophe
-    verdicts, problems = judging.check_sheets(tmp_path)
+        sheets._write_sheet(sheet, [{**row, "verdict": "tie", "first": row["first"].lstrip("'")} for row in table])  # a spreadsheet eats the apostrophe
+    verdicts, problems = sheets.check_sheets(tmp_path)
     assert not problems and len(verdicts) == 8
 
 
 def test_32_sample_text_and_tables_of_strangers():
-    frame = tables.pd.DataFrame({"a | b": ["[x](javascript:1)", "2"]}, index=tables.pd.Index(["<b>", "![](http://x)"], name="n"))
-    text = reporting.markdown_table(frame)
+    frame = claims.pd.DataFrame({"a | b": ["[x](javascript:1)", "2"]}, index=claims.pd.Index(["<b>", "![](http://x)"], name="n"))
+    text = report.markdown_table(frame)
     assert links(text) == [] and [line.count("|") for line in text.splitlines()] == [3] * 4
-    run = tables.pd.DataFrame([{"seed": 0, "result": {"examples": [{"prompt": HOSTILE[0], "completion": "\n".join(HOSTILE)}]}}])
-    assert links(tables.sample_text({"*a* [b](c)": run})) == []
+    run = claims.pd.DataFrame([{"seed": 0, "result": {"examples": [{"prompt": HOSTILE[0], "completion": "\n".join(HOSTILE)}]}}])
+    assert links(claims.sample_text({"*a* [b](c)": run})) == []
 
 
 # ---------------------------------------------------------------- 33: passwords
@@ -216,7 +230,8 @@ def test_33_no_error_shows_a_password(address):
 
 
 def test_33_no_file_keeps_a_password(tmp_path):
-    from lire_nb.enhancement import claim_folder, write_json
+    from lire_nb.base.files import write_json
+    from lire_nb.identity import claim_folder
 
     systems = {"start": "http://me:s3cret@h/v1#m", "new": "http://h/v1?api_key=s3cret&model=a"}
     run = claim_folder(tmp_path / "run", {"systems": systems, "deep": [{"judge": systems["new"]}]})
@@ -252,27 +267,27 @@ def test_33_no_door_takes_a_password(capsys, tmp_path):
 @pytest.mark.parametrize("prompts", [2, 4, 19])
 def test_34_interval_of_a_mean_covers_with_few_prompts(prompts):
     values = np.random.default_rng(prompts).normal(0, 1, (1000, prompts))
-    found = np.array([evaluation.bootstrap_interval(v, resamples=99)[:3] for v in values])
+    found = np.array([statistics.bootstrap_interval(v, resamples=99)[:3] for v in values])
     assert 0.93 <= np.mean((found[:, 1] <= 0) & (0 <= found[:, 2])) <= 0.97
 
 
 @pytest.mark.parametrize("prompts, rate", [(2, 0.5), (4, 0.9), (16, 0.9)])
 def test_34_interval_of_a_win_rate_covers_with_few_prompts(prompts, rate):
     values = np.random.default_rng(prompts).choice([1.0, 0.5, 0.0], (400, prompts), p=[rate - 0.05, 0.1, 0.95 - rate])
-    found = [evaluation.win_rate(v) for v in values]
+    found = [preferences.win_rate(v) for v in values]
     assert np.mean([f["low"] <= rate <= f["high"] for f in found]) >= 0.9
     assert all(f["high"] - f["low"] > 0.05 for f in found), "n of n won is no proof"
 
 
 def test_34_results_say_their_method():
     draw = np.random.default_rng(0)
-    assert evaluation.bootstrap_interval(draw.normal(size=10)).method == "t" and evaluation.bootstrap_interval(draw.normal(size=20)).method == "bootstrap"
-    assert evaluation.win_rate([1.0] * 12)["method"] == "wilson" and evaluation.win_rate([1.0] * 50)["method"] == "wilson" and evaluation.win_rate([1.0, 0.0] * 10)["method"] == "bootstrap"
-    value, low, high = evaluation.bootstrap_interval([1.0, 2.0, 4.0])  # three numbers to unpack, as before
+    assert statistics.bootstrap_interval(draw.normal(size=10)).method == "t" and statistics.bootstrap_interval(draw.normal(size=20)).method == "bootstrap"
+    assert preferences.win_rate([1.0] * 12)["method"] == "wilson" and preferences.win_rate([1.0] * 50)["method"] == "wilson" and preferences.win_rate([1.0, 0.0] * 10)["method"] == "bootstrap"
+    value, low, high = statistics.bootstrap_interval([1.0, 2.0, 4.0])  # three numbers to unpack, as before
     expected = stats.t.interval(0.9, 2, np.mean([1, 2, 4]), stats.sem([1, 2, 4]))
-    assert np.allclose(evaluation.bootstrap_interval([1.0, 2.0, 4.0], confidence=0.9)[1:], expected) and low < value < high
+    assert np.allclose(statistics.bootstrap_interval([1.0, 2.0, 4.0], confidence=0.9)[1:], expected) and low < value < high
     expected = stats.binomtest(7, 9).proportion_ci(0.9, method="wilson")
-    won = evaluation.win_rate([1.0] * 7 + [0.0] * 2, confidence=0.9)
+    won = preferences.win_rate([1.0] * 7 + [0.0] * 2, confidence=0.9)
     assert np.allclose((won["low"], won["high"]), (expected.low, expected.high))
     rows = evaluation.compare_systems({"start": rows_of(["a"] * 5), "new": rows_of(["b"] * 5, 1.0)})
     assert {r["metric"]: r["method"] for r in rows if r["value"] is not None and r["system"] == "new"} == {
@@ -281,23 +296,23 @@ def test_34_results_say_their_method():
 
 def test_34_what_does_not_cover_has_no_interval():
     with pytest.raises(LireError, match="too few for a bootstrap"):
-        evaluation.bootstrap_interval([1.0, 2.0, 3.0], statistic=np.median)
+        statistics.bootstrap_interval([1.0, 2.0, 3.0], statistic=np.median)
     for short in ([], [1.0]):
         with pytest.raises(LireError):
-            evaluation.bootstrap_interval(short)
+            statistics.bootstrap_interval(short)
         with pytest.raises(LireError):
-            evaluation.win_rate(short)
-    controlled = evaluation.length_controlled_win_rate([1.0, 0.0, 1.0], [3, 4, 5], [4, 4, 4])
+            preferences.win_rate(short)
+    controlled = preferences.length_controlled_win_rate([1.0, 0.0, 1.0], [3, 4, 5], [4, 4, 4])
     assert 0 < controlled["win_rate"] < 1 and controlled["low"] is controlled["high"] is controlled["method"] is None
     pytest.importorskip("krippendorff")
-    agreement = evaluation.judge_agreement({"a": [1, 0, 1, 0], "b": [1, 0, 0, 0]})
+    agreement = preferences.judge_agreement({"a": [1, 0, 1, 0], "b": [1, 0, 0, 0]})
     assert np.isfinite(agreement.value) and np.isnan(agreement.low) and agreement.method is None
 
 
 @pytest.mark.parametrize("prompts, rate", [(3, 0.5), (5, 0.1), (12, 0.95)])
 def test_34_interval_of_zeros_and_ones_covers(prompts, rate):
     values = (np.random.default_rng(0).random((300, prompts)) < rate).astype(float)
-    for interval in (evaluation.bootstrap_interval, evaluation.share_interval):
+    for interval in (statistics.bootstrap_interval, preferences.share_interval):
         found = [interval(v) for v in values]
         assert np.mean([low <= rate <= high for _, low, high in found]) >= 0.88
         assert all(0 <= f.low < f.high <= 1 and f.method == "wilson" for f in found)
@@ -305,11 +320,11 @@ def test_34_interval_of_zeros_and_ones_covers(prompts, rate):
 
 def test_34_equal_values_have_no_spread():
     for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False})):
-        found = evaluation.bootstrap_interval(values, **options)
+        found = statistics.bootstrap_interval(values, **options)
         assert found == (values[0],) * 3 and found.method == "no spread"
-    found = evaluation.paired_difference([1.0, 1.0, 0.0], [1.0, 1.0, 0.0])  # a difference is no share
+    found = statistics.paired_difference([1.0, 1.0, 0.0], [1.0, 1.0, 0.0])  # a difference is no share
     assert found == (0, 0, 0) and found.method == "no spread"
-    assert evaluation.paired_difference([1.0, 1.0, 0.0], [0.0, 1.0, 0.0]).method == "t"
+    assert statistics.paired_difference([1.0, 1.0, 0.0], [0.0, 1.0, 0.0]).method == "t"
     accuracy = evaluation.PairAccuracy().compute(predictions=[[1.0, 0.0]] * 4, references=[[1.0, 0.0]] * 4)
     assert accuracy["method"] == "wilson" and accuracy["low"] < 0.6 and accuracy["high"] == 1
     kl = evaluation.KLDivergence().compute(predictions=[[-1.0]] * 4, references=[[-1.0]] * 4)
@@ -319,7 +334,7 @@ def test_34_equal_values_have_no_spread():
 def test_34_shares_of_judged_prompts_stay_in_range():
     for flips, first in (([0.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.5, 1.0]), ([0.0] * 3, [1.0] * 3), ([0.0, 0.5, 0.0], [0.5] * 3)):
         ids = [str(i) for i in range(len(flips))]
-        found = judging.JudgedPrompts("new", "old", ids, [1.0] * len(ids), flips, first, {}).summary()
+        found = verdicts.JudgedPrompts("new", "old", ids, [1.0] * len(ids), flips, first, {}).summary()
         for name in ("flip_rate", "first_share"):
             value, low, high = found[name]
             assert 0 <= low <= value <= high <= 1 and high - low > 0.2 and found[name].method == "wilson"
@@ -330,8 +345,8 @@ def test_34_shares_of_judged_prompts_stay_in_range():
 def test_34_equal_preferences_at_equal_length_keep_an_interval(said, slope):
     draw = np.random.default_rng(0)
     for lengths in (np.full(30, 9.0), draw.normal(9, 3, 30)):
-        found = evaluation.length_controlled_win_rate([said] * 30, lengths, np.full(30, 9.0), slope=slope, resamples=19)
-        won = evaluation.win_rate([said] * 30)
+        found = preferences.length_controlled_win_rate([said] * 30, lengths, np.full(30, 9.0), slope=slope, resamples=19)
+        won = preferences.win_rate([said] * 30)
         assert found["low"] <= found["win_rate"] <= found["high"] and found["method"] == "wilson"
         assert found["high"] - found["low"] > 0.8 * (won["high"] - won["low"])
 
@@ -347,49 +362,49 @@ def test_34_perplexity_covers_with_few_prompts():
 
 
 def test_34_tables_and_reports_with_few_prompts(tmp_path, no_pictures):
-    wins = tables.wins(*(tables.pd.DataFrame([{"seed": 0, "result": {"ids": "x", "scores": {"gold": [[v]] * 6}}}]) for v in (1.0, 0.0)))
+    wins = results.wins(*(claims.pd.DataFrame([{"seed": 0, "result": {"ids": "x", "scores": {"gold": [[v]] * 6}}}]) for v in (1.0, 0.0)))
     assert wins.value == 1 and wins.low < 0.7 and wins.method == "wilson"
-    assert np.isnan(tables.crossed_bootstrap((2, 6), lambda r, c: np.ones(len(r))).low)
+    assert np.isnan(statistics.crossed_bootstrap((2, 6), lambda r, c: np.ones(len(r))).low)
     run = write_run(tmp_path / "few", {"start": rows_of(["a"] * 4), "new": rows_of(["b"] * 4, 3.0)})
-    page = Page(reporting.report(run).read_text()).text
+    page = Page(report.report(run).read_text()).text
     assert "4 prompts, 95 % Student and Wilson intervals" in page and "bootstrap" not in page
-    old = reporting.read_metrics(run).drop(columns="method")
-    assert "too narrow" in reporting.findings(old)[-1]
+    old = results.read_metrics(run).drop(columns="method")
+    assert "too narrow" in report.findings(old)[-1]
 
 
 # ---------------------------------------------------------------- 35: figures and tables that agree
 
 
-def made_up(means: dict[int, float], prompts: int = 6) -> tables.pd.DataFrame:
+def made_up(means: dict[int, float], prompts: int = 6) -> claims.pd.DataFrame:
     result = lambda seed, mean: {"ids": "x", "scores": {j: [[mean + 0.1 * ((k * 7 + seed) % 5)] for k in range(prompts)] for j in ("gold", "proxy")},  # noqa: E731
                                  **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}, "ended": [[1]] * prompts}
-    return tables.pd.DataFrame([{"seed": seed, "result": result(seed, mean)} for seed, mean in means.items()])
+    return claims.pd.DataFrame([{"seed": seed, "result": result(seed, mean)} for seed, mean in means.items()])
 
 
 def test_35_points_are_joined_over_common_seeds_only():
-    line = tables.along({2: made_up({0: 0.0, 1: 0.2}), 4: made_up({0: 0.1, 1: 0.3, 2: 9.0})}, lambda runs: tables.values_of(runs, "gold"))
+    line = figures.along({2: made_up({0: 0.0, 1: 0.2}), 4: made_up({0: 0.1, 1: 0.3, 2: 9.0})}, lambda runs: results.values_of(runs, "gold"))
     assert line.seeds == 2 and line.points[4].value < 1 and len(line.dots[4]) == 2
-    figure = tables.plot_lines({"one": tables.along({2: made_up({0: 0.0}), 4: made_up({0: 1.0, 1: 1.0})}, lambda runs: tables.values_of(runs, "gold")), "two": line}, "M", "gain", "t")
+    figure = figures.plot_lines({"one": figures.along({2: made_up({0: 0.0}), 4: made_up({0: 1.0, 1: 1.0})}, lambda runs: results.values_of(runs, "gold")), "two": line}, "M", "gain", "t")
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figure.axes[0].containers}
     assert faces["one (1 seed)"] == "white" and faces["two (2 seeds)"] != "white"
 
 
 def test_35_matrix_says_what_the_table_says():
-    systems = tables.systems_of(tables.load_runs("sentiment", ROOT / "data" / "results"))
-    shown = {t.get_position(): t.get_text() for t in tables.plot_matrix(systems).axes[0].texts}
+    systems = results.systems_of(results.load_runs("sentiment", ROOT / "data" / "results"))
+    shown = {t.get_position(): t.get_text() for t in figures.plot_matrix(systems).axes[0].texts}
     names = list(systems)
-    table = tables.system_table(systems)["gold win rate"]
+    table = results.system_table(systems)["gold win rate"]
     for name in names[1:]:
         assert shown[0, names.index(name)].replace("\n", " ") == table[name]
 
 
 def test_35_one_seed_is_hollow_and_not_on_the_frontier():
     systems = {"start": made_up({0: 0.0, 1: 0.0}), "A": made_up({0: 1.0, 1: 1.1}), "B": made_up({0: 5.0})}
-    axis = tables.plot_frontier(systems).axes[0]
+    axis = figures.plot_frontier(systems).axes[0]
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in axis.containers}
     assert faces["B (1 seed)"] == "white" and faces["A"] != "white"
     joined = next(line for line in axis.get_lines() if line.get_label() == "frontier")
-    assert 1 < max(joined.get_ydata()) / tables.gain(systems["A"], systems["start"]).value + 1 < 2.1, "the frontier ends at A"
+    assert 1 < max(joined.get_ydata()) / results.gain(systems["A"], systems["start"]).value + 1 < 2.1, "the frontier ends at A"
 
 
 def test_35_no_text_counts_the_claims_by_hand():
@@ -431,7 +446,7 @@ PROMPTS = [f"question {i}" for i in range(24)]
 
 
 def page_of(run: Path) -> str:
-    return Page(reporting.report(run).read_text()).text
+    return Page(report.report(run).read_text()).text
 
 
 def test_38_nothing_is_said_without_a_record(judged):
@@ -439,7 +454,7 @@ def test_38_nothing_is_said_without_a_record(judged):
     page = page_of(run)
     assert "held-out prompt" not in page and "Training saw" not in page and "training saw" not in page and "24 prompts" in page
     assert "Over-optimization" not in page, "alternatives are no course"
-    axis = next(f for n, f in reporting._figures(run, reporting.read_systems(run)) if n == "reward_kl").axes[0]
+    axis = next(f for n, f in report._figures(run, results.read_systems(run)) if n == "reward_kl").axes[0]
     assert not [line for line in axis.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1 and len(set(line.get_xdata())) > 2], "LIRE and DPO are not joined"
 
 
@@ -447,7 +462,7 @@ def test_38_records_are_read(judged, tmp_path):
     home = trained(tmp_path / "train", ["other 1", "other 2"], "smollm2", "vader-1")
     systems = {"start": "smollm2", "LIRE": str(home / "round-1" / "policy"), "LIRE 2": str(home / "round-2" / "policy"), "DPO": "elsewhere"}
     run = judged(PROMPTS, {"systems": systems, "judges": {"proxy": "vader-1", "gold": "b"}}, names=tuple(systems))
-    found = reporting.read_records(run)
+    found = results.read_records(run)
     assert found.courses == [["start", "LIRE", "LIRE 2"]] and found.seen == {"LIRE": 0, "LIRE 2": 0} and found.rewards == {"LIRE": "proxy", "LIRE 2": "proxy"}
     assert "held-out prompt" not in page_of(run), "of DPO nothing is known"
 
@@ -476,14 +491,14 @@ def test_38_strange_records_are_no_records(judged, config):
 
 
 def versions(folder: Path, **edits) -> dict:
-    from lire_nb.versions import Package
+    from lire_nb.base.versions import Package
 
     copy = folder / f"copy{len(list(folder.iterdir()))}" / "lire_nb"
     copy.mkdir(parents=True)
     for path in Path(experiments.__file__).parent.glob("*.py"):
         (copy / path.name).write_text(edits.get(path.stem, str)(path.read_text()))
     package = Package(copy)
-    return {kind: experiments.code_version(kind, package) for kind in ("train", "reward")}
+    return {kind: plans.code_version(kind, package) for kind in ("train", "reward")}
 
 
 def test_code_version_follows_definitions_not_files(tmp_path):
@@ -504,14 +519,14 @@ def test_code_version_follows_definitions_not_files(tmp_path):
 
 
 def test_rows_of_other_code_stay_readable_and_do_not_count(tmp_path):
-    run = reproduce.Run("toy", {"kind": "reward", "seed": 0})
-    reproduce.Results(tmp_path).append(run, {"x": 1}, {"date": "2026-01-01"})
+    run = plans.Run("toy", {"kind": "reward", "seed": 0})
+    results.Results(tmp_path).append(run, {"x": 1}, {"date": "2026-01-01"})
     row = json.loads((tmp_path / "toy.jsonl").read_text())
-    assert row["code"] == experiments.code_version("reward") != experiments.code_version("train")
-    assert reproduce.Results(tmp_path, current=True).find(run.config) == {"x": 1}
+    assert row["code"] == plans.code_version("reward") != plans.code_version("train")
+    assert results.Results(tmp_path, current=True).find(run.config) == {"x": 1}
     (tmp_path / "toy.jsonl").write_text(json.dumps({**row, "code": "0ld0ld0"}) + "\n")
-    assert reproduce.Results(tmp_path, current=True).find(run.config) is None and reproduce.Results(tmp_path).find(run.config) == {"x": 1}
-    assert reproduce.Results(tmp_path, ["0ld0ld0"], current=True).find(run.config) == {"x": 1}
+    assert results.Results(tmp_path, current=True).find(run.config) is None and results.Results(tmp_path).find(run.config) == {"x": 1}
+    assert results.Results(tmp_path, ["0ld0ld0"], current=True).find(run.config) == {"x": 1}
 
 
 # ---------------------------------------------------------------- 41: reproduce says what is so
@@ -527,8 +542,8 @@ def test_41_a_policy_that_would_not_be_used_is_refused(tmp_path, capsys, more):
 def test_41_counts_are_true(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "run_experiment", lambda config, work, keep: {"seconds": {"total": 0.0}})
     told = []
-    count = reproduce.reproduce(["sentiment"], "smoke", results=tmp_path / "r", work=tmp_path / "w", jobs=1, most=1, say=told.append)
-    planned = len({r.key for r in reproduce.plan("sentiment", "smoke")})
+    count = runner.reproduce(["sentiment"], "smoke", results=tmp_path / "r", work=tmp_path / "w", jobs=1, most=1, say=told.append)
+    planned = len({r.key for r in plans.plan("sentiment", "smoke")})
     assert count == 1 and any(line.startswith(f"0 of {planned} runs are there; {planned} to go, of which 1 now") for line in told), told
 
 
@@ -568,9 +583,9 @@ raise SystemExit(main(["reproduce", "--list"]))
 def test_42_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     for place in (tmp_path, ROOT, ROOT / "nbs"):
         monkeypatch.chdir(place)
-        assert len(tables.load_runs("sentiment")) > 40
-        assert not tables.paper_table("dialogue").empty and reproduce.paper_plan("dialogue")
-        assert tasks.load_task("dialogue").name == "dialogue" and tables.verdict_text("20_dialogue")
+        assert len(results.load_runs("sentiment")) > 40
+        assert not claims.paper_table("dialogue").empty and runner.paper_plan("dialogue")
+        assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_dialogue")
 
 
 def test_helpers_find_markup():

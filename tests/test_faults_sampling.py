@@ -11,11 +11,14 @@ import pytest
 import torch
 import transformers as tf
 
-from lire_nb.enhancement import StopRule, self_enhance
-from lire_nb.evaluation import EvaluationCallback, compare_systems, judge_policy
-from lire_nb.lists import LireError, load_lists
-from lire_nb.logprobs import dataset_logps, tokenize_list
-from lire_nb.sampling import LocalSampler, SamplingSettings, ServerSampler, derive_seed, sample_lists
+from lire_nb.enhancement import self_enhance, StopRule
+from lire_nb.evaluation import compare_systems, judge_policy
+from lire_nb.watching import EvaluationCallback
+from lire_nb.base.errors import LireError
+from lire_nb.lists import load_lists
+from lire_nb.logprobs import dataset_logps
+from lire_nb.shared_prompt import tokenize_list
+from lire_nb.sampling import derive_seed, LocalSampler, sample_lists, SamplingSettings, ServerSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tokenizer_kinds as kinds  # noqa: E402

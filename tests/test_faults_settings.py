@@ -16,12 +16,15 @@ from transformers import TrainerCallback
 
 from lire_nb.cli import main, settings_of
 from lire_nb.enhancement import train_policy
-from lire_nb.judging import judge_pairs
-from lire_nb.lists import LireError, make_record, save_lists
+from lire_nb.judges.verdicts import judge_pairs
+from lire_nb.base.errors import LireError
+from lire_nb.lists import save_lists
+from lire_nb.records import make_record
 from lire_nb.logprobs import dataset_logps
 from lire_nb.losses import lire_loss
 from lire_nb.models import load_policy
-from lire_nb.training import LIREConfig, LIRETrainer, last_checkpoint
+from lire_nb.resume import last_checkpoint
+from lire_nb.training import LIREConfig, LIRETrainer
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
@@ -105,7 +108,7 @@ def test_23_a_default_that_is_given_twice_is_refused_too():
 
 
 def test_23_defaults_are_quiet_for_every_loss(recwarn):
-    from lire_nb.losses import LOSSES
+    from lire_nb.rivals import LOSSES
 
     for loss in LOSSES:
         config = LIREConfig(**ARGS, loss_type=loss, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
@@ -269,7 +272,7 @@ def test_36_a_file_without_a_list_that_can_teach_is_refused(place, tmp_path, cap
     for loss in ("lire", "dpo", "slic"):
         refused(lambda: trainer(place / "start", tmp_path, mute, loss_type=loss), "no list can teach", kind)
     with monkeypatch.context() as patch:
-        patch.setattr("lire_nb.enhancement.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
+        patch.setattr("lire_nb.models.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
         refused(lambda: train_policy(place / "start", mute, tmp_path / "out", **BASE), "no list can teach")
     assert logs(trainer(place / "start", tmp_path, mute, loss_type="sft", max_steps=1))[0]["grad_norm"] > 0
     assert logs(trainer(place / "start", tmp_path, mute, sft_weight=1.0, max_steps=1))[0]["grad_norm"] > 0
@@ -490,6 +493,7 @@ def test_the_suggestion_reads_what_the_trainer_reads(place):
 
 def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
     from lire_nb import evaluation
+    from lire_nb import sampling
 
     start, prompts, judges = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], {"length": lambda prompt, texts: [float(len(t)) for t in texts]}
     run = lambda systems=None, ask=prompts, by=judges, **options: evaluation.evaluate_systems(tmp_path / "run", {"start": start} if systems is None else systems, ask, by, **options)  # noqa: E731
@@ -505,7 +509,7 @@ def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, mo
         (tmp_path / "prompts.txt").write_text("a film\nanother\n")
         assert "local" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={start}", "--system", "n=http://localhost:1/v1#m", "--judge", "length=length", "--out", tmp_path / "e")
         assert not (tmp_path / "run").exists() and not (tmp_path / "e").exists()
-    options = dict(num_samples=1, settings=evaluation.SamplingSettings(max_new_tokens=4), progress=False)
+    options = dict(num_samples=1, settings=sampling.SamplingSettings(max_new_tokens=4), progress=False)
     figures = run(ask=(p for p in prompts), **options)
     assert run(**options) == figures
     for content in ("not rows\n", "[1, 2]\n", '{"id": "p0"}\n', ""):
@@ -617,6 +621,6 @@ def test_rewards_that_a_loss_refuses_are_said_with_the_lists_id_before_the_polic
     lists = [{**r, "rewards": [(j + 1) / 8 for j in range(len(r["completions"]))]} for r in LISTS]
     lists[3]["rewards"][1] = 5.0
     with monkeypatch.context() as patch:
-        patch.setattr("lire_nb.enhancement.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
+        patch.setattr("lire_nb.models.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
         refused(lambda: train_policy(place / "start", lists, tmp_path / "out", **{**BASE, "loss_type": "lipo"}), lists[3]["id"], "[0, 1]", "minmax")
     refused(lambda: trainer(place / "start", tmp_path, lists, loss_type="lipo"), lists[3]["id"], "[0, 1]")

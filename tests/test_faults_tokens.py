@@ -11,11 +11,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_kinds import CHATML, FORGETS, GEMMA, KINDS, PHI, _bytes, _fast, _framed  # noqa: E402
 
-from lire_nb import lists as L  # noqa: E402
-from lire_nb.lists import LireError, load_lists, make_record, to_rrhf  # noqa: E402
-from lire_nb.logprobs import ListCollator, padded_rows, tokenize_list  # noqa: E402
-from lire_nb.models import load_tokenizer, render_prompt  # noqa: E402
-from lire_nb.online import encode_prompts  # noqa: E402
+from lire_nb import layouts
+from lire_nb import lists  # noqa: E402
+from lire_nb.base.errors import LireError
+from lire_nb.lists import load_lists, to_rrhf
+from lire_nb.records import make_record  # noqa: E402
+from lire_nb.shared_prompt import ListCollator, padded_rows, tokenize_list  # noqa: E402
+from lire_nb.conversations import render_prompt
+from lire_nb.models import load_tokenizer  # noqa: E402
+from lire_nb.lab.trl_online import encode_prompts  # noqa: E402
 from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists  # noqa: E402
 from lire_nb.sampling import LocalSampler  # noqa: E402
 
@@ -193,15 +197,15 @@ def test_06_what_is_measured_is_what_is_trained():
     tokenizer = KINDS["bytes_bos"]()
     for prompt in ([S("Be brief."), U("hi")], [U("hi"), A("Well")], "hi"):
         record = make_record(prompt, ["Yes.", "no"], [1, 0])
-        table, tokens = L.list_table([record], tokenizer), tokenize_list(record, tokenizer)
+        table, tokens = lists.list_table([record], tokenizer), tokenize_list(record, tokenizer)
         assert table["prompt_length"][0] == len(tokens["prompt_ids"])
         assert table["completion_lengths"][0] == [len(ids) for ids in tokens["completion_ids"]]
 
 
 def test_06_a_system_turn_is_written_and_read_as_one():
     talk = [S("Be brief."), U("hi"), A("yes"), U("no")]
-    assert render_prompt(talk) == "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: yes\n\nHuman: no\n\nAssistant:" == L.join_transcript(talk) + "\n\nAssistant:"
-    assert L.parse_transcript(L.join_transcript(talk)) == talk
+    assert render_prompt(talk) == "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: yes\n\nHuman: no\n\nAssistant:" == layouts.join_transcript(talk) + "\n\nAssistant:"
+    assert layouts.parse_transcript(layouts.join_transcript(talk)) == talk
 
 
 # 7: the prompt limit keeps the head
@@ -247,7 +251,7 @@ def test_28_a_template_that_refuses_names_the_list_everywhere(template):
 
     reward = RewardModel(Model(), tokenizer)
     fine = make_record([U("hi")], ["Yes."], [1.0])
-    for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer), lambda: score_lists([fine, record], reward), lambda: L.list_table([record], tokenizer)):
+    for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer), lambda: score_lists([fine, record], reward), lambda: lists.list_table([record], tokenizer)):
         with pytest.raises(LireError) as caught:
             work()
         assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower() and len(str(caught.value).splitlines()) == 1
@@ -348,7 +352,7 @@ def test_38_the_kl_is_measured_on_the_tokens_that_were_drawn(tmp_path):
     import math
 
     from lire_nb.logprobs import sampled_logps
-    from lire_nb.sampling import SamplingSettings, sample_lists
+    from lire_nb.sampling import sample_lists, SamplingSettings
 
     policy, start = ending_in_a_dash(tmp_path)
     with torch.no_grad():

@@ -15,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lire_nb.evaluation import judge_agreement, slug, win_rate
-from lire_nb.judging import (ChatJudge, FunctionJudge, SheetWidget, agreement, check_sheets, judge_pairs, make_pairs, make_sheets, parse_verdict, read_sheets, verdict_table,
-                             verdicts_to_preferences)
-from lire_nb.lists import LireError
+from lire_nb.base.files import slug
+from lire_nb.preferences import judge_agreement, win_rate
+from lire_nb.judges.chat import ChatJudge
+from lire_nb.judges.sheets import check_sheets, make_sheets, read_sheets, SheetWidget
+from lire_nb.judges.verdicts import (
+    agreement, FunctionJudge, judge_pairs, make_pairs, parse_verdict, verdict_table, verdicts_to_preferences,
+)
+from lire_nb.base.errors import LireError
 from lire_nb.models import compute_dtype, resolve_model
 from serving import Serve, need_server
 

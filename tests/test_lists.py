@@ -20,8 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from lire_nb import conversations, lists
-from lire_nb.lists import ListError, iter_lists, load_lists, make_record, save_lists, to_rrhf, to_trl_pairs, validate_record
+from lire_nb import conversations
+from lire_nb.base import files
+from lire_nb import layouts
+from lire_nb import records
+from lire_nb.base.errors import ListError
+from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
+from lire_nb.records import make_record, validate_record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 HH = REAL / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
@@ -79,7 +84,7 @@ def test_every_hh_pair_is_accounted_for(tmp_path):
             said = [*record["prompt"], {"role": "assistant", "content": answer}]
             glue = lambda text: text if not text or text[0].isspace() else f" {text}"  # noqa: E731
             joined = "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}:{glue(turn['content'])}" for turn in said)
-            assert joined == row[name] == lists.join_transcript(said)
+            assert joined == row[name] == layouts.join_transcript(said)
 
 
 @real(HH)
@@ -236,7 +241,7 @@ def test_ranked_long_rows():
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=8))
 def test_ranks_against_scipy(ranks):
-    rewards = lists.rank_rewards(ranks)
+    rewards = layouts.rank_rewards(ranks)
     if len(set(ranks)) == 1:
         assert rewards == [0.5] * len(ranks)
     else:
@@ -270,7 +275,7 @@ def test_a_wrong_mapping_is_named(mapping):
 
 WORD = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 SOLID = WORD.filter(str.strip)
-CHAT = st.lists(st.fixed_dictionaries({"role": st.sampled_from(lists.ROLES), "content": WORD}), min_size=1, max_size=3).filter(
+CHAT = st.lists(st.fixed_dictionaries({"role": st.sampled_from(records.ROLES), "content": WORD}), min_size=1, max_size=3).filter(
     lambda messages: any(message["content"].strip() for message in messages)
 )
 PROMPT = SOLID | CHAT | st.sampled_from(["42", "null", '"x"', "[1]", "{}", "true", "\n\nHuman: a\n\nAssistant:", "\n\nHuman:a\n\nAssistant:"])
@@ -295,13 +300,13 @@ def test_any_record_survives_every_round_trip(tmp_path, records):
         assert exact(data) == records == list(iter_lists(path))
         assert save_lists(data, path).read_bytes() == before
     assert exact(load_lists(to_rrhf(records, tmp_path / "r.jsonl"))) == records
-    assert [row["prompt"] for row in lists.lists_dataset(records)] == [record["prompt"] for record in records]
+    assert [row["prompt"] for row in records.lists_dataset(records)] == [record["prompt"] for record in records]
 
 
 def test_ids_are_stable_across_processes():
     code = "from lire_nb.lists import prompt_id; print(prompt_id([{'role': 'user', 'content': 'ä'}]))"
     env = os.environ | {"PYTHONHASHSEED": "7"}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip() == lists.prompt_id([{"content": "ä", "role": "user"}])
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip() == records.prompt_id([{"content": "ä", "role": "user"}])
 
 
 def test_the_module_stands_alone():
@@ -606,16 +611,16 @@ def test_a_bad_record_leaves_nothing_half_written(tmp_path):
 
 
 def test_foreign_os_errors_pass_through(tmp_path):
-    with pytest.raises(FileNotFoundError), lists.atomic_write(tmp_path / "x.txt"):
+    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "x.txt"):
         open(tmp_path / "not here")
-    with pytest.raises(ConnectionError), lists.atomic_write(tmp_path / "x.txt"):
+    with pytest.raises(ConnectionError), files.atomic_write(tmp_path / "x.txt"):
         raise ConnectionResetError(104, "reset")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_has_the_permissions_of_a_new_file(tmp_path):
     (tmp_path / "plain").write_text("x")
-    with lists.atomic_write(tmp_path / "ours") as handle:
+    with files.atomic_write(tmp_path / "ours") as handle:
         handle.write("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -696,6 +701,6 @@ def test_the_description_counts_what_it_says():
 
 def test_merged_lists_hold_every_candidate_once():
     pairs = [make_record("p", [a, b], [1, 0], ["chosen", "rejected"], id=a + b) for a, b in ("AB", "AC", "CB")] + [make_record("q", ["x"])]
-    first, second = lists.merge_lists(pairs)
+    first, second = records.merge_lists(pairs)
     assert dict(zip(first["completions"], first["rewards"])) == {"A": 1.0, "B": 0.0, "C": 0.5} and first["id"] == "AB" and second == pairs[3]
     assert [one["id"] for one in first["meta"]["merged"]] == ["AB", "AC", "CB"]

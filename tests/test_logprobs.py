@@ -6,8 +6,10 @@ import pytest
 import torch
 import transformers as tf
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from lire_nb.lists import LireError
-from lire_nb.logprobs import (ListCollator, check_paths, dataset_logps, list_logps, reference_logps, token_logps, token_ratio, tokenize_list)
+from lire_nb.base.errors import LireError
+from lire_nb.logprobs import dataset_logps, list_logps, reference_logps, token_ratio
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator, token_logps, tokenize_list
 from lire_nb.losses import lire_loss
 from torch.testing import assert_close
 
@@ -237,11 +239,12 @@ def test_batch_order_and_company_change_nothing():
 
 
 def test_auto_shares_where_it_saves_tokens(monkeypatch):
-    import lire_nb.logprobs as logprobs
+    from lire_nb import logprobs
+    from lire_nb import shared_prompt
 
     model = tiny(SHARED["llama"]())
     taken = []
-    original = logprobs.packed_rows
+    original = shared_prompt.packed_rows
     check_paths(model)
     monkeypatch.setattr(logprobs, "packed_rows", lambda batch: taken.append(1) or original(batch))
     long, alone = ListCollator()(lists_of([(16, [3, 3, 3])])), ListCollator()(lists_of([(16, [3])]))
@@ -303,7 +306,8 @@ def test_reference_log_probs_do_not_depend_on_the_order_of_the_lists(tmp_path):
 
 
 def test_an_edited_answer_is_computed_anew_and_the_rest_is_not(tmp_path, monkeypatch):
-    import lire_nb.logprobs as logprobs
+    from lire_nb import logprobs
+    from lire_nb import shared_prompt
 
     model, lists = tiny(SHARED["llama"]()), records(8)
     first = reference_logps(model, Letters(), lists, tmp_path)

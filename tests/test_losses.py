@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from losses_oracle import ORACLES, candidates, probs
 from torch.testing import assert_close
 
-from lire_nb import losses
-from lire_nb.losses import LOSSES as EVERY
-from lire_nb.losses import LossSpec, get_loss, lire_loss, list_metrics, list_probs, scored_mask, transform_rewards
+from lire_nb import rivals as losses
+from lire_nb.rivals import LOSSES as EVERY
+from lire_nb.losses import lire_loss, list_metrics, list_probs, scored_mask, transform_rewards
+from lire_nb.rivals import get_loss, LossSpec
 
 NAN, INF = float("nan"), float("inf")
-LOSSES = {name: EVERY[name] for name in ORACLES}  # those of 00_losses; test_rivals has the others
+LOSSES = {name: EVERY[name] for name in ORACLES}  # those of 10_losses; test_rivals has the others
 TRANSFORMS = ("softmax", "none", "zscore", "rank")
 # Every loss with its defaults, and every option at least once away from them.
 CONFIGS = [

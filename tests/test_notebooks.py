@@ -13,9 +13,9 @@ from yardstick import import_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-EXPECTED = ["00_losses", "00a_shown", "00b_rivals", "01_lists", "01a_conversations", "02_tasks", "03_models", "03a_identity", "04_sampling", "05_rewards", "06_logprobs", "06a_settings", "06b_temperature", "06c_long_lists", "07_training", "07a_scale", "08_enhancement",
-            "08a_online", "09_evaluation", "09a_judging", "10_reporting", "10a_bench", "10aa_versions", "10b_experiments", "10c_reproduce", "10d_tables", "11_cli",
-            "20_dialogue", "20a_sentiment", "21_summarization", "22_candidates", "23_ablations", "24_self_enhancement", "25_overoptimization", "26_transfer", "27_cost", "28_losses",
+EXPECTED = ["10_losses", "30_errors", "11_rivals", "12_records", "13_conversations", "34_tasks", "35_models", "36_identity", "14_sampling", "15_rewards", "16_shared_prompt", "26_settings", "24_temperature", "70_long_lists", "18_training", "48_memory", "19_enhancement",
+            "49_trl_online", "22_evaluation", "50_verdicts", "46_report", "47_bench", "37_versions", "40_experiments", "41_plans", "44_claims", "60_cli",
+            "90_dialogue", "90a_sentiment", "90b_summarization", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer", "97_cost", "91_losses",
             "index"]
 DRAWN = [name for name in EXPECTED if name >= "20"]  # from data/results alone
 MODULES = [name.split("_", 1)[1] for name in EXPECTED if name != "index" and name < "20"]  # 20 and above export nothing

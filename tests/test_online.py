@@ -10,9 +10,9 @@ from tiny_policy import make_start
 pytest.importorskip("trl", reason="needs the extra peers")
 
 from lire_nb.enhancement import self_enhance  # noqa: E402
-from lire_nb.lists import LireError  # noqa: E402
+from lire_nb.base.errors import LireError  # noqa: E402
 from lire_nb.models import load_policy  # noqa: E402
-from lire_nb.online import OnlineReward, encode_prompts, generation_budget, train_online  # noqa: E402
+from lire_nb.lab.trl_online import encode_prompts, generation_budget, OnlineReward, train_online  # noqa: E402
 from lire_nb.sampling import LocalSampler, SamplingSettings  # noqa: E402
 
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(6)]
@@ -132,7 +132,7 @@ def test_without_trl_and_with_several_processes(start, tmp_path, monkeypatch):
 
 
 def test_an_adapter(start, tmp_path):
-    from lire_nb.scale import lora_config
+    from lire_nb.lab.memory import lora_config
 
     folder = train_online(start, PROMPTS, Counting(), tmp_path / "run", peft_config=lora_config(4, 8), **RUN)
     assert (folder / "adapter_model.safetensors").is_file()

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lire_nb import reporting
-from lire_nb.lists import LireError
-from lire_nb.shown import in_markdown
+from lire_nb.lab import figures
+from lire_nb.lab import report
+from lire_nb.lab import results
+from lire_nb.base.errors import LireError
+from lire_nb.base.errors import in_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "data" / "results" / "quickstart"
@@ -25,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(RUN, folder, ignore=shutil.ignore_patterns("figures", "table.*", "samples.md"))
     shutil.copytree(ROOT / "data" / "results" / "rewards", folder / "rewards", dirs_exist_ok=True)
-    assert reporting.report(folder) == folder / "report.html"
+    assert report.report(folder) == folder / "report.html"
     return folder
 
 
@@ -42,9 +44,9 @@ def test_report_writes_every_figure_as_png_and_svg(run):
 def test_report_is_the_same_for_the_same_files(run, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("figures", "report.*"))
-    systems = reporting.read_systems(again)
-    for name, figure in reporting._figures(again, systems):
-        for path in reporting.save_figure(figure, again / "figures", name):
+    systems = results.read_systems(again)
+    for name, figure in report._figures(again, systems):
+        for path in figures.save_figure(figure, again / "figures", name):
             assert path.read_bytes() == (run / "figures" / path.name).read_bytes(), path.name
 
 
@@ -57,7 +59,7 @@ def test_report_leaves_out_what_has_no_files(tmp_path):
     for name in ("start", "lire"):
         lines = [json.loads(line) for line in (RUN / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
         (tmp_path / "evaluation" / f"{name}.jsonl").write_text("".join(json.dumps(r | {"scores": {"vader": r["scores"]["vader"]}}) + "\n" for r in lines))
-    page = reporting.report(tmp_path).read_text()
+    page = report.report(tmp_path).read_text()
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"before_after", "reward_kl"}
     assert "Over-optimization" not in page and "What got worse" in page
 
@@ -137,25 +139,25 @@ def curves(turn, after, prompts, seed, points=9, step=0.25):
 @pytest.mark.parametrize("turn", [0, 3, 6])
 @pytest.mark.parametrize("after, kind", [(-0.25, "falls"), (0.0, "stalls")])
 def test_parting_point_of_known_curves(turn, after, kind):
-    found = [reporting.parting_point(*curves(turn, after, 200, seed), resamples=1000) for seed in range(40)]
+    found = [report.parting_point(*curves(turn, after, 200, seed), resamples=1000) for seed in range(40)]
     near = [p is not None and (p == (turn, kind) if kind == "falls" else abs(p[0] - turn) <= 1) for p in found]
     assert sum(near) >= 36, found  # measured over 150 draws: a stall within one point in 94 % or more
 
 
 def test_no_parting_point_where_gold_follows():
-    assert sum(reporting.parting_point(*curves(99, 0.0, 200, seed), resamples=1000) is None for seed in range(40)) >= 38
+    assert sum(report.parting_point(*curves(99, 0.0, 200, seed), resamples=1000) is None for seed in range(40)) >= 38
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 1, (2, 6, 200))
-    assert reporting.parting_point(*noise, resamples=1000) is None  # nothing rises: not over-optimised
+    assert report.parting_point(*noise, resamples=1000) is None  # nothing rises: not over-optimised
     falling = -0.3 * np.arange(6)[:, None] + noise
-    assert reporting.parting_point(*falling, resamples=1000) is None
-    few = [reporting.parting_point(*curves(99, 0.0, 20, seed), resamples=500) for seed in range(40)]
+    assert report.parting_point(*falling, resamples=1000) is None
+    few = [report.parting_point(*curves(99, 0.0, 20, seed), resamples=500) for seed in range(40)]
     assert sum(p is None for p in few) >= 34  # measured: 74 of 80 with 20 prompts
 
 
 def test_parting_does_not_depend_on_units():
     proxy, gold = curves(4, -0.2, 200, 0)
-    assert reporting.parting_point(proxy, gold) == reporting.parting_point(100 * proxy - 7, 0.01 * gold + 3) == (4, "falls")
+    assert report.parting_point(proxy, gold) == report.parting_point(100 * proxy - 7, 0.01 * gold + 3) == (4, "falls")
 
 
 @pytest.mark.parametrize("after, kind", [(-0.25, "falls"), (0.0, "stalls")])
@@ -166,11 +168,11 @@ def test_parting_point_from_the_log_of_a_trainer(after, kind):
         proxy, gold = curves(4, after, 300, seed)
         history = [{"loss": 1.0, "step": 1}] + [{"step": 5 * k, "eval_proxy_reward": p.mean(), "eval_proxy_reward_se": p.std(ddof=1) / 300**0.5,
                                                   "eval_gold_reward": g.mean(), "eval_gold_reward_se": g.std(ddof=1) / 300**0.5} for k, (p, g) in enumerate(zip(proxy, gold))]
-        frame = reporting.overoptimization_steps(history, 300)
+        frame = report.overoptimization_steps(history, 300)
         found += frame[frame["parts"] != ""][["position", "parts"]].values.tolist()
     assert len(found) == 20 and sum(abs(position - 20) <= 5 and what == kind for position, what in found) >= 18, found
     with pytest.raises(LireError, match="too few evaluations.*eval_gold_reward"):
-        reporting.overoptimization_steps([{"step": 1, "loss": 0.1}], 300)
+        report.overoptimization_steps([{"step": 1, "loss": 0.1}], 300)
 
 
 def test_frontier_against_brute_force():
@@ -182,22 +184,22 @@ def test_frontier_against_brute_force():
         for x, y in points[:-1]:
             better = [(c, v) for c, v in points if c <= x and v >= y and (c < x or v > y)]
             expected.append(not better)
-        assert reporting.non_dominated(cost, value) == expected
+        assert figures.non_dominated(cost, value) == expected
 
 
 def test_frontier_of_runs_carries_both_intervals(run):
-    frame = reporting.reward_kl_frontier({"a": run, "b": run}, judge="vader")
+    frame = figures.reward_kl_frontier({"a": run, "b": run}, judge="vader")
     assert list(frame["run"]) == ["a", "a", "b", "b"] and frame["frontier"].all()
     assert ((frame["kl_low"] < frame["kl"]) & (frame["kl"] < frame["kl_high"]) & (frame["gain_low"] < frame["gain"]) & (frame["gain"] < frame["gain_high"])).all()
     with pytest.raises(LireError, match="no such judge.*gpt.*proxy, gold, vader"):
-        reporting.reward_kl_frontier([run], judge="gpt")
+        figures.reward_kl_frontier([run], judge="gpt")
 
 
 def test_worse_prompts_are_those_of_the_rows(run):
-    systems = reporting.read_systems(run)
+    systems = results.read_systems(run)
     for name in ("LIRE", "LIRE, round 2"):
         for judge in ("proxy", "gold", "vader"):
-            found = reporting.explain_worse(systems, judge, name)
+            found = report.explain_worse(systems, judge, name)
             mean = {n: {r["id"]: sum(r["scores"][judge]) / len(r["scores"][judge]) for r in systems[n]} for n in ("start", name)}
             change = {i: mean[name][i] - mean["start"][i] for i in mean["start"]}
             assert dict(found.prompts["change"]) == pytest.approx({i: c for i, c in change.items() if c < 0})
@@ -205,18 +207,18 @@ def test_worse_prompts_are_those_of_the_rows(run):
             for reason, share in found.reasons["worse"].items():
                 told = sum(reason in text.split(", ") for text in found.prompts["reasons"])
                 assert share == pytest.approx(told / len(found.prompts)) if len(found.prompts) else math.isnan(share)
-    assert "models disagree" not in " ".join(reporting.explain_worse(systems, "proxy").prompts["reasons"])
+    assert "models disagree" not in " ".join(report.explain_worse(systems, "proxy").prompts["reasons"])
     with pytest.raises(LireError, match="no such judge"):
-        reporting.explain_worse(systems, "gpt")
+        report.explain_worse(systems, "gpt")
     with pytest.raises(LireError, match="not the same prompts"):
-        reporting.explain_worse({"start": systems["start"], "LIRE": systems["LIRE"][::-1]})
+        report.explain_worse({"start": systems["start"], "LIRE": systems["LIRE"][::-1]})
 
 
 def test_nothing_got_worse():
     row = {"id": "a", "prompt": "p", "completions": ["x"], "tokens": [3], "logps": [-1.0], "start_logps": [-1.0]}
     systems = {"start": [row | {"scores": {"gold": [0.0]}}] * 3, "new": [row | {"scores": {"gold": [1.0]}}] * 3}
-    found = reporting.explain_worse(systems)
-    assert found.prompts.empty and found.reasons["worse"].isna().all() and "No prompt" in reporting.markdown_worse(found)
+    found = report.explain_worse(systems)
+    assert found.prompts.empty and found.reasons["worse"].isna().all() and "No prompt" in report.markdown_worse(found)
 
 
 def test_calibration_against_a_plain_loop():
@@ -230,7 +232,7 @@ def test_calibration_against_a_plain_loop():
                     a, b = (i, j) if row["scores"][i] > row["scores"][j] else (j, i)
                     pairs.append((1 / (1 + math.exp(row["scores"][b] - row["scores"][a])), row["grades"][a] > row["grades"][b]))
     pairs.sort()
-    found = reporting.calibration(rows, bins=5)
+    found = report.calibration(rows, bins=5)
     assert found.pairs == len(pairs) and found.lists == 30 and found.bins["pairs"].sum() == len(pairs)
     error, start = 0.0, 0
     for size, predicted, observed in found.bins[["pairs", "predicted", "observed"]].itertuples(index=False):
@@ -251,7 +253,7 @@ def test_calibration_intervals_draw_lists_and_cover():
             gap, flip = abs(rng.normal(0, 1.2)) + 0.05, rng.random()
             good = flip < 1 / (1 + math.exp(-gap))
             rows.append({"id": str(i), "grades": [1.0, 0.0, 0.0, 0.0] if good else [0.0, 1.0, 1.0, 1.0], "scores": [gap, 0.0, 0.0, 0.0]})
-        bins = reporting.calibration(rows, bins=3, resamples=400, seed=seed).bins
+        bins = report.calibration(rows, bins=3, resamples=400, seed=seed).bins
         covered += int(((bins["low"] <= bins["predicted"]) & (bins["predicted"] <= bins["high"])).sum())
         total += len(bins)
     assert 0.88 <= covered / total <= 0.99, covered / total
@@ -259,14 +261,14 @@ def test_calibration_intervals_draw_lists_and_cover():
 
 def test_calibration_says_when_there_is_too_little():
     with pytest.raises(LireError, match="too few pairs"):
-        reporting.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1, 0.2]}] * 3)
+        report.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1, 0.2]}] * 3)
     with pytest.raises(LireError, match="unequal numbers"):
-        reporting.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1]}])
+        report.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1]}])
 
 
 def test_win_matrix_shows_every_pair_with_its_interval(run):
-    systems = reporting.read_systems(run)
-    axis = reporting.plot_win_matrix(systems, "vader").axes[0]
+    systems = results.read_systems(run)
+    axis = figures.plot_win_matrix(systems, "vader").axes[0]
     cells = {t.get_position(): t.get_text() for t in axis.texts}
     assert len(cells) == 6
     for i, x in enumerate(systems):
@@ -286,14 +288,14 @@ def test_unmeasured_kl_is_a_dash_and_no_picture(run, tmp_path):
     for path in (again / "evaluation").iterdir():
         lines = [json.loads(line) | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "stop": []}} for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(r) + "\n" for r in lines))
-    systems = reporting.read_systems(again)
-    assert {name for name, _ in reporting._figures(again, systems)} == set(FIGURES) - {"reward_kl", "frontier"}
-    assert "Reward against distance" not in reporting.report(again).read_text()
-    worse = reporting.explain_worse(systems)
-    assert worse.prompts["KL"].isna().all() and "far from the start" not in " ".join(worse.prompts["reasons"]) and "nan" not in reporting.markdown_worse(worse)
-    assert "KL not measured" in reporting.findings(reporting.read_metrics(again))[0]
+    systems = results.read_systems(again)
+    assert {name for name, _ in report._figures(again, systems)} == set(FIGURES) - {"reward_kl", "frontier"}
+    assert "Reward against distance" not in report.report(again).read_text()
+    worse = report.explain_worse(systems)
+    assert worse.prompts["KL"].isna().all() and "far from the start" not in " ".join(worse.prompts["reasons"]) and "nan" not in report.markdown_worse(worse)
+    assert "KL not measured" in report.findings(results.read_metrics(again))[0]
     with pytest.raises(LireError, match="no trained system with a KL"):
-        reporting.reward_kl_frontier([again])
+        figures.reward_kl_frontier([again])
 
 
 def test_text_of_strangers_stays_text():

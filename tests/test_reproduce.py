@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 from yardstick import import_seconds
 
-from lire_nb import reproduce as R
-from lire_nb import tables as T
+from lire_nb.lab import plans
+from lire_nb.lab import results
+from lire_nb.lab import runner
+from lire_nb.lab import claims
+from lire_nb.lab import results
+from lire_nb import statistics
 from lire_nb.cli import main
-from lire_nb.experiments import code_version, run_experiment
-from lire_nb.lists import LireError
+from lire_nb.lab.experiments import run_experiment
+from lire_nb.lab.plans import code_version
+from lire_nb.base.errors import LireError
 
 ROOT = Path(__file__).resolve().parents[1]
 LAPTOP = ROOT / "data" / "results"
@@ -43,7 +48,7 @@ def smoke(tmp_path_factory):
 def test_every_table_is_made_at_the_smoke_scale(smoke):
     folder, seconds = smoke
     assert seconds < 50 * import_seconds()  # processor time of 63 experiments: 180 s where an import takes 3 to 4, 290 s where it takes 8
-    done = R.progress_rows(folder / "results", "smoke")
+    done = runner.progress_rows(folder / "results", "smoke")
     assert {row["table"]: (row["done"], row["more"]) for row in done} == {row["table"]: (row["planned"], False) for row in done}
     keys = [row["key"] for row in rows_of(folder / "results")]
     assert len(keys) == len(set(keys)) > 50
@@ -135,32 +140,32 @@ def test_one_command_at_a_time_in_a_work_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(LireError, match="another lire reproduce"):
-            R.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path, jobs=1)
+            runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path, jobs=1)
         other.stdin.close()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    good = R.plan("sentiment", "smoke")[2]
-    bad = R.Run("sentiment", {**good.config, "kind": "guess"}, {"method": "start", "seed": 9})
+    good = plans.plan("sentiment", "smoke")[2]
+    bad = plans.Run("sentiment", {**good.config, "kind": "guess"}, {"method": "start", "seed": 9})
     monkeypatch.setattr(R, "plan", lambda *a, **k: [bad, good])
     said = []
     with pytest.raises(LireError, match="1 runs failed; 1 are kept"):
-        R.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1, say=said.append)
+        runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1, say=said.append)
     assert [row["key"] for row in rows_of(tmp_path / "results")] == [good.key] and any("unknown kind" in line for line in said)
 
 
 def test_a_worker_that_dies_is_said_and_the_others_go_on(tmp_path, monkeypatch):
     """A process that is killed, as by a machine out of memory, costs its own run only."""
-    monkeypatch.setattr(R._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    runs, done = [R.Run("toy", {"kind": "train", "seed": n}, {"seed": n}) for n in range(6)], []
-    failed = R._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run, result: done.append(run.labels["seed"]))
+    monkeypatch.setattr(runner._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    runs, done = [plans.Run("toy", {"kind": "train", "seed": n}, {"seed": n}) for n in range(6)], []
+    failed = runner._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run, result: done.append(run.labels["seed"]))
     assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run, _ in failed] == [3] and "its process ended" in failed[0][1]
 
 
 def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
     changed = DYING.replace('"result": {}', '"result": {}, "code": "0ther"')
-    monkeypatch.setattr(R._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    failed = R._Workers(1, 1, tmp_path / "log").map([R.Run("toy", {"seed": 0})], tmp_path, lambda run, result: pytest.fail("taken"))
+    monkeypatch.setattr(runner._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    failed = runner._Workers(1, 1, tmp_path / "log").map([plans.Run("toy", {"seed": 0})], tmp_path, lambda run, result: pytest.fail("taken"))
     assert "code was changed" in failed[0][1]
 
 
@@ -175,13 +180,13 @@ for line in sys.stdin:
 
 def test_rows_survive_odd_letters_and_half_lines(tmp_path):
     """A line separator inside a text is no end of a row, and a write cut in the middle of a letter is no error."""
-    run, about = R.Run("toy", {"seed": 0}), {"date": "2026-01-01"}
-    R.Results(tmp_path).append(run, {"text": "one\u2028two\x85three é"}, about)
+    run, about = plans.Run("toy", {"seed": 0}), {"date": "2026-01-01"}
+    results.Results(tmp_path).append(run, {"text": "one\u2028two\x85three é"}, about)
     with open(tmp_path / "toy.jsonl", "ab") as f:
         f.write('{"key": "é'.encode()[:-1])
-    again = R.Results(tmp_path)
+    again = results.Results(tmp_path)
     assert again.find(run.config) == {"text": "one\u2028two\x85three é"}
-    again.append(R.Run("toy", {"seed": 1}), {}, about)
+    again.append(plans.Run("toy", {"seed": 1}), {}, about)
     assert len(rows_of(tmp_path)) == 2
 
 
@@ -194,7 +199,7 @@ def invented(gold: dict, seeds: int = 3, prompts: int = 40):
             values = (base[seed] + mean + draw.normal(0, 0.1, prompts)).tolist()
             rows.append({**dict(labels), "seed": seed, "key": f"{labels}{seed}", "table": "toy", "config": {"training": {"temperature": 20.0}},
                          "result": {"ids": "same", "scores": {j: [[v] for v in values] for j in ("gold", "proxy")}, **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}}})
-    return T.pd.DataFrame(rows)
+    return claims.pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize("dpo, seeds, expected", [(0.0, 3, "confirmed"), (1.0, 3, "refuted"), (0.5, 3, "open"), (0.0, 1, "open"), (None, 3, "open")])
@@ -203,8 +208,8 @@ def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
     means = {(("method", "start"),): 0.0, (("method", "lire"),): 0.5, (("method", "rrhf"),): 0.1, **({(("method", "dpo"),): dpo} if dpo is not None else {})}
     monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means, seeds))
     try:
-        text, decided = T._against("toy", ("dpo", "rrhf"))(None)
-    except T.NotMeasured:
+        text, decided = claims._against("toy", ("dpo", "rrhf"))(None)
+    except claims.NotMeasured:
         text, decided = "", "open"
     assert decided == expected and ("(1 seed)" in text) == (seeds == 1)
 
@@ -212,30 +217,30 @@ def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
 @pytest.mark.parametrize("worst, expected", [(0.0, "confirmed"), (-1.0, "refuted"), (-0.2, "open")])
 def test_a_setting_changes_little_or_not(monkeypatch, worst, expected):
     means = {(("setting", "base"), ("value", ""), ("method", "lire")): 1.0, (("setting", ""), ("value", ""), ("method", "start")): 0.0,
-             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in R.SCALES["laptop"]["temperatures"]}}
+             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in plans.SCALES["laptop"]["temperatures"]}}
     monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means))
-    assert T._temperature(None)[1] == expected
+    assert claims._temperature(None)[1] == expected
 
 
 def test_every_claim_can_be_decided(smoke):
     """At the smoke scale nothing is significant, but every measurement finds its rows."""
-    table = T.verdict_table(T.Results(smoke[0] / "results"))
-    assert len(table) == len(T.CLAIMS) and set(table["verdict"]) <= {"confirmed", "refuted", "open"}
+    table = claims.verdict_table(results.Results(smoke[0] / "results"))
+    assert len(table) == len(claims.CLAIMS) and set(table["verdict"]) <= {"confirmed", "refuted", "open"}
 
 
 def test_the_search_budget_is_the_same_for_every_method():
-    assert {len(points) for points in R.SEARCH.values()} == {3}
-    assert {tuple(sorted({p["learning_rate"] for p in points[:2]})) for points in R.SEARCH.values()} == {(5e-5, 1e-4)}
-    runs = [r for r in R.plan("dialogue") if r.labels["stage"] == "search"]
+    assert {len(points) for points in plans.SEARCH.values()} == {3}
+    assert {tuple(sorted({p["learning_rate"] for p in points[:2]})) for points in plans.SEARCH.values()} == {(5e-5, 1e-4)}
+    runs = [r for r in plans.plan("dialogue") if r.labels["stage"] == "search"]
     assert {r.config["judge"]["split"] for r in runs} == {"validation"} and {tuple(r.config["judge"]["judges"]) for r in runs} == {("proxy",)}
 
 
 @pytest.mark.parametrize("task", ["sentiment", "dialogue", "summarization"])
 def test_no_prompt_that_judges_is_trained_on(task):
-    from lire_nb.experiments import prompts_of, reward_lists
+    from lire_nb.lab.experiments import prompts_of, reward_lists
     from lire_nb.tasks import load_task
 
-    loaded, sizes = load_task(task), R.SCALES["laptop"]["tasks"][task]
+    loaded, sizes = load_task(task), plans.SCALES["laptop"]["tasks"][task]
     ids = {split: {p["id"] for p in prompts_of(loaded, split, count)} for split, count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
     assert [len(v) for v in ids.values()] == [sizes["pool"], sizes["validation"], sizes["test"]]
     assert not ids["train"] & ids["validation"] and not ids["train"] & ids["test"] and not ids["validation"] & ids["test"]
@@ -250,7 +255,7 @@ def test_stored_rows_are_what_their_key_says():
     rows = [row for row in rows_of(LAPTOP) if "key" in row]
     assert rows
     for row in rows:
-        assert row["key"] == R.config_key(row["config"]) and row["code"] and row["machine"]["torch"] and "seed" in {**row["config"], **row["config"].get("rewards", {}).get(row["config"].get("task"), {})}
+        assert row["key"] == plans.config_key(row["config"]) and row["code"] and row["machine"]["torch"] and "seed" in {**row["config"], **row["config"].get("rewards", {}).get(row["config"].get("task"), {})}
         for part in [row["result"], *row["result"].get("rounds", []), *row["result"].get("points", [])]:
             for judge, values in part.get("scores", {}).items():
                 assert np.isfinite(np.array(values)).all() and len(values) == len(part["tokens"]), (row["key"], judge)
@@ -259,17 +264,17 @@ def test_stored_rows_are_what_their_key_says():
 def test_intervals_cover_what_they_should():
     """Student's interval where only prompts or only seeds vary; the full count is in the notebook."""
     draw = np.random.default_rng(0)
-    hits = sum(i.low <= 0 <= i.high for i in (T.crossed_interval(draw.normal(size=(1, 40)) + draw.normal(0, 0.5, (3, 1)) + draw.normal(size=(3, 40))) for _ in range(400)))
+    hits = sum(i.low <= 0 <= i.high for i in (statistics.crossed_interval(draw.normal(size=(1, 40)) + draw.normal(0, 0.5, (3, 1)) + draw.normal(size=(3, 40))) for _ in range(400)))
     assert hits >= 0.9 * 400
 
 
 def test_a_difference_needs_common_seeds_and_prompts(smoke):
-    systems = T.systems_of(T.load_runs("sentiment", smoke[0] / "results", "smoke"))
-    other = T.systems_of(T.load_runs("dialogue", smoke[0] / "results", "smoke"))
+    systems = results.systems_of(results.load_runs("sentiment", smoke[0] / "results", "smoke"))
+    other = results.systems_of(results.load_runs("dialogue", smoke[0] / "results", "smoke"))
     with pytest.raises(LireError, match="2 sets of prompts"):
-        T.difference(systems["LIRE"], other["start"])
+        results.difference(systems["LIRE"], other["start"])
     with pytest.raises(LireError, match="0 common seeds"):
-        T.difference(systems["LIRE"], systems["start"].assign(seed=7))
-    gain = T.difference(systems["LIRE"], systems["start"])
-    back = T.difference(systems["start"], systems["LIRE"])
+        results.difference(systems["LIRE"], systems["start"].assign(seed=7))
+    gain = results.difference(systems["LIRE"], systems["start"])
+    back = results.difference(systems["start"], systems["LIRE"])
     assert gain.value == pytest.approx(-back.value) and gain.low == pytest.approx(-back.high)

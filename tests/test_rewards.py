@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lire_nb import rewards as R
-from lire_nb.lists import LireError, load_lists, make_record
+from lire_nb.base.errors import LireError
+from lire_nb.lists import load_lists
+from lire_nb.records import make_record
 from lire_nb.tasks import split_of
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -12,8 +12,9 @@ from rivals_oracle import ORACLES
 from test_losses import INF, NAN, FixedLogps, call, pack, random_list
 from torch.testing import assert_close
 
-from lire_nb.losses import LOSSES, get_loss, list_metrics, lire_loss, scored_mask
-from lire_nb.rivals import RIVALS, kto_loss, lipo_loss, offline_pg_loss, qrpo_loss
+from lire_nb.losses import lire_loss, list_metrics, scored_mask
+from lire_nb.rivals import get_loss, LOSSES
+from lire_nb.rivals import kto_loss, lipo_loss, offline_pg_loss, qrpo_loss, RIVALS
 
 SCORES = ("sum", "token", "ratio", "token_ratio")
 CONFIGS = [

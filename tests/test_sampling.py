@@ -17,9 +17,11 @@ import transformers as tf
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import lire_nb.sampling as sampling
-from lire_nb.lists import LireError
-from lire_nb.sampling import Completion, LocalSampler, SamplingSettings, ServerSampler, TryLater, run_requests, sample_lists
+from lire_nb import sampling
+from lire_nb import servers
+from lire_nb.base.errors import LireError
+from lire_nb.sampling import Completion, LocalSampler, sample_lists, SamplingSettings, ServerSampler
+from lire_nb.servers import run_requests, TryLater
 
 sys.path.insert(0, os.path.dirname(__file__))
 from serving import Serve, free_port, need_server  # noqa: E402
@@ -326,9 +328,9 @@ def test_patience_ends_and_says_so(caplog):
 def test_a_journal_with_a_foreign_line_and_a_busy_journal(tmp_path):
     (tmp_path / "j.jsonl").write_text('{"key": "a", "answer": 1}\nhello\n')
     with pytest.raises(LireError, match=r"j.jsonl:2: not a line of a journal; got .*remove this line"):
-        sampling.Journal(tmp_path / "j.jsonl")
-    with sampling.Journal(tmp_path / "k.jsonl"), pytest.raises(LireError, match="k.jsonl: journal: in use by another process"):
-        sampling.Journal(tmp_path / "k.jsonl")
+        servers.Journal(tmp_path / "j.jsonl")
+    with servers.Journal(tmp_path / "k.jsonl"), pytest.raises(LireError, match="k.jsonl: journal: in use by another process"):
+        servers.Journal(tmp_path / "k.jsonl")
 
 
 @pytest.mark.parametrize("torn", ['{"key": "b", "ans', '{"key": "b", "answer": 2}', "\u00e9"])

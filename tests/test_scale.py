@@ -13,10 +13,17 @@ from safetensors.torch import load_file
 from tiny_policy import make_start
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
-from lire_nb import scale
-from lire_nb.lists import LireError, make_record, save_lists
-from lire_nb.logprobs import ListCollator, check_paths, list_logps
-from lire_nb.scale import batch_bytes, count_parameters, launch_command, launch_plan, lora_config, memory_plan, memory_table, meta_model, read_recipe, step_settings
+from lire_nb.lab import memory as scale
+from lire_nb.base.errors import LireError
+from lire_nb.lists import save_lists
+from lire_nb.records import make_record
+from lire_nb.logprobs import list_logps
+from lire_nb.path_check import check_paths
+from lire_nb.shared_prompt import ListCollator
+from lire_nb.lab.memory import (
+    batch_bytes, count_parameters, launch_command, launch_plan, lora_config, memory_plan, memory_table, meta_model,
+    read_recipe, step_settings,
+)
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "data" / "configs"
@@ -128,7 +135,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from lire_nb.logprobs import ListCollator, list_logps
-from lire_nb.scale import memory_plan
+from lire_nb.lab.memory import memory_plan
 
 def status(name):
     return next(1024 * int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(name))

@@ -12,10 +12,12 @@ from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lire_nb.enhancement import train_policy
-from lire_nb.lists import LireError, make_record
+from lire_nb.base.errors import LireError
+from lire_nb.records import make_record
 from lire_nb.logprobs import dataset_logps
 from lire_nb.models import load_policy
-from lire_nb.training import ExactTrainer, LIREConfig, LIRETrainer, Stopped, checkpoints, last_checkpoint, prepare_lists
+from lire_nb.resume import checkpoints, ExactTrainer, last_checkpoint, Stopped
+from lire_nb.training import LIREConfig, LIRETrainer, prepare_lists
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
@@ -92,7 +94,7 @@ def test_paths_are_checked_before_the_first_step(place, tmp_path, caplog):
 
 
 def test_reference_log_probs_are_kept(place, tmp_path, monkeypatch):
-    import lire_nb.logprobs as logprobs
+    from lire_nb import logprobs
 
     settings = dict(loss_type="dpo", max_steps=2, reference_cache=str(tmp_path / "cache"))
     log, weights = course(trainer(place / "start", tmp_path / "a", **settings))
@@ -252,7 +254,7 @@ def test_half_written_and_damaged_checkpoints_are_never_taken(place, tmp_path):
 
 def test_the_older_checkpoint_stays_until_the_newer_is_whole(place, tmp_path, monkeypatch):
     """A failure while checkpoint-2 is written leaves checkpoint-1, though only one is kept."""
-    from lire_nb import training
+    from lire_nb import resume as training
 
     original = ExactTrainer._save_pending
 

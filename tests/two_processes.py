@@ -9,10 +9,12 @@ import torch
 from transformers import TrainerCallback
 
 from lire_nb.enhancement import self_enhance, train_policy
-from lire_nb.lists import LireError, make_record
+from lire_nb.base.errors import LireError
+from lire_nb.records import make_record
 from lire_nb.models import load_policy
 from lire_nb.sampling import SamplingSettings
-from lire_nb.training import LIREConfig, LIRETrainer, Stopped
+from lire_nb.resume import Stopped
+from lire_nb.training import LIREConfig, LIRETrainer
 
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
 LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=[1.0, -0.5, 0.25, 0.0, 0.7][: 2 + n % 4], id=f"film-{n:02}") for n in range(11)]
