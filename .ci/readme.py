@@ -11,7 +11,8 @@ NOTE = "<!-- Written from nbs/index.ipynb by `make export`; edit the notebook. -
 
 
 def readme(notebook: Path = ROOT / "nbs" / "index.ipynb") -> str:
-    "The index notebook as Markdown: `#| hide` drops a cell, `#| echo: false` its source; links become relative to the top."
+    """The index notebook as Markdown: `#| hide` drops a cell, `#| echo: false` its source; links become relative to the
+    top."""
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| hide")]
     exporter = MarkdownExporter()

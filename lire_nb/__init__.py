@@ -1,20 +1,27 @@
 """List-wise reward enhancement (LIRE): align language models from lists of candidates."""
 __version__ = "0.1.0"
 
+import sys
+
 _HOMES = {
-    "losses": ("get_loss", "lire_loss"),
-    "lists": ("LireError", "lists_dataset", "load_lists", "make_record", "merge_lists", "save_lists"),
+    "base.errors": ("LireError",),
+    "losses": ("lire_loss",),
+    "rivals": ("get_loss",),
+    "records": ("lists_dataset", "make_record", "merge_lists"),
     "conversations": ("render_prompt",),
+    "lists": ("load_lists", "save_lists"),
     "tasks": ("load_task",),
     "models": ("load_policy", "load_tokenizer"),
     "sampling": ("sample_lists",),
     "rewards": ("RewardModel", "score_lists", "train_reward_model"),
-    "logprobs": ("ListCollator", "dataset_logps", "list_logps", "tokenize_list"),
+    "shared_prompt": ("ListCollator", "tokenize_list"),
+    "logprobs": ("dataset_logps", "list_logps"),
     "temperature": ("suggest_temperature",),
     "training": ("LIREConfig", "LIRETrainer"),
     "enhancement": ("self_enhance", "train_policy"),
-    "evaluation": ("evaluate_systems", "win_rate"),
-    "reporting": ("report",),
+    "preferences": ("win_rate",),
+    "evaluation": ("evaluate_systems",),
+    "lab.report": ("report",),
 }
 __all__ = [name for names in _HOMES.values() for name in names]
 
@@ -27,3 +34,19 @@ def __getattr__(name):
     import importlib
 
     return getattr(importlib.import_module(f"lire_nb.{home}"), name)
+
+
+class _Gone:
+    "Asked by Python when no file has a module's name: says where the names of a module that is gone are now."
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith("lire_nb.") and not name.startswith("lire_nb.base"):
+            from lire_nb.base.errors import gone
+
+            if error := gone(name):
+                raise error
+
+
+if _Gone not in sys.meta_path:
+    sys.meta_path.append(_Gone)

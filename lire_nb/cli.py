@@ -36,16 +36,20 @@ def read_prompts(
     if split and not Path(source).exists():
         prompts = load_task(name).prompts.get(split)
         if prompts is None:
-            raise LireError("unknown split", field="prompts", value=source, allowed=f"{name}:train, {name}:validation or {name}:test", remedy="choose one of these")
+            raise LireError("unknown split", field="prompts", value=source,
+                            allowed=f"{name}:train, {name}:validation or {name}:test", remedy="choose one of these")
         prompts = checked_prompts(prompts, chat)
     else:
         if not Path(source).is_file():
-            raise LireError("no such file", field="prompts", value=source, allowed="a .txt or .jsonl file, or task:split", remedy="check the path")
+            raise LireError("no such file", field="prompts", value=source,
+                            allowed="a .txt or .jsonl file, or task:split", remedy="check the path")
         prompts = load_prompts(source, chat)
     if not prompts:
-        raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt", remedy="give a file with one prompt a line, or records with a prompt")
+        raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt",
+                        remedy="give a file with one prompt a line, or records with a prompt")
     if limit is not None and limit < 1:
-        raise LireError("too few", field="--limit", value=limit, allowed="1 or more", remedy="leave it out to use all prompts")
+        raise LireError("too few", field="--limit", value=limit, allowed="1 or more",
+                        remedy="leave it out to use all prompts")
     return prompts[:limit]
 
 # %% ../nbs/60_cli.ipynb #6e990507
@@ -66,11 +70,13 @@ def named(pairs: list[str], option: str) -> dict[str, str]:
     "['gold=folder'] -> {'gold': 'folder'}"
     for pair in pairs:
         if not pair.partition("=")[2]:
-            raise LireError("not a pair", field=option, value=pair, allowed="name=value", remedy=f"for example {option} gold=runs/gold")
+            raise LireError("not a pair", field=option, value=pair, allowed="name=value",
+                            remedy=f"for example {option} gold=runs/gold")
     names = [pair.partition("=")[0] for pair in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise LireError("given twice", field=option, value=name, allowed="a name of its own for each", remedy="rename one, or leave it out")
+            raise LireError("given twice", field=option, value=name, allowed="a name of its own for each",
+                            remedy="rename one, or leave it out")
     return dict(pair.split("=", 1) for pair in pairs)
 
 # %% ../nbs/60_cli.ipynb #39cfeedf
@@ -91,7 +97,8 @@ def limit_of(
     from lire_nb.tasks import PROMPT_LENGTHS
 
     if given is not None and not (type(given) is int and given >= 1):
-        raise LireError("not a length", field="max_prompt_length", value=given, allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
+        raise LireError("not a length", field="max_prompt_length", value=given,
+                        allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
     name, _, split = source.partition(":")
     usual = PROMPT_LENGTHS.get(name) if split and not Path(source).exists() else None
     return given or usual or MAX_PROMPT_LENGTH
@@ -114,7 +121,8 @@ def _tell(line: str) -> None:
 # %% ../nbs/60_cli.ipynb #bfc5e259
 @contextmanager
 def _claim(out: str, journal: Path | None = None, about: dict | None = None, **config):
-    "Write the configuration beside the output; True when there is something to do. An output made from something else is an error."
+    """Write the configuration beside the output; True when there is something to do. An output made from something else
+    is an error."""
     from lire_nb.identity import claim_folder
     from lire_nb.base.files import one_writer
 
@@ -124,9 +132,12 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
         return
     with one_writer(path, "another command", inside=False):
         if path.exists() and not path.with_name(name).exists():
-            raise LireError("is there already and was not made by this command", field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
-        claim_folder(path.parent, {"output": path.name, **config}, name, f"give another --out, or delete {path.name} to make it again",
-                     made=[path.name, *([journal.name] if journal else [])], about=about)  # of an attempt that left no output nothing counts
+            raise LireError("is there already and was not made by this command", field="--out", value=out,
+                            allowed="a new name", remedy="move it away or choose another name")
+        claim_folder(path.parent, {"output": path.name, **config}, name,
+                     f"give another --out, or delete {path.name} to make it again",
+                     # of an attempt that left no output nothing counts
+                     made=[path.name, *([journal.name] if journal else [])], about=about)
         if path.exists():
             _say(f"{out} is there already, made with the same settings")
         yield not path.exists()
@@ -153,17 +164,26 @@ def sample_command(args) -> None:
     journal = Path(f"{args.out}.journal.jsonl")
     if served:
         check_address(args.policy)
-    options = {"journal": journal, "max_in_flight": args.in_flight} if served else {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
+    options = (
+        {"journal": journal, "max_in_flight": args.in_flight}
+        if served
+        else {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
+    )
     limit = {name: value for name, value in options.items() if name == "max_prompt_length"}
-    made_from = {"policy": args.policy, "fingerprint": policy_identity(args.policy), "prompts": prompts_identity(prompts)}
-    with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings), seed=args.seed, **limit) as todo:
+    made_from = {"policy": args.policy, "fingerprint": policy_identity(args.policy),
+                 "prompts": prompts_identity(prompts)}
+    with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings),
+                seed=args.seed, **limit) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
-            _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into {args.out}")
-            lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed, source=f"policy:{args.policy}", **options)
+            _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
+                 f"{args.out}")
+            lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed,
+                                 source=f"policy:{args.policy}", **options)
             save_lists(lists, args.out)
             gaps = len(prompts) * args.num_candidates - sum(len(r["completions"]) for r in lists)
             if gaps:
-                _say(f"{gaps} of {len(prompts) * args.num_candidates} candidates were not answered; the same command asks for these again")
+                _say(f"{gaps} of {len(prompts) * args.num_candidates} candidates were not answered; the same command "
+                     "asks for these again")
             else:
                 journal.unlink(missing_ok=True)  # its answers are in the output now
 
@@ -175,7 +195,8 @@ def score_command(args) -> None:
 
     check_ending(args.out)
     reward = read_reward(args.reward)
-    with _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), about={"lists": args.lists}, **_chat(args)) as todo:
+    with _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), about={"lists": args.lists},
+                **_chat(args)) as todo:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
             save_lists(score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
@@ -192,9 +213,11 @@ def train_command(args) -> None:
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     check_options(args.policy, settings, options, args.merge_adapter)
     check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
-    made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists), "settings": settings_identity(settings), "seed": args.seed}
+    made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists),
+                 "settings": settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}
-    with _claim(args.out, **made_from, **adapter, **_chat(args), about={"policy": args.policy, "lists": args.lists}) as todo:
+    with _claim(args.out, **made_from, **adapter, **_chat(args),
+                about={"policy": args.policy, "lists": args.lists}) as todo:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
             lists = load_lists(args.lists, **_chat(args))
@@ -207,20 +230,26 @@ def _chat(args) -> dict:
 
 # %% ../nbs/60_cli.ipynb #ebe7686b
 def _lora(args) -> dict | None:
-    "The adapter that was asked for; raises `LireError` for one that cannot be, so that nobody trains all weights unknowingly."
+    """The adapter that was asked for; raises `LireError` for one that cannot be, so that nobody trains all weights
+    unknowingly."""
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
         if rank is None and value is not None:
-            raise LireError("has no effect without --lora-rank", field=option, value=value, allowed="a rank beside it", remedy="give --lora-rank, or leave it out to train all weights")
+            raise LireError("has no effect without --lora-rank", field=option, value=value, allowed="a rank beside it",
+                            remedy="give --lora-rank, or leave it out to train all weights")
     if rank is None:
         return None
     if rank < 1:
-        raise LireError("not a rank", field="--lora-rank", value=rank, allowed="1 or more", remedy="leave it out to train all weights")
+        raise LireError("not a rank", field="--lora-rank", value=rank, allowed="1 or more",
+                        remedy="leave it out to train all weights")
     if alpha is not None and not 0 < alpha < float("inf"):
-        raise LireError("out of range", field="--lora-alpha", value=alpha, allowed="more than 0", remedy="leave it out: the rank is taken")
-    names = ["q_proj", "v_proj"] if targets is None else sorted(name.strip() for name in targets.split(",") if name.strip())
+        raise LireError("out of range", field="--lora-alpha", value=alpha, allowed="more than 0",
+                        remedy="leave it out: the rank is taken")
+    names = ["q_proj",
+             "v_proj"] if targets is None else sorted(name.strip() for name in targets.split(",") if name.strip())
     if not names:
-        raise LireError("no matrix", field="--lora-targets", value=targets, allowed="names of matrices, with commas", remedy="leave it out for q_proj,v_proj")
+        raise LireError("no matrix", field="--lora-targets", value=targets, allowed="names of matrices, with commas",
+                        remedy="leave it out for q_proj,v_proj")
     return {"rank": rank, "alpha": alpha or rank, "targets": names}
 
 # %% ../nbs/60_cli.ipynb #d077f8be
@@ -236,11 +265,13 @@ def train_reward_command(args) -> None:
     from lire_nb.identity import policy_identity
     from lire_nb.rewards import train_reward_model
 
-    made_from = {"backbone": policy_identity(args.backbone), "lists": _hash(args.lists), "max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
+    made_from = {"backbone": policy_identity(args.backbone), "lists": _hash(args.lists), "max_length": args.max_length,
+                 "epochs": args.epochs, "seed": args.seed}
     with _claim(args.out, **made_from, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
-            options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed, "name": Path(args.out).name}
+            options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed,
+                       "name": Path(args.out).name}
             reward = train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
             with atomic_folder(args.out) as draft:
                 reward.save(draft)
@@ -260,24 +291,31 @@ def enhance_command(args) -> None:
 
 # %% ../nbs/60_cli.ipynb #d7934f28
 def _enhance(args, prompts, training, options, StopRule, self_enhance, SamplingSettings) -> None:
-    _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts into {args.out}")
+    _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} prompts "
+         f"into {args.out}")
     settings, stop = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), None
     training = _with_limit(training, args)
     if args.stop_gold or args.stop_kl is not None:
         if not args.stop_prompts:
-            raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split", remedy="give the held-out prompts that the stop rule measures on")
-        stop = StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)), args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
-    policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate, num_candidates=args.num_candidates,
-                            settings=settings, training=training, seed=args.seed, pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
+            raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split",
+                            remedy="give the held-out prompts that the stop rule measures on")
+        stop = StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)),
+                        args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=settings, seed=args.seed)
+    policies = self_enhance(args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve,
+                            iterate=args.iterate, num_candidates=args.num_candidates,
+                            settings=settings, training=training, seed=args.seed, pool=args.pool,
+                            max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
                             trainer_options=options)
     _say(f"the last policy is in {policies[-1]}")
 
 # %% ../nbs/60_cli.ipynb #cfd8fd39
 def _with_limit(training: dict, args) -> dict:
-    "The settings of training, with the limit of prompts in them; it may be given there or as an option, but not as two."
+    """The settings of training, with the limit of prompts in them; it may be given there or as an option, but not as
+    two."""
     name, set_ = "max_prompt_length", training.get("max_prompt_length")
     if None not in (set_, args.max_prompt_length) and set_ != args.max_prompt_length:
-        raise LireError("two values for one limit", field="--max-prompt-length", value=(args.max_prompt_length, set_), allowed="one value", remedy=f"leave out --set {name}=")
+        raise LireError("two values for one limit", field="--max-prompt-length", value=(args.max_prompt_length, set_),
+                        allowed="one value", remedy=f"leave out --set {name}=")
     return {**training, name: limit_of(args.prompts, args.max_prompt_length if set_ is None else set_)}
 
 # %% ../nbs/60_cli.ipynb #6479406c
@@ -291,16 +329,20 @@ def evaluate_command(args) -> None:
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
-    settings, limit = SamplingSettings(args.max_new_tokens, args.temperature, args.top_p), limit_of(args.prompts, args.max_prompt_length)
+    settings, limit = SamplingSettings(args.max_new_tokens, args.temperature,
+                                       args.top_p), limit_of(args.prompts, args.max_prompt_length)
     _checked_systems(Path(args.out), systems, prompts)
     found = {name: policy_identity(policy) for name, policy in systems.items()}
     with one_writer(args.out, "another lire evaluate"):
         rewards = {name: read_reward(judge) for name, judge in judges.items()}
-        config = {"systems": found, "judges": {name: reward_identity(r) for name, r in rewards.items()}, "prompts": prompts_identity(prompts),
-                  "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed, "max_prompt_length": limit}
+        config = {"systems": found, "judges": {name: reward_identity(r) for name, r in rewards.items()},
+                  "prompts": prompts_identity(prompts),
+                  "samples": args.num_samples, "sampling": asdict(settings), "seed": args.seed,
+                  "max_prompt_length": limit}
         claim_folder(args.out, config, made=["evaluation/*.jsonl"], about={"systems": systems, "judges": judges})
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-        evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings, seed=args.seed, max_prompt_length=limit)
+        evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings,
+                         seed=args.seed, max_prompt_length=limit)
         report_command(args)
 
 # %% ../nbs/60_cli.ipynb #cb78697d
@@ -316,9 +358,11 @@ def report_command(args) -> None:
 
 # %% ../nbs/60_cli.ipynb #11a63743
 QUICKSTART = {
-    "task": "sentiment", "policy": "smollm2", "backbone": "minilm", "reward_pairs": 1000, "prompts": 64, "candidates": 4, "rounds": 2, "passes": 2,
+    "task": "sentiment", "policy": "smollm2", "backbone": "minilm", "reward_pairs": 1000, "prompts": 64,
+    "candidates": 4, "rounds": 2, "passes": 2,
     "max_new_tokens": 24, "eval_prompts": 96, "eval_samples": 2, "seed": 0,
-    "training": {"reward_transform": "zscore", "temperature": 20.0, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
+    "training": {"reward_transform": "zscore", "temperature": 20.0, "learning_rate": 5e-5,
+                 "per_device_train_batch_size": 4},
 }
 
 # %% ../nbs/60_cli.ipynb #3604900a
@@ -332,7 +376,8 @@ def quickstart(
     from lire_nb.tasks import load_task
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
-    made_from = {name: policy_identity(config[name]) for name in ("policy", "backbone")}  # a wrong name is said before the folder is claimed
+    # a wrong name is said before the folder is claimed
+    made_from = {name: policy_identity(config[name]) for name in ("policy", "backbone")}
     task = load_task(config["task"])
     made_from["prompts"] = digest([prompts_identity(task.prompts[split]) for split in ("train", "test")])
     with one_writer(out, "another lire quickstart"):
@@ -348,20 +393,27 @@ def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
     from lire_nb.sampling import SamplingSettings
 
     fresh = not (Path(out) / "config.json").exists()
-    run = claim_folder(out, {**config, "made_from": made_from}, made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl"])
+    run = claim_folder(out, {**config, "made_from": made_from},
+                       made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl"])
     stage = lambda text: _say(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}")  # noqa: E731
     settings = SamplingSettings(max_new_tokens=config["max_new_tokens"])
     judges = _judges(run, task, config, stage)
-    stage(f"LIRE: {config['rounds']} rounds of {config['prompts']} prompts × {config['candidates']} candidates, scored by the proxy reward")
-    policies = self_enhance(config["policy"], task.prompts["train"][: config["prompts"]], judges["proxy"], run, evolve=config["rounds"], iterate=config["passes"],
-                            num_candidates=config["candidates"], settings=settings, training=config["training"], seed=config["seed"],
+    stage(f"LIRE: {config['rounds']} rounds of {config['prompts']} prompts × {config['candidates']} candidates, "
+          "scored by the proxy reward")
+    policies = self_enhance(config["policy"], task.prompts["train"][: config["prompts"]], judges["proxy"], run,
+                            evolve=config["rounds"], iterate=config["passes"],
+                            num_candidates=config["candidates"], settings=settings, training=config["training"],
+                            seed=config["seed"],
                             after_round=lambda number, _: stage(f"round {number} done"))
-    systems = {"start": config["policy"], **{"LIRE" if n == 1 else f"LIRE, round {n}": p for n, p in enumerate(policies, 1)}}
+    systems = {"start": config["policy"],
+               **{"LIRE" if n == 1 else f"LIRE, round {n}": p for n, p in enumerate(policies, 1)}}
     stage(f"evaluating {len(systems)} systems on {config['eval_prompts']} held-out prompts")
-    evaluate_systems(run, systems, task.prompts["test"][-config["eval_prompts"] :], judges, settings=settings, num_samples=config["eval_samples"], seed=config["seed"])
+    evaluate_systems(run, systems, task.prompts["test"][-config["eval_prompts"] :], judges, settings=settings,
+                     num_samples=config["eval_samples"], seed=config["seed"])
     stage("drawing the report")
     if not (run / "machine.json").exists():
-        write_json(run / "machine.json", {**machine(), "minutes": round((time.monotonic() - began) / 60, 1) if fresh else None})
+        write_json(run / "machine.json",
+                   {**machine(), "minutes": round((time.monotonic() - began) / 60, 1) if fresh else None})
     return report(run)
 
 # %% ../nbs/60_cli.ipynb #19c2d160
@@ -371,14 +423,17 @@ def machine() -> dict:
 
     model = "unknown"
     if Path("/proc/cpuinfo").is_file():
-        model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), model)
+        model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                      if line.startswith("model name")), model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), **versions}
+    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(), "gpu": gpu,
+            "python": platform.python_version(), **versions}
 
 # %% ../nbs/60_cli.ipynb #e242120c
 def _judges(run: Path, task, config: dict, stage) -> dict:
-    "Proxy and gold reward models from separate lists, and VADER; trained ones are kept in the run folder with their held-out accuracy."
+    """Proxy and gold reward models from separate lists, and VADER; trained ones are kept in the run folder with their
+    held-out accuracy."""
     from lire_nb.base.files import atomic_folder, write_json
     from lire_nb.base.files import write_jsonl
     from lire_nb.rewards import graded_scores, pair_accuracy, RewardModel, train_reward_model, VaderReward
@@ -392,7 +447,8 @@ def _judges(run: Path, task, config: dict, stage) -> dict:
             reward = train_reward_model(lists, config["backbone"], max_length=64, seed=config["seed"], name=name)
             held_out = pair_accuracy(task.reward_lists["test"], reward)
             graded = graded_scores(task.reward_lists["test"], reward)
-            stage(f"{name} reward model: {held_out['accuracy']:.1%} of {held_out['pairs']} held-out pairs in the right order")
+            stage(f"{name} reward model: {held_out['accuracy']:.1%} of {held_out['pairs']} held-out pairs in the "
+                  "right order")
             with atomic_folder(folder) as draft:
                 reward.save(draft)
                 write_jsonl(draft / "held_out.jsonl", graded)
@@ -406,7 +462,9 @@ def quickstart_command(args) -> None:
     from lire_nb.lab import results
 
     _say(f"SmolLM2-135M learns to continue film reviews kindly; everything goes into {args.out}")
-    changes = {name: getattr(args, name) for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")}
+    changes = {name: getattr(args, name)
+               for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs",
+                            "seed")}
     page = quickstart(args.out, **{k: v for k, v in changes.items() if v is not None})
     print()
     for line in report.findings(results.read_metrics(args.out), results.read_records(args.out)):
@@ -435,35 +493,43 @@ def bench_command(args) -> None:
         raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire",
                         remedy="leave one of them out")
     rows, made_from = read_rows_of(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
-    asked = (args.policy, made_from, repeats, args.loss)  # rows of before had one loss, and the policy by its name alone
-    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire")) == asked]
+    # rows of before had one loss, and the policy by its name alone
+    asked = (args.policy, made_from, repeats, args.loss)
+    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"],
+                                r.get("loss", "lire")) == asked]
     about = {"policy": args.policy, "made_from": made_from, "repeats": repeats, "machine": machine()}
     model, _ = load_policy(args.policy, dtype=torch.float32)
     check = check_paths(model)
-    _say(f"{len(points)} points × {repeats} repeats on {about['machine']['processor']}; self-check {check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
+    _say(f"{len(points)} points × {repeats} repeats on {about['machine']['processor']}; self-check "
+         f"{check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
     ways = [way for way in bench.WAYS if check.shared or way != "shared"]
     for point in points:
-        if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists) and not r["way"].startswith(("dpo", "long")) for r in same):
+        if any((r["P"], r["R"], r["M"], r["lists"]) == (point.P, point.R, point.M, point.lists)
+               and not r["way"].startswith(("dpo", "long")) for r in same):
             continue
-        found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory, loss=args.loss)
+        found = bench.bench_point(model, args.policy, point, ways=ways, repeats=repeats, memory=not args.no_memory,
+                                  loss=args.loss)
         rows += [row | about for row in found]
         write_jsonl(args.out, rows)
         for row in found:
             grown = "" if row["peak_bytes"] is None else f"   peak +{row['peak_bytes'] / 2**20:,.0f} MiB"
-            print(f"P={point.P} R={point.R} M={point.M} × {point.lists}  {row['way']:8} {row['seconds']:6.2f} s   {row['speedup']:.2f}x of {row['flop_limit']:.2f}x{grown}")
+            print(f"P={point.P} R={point.R} M={point.M} × {point.lists}  {row['way']:8} {row['seconds']:6.2f} s   "
+                  f"{row['speedup']:.2f}x of {row['flop_limit']:.2f}x{grown}")
     if args.long and not any(r["way"].startswith("long") for r in same):
         found = bench.bench_long(model, args.policy, repeats=repeats, memory=not args.no_memory)
         rows += [row | about for row in found]
         write_jsonl(args.out, rows)
         for row in found:
             grown = "" if row["peak_bytes"] is None else f"   peak +{row['peak_bytes'] / 2**20:,.0f} MiB"
-            print(f"M={row['M']:2} {row['way']:18} {row['seconds'] / row['M']:6.2f} s a candidate   {row['ratio']:.2f}x{grown}")
+            print(f"M={row['M']:2} {row['way']:18} {row['seconds'] / row['M']:6.2f} s a candidate   "
+                  f"{row['ratio']:.2f}x{grown}")
     if args.peers and not any(r["way"].startswith("dpo") for r in same):
         del model
         found = bench.bench_pairs(args.policy, bench.review_pairs(args.policy), repeats)
         write_jsonl(args.out, rows + [row | about for row in found])
         for row in found:
-            print(f"one DPO step, {row['way']:12} {row['seconds']:6.2f} s   {row['speedup_over_trl']:.2f}x of TRL's speed")
+            print(f"one DPO step, {row['way']:12} {row['seconds']:6.2f} s   {row['speedup_over_trl']:.2f}x of TRL's "
+                  "speed")
 
 # %% ../nbs/60_cli.ipynb #806057a9
 def read_rows_of(path: str) -> list[dict]:
@@ -473,7 +539,9 @@ def read_rows_of(path: str) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as e:
-            raise LireError("not a JSON row", file=path, line=number, value=line[:60], allowed="the output of an earlier lire bench", remedy="delete the line or choose another file") from e
+            raise LireError("not a JSON row", file=path, line=number, value=line[:60],
+                            allowed="the output of an earlier lire bench",
+                            remedy="delete the line or choose another file") from e
     return rows
 
 # %% ../nbs/60_cli.ipynb #2e6a59b0
@@ -485,7 +553,8 @@ def _point(text: str):
         if not 3 <= len(numbers) <= 4 or min(numbers) < 1:
             raise ValueError
     except ValueError:
-        raise LireError("not a point", field="--point", value=text, allowed="P,R,M or P,R,M,LISTS, all 1 or more", remedy="for example --point 192,48,6,2") from None
+        raise LireError("not a point", field="--point", value=text, allowed="P,R,M or P,R,M,LISTS, all 1 or more",
+                        remedy="for example --point 192,48,6,2") from None
     return Point(*numbers)
 
 # %% ../nbs/60_cli.ipynb #844bcaba
@@ -499,84 +568,136 @@ def reproduce_command(args) -> None:
     about = {"date": about.pop("date"), "machine": about}
     for option, value in (("--policy", args.policy), ("--reward", args.reward)):
         if value and (args.list or args.dry_run):
-            raise LireError("is not used by --list and --dry-run", field=option, value=value, allowed="nothing", remedy=f"leave {option} out, or --list and --dry-run")
+            raise LireError("is not used by --list and --dry-run", field=option, value=value, allowed="nothing",
+                            remedy=f"leave {option} out, or --list and --dry-run")
     if args.list:
         return _list_tables(runner.progress_rows(args.results, args.scale, args.seeds))
     if not args.name:
-        raise LireError("missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]), remedy="lire reproduce --list shows what each one is")
-    names = list(plans.TABLES if args.scale != "paper" and not args.dry_run else runner.RECIPES) if args.name == "all" else [args.name]
+        raise LireError("missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]),
+                        remedy="lire reproduce --list shows what each one is")
+    names = list(plans.TABLES if args.scale != "paper"
+                 and not args.dry_run else runner.RECIPES) if args.name == "all" else [args.name]
     if args.name == "cost":
-        raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(plans.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
+        raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(plans.TABLES),
+                        remedy="lire bench --peers --out data/results/cost.jsonl")
     if args.dry_run:
         return _show_dry_run(names, runner.dry_run)
     results = args.results or results.results_folder(args.scale)
-    count = runner.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs, accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy, reward=args.reward)
-    _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else '; policies for the transfer table stay in the work folder, which may be deleted'}")
+    count = runner.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs,
+                             accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy,
+                             reward=args.reward)
+    _say(f"{count} experiments run, rows in "
+         f"{results}{'' if args.scale != 'laptop' else '; policies for the transfer table stay in the work folder, which may be deleted'}")
 
 # %% ../nbs/60_cli.ipynb #0bad1eb5
 def _list_tables(rows: list[dict]) -> None:
     for row in rows:
         other = f"   ({row['other']} more rows of other code, see --accept)" if row["other"] else ""
-        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  {row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
+        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  "
+              f"{row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
     print("cost              made by lire bench --peers --out data/results/cost.jsonl   nbs/27_cost.ipynb")
 
 
 def _show_dry_run(names: list[str], dry_run) -> None:
     for name in names:
         for row in dry_run(name):
-            print(f"{name:14} {row['method']:18} {row['candidates']} candidates, {row['trained parameters']:,} trained parameters of the stand-in, first loss {row['loss']}")
+            print(f"{name:14} {row['method']:18} {row['candidates']} candidates, {row['trained parameters']:,} "
+                  f"trained parameters of the stand-in, first loss {row['loss']}")
 
 # %% ../nbs/60_cli.ipynb #2b0f272e
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lire", description="List-wise reward enhancement: align a language model from lists of candidates.")
+    parser = argparse.ArgumentParser(prog="lire",
+                                     description="List-wise reward enhancement: align a language model from lists of "
+                                                 "candidates.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, *options):
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for flags, settings in options:
             command.add_argument(*flags, **settings)
         command.set_defaults(run=run)
 
     o = lambda *flags, **settings: (flags, settings)  # noqa: E731
-    policy, seed = o("--policy", default="smollm2", help="asset, folder or hub id"), o("--seed", type=int, default=0, help="seed of the run")
-    lists, prompts = o("--lists", required=True, help="a file of lists"), o("--prompts", required=True, help="a file, or task:split such as sentiment:test")
-    out, limit = o("--out", required=True, help="where the result goes"), o("--limit", type=int, default=None, help="use the first so many prompts")
-    reward = o("--reward", required=True, help="vader, length, an address, scalar-head:FOLDER, or the folder of a reward model")
-    settings = o("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of LIREConfig, e.g. temperature=20")
-    sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"), o("--temperature", type=float, default=1.0, help="of sampling"), o("--top-p", type=float, default=1.0, help="nucleus"),
-                o("--max-prompt-length", type=int, default=None, metavar="TOKENS", help="longer prompts are cut; default: the task's own limit, else 256"))
-    lora = (o("--lora-rank", type=int, default=None, help="train a LoRA adapter of this rank; the policy's own one is trained further"),
-            o("--lora-alpha", type=float, default=None, help="default: the rank"), o("--lora-targets", default=None, help="matrices, with commas; default: q_proj,v_proj"))
+    policy, seed = o("--policy", default="smollm2",
+                     help="asset, folder or hub id"), o("--seed", type=int, default=0, help="seed of the run")
+    lists, prompts = o("--lists", required=True, help="a file of lists"), o("--prompts", required=True,
+                                                                            help="a file, or task:split such as "
+                                                                                 "sentiment:test")
+    out, limit = o("--out", required=True, help="where the result goes"), o("--limit", type=int, default=None,
+                                                                            help="use the first so many prompts")
+    reward = o("--reward", required=True,
+               help="vader, length, an address, scalar-head:FOLDER, or the folder of a reward model")
+    settings = o("--set", action="append", default=[], metavar="NAME=VALUE",
+                 help="a setting of LIREConfig, e.g. temperature=20")
+    sampling = (o("--max-new-tokens", type=int, default=32, help="tokens"),
+                o("--temperature", type=float, default=1.0, help="of sampling"),
+                o("--top-p", type=float, default=1.0, help="nucleus"),
+                o("--max-prompt-length", type=int, default=None, metavar="TOKENS",
+                  help="longer prompts are cut; default: the task's own limit, else 256"))
+    lora = (o("--lora-rank", type=int, default=None,
+              help="train a LoRA adapter of this rank; the policy's own one is trained further"),
+            o("--lora-alpha", type=float, default=None, help="default: the rank"),
+            o("--lora-targets", default=None, help="matrices, with commas; default: q_proj,v_proj"))
     candidates = o("--num-candidates", type=int, default=4, help="M")
-    chat = o("--chat", choices=("yes", "no"), default=None, help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word where it matters")
-    add("sample", sample_command, prompts, o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"), candidates, *sampling, chat, limit, seed,
+    chat = o("--chat", choices=("yes", "no"), default=None,
+             help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word "
+                  "where it matters")
+    add("sample", sample_command, prompts,
+        o("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"),
+        candidates, *sampling, chat, limit, seed,
         o("--in-flight", type=int, default=16, help="requests at a time, to a server"), out)
     add("score", score_command, lists, reward, chat, out)
     add("train", train_command, lists, policy, settings, *lora,
-        o("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"), chat, seed, out)
-    add("train-reward", train_reward_command, lists, o("--backbone", default="minilm", help="asset, folder or hub id"), o("--max-length", type=int, default=256, help="tokens"),
+        o("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"), chat,
+        seed, out)
+    add("train-reward", train_reward_command, lists, o("--backbone", default="minilm", help="asset, folder or hub id"),
+        o("--max-length", type=int, default=256, help="tokens"),
         o("--epochs", type=int, default=1, help="passes"), chat, seed, out)
-    add("enhance", enhance_command, prompts, reward, policy, o("--evolve", type=int, default=2, help="rounds that sample"), o("--iterate", type=int, default=1, help="passes a round"),
-        candidates, *sampling, settings, *lora, o("--pool", choices=("replace", "keep"), default="replace", help="keep: train also on the candidates of earlier rounds"),
-        o("--max-candidates", type=int, default=None, help="cap of a list"), o("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
-        o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"), o("--stop-kl", type=float, default=None, help="stop above so many nats"),
+    add("enhance", enhance_command, prompts, reward, policy,
+        o("--evolve", type=int, default=2, help="rounds that sample"),
+        o("--iterate", type=int, default=1, help="passes a round"),
+        candidates, *sampling, settings, *lora,
+        o("--pool", choices=("replace", "keep"), default="replace",
+          help="keep: train also on the candidates of earlier rounds"),
+        o("--max-candidates", type=int, default=None, help="cap of a list"),
+        o("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
+        o("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"),
+        o("--stop-kl", type=float, default=None, help="stop above so many nats"),
         o("--stop-prompts", default=None, help="held-out prompts for the stop rule"), chat, limit, seed, out)
-    add("evaluate", evaluate_command, prompts, o("--system", action="append", required=True, metavar="NAME=POLICY", help="repeat; the first is the start policy"),
-        o("--judge", action="append", required=True, metavar="NAME=REWARD", help="repeat, e.g. proxy=FOLDER gold=FOLDER"), o("--num-samples", type=int, default=2, help="a prompt"), *sampling, chat, limit, seed, out)
+    add("evaluate", evaluate_command, prompts,
+        o("--system", action="append", required=True, metavar="NAME=POLICY",
+          help="repeat; the first is the start policy"),
+        o("--judge", action="append", required=True, metavar="NAME=REWARD",
+          help="repeat, e.g. proxy=FOLDER gold=FOLDER"), o("--num-samples", type=int, default=2, help="a prompt"),
+        *sampling, chat, limit, seed, out)
     add("report", report_command, out)
-    add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"), o("--repeats", type=int, default=5, help="of each way, in turns"),
+    add("bench", bench_command, policy, o("--out", default="cost.jsonl", help="rows are added to this file"),
+        o("--repeats", type=int, default=5, help="of each way, in turns"),
         o("--point", action="append", default=[], metavar="P,R,M[,LISTS]", help="instead of the whole grid; repeat"),
         o("--loss", default="lire", help="the loss of the step, by name"),
-        o("--peers", action="store_true", help="also a DPO step by TRL and by us"), o("--long", action="store_true", help="long lists in parts, instead of the grid"), o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
-    add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"), o("--list", action="store_true", help="the tables, and how far they are"),
-        o("--scale", default="laptop", help="smoke, laptop, gpu or paper"), o("--seeds", type=int, default=None, help="default: the scale's own number"),
-        o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"), o("--results", default=None, help="folder of the rows; default: data/results of the checkout; installed, and for smoke, runs/reproduce/SCALE/results"),
-        o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"), o("--accept", default=None, metavar="CODE", help="let rows of this other code version count; several with commas"),
-        o("--most", type=int, default=None, help="stop after so many experiments"), o("--policy", default=None, help="folder or hub id, for the scale of the paper"),
+        o("--peers", action="store_true", help="also a DPO step by TRL and by us"),
+        o("--long", action="store_true", help="long lists in parts, instead of the grid"),
+        o("--no-memory", action="store_true", help="leave out peak memory, which needs a process for each way"))
+    add("reproduce", reproduce_command, o("name", nargs="?", metavar="NAME", help="a table, or all; see --list"),
+        o("--list", action="store_true", help="the tables, and how far they are"),
+        o("--scale", default="laptop", help="smoke, laptop, gpu or paper"),
+        o("--seeds", type=int, default=None, help="default: the scale's own number"),
+        o("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"),
+        o("--results", default=None,
+          help="folder of the rows; default: data/results of the checkout; installed, and for smoke, "
+               "runs/reproduce/SCALE/results"),
+        o("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"),
+        o("--accept", default=None, metavar="CODE",
+          help="let rows of this other code version count; several with commas"),
+        o("--most", type=int, default=None, help="stop after so many experiments"),
+        o("--policy", default=None, help="folder or hub id, for the scale of the paper"),
         o("--reward", default=None, help="weights with a scalar head, for the scale of the paper"),
         o("--dry-run", action="store_true", help="the paper's recipe down to its first batch, with stand-ins"))
-    whole = [o(f"--{name.replace('_', '-')}", type=type(QUICKSTART[name]), default=None, help=f"default: {QUICKSTART[name]}")
-             for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")]
+    whole = [o(f"--{name.replace('_', '-')}", type=type(QUICKSTART[name]), default=None,
+               help=f"default: {QUICKSTART[name]}")
+             for name in ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs",
+                          "seed")]
     add("quickstart", quickstart_command, o("--out", default="runs/quickstart", help="the run folder"), *whole)
     return parser
 
@@ -618,7 +739,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
-        print(in_terminal(f"lire {args.command}: {getattr(e, 'message', None) or f'stopped by Ctrl-C; {_kept(args)}'}"), file=sys.stderr)
+        print(in_terminal(f"lire {args.command}: {getattr(e, 'message', None) or f'stopped by Ctrl-C; {_kept(args)}'}"),
+              file=sys.stderr)
         return 130
     return 0
 

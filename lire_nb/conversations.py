@@ -380,7 +380,8 @@ def _encode_completions(prompt, completions: list[str], tokenizer, ended: list[b
     glue, end, ends = _glue(prompt, tokenizer), end_token(prompt, tokenizer), end_tokens(tokenizer)
     if any(ended) and end is None and hasattr(tokenizer, "eos_token_id"):
         raise LireError("no token ends an answer", field="tokenizer", allowed="one with an end-of-text token",
-                        remedy='set tokenizer.eos_token, or say that the answers were cut: meta["finish_reasons"] = ["length", …]')
+                        remedy='set tokenizer.eos_token, or say that the answers were cut: meta["finish_reasons"] = '
+                               '["length", …]')
     rows = []
     for completion, closed in zip(completions, ended, strict=True):
         ids = _continued(text, before, spaced(completion, glue), prompt, tokenizer)

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .base.errors import LireError
+from .base.errors import LireError, moved
 from .base.files import disk_errors, _is_main, one_writer, sweep_drafts, write_json
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from lire_nb.identity import (
@@ -66,12 +66,14 @@ def settings_identity(
     "Settings of a training, with the code of a loss of one's own."
     named = plain_value(settings)
     spec = LOSSES.get(settings.get("loss_type")) if isinstance(settings.get("loss_type"), str) else None
-    if spec is not None and not str(getattr(spec.fn, "__module__", "")).startswith("lire_nb."):  # registered under a name
+    # registered under a name
+    if spec is not None and not str(getattr(spec.fn, "__module__", "")).startswith("lire_nb."):
         named["loss_type"] = named_identity(spec.fn)
     return named
 
 # %% ../nbs/19_enhancement.ipynb #e8cd0635
-TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1, "report_to": "none"}
+TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1,
+                     "report_to": "none"}
 
 # %% ../nbs/19_enhancement.ipynb #8742360e
 def train_policy(
@@ -92,17 +94,21 @@ def train_policy(
     check_adapter(policy, options.get("peft_config"), merge_adapter)
     partial = folder.with_name(f"{folder.name}.partial")
     with one_writer(folder, "another training", inside=False):
-        identity = {"fingerprint": policy_identity(policy), "lists": lists_identity(lists), "seed": seed, "settings": settings_identity(settings), "trainer": plain_value(options),
+        identity = {"fingerprint": policy_identity(policy), "lists": lists_identity(lists), "seed": seed,
+                    "settings": settings_identity(settings), "trainer": plain_value(options),
                     **({"merge_adapter": True} if merge_adapter else {})}
         if folder.exists():
             return _done_before(folder, partial, identity)
-        args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": _have_state(callbacks)} | settings | {"output_dir": str(partial)}))
+        args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed,
+                                                  "restore_callback_states_from_checkpoint": _have_state(callbacks)}
+                             | settings | {"output_dir": str(partial)}))
         with args.main_process_first(local=False), disk_errors(folder):
             resume = _claim_partial(partial, identity, args.process_index == 0, policy)
         try:
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
-                _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks, merge_adapter=merge_adapter, **options)
+                _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks,
+                       merge_adapter=merge_adapter, **options)
         except Interrupted:
             raise
         except KeyboardInterrupt as e:  # the second one
@@ -125,14 +131,18 @@ def check_options(
 ) -> None:
     "What LIRETrainer would refuse of its arguments is said before a model is loaded; raises `LireError`."
     if not (options is None or isinstance(options, dict)):
-        raise LireError("not arguments of LIRETrainer", field="trainer_options", value=options, allowed="a dict", remedy="for example {'peft_config': …}")
+        raise LireError("not arguments of LIRETrainer", field="trainer_options", value=options, allowed="a dict",
+                        remedy="for example {'peft_config': …}")
     options = dict(options or {})
     for name in ("model", "args", "train_dataset", "processing_class", "callbacks"):
         if name in options:
-            raise LireError("is decided elsewhere", field=f"trainer_options: {name}", value=options[name], allowed="any other argument of LIRETrainer",
+            raise LireError("is decided elsewhere", field=f"trainer_options: {name}", value=options[name],
+                            allowed="any other argument of LIRETrainer",
                             remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
-    peft_config, ref_model, eval_dataset = (options.pop(name, None) for name in ("peft_config", "ref_model", "eval_dataset"))
-    LIRETrainer._check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset, options)
+    peft_config, ref_model, eval_dataset = (options.pop(name, None)
+                                            for name in ("peft_config", "ref_model", "eval_dataset"))
+    LIRETrainer._check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model,
+                            eval_dataset, options)
     check_peft_config(peft_config)
     if peft_config is not None and (merge or adapter_config(policy) is None):
         _check_matrices(adapter_base(policy) or policy, peft_config)
@@ -162,13 +172,16 @@ def check_adapter(
     "Raise `LireError` where what would be trained of a policy with an adapter is not clear; nothing is loaded."
     there = adapter_config(policy)
     if there is None and merge:
-        raise LireError("has no adapter to merge", field="merge_adapter", value=str(policy), allowed="the folder of an adapter", remedy="leave merge_adapter out")
+        raise LireError("has no adapter to merge", field="merge_adapter", value=str(policy),
+                        allowed="the folder of an adapter", remedy="leave merge_adapter out")
     if there is None or merge:
         return
     adapter_base(policy)  # it must be there
     if peft_config is None:
-        raise LireError("is an adapter, and full training of it is not defined", field="policy", value=str(policy), allowed="the adapter trained further, or merged into its base first",
-                        remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it (peft_config=, merge_adapter=True)")
+        raise LireError("is an adapter, and full training of it is not defined", field="policy", value=str(policy),
+                        allowed="the adapter trained further, or merged into its base first",
+                        remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it "
+                               "(peft_config=, merge_adapter=True)")
     check_same_adapter(there, peft_config, adapter_base(policy))
 
 # %% ../nbs/19_enhancement.ipynb #16a458d5
@@ -180,7 +193,8 @@ def _done_before(folder: Path, partial: Path, identity: dict) -> Path:
     except LireError:
         same = False
     if not same:
-        raise LireError("is there already", field="folder", value=str(folder), allowed="a new name", remedy="move it away or choose another name")
+        raise LireError("is there already", field="folder", value=str(folder), allowed="a new name",
+                        remedy="move it away or choose another name")
     shutil.rmtree(partial, ignore_errors=True)
     return folder
 
@@ -191,7 +205,9 @@ def _have_state(callbacks) -> bool:
 
 def _claim_partial(partial: Path, identity: dict, main: bool, policy) -> Path | None:
     "The checkpoint to go on from, in a folder that belongs to this training."
-    claim_folder(partial, identity, "identity.json", remedy=f"delete {partial.name}, or train with the settings of before", made=["checkpoint-*"], about={"policy": str(policy)})
+    claim_folder(partial, identity, "identity.json",
+                 remedy=f"delete {partial.name}, or train with the settings of before", made=["checkpoint-*"],
+                 about={"policy": str(policy)})
     if main:
         shutil.rmtree(partial / "policy", ignore_errors=True)
         sweep_drafts(partial, within=True)
@@ -206,11 +222,13 @@ class _NoLastCheckpoint(TrainerCallback):
             control.should_save = False
 
 # %% ../nbs/19_enhancement.ipynb #4e5d55de
-def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter, **options) -> None:
+def _train(policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter,
+           **options) -> None:
     model, tokenizer = load_policy(policy)
     if merge_adapter:
         model = merged_policy(model)
-    trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
+    trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer,
+                                           callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm = sigterm
     draft = partial / "policy"
     with quiet_transformers():
@@ -237,7 +255,8 @@ def _add_records(draft: Path, trainer) -> None:
 
 # %% ../nbs/19_enhancement.ipynb #aa6c6a3b
 def _name_base(draft: Path, policy, merged: bool) -> None:
-    "Write down where an adapter's base is: by its name or its whole path; a merged base was nowhere before, and lies in the adapter's folder."
+    """Write down where an adapter's base is: by its name or its whole path; a merged base was nowhere before, and lies
+    in the adapter's folder."""
     path = draft / "adapter_config.json"
     if not path.exists():
         return
@@ -294,7 +313,8 @@ def cap_candidates(
     if count is None or total <= count:
         return record
     known = [j for j in range(total) if record["rewards"][j] is not None]
-    order = [*range(given), max(known, key=lambda j: (record["rewards"][j], -j)), min(known, key=lambda j: (record["rewards"][j], -j)), *range(total - 1, -1, -1)]
+    order = [*range(given), max(known, key=lambda j: (record["rewards"][j], -j)),
+             min(known, key=lambda j: (record["rewards"][j], -j)), *range(total - 1, -1, -1)]
     keep = sorted(list(dict.fromkeys(order))[: max(count, given)])
     return select_candidates(record, keep)
 
@@ -320,8 +340,10 @@ def run_round(
     "Sample, score, train; a stage whose result is there is not run again."
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
-    sampled = {"policy": _within(policy, run_folder), "fingerprint": policy_identity(policy), "round": number, "seed": derive_seed(seed, number, "sample"),
-               "num_candidates": num_candidates, "sampling": plain_value(asdict(settings)), "max_prompt_length": prompt_limit(training)}
+    sampled = {"policy": _within(policy, run_folder), "fingerprint": policy_identity(policy), "round": number,
+               "seed": derive_seed(seed, number, "sample"),
+               "num_candidates": num_candidates, "sampling": plain_value(asdict(settings)),
+               "max_prompt_length": prompt_limit(training)}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
@@ -334,7 +356,8 @@ def run_round(
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if contrastive else load_lists(scored)
         defaults = {"num_train_epochs": iterate, "disable_tqdm": True, "on_mute_lists": "warn"}
-        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31, trainer_options=trainer_options, **(defaults | training))
+        train_policy(policy, lists, trained, seed=derive_seed(seed, number, "train") % 2**31,
+                     trainer_options=trainer_options, **(defaults | training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)
@@ -344,7 +367,8 @@ def run_round(
 def _sample_round(policy, prompts, num_candidates, settings, sampled: dict, progress: bool):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(prompts), num_candidates, policy)
     asked = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in prompts]
-    return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"], source=f"policy:round-{sampled['round']}",
+    return sample_lists(str(policy), asked, num_candidates, settings=settings, seed=sampled["seed"],
+                        source=f"policy:round-{sampled['round']}",
                         max_prompt_length=sampled["max_prompt_length"], progress=progress)
 
 
@@ -355,12 +379,15 @@ def prompt_limit(
     return (training or {}).get("max_prompt_length", MAX_PROMPT_LENGTH)
 
 # %% ../nbs/19_enhancement.ipynb #17e71df9
-def _score_round(folder: Path, number: int, prompts: list[dict], reward: Reward, pool: str, max_candidates: int | None, contrastive: bool) -> list[dict]:
+def _score_round(folder: Path, number: int, prompts: list[dict], reward: Reward, pool: str, max_candidates: int | None,
+                 contrastive: bool) -> list[dict]:
     "The round's lists: what stays, what was sampled, rewards where none were, at most `max_candidates`."
     logger.info("round %d: scoring", number)
     given = _given_lists(prompts)
-    before = load_lists(folder.with_name(f"round-{number - 1}") / "lists.jsonl") if pool == "keep" and number > 1 else given
-    lists = score_lists(_joined(before, load_lists(folder / "candidates.jsonl"), dedupe=pool == "keep"), reward, only_missing=True)
+    before = load_lists(folder.with_name(f"round-{number - 1}")
+                        / "lists.jsonl") if pool == "keep" and number > 1 else given
+    lists = score_lists(_joined(before, load_lists(folder / "candidates.jsonl"), dedupe=pool == "keep"), reward,
+                        only_missing=True)
     if contrastive and number == 1:
         write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in lists})
     counts = {r["id"]: len(r["completions"]) for r in given}
@@ -374,14 +401,17 @@ def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampl
         save_lists(make(), result)
         if before and after.exists() and file_hash(result) != before["sha256"]:
             result.unlink()
-            raise LireError("made again, it is not what it was", file=result, allowed="the same bytes, from the same machine and versions", remedy=f"delete {folder.name} and the rounds after it")
+            raise LireError("made again, it is not what it was", file=result,
+                            allowed="the same bytes, from the same machine and versions",
+                            remedy=f"delete {folder.name} and the rounds after it")
         _write_round(folder, sampled)
     _wait_for(result.exists)
 
 # %% ../nbs/19_enhancement.ipynb #fe2b58b4
 def _write_round(folder: Path, sampled: dict) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-    files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*")] if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
+    files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*")]
+             if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
     write_manifest(folder, files, sampled_by=sampled, versions=versions)
 
 # %% ../nbs/19_enhancement.ipynb #0acd2d63
@@ -390,15 +420,18 @@ def _check_round(folder: Path, sampled: dict) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         if (folder / "manifest.json").exists():
-            raise LireError("cannot be read", file=folder / "manifest.json", remedy=f"delete {folder.name}, or only this file if you trust the others")
+            raise LireError("cannot be read", file=folder / "manifest.json",
+                            remedy=f"delete {folder.name}, or only this file if you trust the others")
         return
     was = manifest.get("sampled_by", {})
     if differ := differences({k: was.get(k) for k in sampled}, json.loads(json.dumps(sampled))):
-        raise LireError(f"this round was sampled by another policy ({differ})", file=folder, allowed="the policy of before", remedy=f"delete {folder.name} and the rounds after it")
+        raise LireError(f"this round was sampled by another policy ({differ})", file=folder,
+                        allowed="the policy of before", remedy=f"delete {folder.name} and the rounds after it")
     for name, what in changed_files(folder, manifest).items():
         top = name.split("/")[0]
         if what != "missing" or (folder / top).exists():
-            raise LireError(f"{what} since it was written", file=folder / name, allowed="the file that manifest.json describes",
+            raise LireError(f"{what} since it was written", file=folder / name,
+                            allowed="the file that manifest.json describes",
                             remedy=f"delete {folder.name}/{top} and start again: it is made anew, as it was")
 
 # %% ../nbs/19_enhancement.ipynb #ca45280b
@@ -416,7 +449,8 @@ def _wait_for(ready: Callable[[], bool]) -> None:
 def _given_lists(prompts: list[dict]) -> list[dict]:
     "What the prompts brought along, as lists."
     given = [p for p in prompts if p.get("completions")]
-    given = [make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given", p["id"], p.get("meta")) for p in given]
+    given = [make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given", p["id"],
+                         p.get("meta")) for p in given]
     return [merge_candidates([record]) for record in given]
 
 # %% ../nbs/19_enhancement.ipynb #c87d01f6
@@ -431,13 +465,15 @@ def _joined(before: Iterable[dict], new: Iterable[dict], dedupe: bool) -> list[d
 # %% ../nbs/19_enhancement.ipynb #a3b99055
 def _own_mean(record: dict) -> float:
     "The mean score of what the start policy sampled."
-    own = [r for r, source in zip(record["rewards"], record["sources"]) if source == "policy:round-1"] or record["rewards"]
+    own = [r for r,
+           source in zip(record["rewards"], record["sources"]) if source == "policy:round-1"] or record["rewards"]
     return math.fsum(own) / len(own)
 
 
 def _less_baseline(lists: Iterable[dict], folder: Path) -> list[dict]:
     baseline = json.loads((folder.with_name("round-1") / "baseline.json").read_text())
-    return [{**r, "rewards": [None if x is None else x - baseline[r["id"]] for x in r["rewards"]]} for r in map(dict, lists)]
+    return [{**r, "rewards": [None if x is None else x - baseline[r["id"]] for x in r["rewards"]]}
+            for r in map(dict, lists)]
 
 # %% ../nbs/19_enhancement.ipynb #2bd3788e
 @dataclass
@@ -448,30 +484,37 @@ class StopRule:
     gold: Reward | None = None  # an independent reward
     max_kl: float | None = None  # nats for a completion, mean over plain samples of log π − log π_start
     num_samples: int = 2
-    settings: SamplingSettings = SamplingSettings()  # of what the gold reward reads; the KL is always that of plain samples
+    # of what the gold reward reads; the KL is always that of plain samples
+    settings: SamplingSettings = SamplingSettings()
     seed: int = 0
     max_prompt_length: int | None = None  # tokens; None: as in training
 
     def __post_init__(self):
         self.prompts = by_id(checked_prompts(self.prompts))
         if self.gold is None and self.max_kl is None:
-            raise LireError("nothing to stop for", field="gold, max_kl", value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
-        rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0, "above 0 nats: the start itself is at 0"), "num_samples": (self.num_samples >= 1, "1 or more"),
+            raise LireError("nothing to stop for", field="gold, max_kl", value=None,
+                            allowed="a reward, a limit in nats, or both", remedy="give one")
+        rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0,
+                            "above 0 nats: the start itself is at 0"),
+                 "num_samples": (self.num_samples >= 1, "1 or more"),
                  "prompts": (bool(self.prompts), "one held-out prompt or more")}
         for name, (good, allowed) in rules.items():
             if not good:
-                raise LireError("cannot be used", field=name, value=getattr(self, name), allowed=allowed, remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
+                raise LireError("cannot be used", field=name, value=getattr(self, name), allowed=allowed,
+                                remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
 
     def identity(self) -> dict:
         gold = self.gold and reward_identity(self.gold)
-        return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings), "seed": self.seed,
+        return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings),
+                "seed": self.seed,
                 "prompts": digest(prompts_identity(self.prompts)), "max_prompt_length": self.max_prompt_length}
 
     def measure(self, policy: str | Path, start: str | Path) -> dict:
         "Gold reward and KL of a policy, means over prompts."
         found, model = {}, load_policy(policy, dtype=compute_dtype())
         limit = {"max_prompt_length": self.max_prompt_length or MAX_PROMPT_LENGTH}
-        draw = lambda settings: list(sample_lists(model, self.prompts, self.num_samples, settings=settings, seed=self.seed, progress=False, **limit))  # noqa: E731
+        draw = lambda settings: list(sample_lists(model, self.prompts, self.num_samples, settings=settings,
+                                                  seed=self.seed, progress=False, **limit))  # noqa: E731
         lists = draw(self.settings) if self.gold is not None or self.settings == self.settings.plain else None
         if self.gold is not None:
             found["gold"] = _mean(r["rewards"] for r in score_lists(lists, self.gold))
@@ -480,7 +523,8 @@ class StopRule:
             other = model if str(policy) == str(start) else load_policy(start, dtype=compute_dtype())
             rows = sampled_logps(model, other, lists, stopped=bool(self.settings.stop), **limit)
             if not rows[0]["same_tokenizer"]:
-                raise LireError("no KL between policies with different tokenizers", field="max_kl", value=self.max_kl, allowed="a start policy with the same tokenizer", remedy="leave max_kl out")
+                raise LireError("no KL between policies with different tokenizers", field="max_kl", value=self.max_kl,
+                                allowed="a start policy with the same tokenizer", remedy="leave max_kl out")
             found["kl"] = _mean([a - b for a, b in zip(r["logps"], r["start_logps"])] for r in rows)
         return found
 
@@ -511,7 +555,8 @@ def should_stop(
     path = Path(run_folder) / "stop.json"
     history = json.loads(path.read_text()) if path.exists() else []
     if not history:
-        history.append({"round": 0, **(stop.measure(start, start) if isinstance(stop, StopRule) else {}), "reason": None})
+        history.append({"round": 0, **(stop.measure(start, start) if isinstance(stop, StopRule) else {}),
+                        "reason": None})
         write_json(path, history)
     if len(history) <= number:
         history.append({"round": number, **(stop.measure(policy, start) if isinstance(stop, StopRule) else {})})
@@ -523,7 +568,8 @@ def should_stop(
 # %% ../nbs/19_enhancement.ipynb #7c57782b
 def self_enhance(
     policy: str | Path,  # the start policy: asset, folder or hub id
-    prompts: Iterable[dict],  # records with "id", "prompt", "meta"; completions, rewards and sources are kept in the lists
+    # records with "id", "prompt", "meta"; completions, rewards and sources are kept in the lists
+    prompts: Iterable[dict],
     reward: Reward,  # the proxy reward
     run_folder: str | Path,
     *,
@@ -539,9 +585,11 @@ def self_enhance(
     max_candidates: int | None = None,  # cap of a list, see `cap_candidates`
     contrastive: bool = False,  # rewards minus the start policy's mean for the prompt
     stop: StopRule | Callable[[int, Path], str | None] | None = None,  # asked after every round
-    trainer_options: dict | None = None,  # for LIRETrainer; with a peft_config round 1 trains a fresh adapter, later rounds train it further
+    # for LIRETrainer; with a peft_config round 1 trains a fresh adapter, later rounds train it further
+    trainer_options: dict | None = None,
 ) -> list[Path]:  # the policy folder of every round
-    "Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder, it goes on where it stopped."
+    """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
+    it goes on where it stopped."""
     prompts, training, start, run_folder = checked_prompts(prompts), training or {}, policy, Path(run_folder)
     training = check_settings(training)
     _check_arguments(reward, settings, evolve=evolve, iterate=iterate, num_candidates=num_candidates)
@@ -552,18 +600,26 @@ def self_enhance(
     prompts = _distinct(prompts)
     _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts)
     check_adapter(policy, (trainer_options or {}).get("peft_config"))
-    config = {"fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": prompts_identity(prompts), "given": lists_identity(_given_lists(prompts)), "evolve": evolve,
-              "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings), "training": settings_identity(training), "seed": seed, "pool": pool,
-              "max_candidates": max_candidates, "contrastive": contrastive, "stop": stop.identity() if isinstance(stop, StopRule) else plain_value(stop),
+    config = {"fingerprint": policy_identity(policy), "reward": reward_identity(reward),
+              "prompts": prompts_identity(prompts), "given": lists_identity(_given_lists(prompts)), "evolve": evolve,
+              "iterate": iterate, "num_candidates": num_candidates, "sampling": asdict(settings),
+              "training": settings_identity(training), "seed": seed, "pool": pool,
+              "max_candidates": max_candidates, "contrastive": contrastive,
+              "stop": stop.identity() if isinstance(stop, StopRule) else plain_value(stop),
               **({"trainer": plain_value(trainer_options)} if trainer_options else {})}
     policies = []
-    with one_writer(run_folder, "another self-enhancement"), on_sigterm("the stages that are finished are kept, start again to go on"):
+    with one_writer(run_folder,
+                    "another self-enhancement"), on_sigterm("the stages that are finished are kept, start again to go "
+                                                            "on"):
         _claim_run(run_folder, config, policy)
         if isinstance(stop, StopRule):
-            _decide(stop, 0, policy, start, run_folder)  # the start is measured first: what is wrong with the rule is said before the work
+            # the start is measured first: what is wrong with the rule is said before the work
+            _decide(stop, 0, policy, start, run_folder)
         for number in range(1, evolve + 1):
-            policy = run_round(number, policy, prompts, reward, run_folder, iterate=iterate, num_candidates=num_candidates, settings=settings, seed=seed, training=training,
-                               progress=progress, pool=pool, max_candidates=max_candidates, contrastive=contrastive, trainer_options=trainer_options)
+            policy = run_round(number, policy, prompts, reward, run_folder, iterate=iterate,
+                               num_candidates=num_candidates, settings=settings, seed=seed, training=training,
+                               progress=progress, pool=pool, max_candidates=max_candidates, contrastive=contrastive,
+                               trainer_options=trainer_options)
             policies.append(policy)
             if after_round is not None and _is_main():
                 after_round(number, policy)
@@ -575,7 +631,8 @@ def self_enhance(
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
 def _claim_run(run_folder: Path, config: dict, policy) -> None:
     if _is_main():
-        claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"], about={"policy": str(policy)})
+        claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
+                     about={"policy": str(policy)})
         sweep_drafts(run_folder, within=True)
     _wait_for((run_folder / "enhancement.json").exists)
 
@@ -605,22 +662,34 @@ def _distinct(prompts: Iterable[dict]) -> list[dict]:
 # %% ../nbs/19_enhancement.ipynb #e1883180
 def _check_arguments(reward, settings, **counts) -> None:
     if not callable(reward):
-        raise LireError("cannot be called", field="reward", value=reward, allowed="a reward: (prompts, completions) -> scores", remedy="for example VaderReward()")
+        raise LireError("cannot be called", field="reward", value=reward,
+                        allowed="a reward: (prompts, completions) -> scores", remedy="for example VaderReward()")
     if not isinstance(settings, SamplingSettings):
-        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings", remedy="settings of training go into training=")
+        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings",
+                        remedy="settings of training go into training=")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise LireError("not a whole number", field=name, value=value, allowed="a whole number", remedy="change it, or leave it out")
+            raise LireError("not a whole number", field=name, value=value, allowed="a whole number",
+                            remedy="change it, or leave it out")
 
 # %% ../nbs/19_enhancement.ipynb #7f8759f2
 def _check_plan(evolve, iterate, num_candidates, pool, max_candidates, prompts) -> None:
     if evolve < 1 or iterate < 1:
-        raise LireError("too few", field="evolve, iterate", value=(evolve, iterate), allowed="1 or more each", remedy="ask for at least one round and pass")
+        raise LireError("too few", field="evolve, iterate", value=(evolve, iterate), allowed="1 or more each",
+                        remedy="ask for at least one round and pass")
     if num_candidates < 2:
-        raise LireError("nothing to compare", field="num_candidates", value=num_candidates, allowed="2 or more", remedy="LIRE learns from differences within a list")
+        raise LireError("nothing to compare", field="num_candidates", value=num_candidates, allowed="2 or more",
+                        remedy="LIRE learns from differences within a list")
     if pool not in ("replace", "keep"):
-        raise LireError("unknown rule", field="pool", value=pool, allowed="replace or keep", remedy="leave it at 'replace' to train on what was just sampled")
+        raise LireError("unknown rule", field="pool", value=pool, allowed="replace or keep",
+                        remedy="leave it at 'replace' to train on what was just sampled")
     least = 2 + max((len(p.get("completions") or ()) for p in prompts), default=0)
     if max_candidates is not None and max_candidates < least:
-        raise LireError("too few", field="max_candidates", value=max_candidates, allowed=f"{least} or more: what a prompt brings along, the best and the worst",
+        raise LireError("too few", field="max_candidates", value=max_candidates,
+                        allowed=f"{least} or more: what a prompt brings along, the best and the worst",
                         remedy="raise it, or leave it out")
+
+# %% ../nbs/19_enhancement.ipynb #8e443313
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .base.errors import LireError, public_address
+from .base.errors import LireError, moved, public_address
 from .base.files import one_writer, slug, write_json, write_jsonl
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
@@ -53,15 +53,18 @@ def perplexity(
     "exp(−mean log-prob of a token)."
     _same_number(logps=logps, lengths=lengths)
     if sum(lengths) <= 0:
-        raise LireError("no token", field="lengths", value=list(lengths)[:5], allowed="at least one token", remedy="drop empty completions")
+        raise LireError("no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
+                        remedy="drop empty completions")
     return math.exp(-sum(logps) / sum(lengths))
 
 # %% ../nbs/22_evaluation.ipynb #7284c2c4
 def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> Interval:
-    "A ratio of sums over prompts, so prompts are drawn by index; below 20 prompts Student's interval of the ratio (delta method), on the log scale."
+    """A ratio of sums over prompts, so prompts are drawn by index; below 20 prompts Student's interval of the ratio
+    (delta method), on the log scale."""
     logps, lengths = np.asarray(logps, float), np.asarray(lengths, float)
     if len(logps) < 2:
-        raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more", remedy="evaluate more prompts")
+        raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more",
+                        remedy="evaluate more prompts")
     if len(logps) < FEW:
         rest = _t_interval(-(logps - lengths * logps.sum() / lengths.sum()) / lengths.mean())
         return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), rest.method)
@@ -95,7 +98,9 @@ def token_kl(
 ) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
     "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
     if start is None and not hasattr(unwrap(policy), "disable_adapter"):
-        raise LireError("no start policy", field="start", value=None, allowed="a model, or None for a policy with a peft adapter", remedy="give the policy that training started from")
+        raise LireError("no start policy", field="start", value=None,
+                        allowed="a model, or None for a policy with a peft adapter",
+                        remedy="give the policy that training started from")
     for model in [policy] + [start] * (start is not None):
         verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
     if both_sides(policy, batch):
@@ -111,7 +116,9 @@ def token_kl(
         with policy_at_start(policy) if start is None else nullcontext():
             old = _logits_at(start or policy, *inputs)
         if new.shape != old.shape:
-            raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]), allowed="two models with the same tokenizer", remedy="compare a policy with the one it was trained from")
+            raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]),
+                            allowed="two models with the same tokenizer",
+                            remedy="compare a policy with the one it was trained from")
         parts.append((new.exp() * (new - old)).sum(-1))
     return torch.cat(parts)
 
@@ -125,21 +132,26 @@ def text_kl(
     max_prompt_length: int = MAX_PROMPT_LENGTH,
     max_completion_length: int = MAX_COMPLETION_LENGTH,
 ) -> list[list[list[float]]]:  # for each list, for each completion, the KL at each of its positions, in nats
-    "Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's positions, or their sum, is what to report."
+    """Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's
+    positions, or their sum, is what to report."""
     (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)
     if other is not None and tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
-        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__, allowed="two models with the same tokenizer",
+        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__,
+                        allowed="two models with the same tokenizer",
                         remedy="compare a policy with the one it was trained from")
     modes = [(m, m.training) for m in (model, start) if m is not None]
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": common_context(model, start)}
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
+              "context": common_context(model, start)}
     tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
     device, results = next(model.parameters()).device, []
     for m, _ in modes:
         m.eval()
     for first in range(0, len(tokens), batch_size):
         batch = ListCollator(tokenizer.pad_token_id)(tokens[first : first + batch_size])
-        found = iter(token_kl(model, start, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
-        results += [[[next(found) for _ in ids] for ids in one["completion_ids"]] for one in tokens[first : first + batch_size]]
+        found = iter(token_kl(model, start,
+                              {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
+        results += [[[next(found) for _ in ids] for ids in one["completion_ids"]]
+                    for one in tokens[first : first + batch_size]]
     for m, mode in modes:
         m.train(mode)
     return results
@@ -165,9 +177,11 @@ def self_bleu(
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as e:
-        raise LireError("not installed", field="self_bleu", value="sacrebleu", allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
+        raise LireError("not installed", field="self_bleu", value="sacrebleu",
+                        allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
     bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100 for i, text in enumerate(texts) if len(texts) > 1]
+    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100 for i,
+              text in enumerate(texts) if len(texts) > 1]
     return float(np.mean(scores)) if scores else math.nan
 
 # %% ../nbs/22_evaluation.ipynb #049316a5
@@ -180,7 +194,8 @@ class LireMetric(evaluate.Metric):
         columns = {name: [] if given.get(name) is None else given[name] for name in self._feature_names()}
         _same_number(**columns)
         if not len(next(iter(columns.values()))):
-            raise LireError("empty", field=", ".join(columns), allowed="one entry a prompt", remedy="give the values that the metric describes: metric.inputs_description")
+            raise LireError("empty", field=", ".join(columns), allowed="one entry a prompt",
+                            remedy="give the values that the metric describes: metric.inputs_description")
         self._called("add_batch", predictions=predictions, references=references, **kwargs)
 
     def compute(self, *, predictions=None, references=None, **kwargs):
@@ -193,34 +208,43 @@ class LireMetric(evaluate.Metric):
         except LireError:
             raise
         except (ValueError, TypeError) as e:
-            raise LireError(str(e), field=f"{type(self).__name__}.{method}", allowed=self.inputs_description, remedy="give the inputs in this form") from e
+            raise LireError(str(e), field=f"{type(self).__name__}.{method}", allowed=self.inputs_description,
+                            remedy="give the inputs in this form") from e
 
 # %% ../nbs/22_evaluation.ipynb #0666444a
 def _metric(name: str, description: str, features: dict, compute) -> type[LireMetric]:
     "A `LireMetric` around a function."
     def info(self):
-        return evaluate.MetricInfo(description=description, citation="arXiv 2405.13516", inputs_description=description, features=datasets.Features(features))
+        return evaluate.MetricInfo(description=description, citation="arXiv 2405.13516", inputs_description=description,
+                                   features=datasets.Features(features))
 
-    return type(name, (LireMetric,), {"__doc__": description, "__module__": __name__, "_info": info, "_compute": lambda self, **inputs: compute(**inputs)})
+    return type(name, (LireMetric,),
+                {"__doc__": description, "__module__": __name__, "_info": info, "_compute": lambda self,
+                 **inputs: compute(**inputs)})
 
 # %% ../nbs/22_evaluation.ipynb #43ec9257
 def _estimate(values: Sequence[float], interval=bootstrap_interval) -> dict:
-    "Mean over prompts, interval and standard error; prompts where the value does not exist (NaN) are left out and counted."
+    """Mean over prompts, interval and standard error; prompts where the value does not exist (NaN) are left out and
+    counted."""
     known = [float(v) for v in values if not math.isnan(v)]
-    found = interval(known)._asdict() if len(known) > 1 else {"value": known[0] if known else None, "low": None, "high": None, "method": None}
-    return {**found, "standard_error": _standard_error(known) if len(known) > 1 else None, "prompts": len(known), "undefined": len(values) - len(known)}
+    found = interval(known)._asdict() if len(known) > 1 else {"value": known[0] if known else None, "low": None,
+                                                              "high": None, "method": None}
+    return {**found, "standard_error": _standard_error(known) if len(known) > 1 else None, "prompts": len(known),
+            "undefined": len(values) - len(known)}
 
 # %% ../nbs/22_evaluation.ipynb #be525daa
 def _each(function, predictions, references) -> list[float]:
     "A function of each prompt's two lists, which must be of equal length."
     for i, (a, b) in enumerate(zip(predictions, references)):
         if len(a) != len(b):
-            raise LireError("unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)), allowed="as many in both", remedy="look for a candidate that was dropped on one side")
+            raise LireError("unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)),
+                            allowed="as many in both", remedy="look for a candidate that was dropped on one side")
     return [function(a, b) for a, b in zip(predictions, references)]
 
 # %% ../nbs/22_evaluation.ipynb #3be8cc00
 def _pair_accuracy(scores, grades) -> float:
-    "Share of a list's ordered pairs that the scores order like the grades do, ties a half; NaN without an ordered pair."
+    """Share of a list's ordered pairs that the scores order like the grades do, ties a half; NaN without an ordered
+    pair."""
     s, g = (np.array([math.nan if v is None else v for v in column], float) for column in (scores, grades))
     i, j = np.triu_indices(len(g), 1)
     order = np.sign(g[i] - g[j])
@@ -237,31 +261,58 @@ def _kendall(scores, grades) -> float:
 _anywhere = partial(bootstrap_interval, share=False)  # 0 and 1 are values like others
 _FLOAT, _FLOATS, _TEXTS = datasets.Value("float64"), datasets.List(datasets.Value("float64")), datasets.List(datasets.Value("string"))
 _BOTH = {"predictions": _FLOATS, "references": _FLOATS}
-MeanReward = _metric("MeanReward", "Mean reward over prompts with its interval; predictions: the scores of each prompt's samples.",
+MeanReward = _metric("MeanReward",
+                     "Mean reward over prompts with its interval; predictions: the scores of each prompt's samples.",
                      {"predictions": _FLOATS}, lambda predictions: _estimate([np.mean(p) for p in predictions]))
 
 # %% ../nbs/22_evaluation.ipynb #a5eb51b4
-WinRate = _metric("WinRate", "Win rate of predictions over references, ties a half; both: the scores of each prompt's samples.",
+WinRate = _metric("WinRate",
+                  "Win rate of predictions over references, ties a half; both: the scores of each prompt's samples.",
                   _BOTH, lambda predictions, references: win_rate(preferences(predictions, references)))
 LengthControlledWinRate = _metric(
-    "LengthControlledWinRate", "Win rate at equal length; predictions: one preference (0 … 1) a prompt, lengths and reference_lengths: of the two answers.",
-    {"predictions": _FLOAT, "lengths": _FLOAT, "reference_lengths": _FLOAT}, lambda predictions, lengths, reference_lengths: length_controlled_win_rate(predictions, lengths, reference_lengths))
-KLDivergence = _metric("KLDivergence", "KL to the start policy in nats; predictions: summed log-probs of samples under the policy that drew them, references: under the start.",
-                       _BOTH, lambda predictions, references: _estimate(_each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references), _anywhere))
+    "LengthControlledWinRate",
+    "Win rate at equal length; predictions: one preference (0 … 1) a prompt, lengths and reference_lengths: of the "
+    "two answers.",
+    {"predictions": _FLOAT, "lengths": _FLOAT, "reference_lengths": _FLOAT}, lambda predictions, lengths,
+    reference_lengths: length_controlled_win_rate(predictions, lengths, reference_lengths))
+KLDivergence = _metric("KLDivergence",
+                       "KL to the start policy in nats; predictions: summed log-probs of samples under the policy "
+                       "that drew them, references: under the start.",
+                       _BOTH, lambda predictions,
+                       references: _estimate(_each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references),
+                                             _anywhere))
 
 # %% ../nbs/22_evaluation.ipynb #aa8a2b65
-Perplexity = _metric("Perplexity", "Perplexity under a model; predictions: summed log-probs of texts, references: their token counts.",
-                     {"predictions": _FLOAT, "references": _FLOAT}, lambda predictions, references: {"perplexity": perplexity(predictions, references)})
-Length = _metric("Length", "Mean length over prompts in words and characters; predictions: the texts of each prompt's samples.", {"predictions": _TEXTS},
-                 lambda predictions: {"words": _estimate([np.mean([len(_words(t)) for t in p]) for p in predictions], _anywhere), "characters": _estimate([np.mean([len(t) for t in p]) for p in predictions], _anywhere)})
-Diversity = _metric("Diversity", "distinct-1, -2, -3 and self-BLEU within a prompt, mean over prompts; predictions: the texts of each prompt's samples.", {"predictions": _TEXTS},
-                    lambda predictions: {**{f"distinct_{n}": _estimate([distinct_n(p, n) for p in predictions], share_interval) for n in (1, 2, 3)}, "self_bleu": _estimate([self_bleu(p) for p in predictions], share_interval)})
+Perplexity = _metric("Perplexity",
+                     "Perplexity under a model; predictions: summed log-probs of texts, references: their token "
+                     "counts.",
+                     {"predictions": _FLOAT, "references": _FLOAT}, lambda predictions,
+                     references: {"perplexity": perplexity(predictions, references)})
+Length = _metric("Length",
+                 "Mean length over prompts in words and characters; predictions: the texts of each prompt's samples.",
+                 {"predictions": _TEXTS},
+                 lambda predictions: {"words": _estimate([np.mean([len(_words(t)) for t in p]) for p in predictions],
+                                                         _anywhere),
+                                      "characters": _estimate([np.mean([len(t) for t in p]) for p in predictions],
+                                                              _anywhere)})
+Diversity = _metric("Diversity",
+                    "distinct-1, -2, -3 and self-BLEU within a prompt, mean over prompts; predictions: the texts of "
+                    "each prompt's samples.", {"predictions": _TEXTS},
+                    lambda predictions: {**{f"distinct_{n}": _estimate([distinct_n(p, n) for p in predictions],
+                                                                       share_interval) for n in (1, 2, 3)},
+                                         "self_bleu": _estimate([self_bleu(p) for p in predictions], share_interval)})
 
 # %% ../nbs/22_evaluation.ipynb #58b7954c
-PairAccuracy = _metric("PairAccuracy", "Share of ordered pairs that a reward orders like the grades, mean over lists; predictions: a list's scores, references: its grades.",
-                       _BOTH, lambda predictions, references: _estimate(_each(_pair_accuracy, predictions, references), share_interval))
-RankingAgreement = _metric("RankingAgreement", "Kendall's tau-b of scores and grades within a list, mean over lists; predictions: a list's scores, references: its grades.",
-                           _BOTH, lambda predictions, references: _estimate(_each(_kendall, predictions, references), _anywhere))
+PairAccuracy = _metric("PairAccuracy",
+                       "Share of ordered pairs that a reward orders like the grades, mean over lists; predictions: a "
+                       "list's scores, references: its grades.",
+                       _BOTH, lambda predictions,
+                       references: _estimate(_each(_pair_accuracy, predictions, references), share_interval))
+RankingAgreement = _metric("RankingAgreement",
+                           "Kendall's tau-b of scores and grades within a list, mean over lists; predictions: a "
+                           "list's scores, references: its grades.",
+                           _BOTH, lambda predictions,
+                           references: _estimate(_each(_kendall, predictions, references), _anywhere))
 
 # %% ../nbs/22_evaluation.ipynb #c2208e80
 def judge_policy(
@@ -274,25 +325,32 @@ def judge_policy(
     settings: SamplingSettings = SamplingSettings(),
     seed: int = 0,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
-    exact_kl: bool = False,  # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
+    # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
+    exact_kl: bool = False,
     progress: bool = True,
-) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
+# id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
+) -> list[dict]:
     "Sample, score and measure a policy on prompts it was not trained on."
     prompts = checked_prompts(prompts)
     policy, start = _loaded_pair(policy, start)
-    lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed, max_prompt_length=max_prompt_length, progress=progress))
+    lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed,
+                              max_prompt_length=max_prompt_length, progress=progress))
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}
     found = sampled_logps(policy, start, lists, stopped=bool(settings.stop), max_prompt_length=max_prompt_length)
-    rows = [{"id": r["id"], "prompt": r["prompt"], "completions": r["completions"], "finish_reasons": r["meta"]["finish_reasons"],
-             "scores": {name: values[i] for name, values in scores.items()}, **measured, "sampling": _sampling(settings)}
+    rows = [{"id": r["id"], "prompt": r["prompt"], "completions": r["completions"],
+             "finish_reasons": r["meta"]["finish_reasons"],
+             "scores": {name: values[i] for name, values in scores.items()}, **measured,
+             "sampling": _sampling(settings)}
             for i, (r, measured) in enumerate(zip(lists, found))]
     if exact_kl:
-        for row, kls in zip(rows, _token_kls(policy, start, lists, settings, max_prompt_length, rows[0]["same_tokenizer"])):
+        for row, kls in zip(rows,
+                            _token_kls(policy, start, lists, settings, max_prompt_length, rows[0]["same_tokenizer"])):
             row["token_kl"] = kls
     return rows
 
 # %% ../nbs/22_evaluation.ipynb #4b5272ce
-def _token_kls(policy, start, lists, settings: SamplingSettings, max_prompt_length: int, same_tokenizer: bool) -> list[list[float] | None]:
+def _token_kls(policy, start, lists, settings: SamplingSettings, max_prompt_length: int,
+               same_tokenizer: bool) -> list[list[float] | None]:
     "The mean exact KL of a token, for every candidate; an empty text has none to measure."
     if not same_tokenizer:
         return [None] * len(lists)
@@ -311,11 +369,13 @@ def _loaded_pair(policy, start) -> tuple:
 
 # %% ../nbs/22_evaluation.ipynb #5bf4091c
 def _loaded(policy):
-    return load_policy(policy, dtype=compute_dtype()) if isinstance(policy, str) or hasattr(policy, "__fspath__") else policy
+    return load_policy(policy, dtype=compute_dtype()) if isinstance(policy,
+                                                                    str) or hasattr(policy, "__fspath__") else policy
 
 
 def _sampling(settings: SamplingSettings) -> dict:
-    return {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k, "stop": list(settings.stop)}
+    return {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
+            "stop": list(settings.stop)}
 
 # %% ../nbs/22_evaluation.ipynb #69dc3acd
 def compare_systems(
@@ -335,7 +395,8 @@ def compare_systems(
                 won = win_rate(preferences(_scores(own, judge), _scores(rows[start], judge)), seed=seed)
                 found.append(("win rate", judge, Interval(won["win_rate"], won["low"], won["high"], won["method"])))
         found += _movement(own, seed)
-        figures += [{"system": system, "metric": metric, "judge": judge, **interval._asdict(), "prompts": len(own)} for metric, judge, interval in found]
+        figures += [{"system": system, "metric": metric, "judge": judge, **interval._asdict(), "prompts": len(own)}
+                    for metric, judge, interval in found]
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #6b161e5c
@@ -356,12 +417,15 @@ def _movement(rows: list[dict], seed: int) -> list[tuple]:
         ("KL to start", None, ratio if kl_known else none),
         ("perplexity under start", None, _perplexity_interval(*zip(*read), seed)),
         ("tokens", None, over_prompts(lambda r: r["tokens"])),
-        ("ended", None, share_interval([float(np.mean([reason != "length" for reason in r["finish_reasons"]])) for r in rows], seed=seed)),
+        ("ended", None,
+         share_interval([float(np.mean([reason != "length" for reason in r["finish_reasons"]])) for r in rows],
+                        seed=seed)),
     ]
     if same and not kl_known:
         figures.append(("log-ratio to start", None, ratio))
     if all("token_kl" in r for r in rows):
-        figures.append(("KL a token", None, over_prompts(lambda r: r["token_kl"]) if all(r["token_kl"] for r in rows) else none))
+        figures.append(("KL a token", None,
+                        over_prompts(lambda r: r["token_kl"]) if all(r["token_kl"] for r in rows) else none))
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #bf8acc60
@@ -374,7 +438,8 @@ def evaluate_systems(
     seed: int = 0,
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
-    "Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count when they were made from the same."
+    """Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count
+    when they were made from the same."""
     run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)
@@ -382,13 +447,19 @@ def evaluate_systems(
         made_from = _made_from(systems, prompts, judges, seed, options)
         for name, path in paths.items():  # before anything is sampled
             if path.exists():
-                check_claim(_beside(path), made_from[name], remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
+                check_claim(_beside(path), made_from[name],
+                            remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
                 rows[name] = _judged_rows(path, prompts, judges)
         for number, (name, policy) in enumerate(systems.items()):
             if not paths[name].exists():
                 start = start or _loaded(next(iter(systems.values())))
-                write_json(_beside(paths[name]), {"format": FORMAT, **made_from[name], "about": {"policy": str(policy) if isinstance(policy, (str, os.PathLike)) else "in memory"}})
-                write_jsonl(paths[name], judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed, **options))
+                write_json(_beside(paths[name]),
+                           {"format": FORMAT, **made_from[name],
+                            "about": {"policy": str(policy)
+                                      if isinstance(policy, (str, os.PathLike)) else "in memory"}})
+                write_jsonl(paths[name],
+                            judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
+                                         **options))
                 rows[name] = _judged_rows(paths[name], prompts, judges)
         figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
         write_jsonl(run / "metrics.jsonl", figures)
@@ -398,44 +469,60 @@ def evaluate_systems(
 def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str, Path]:
     "The file of each system; what would fail after the work is said before it."
     if not isinstance(systems, dict) or not systems:
-        raise LireError("no system", field="systems", value=systems, allowed="a dict of names and policies, the start policy first", remedy="give at least the start policy")
+        raise LireError("no system", field="systems", value=systems,
+                        allowed="a dict of names and policies, the start policy first",
+                        remedy="give at least the start policy")
     for name, policy in systems.items():
         if str(policy).startswith(("http://", "https://")):
-            raise LireError("is a server, and KL and perplexity need its weights", field=f"system {name}", value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
+            raise LireError("is a server, and KL and perplexity need its weights", field=f"system {name}",
+                            value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
                             remedy="compare a server's answers with lire_nb.judging")
     slugs = [slug(name) for name in systems]
     if "" in slugs or len(set(slugs)) < len(slugs):
-        raise LireError("names that are not different as file names", field="systems", value=list(systems), allowed="names that differ in letters and digits", remedy="rename one")
+        raise LireError("names that are not different as file names", field="systems", value=list(systems),
+                        allowed="names that differ in letters and digits", remedy="rename one")
     if len(prompts) < 2:
-        raise LireError("too few", field="prompts", value=len(prompts), allowed="2 or more: intervals are over prompts", remedy="give more prompts, or raise --limit")
+        raise LireError("too few", field="prompts", value=len(prompts), allowed="2 or more: intervals are over prompts",
+                        remedy="give more prompts, or raise --limit")
     twice = [name for name, count in Counter(r["id"] for r in prompts).items() if count > 1]
     if twice:
-        raise LireError("the same id twice", field="prompts", value=twice[0], allowed="each prompt once: one that counts twice narrows the intervals", remedy="leave the second one out")
+        raise LireError("the same id twice", field="prompts", value=twice[0],
+                        allowed="each prompt once: one that counts twice narrows the intervals",
+                        remedy="leave the second one out")
     return {name: run / "evaluation" / f"{short}.jsonl" for name, short in zip(systems, slugs)}
 
 # %% ../nbs/22_evaluation.ipynb #633ebff7
 def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict) -> dict[str, dict]:
     "What each system's rows are made from."
-    limits = {name: p.default for name, p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty and name not in ("seed", "progress")}
-    limits = {k: asdict(v) if is_dataclass(v) else v for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
-    same = {"prompts": prompts_identity(prompts), "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed, "options": plain_value(limits)}
+    limits = {name: p.default for name,
+              p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty
+              and name not in ("seed", "progress")}
+    limits = {k: asdict(v) if is_dataclass(v) else v for k,
+              v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
+    same = {"prompts": prompts_identity(prompts),
+            "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
+            "options": plain_value(limits)}
     found = {name: policy_identity(policy) for name, policy in systems.items()}
     return {name: {"policy": found[name], "start": next(iter(found.values())), **same} for name in systems}
 
 # %% ../nbs/22_evaluation.ipynb #77796c3c
 def _check_options(judges: dict, options: dict) -> None:
     "Unknown options, and judges that cannot be called, are said before the work."
-    known = [n for n in inspect.signature(judge_policy).parameters if n not in ("policy", "prompts", "judges", "start", "seed")]
+    known = [n for n in inspect.signature(judge_policy).parameters
+             if n not in ("policy", "prompts", "judges", "start", "seed")]
     for name in options:
         if name not in known:
             raise LireError("unknown option", field=name, allowed=", ".join(known), remedy="check the spelling")
     count, settings = options.get("num_samples", 2), options.get("settings", SamplingSettings())
     if type(count) is not int or count < 1:
-        raise LireError("not a number of samples", field="num_samples", value=count, allowed="a whole number, 1 or more", remedy="change it, or leave it out")
+        raise LireError("not a number of samples", field="num_samples", value=count,
+                        allowed="a whole number, 1 or more", remedy="change it, or leave it out")
     if not isinstance(settings, SamplingSettings):
-        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings", remedy="for example SamplingSettings(max_new_tokens=32)")
+        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings",
+                        remedy="for example SamplingSettings(max_new_tokens=32)")
     if not isinstance(judges, dict) or not all(map(callable, judges.values())):
-        raise LireError("not judges", field="judges", value=judges, allowed="a dict of names and rewards", remedy="for example {'vader': VaderReward()}")
+        raise LireError("not judges", field="judges", value=judges, allowed="a dict of names and rewards",
+                        remedy="for example {'vader': VaderReward()}")
 
 # %% ../nbs/22_evaluation.ipynb #9c4e24df
 def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
@@ -443,11 +530,14 @@ def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
     try:
         with open(path, encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
-        whole = [r["id"] for r in rows] == [r["id"] for r in prompts] and all(r["scores"].keys() >= judges.keys() and _WHOLE <= r.keys() for r in rows)
+        whole = [r["id"] for r in rows] == [r["id"] for r in prompts] and all(r["scores"].keys() >= judges.keys()
+                                                                              and _WHOLE <= r.keys() for r in rows)
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        raise LireError("not the rows of an evaluation of these prompts", file=path, allowed="what evaluate_systems wrote", remedy="delete the file to make it again, or put the right one back")
+        raise LireError("not the rows of an evaluation of these prompts", file=path,
+                        allowed="what evaluate_systems wrote",
+                        remedy="delete the file to make it again, or put the right one back")
     return rows
 
 # %% ../nbs/22_evaluation.ipynb #6fda04ae
@@ -456,3 +546,8 @@ _WHOLE = {"id", "prompt", "completions", "finish_reasons", "scores", "tokens", "
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".config.json")
+
+# %% ../nbs/22_evaluation.ipynb #b026e50d
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from .base.errors import has_password, LireError, public_address, without_secrets
+from .base.errors import has_password, LireError, moved, public_address, without_secrets
 from .base.files import write_json
 from lire_nb.models import (
     adapter_base, config_content, file_hash, _hub_file, model_fingerprint, resolve_model,
@@ -59,7 +59,9 @@ def prompts_identity(
     "What the prompts say, so that an edited one can be named."
     found = {}
     for record in map(dict, prompts):
-        found.setdefault(str(record["id"]), []).append([record["prompt"], {k: v for k, v in (record.get("meta") or {}).items() if v is not None}])
+        found.setdefault(str(record["id"]),
+                         []).append([record["prompt"],
+                                     {k: v for k, v in (record.get("meta") or {}).items() if v is not None}])
     return {name: digest(*said) for name, said in found.items()}
 
 # %% ../nbs/36_identity.ipynb #61705bcb
@@ -77,7 +79,8 @@ def policy_identity(
     if isinstance(policy, tuple):
         model, tokenizer = policy
         generation = getattr(model, "generation_config", None)
-        return digest(model_fingerprint(model), generation and config_content(generation), tokenizer_identity(tokenizer))
+        return digest(model_fingerprint(model), generation and config_content(generation),
+                      tokenizer_identity(tokenizer))
     if not isinstance(policy, (str, os.PathLike)):
         return value_identity(policy)
     if str(policy).startswith(("http://", "https://")):
@@ -87,8 +90,10 @@ def policy_identity(
 
 # %% ../nbs/36_identity.ipynb #32904ced
 def _folder_identity(folder: Path) -> str:
-    files = {p.relative_to(folder).as_posix(): _content_hash(p) for p in sorted(folder.iterdir()) if p.is_file() and _POLICY_FILES.fullmatch(p.name)}
-    files |= {p.relative_to(folder).as_posix(): _content_hash(p) for p in sorted(folder.glob("additional_chat_templates/*"))}
+    files = {p.relative_to(folder).as_posix(): _content_hash(p) for p in sorted(folder.iterdir()) if p.is_file()
+             and _POLICY_FILES.fullmatch(p.name)}
+    files |= {p.relative_to(folder).as_posix(): _content_hash(p)
+              for p in sorted(folder.glob("additional_chat_templates/*"))}
     base = adapter_base(folder)
     return digest(files, base and policy_identity(base))
 
@@ -121,7 +126,9 @@ def _commit_of(name: str) -> str:
 def tokenizer_identity(tokenizer) -> str:
     "A fingerprint of vocabulary, special tokens, rules and chat template."
     rules = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {k: v for k, v in json.loads(rules.to_str()).items() if k not in ("truncation", "padding")} if rules is not None else sorted(tokenizer.get_vocab().items())
+    rules = {k: v for k,
+             v in json.loads(rules.to_str()).items()
+             if k not in ("truncation", "padding")} if rules is not None else sorted(tokenizer.get_vocab().items())
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
     added = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")]
     return digest(rules, special, added)
@@ -132,7 +139,8 @@ def plain_address(
 ) -> str:
     "The address without values of keys and tokens in its query; raises `LireError` for one with a password."
     if has_password(address):
-        raise LireError("a password in an address", field="address", value=public_address(address), allowed="an address without user and password",
+        raise LireError("a password in an address", field="address", value=public_address(address),
+                        allowed="an address without user and password",
                         remedy="give the key in the environment (OPENAI_API_KEY) or as headers=")
     return public_address(address)
 
@@ -163,21 +171,25 @@ def plain_value(value):
     if isinstance(value, dict):
         return {str(k): digest(describe(v)) if v is not None and _MASKED.search(str(k)) else plain_value(v)
                 for k, v in value.items()}
-    if hasattr(value, "column_names") or isinstance(value, list) and value and isinstance(value[0], dict) and "completions" in value[0]:
+    if hasattr(value, "column_names") or isinstance(value,
+                                                    list) and value and isinstance(value[0],
+                                                                                   dict) and "completions" in value[0]:
         return lists_identity(value)
     if isinstance(value, (list, tuple, set, frozenset)):
         parts = [plain_value(v) for v in value]
         return sorted(parts, key=str) if isinstance(value, (set, frozenset)) else parts
     if isinstance(value, torch.nn.Module):
         return model_fingerprint(value)
-    return plain_value(value.to_dict()) if hasattr(value, "to_dict") and not isinstance(value, type) else named_identity(value)
+    return plain_value(value.to_dict()) if hasattr(value,
+                                                   "to_dict") and not isinstance(value, type) else named_identity(value)
 
 # %% ../nbs/36_identity.ipynb #f1ac7c3f
 _PLAIN = (str, int, bool, type(None))
 
 
 class Seen(dict):
-    "What was described already, by id; `path` holds what is being described, `kept` sees to it that no id is given twice."
+    """What was described already, by id; `path` holds what is being described, `kept` sees to it that no id is given
+    twice."""
 
     def __init__(self):
         super().__init__()
@@ -291,7 +303,8 @@ _KINDS = [  # the first that fits
     (torch.nn.Module, _module),
     (torch.Tensor, _tensor),
     ((dict, types.MappingProxyType), _mapping),
-    ((set, frozenset), lambda v, seen: ["set", *sorted((describe(x, seen) for x in v), key=lambda x: json.dumps(x, sort_keys=True))]),
+    ((set, frozenset), lambda v,
+     seen: ["set", *sorted((describe(x, seen) for x in v), key=lambda x: json.dumps(x, sort_keys=True))]),
     ((list, tuple), lambda v, seen: [type(v).__name__, *(describe(x, seen) for x in v)]),
     (os.PathLike, lambda v, seen: _path(Path(v), seen)),
     (functools.partial, lambda v, seen: ["partial", *(describe(x, seen) for x in (v.func, v.args, v.keywords))]),
@@ -308,12 +321,15 @@ _KINDS = [  # the first that fits
 
 # %% ../nbs/36_identity.ipynb #f114369d
 _OURS = __name__.partition(".")[0] if __name__ != "__main__" else "lire_nb"
-_LIBRARIES = tuple(str(Path(sysconfig.get_paths()[k]).resolve()) + os.sep for k in ("stdlib", "platstdlib", "purelib", "platlib"))
-_MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard", "write", "put"}
+_LIBRARIES = tuple(str(Path(sysconfig.get_paths()[k]).resolve()) + os.sep
+                   for k in ("stdlib", "platstdlib", "purelib", "platlib"))
+_MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove",
+             "discard", "write", "put"}
 
 # %% ../nbs/36_identity.ipynb #930e732c
 def _origin(thing) -> str:
-    "'ours' for this package, 'library' for an installed one, 'user' for what the user wrote: where a function, a class or a module comes from."
+    """'ours' for this package, 'library' for an installed one, 'user' for what the user wrote: where a function, a
+    class or a module comes from."""
     if isinstance(thing, types.ModuleType):
         return _origin_of(thing.__name__)
     module = thing.__module__
@@ -335,9 +351,11 @@ def _origin_of(module: str | None) -> str:
 def _code(code, doc: str | None) -> list:
     "What a code object does: instructions, names and constants, without docstring and line numbers."
     consts = [c for k, c in enumerate(code.co_consts) if not (k == 0 and isinstance(c, str) and c == doc)]
-    consts = [_code(c, None) if isinstance(c, types.CodeType) else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c) for c in consts]
+    consts = [_code(c, None) if isinstance(c, types.CodeType) else sorted(map(repr, c))
+              if isinstance(c, frozenset) else repr(c) for c in consts]
     table = getattr(code, "co_exceptiontable", b"")
-    return [hashlib.sha256(code.co_code + table).hexdigest()[:16], list(code.co_names), list(code.co_varnames), list(code.co_freevars), code.co_flags, consts]
+    return [hashlib.sha256(code.co_code + table).hexdigest()[:16], list(code.co_names), list(code.co_varnames),
+            list(code.co_freevars), code.co_flags, consts]
 
 # %% ../nbs/36_identity.ipynb #360107a9
 def _function(value, seen):
@@ -345,12 +363,14 @@ def _function(value, seen):
     origin = _origin(value)
     if origin == "library":
         return f"{value.__module__}.{value.__qualname__}"
-    made = {"function": value.__name__ if value.__name__ == "<lambda>" else value.__qualname__, "code": _code(value.__code__, value.__doc__), "defaults": describe(value.__defaults__, seen),
+    made = {"function": value.__name__ if value.__name__ == "<lambda>" else value.__qualname__,
+            "code": _code(value.__code__, value.__doc__), "defaults": describe(value.__defaults__, seen),
             "named defaults": describe(value.__kwdefaults__, seen)}
     written = _written(value)
     cells = zip(value.__code__.co_freevars, value.__closure__ or ())
     held = {name: cell.cell_contents for name, cell in cells if written.get(name, True) and not _empty(cell)}
-    made["closure"] = {name: _first(value, name, v, seen) if name in written else describe(v, seen) for name, v in held.items()}
+    made["closure"] = {name: _first(value, name, v, seen) if name in written else describe(v, seen) for name,
+                       v in held.items()}
     own = {k: _first(value, k, v, seen) if k in written else v for k, v in vars(value).items()
            if k != "__wrapped__" and written.get(k, True)}
     if own:
@@ -386,8 +406,10 @@ def _global(value, names, seen):
     return describe(value, seen)
 
 # %% ../nbs/36_identity.ipynb #62a23c27
-_OF_PYTHON = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__", "__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__",
-              "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__slots__", "__orig_bases__", "__parameters__",
+_OF_PYTHON = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__",
+              "__static_attributes__", "__annotations__", "__annotate__", "__annotate_func__",
+              "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__dataclass_fields__",
+              "__dataclass_params__", "__match_args__", "__slots__", "__orig_bases__", "__parameters__",
               "__classcell__", "__type_params__", "__slotnames__", "__hash__"}
 
 # %% ../nbs/36_identity.ipynb #22e14e0b
@@ -396,7 +418,11 @@ def _class(value, seen):
     for owner in value.__mro__:
         if _origin(owner) != "library":
             for name, part in vars(owner).items():
-                if name not in _OF_PYTHON and not _is_secret(name, part) and not isinstance(part, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+                if (
+                    name not in _OF_PYTHON
+                    and not _is_secret(name, part)
+                    and not isinstance(part, (types.MemberDescriptorType, types.GetSetDescriptorType))
+                ):
                     made.setdefault(f"{owner.__qualname__}.{name}", describe(_unbound(part), seen))
     return made
 
@@ -452,12 +478,16 @@ def _assigned(code) -> tuple[frozenset, frozenset]:
         return frozenset(), frozenset()
     names, attributes = set(), set()
     for node in ast.walk(tree):
-        targets = getattr(node, "targets", None) or [getattr(node, "target", None)] if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete)) else []
+        targets = getattr(node, "targets",
+                          None) or [getattr(node, "target", None)] if isinstance(node,
+                                                                                 (ast.Assign, ast.AugAssign,
+                                                                                  ast.AnnAssign, ast.Delete)) else []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
             targets = [node.func.value]
         names |= set(node.names) if isinstance(node, (ast.Nonlocal, ast.Global)) else set()
         filled = isinstance(node, ast.Call)
-        for target in [t for whole in targets for t in (whole.elts if isinstance(whole, (ast.Tuple, ast.List)) else [whole])]:
+        for target in [t for whole in targets
+                       for t in (whole.elts if isinstance(whole, (ast.Tuple, ast.List)) else [whole])]:
             while isinstance(target, ast.Subscript):
                 target, filled = target.value, True
             if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
@@ -599,7 +629,8 @@ def _short(value, other, width: int = 40) -> str:
     text, against = (v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in (value, other))
     if len(text) <= width:
         return repr(value) if isinstance(value, str) else "nothing" if value is None else text
-    start = max(0, next((k for k, (a, b) in enumerate(zip(text, against)) if a != b), min(len(text), len(against))) - width // 3)
+    start = max(0, next((k for k, (a, b) in enumerate(zip(text, against)) if a != b),
+                        min(len(text), len(against))) - width // 3)
     return repr(("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else ""))
 
 # %% ../nbs/36_identity.ipynb #6987ac5d
@@ -609,7 +640,8 @@ def claim_folder(
     name: str = "config.json",
     remedy: str = "give another folder, or the settings of this one",
     *,
-    made: Iterable[str] = (),  # patterns of the first results: while there is none, the claim of a run that failed does not count
+    # patterns of the first results: while there is none, the claim of a run that failed does not count
+    made: Iterable[str] = (),
     about: dict | None = None,  # written too, and not compared: paths and the like
 ) -> Path:
     "Create a run folder for this configuration, or go on in one of the same; raises `LireError` for one of another."
@@ -618,7 +650,8 @@ def claim_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise LireError(f"cannot be created ({e.strerror})", field="run folder", value=str(folder), allowed="a folder that can be written",
+        raise LireError(f"cannot be created ({e.strerror})", field="run folder", value=str(folder),
+                        allowed="a folder that can be written",
                         remedy="choose another place") from e
     if path.exists() and not (made and not any(any(folder.glob(pattern)) for pattern in made)):
         check_claim(path, config, remedy)
@@ -637,10 +670,17 @@ def check_claim(
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         stored.pop("about", None)
     except (OSError, ValueError, AttributeError) as e:
-        raise LireError("cannot be read", file=path, field="run folder", allowed="what a run wrote there", remedy="give another folder, or put the file back") from e
+        raise LireError("cannot be read", file=path, field="run folder", allowed="what a run wrote there",
+                        remedy="give another folder, or put the file back") from e
     if stored.get("format") != FORMAT:
-        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=path, field="run folder", allowed="a folder of this version",
+        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=path,
+                        field="run folder", allowed="a folder of this version",
                         remedy="give another folder, or finish this one with the version that began it")
     if differ := differences(stored, json.loads(json.dumps({"format": FORMAT, **config}))):
         raise LireError(f"the folder holds a run of another configuration ({differ})", file=path, field="run folder",
                         allowed="the same configuration, or a new folder", remedy=remedy)
+
+# %% ../nbs/36_identity.ipynb #054a1d21
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

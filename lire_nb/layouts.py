@@ -41,7 +41,8 @@ def parse_transcript(text: str) -> list[dict]:
     _check_text(text, "transcript")
     before, *parts = _turn.split(text if text.startswith("\n\n") else "\n\n" + text)
     if before.strip() or not parts:
-        raise ListError("text before the first turn", field="transcript", value=text, allowed='"\\n\\nHuman: …\\n\\nAssistant: …"', remedy="remove it, or give a mapping")
+        raise ListError("text before the first turn", field="transcript", value=text,
+                        allowed='"\\n\\nHuman: …\\n\\nAssistant: …"', remedy="remove it, or give a mapping")
     return [{"role": _SPEAKERS[who], "content": unspaced(said)} for who, said in zip(parts[::2], parts[1::2])]
 
 
@@ -58,13 +59,16 @@ def _split_pair(chosen: list[dict], rejected: list[dict]) -> tuple[list[dict], l
     remedy = 'drop the row, or read with on_error="quarantine"'
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise ListError("does not end with an answer", field=name, value=messages[-1], allowed="an assistant turn at the end", remedy=remedy)
+            raise ListError("does not end with an answer", field=name, value=messages[-1],
+                            allowed="an assistant turn at the end", remedy=remedy)
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if chosen[:-1] != rejected[:-1]:
         lengths = f"{len(chosen)} and {len(rejected)} turns, {same} of them shared"
-        raise ListError("the two dialogues part before the last answer", field="rejected", value=lengths, allowed="one shared prompt", remedy=remedy)
+        raise ListError("the two dialogues part before the last answer", field="rejected", value=lengths,
+                        allowed="one shared prompt", remedy=remedy)
     if len(chosen) == 1:
-        raise ListError("an answer without a prompt", field="chosen", value=chosen[0], allowed="at least one turn before the answer", remedy=remedy)
+        raise ListError("an answer without a prompt", field="chosen", value=chosen[0],
+                        allowed="at least one turn before the answer", remedy=remedy)
     return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
 
 # %% ../nbs/32_layouts.ipynb #5f6a4720
@@ -196,7 +200,8 @@ _like_turns = re.compile(r"\s*(?:array\(\s*)?(?:(\[\s*)\{\s*['\"](?:role|content
 
 # %% ../nbs/32_layouts.ipynb #349da896
 def _is_torn(text: str) -> bool:
-    """Does it begin like printed messages, without a whole value at the beginning? A whole one with text behind it is text."""
+    """Does it begin like printed messages, without a whole value at the beginning? A whole one with text behind it is
+    text."""
     if not (begun := _like_turns.match(text)):
         return False
     ends = [end.end() for end in itertools.islice(re.finditer(r"[\]})]", text), 100)]  # enough to see a whole value
@@ -583,11 +588,15 @@ def _read_tldr(row: dict, notes: Notes) -> dict:
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     post = info.get("post") or info.get("article") if isinstance(info, dict) else None
     if not post:
-        raise ListError("no post", field="info", value=info, allowed='a dict with "post" or "article"', remedy="drop the row")
-    if not isinstance(summaries, list) or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in summaries):
-        raise ListError("not summaries", field="summaries", value=summaries, allowed='a list of dicts with "text"', remedy="drop the row")
+        raise ListError("no post", field="info", value=info, allowed='a dict with "post" or "article"',
+                        remedy="drop the row")
+    if not isinstance(summaries,
+                      list) or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in summaries):
+        raise ListError("not summaries", field="summaries", value=summaries, allowed='a list of dicts with "text"',
+                        remedy="drop the row")
     if type(choice) is not int or not 0 <= choice < len(summaries):
-        raise ListError("not a choice", field="choice", value=choice, allowed=f"0 … {len(summaries) - 1}", remedy="drop the row")
+        raise ListError("not a choice", field="choice", value=choice, allowed=f"0 … {len(summaries) - 1}",
+                        remedy="drop the row")
     kept = {"info": {k: v for k, v in info.items() if k not in ("id", "post", "article", "title") and v is not None}}
     kept["notes"] = [s.get("note") for s in summaries]
     return make_record(
@@ -646,7 +655,8 @@ def _two_names(word: str) -> list[tuple[str, str]]:
     return [(form.format("chosen"), form.format("rejected")) for form in forms]
 
 
-_WORDS = [f"{how}{word}{s}" for how in ("", "avg_", "average_", "mean_", "overall_") for word in ("score", "reward", "rating") for s in ("", "s")]
+_WORDS = [f"{how}{word}{s}" for how in ("", "avg_", "average_", "mean_", "overall_")
+          for word in ("score", "reward", "rating") for s in ("", "s")]
 _SCORES = [names for word in _WORDS for names in _two_names(word)]
 
 # %% ../nbs/32_layouts.ipynb #4a15403f

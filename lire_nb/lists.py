@@ -9,7 +9,6 @@ __all__ = ['logger', 'as_lists', 'check_ending', 'save_lists', 'LoadReport', 'it
 # %% ../nbs/33_lists.ipynb #55d0fbf3
 import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
-from .base.errors import LireError, ListError, _shown
+from .base.errors import _shown, LireError, ListError, moved
 from lire_nb.base.files import (
     atomic_write, _batches, BLANK, _chosen, _json, _plain_rows, read_rows, Row, _sorted_json,
 )
@@ -84,7 +83,8 @@ def _is_prepared(lists) -> bool:
 # %% ../nbs/33_lists.ipynb #66472106
 def _jsonl(record: dict) -> str:
     """One line: the fields in their order, meta sorted."""
-    return "{" + ", ".join(f'"{name}": {(_sorted_json if name == "meta" else _json)(value)}' for name, value in record.items()) + "}\n"
+    return "{" + ", ".join(f'"{name}": {(_sorted_json if name == "meta" else _json)(value)}' for name,
+                           value in record.items()) + "}\n"
 
 
 def _write_jsonl(records: Iterable[dict], handle: io.IOBase) -> None:
@@ -155,7 +155,8 @@ class LoadReport:
         self.tied_lists += len(rewards) > 1 and len(set(rewards)) == 1
 
     def __str__(self) -> str:
-        names = ("blank_lines", "duplicates", "repeated_prompts", "empty_completions", "unscored_lists", "single_lists", "tied_lists")
+        names = ("blank_lines", "duplicates", "repeated_prompts", "empty_completions", "unscored_lists", "single_lists",
+                 "tied_lists")
         counts = {name.replace("_", " "): getattr(self, name) for name in names} | self.oddities
         text = f"{self.source}: {self.lists} lists, {self.candidates} candidates from {self.rows} rows"
         text += f" ({', '.join(self.layouts)})" if self.layouts else ""
@@ -177,8 +178,10 @@ class _Errors:
         if self.handle is None:
             self.block = atomic_write(self.path)
             self.handle = self.block.__enter__()
-        text = json.dumps(row.value, default=_shown) if row.text is None and not isinstance(row.value, ListError) else row.text
-        entry = {"line": row.line, "reason": str(error), "field": error.field, "allowed": error.allowed, "remedy": error.remedy, "row": text}
+        text = json.dumps(row.value,
+                          default=_shown) if row.text is None and not isinstance(row.value, ListError) else row.text
+        entry = {"line": row.line, "reason": str(error), "field": error.field, "allowed": error.allowed,
+                 "remedy": error.remedy, "row": text}
         # ASCII: the row may hold what UTF-8 cannot.
         self.handle.write(json.dumps({"file": self.file, **entry}) + "\n")
         self.report.quarantined_rows += 1
@@ -207,7 +210,8 @@ class _Seen:
         known = self.ids.get(record["id"])
         if known not in (None, prompt):
             remedy = "correct the id, or leave it out"
-            raise ListError("the same id already belongs to another prompt", field="id", value=record["id"], allowed="one prompt an id", remedy=remedy)
+            raise ListError("the same id already belongs to another prompt", field="id", value=record["id"],
+                            allowed="one prompt an id", remedy=remedy)
         if content in self.contents:
             self.report.duplicates += 1
             return False
@@ -555,7 +559,8 @@ def _rrhf_row(record: dict) -> dict:
     begun = chat and prompt[-1]["role"] == "assistant"  # the responses go on with this turn
     query = join_transcript(prompt if begun else [*prompt, {"role": "assistant", "content": ""}]) if chat else prompt
     responses = [spaced(answer) for answer in answers] if chat and not begun else answers
-    row = {"query": query, "responses": responses, "scores": record["rewards"], **{name: record[name] for name in ("id", "sources", "meta")}}
+    row = {"query": query, "responses": responses, "scores": record["rewards"],
+           **{name: record[name] for name in ("id", "sources", "meta")}}
     turns = _transcript_prompt(query)
     if (turns or query) == prompt and (responses if turns is None else [unspaced(r) for r in responses]) == answers:
         return row
@@ -564,18 +569,14 @@ def _rrhf_row(record: dict) -> dict:
 
 # %% ../nbs/33_lists.ipynb #6e8a5c16
 def to_rrhf(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path:
-    """Write lists as RRHF JSONL, atomically; unscored candidates have the score null. Returns the path. Raises `ListError`."""
+    """Write lists as RRHF JSONL, atomically; unscored candidates have the score null. Returns the path. Raises
+    `ListError`."""
     with atomic_write(path, "wb") as handle:
         rows = (_rrhf_row(validate_record(record, num=num)) for num, record in enumerate(_plain_rows(lists), 1))
         _write_jsonl(rows, handle)
     return Path(path)
 
-# %% ../nbs/33_lists.ipynb #9aedab09
-_MOVED = ("list_table", "describe_lists", "plot_lists")  # they read what a policy reads, so they live in 01a_conversations
-
-
-def __getattr__(name: str) -> Any:
-    """The names that moved, where they were before."""
-    if name in _MOVED:
-        return getattr(importlib.import_module("lire_nb.conversations"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# %% ../nbs/33_lists.ipynb #3bf139f1
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

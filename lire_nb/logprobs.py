@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .base.errors import LireError
+from .base.errors import LireError, moved
 from .base.files import atomic_write
 from lire_nb.conversations import (
     completion_ids, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
@@ -84,7 +84,8 @@ def path_of(
 ) -> str:  # "shared", "padded", or "full": padded rows and the model's own head
     "The path that `impl` and the model allow; raises `LireError` where `impl` is not exact."
     if impl not in IMPLS:
-        raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
+        raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS),
+                        remedy="leave it at 'auto'")
     length = int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max())
     check = verified(model, length)
     problem = check.reason or _row_noise(model)
@@ -125,10 +126,12 @@ def dataset_logps(
     "Log-probs of every completion under a model, in eval mode and without gradients."
     was_training = model.training
     model.eval()
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length, "context": _fewer(context, context_of(model))}
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
+              "context": _fewer(context, context_of(model))}
     settled = itertools.repeat(None) if answers is None else answers
     tokens = [tokenize_list(r, tokenizer, answers=ids, **limits) for r, ids in zip(lists, settled)]
-    order = sorted(range(len(tokens)), key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
+    order = sorted(range(len(tokens)),
+                   key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
     collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
@@ -167,12 +170,14 @@ def reference_logps(
     context: int | None = None,  # tokens that the policy can read, where it is fewer: both must read the same
 ) -> list[list[float]]:  # for each list the (M,) log-probs of its candidates
     "Log-probs under the reference model, read from the cache where they are there."
-    lists, limits = list(lists), {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    lists, limits = list(lists), {"max_prompt_length": max_prompt_length,
+                                  "max_completion_length": max_completion_length}
     context = _fewer(context, context_of(model))
     options = limits | {"autocast": autocast, "batch_size": batch_size, "context": context}
     if folder is None:
         return [logps for logps, _ in dataset_logps(model, tokenizer, lists, **options)]
-    name = hashlib.sha256(repr((model_fingerprint(causal_lm(model), tokenizer), sorted(limits.items()), str(autocast), str(next(model.parameters()).dtype))).encode())
+    name = hashlib.sha256(repr((model_fingerprint(causal_lm(model), tokenizer), sorted(limits.items()), str(autocast),
+                                str(next(model.parameters()).dtype))).encode())
     path = Path(folder) / f"reference-{name.hexdigest()[:16]}.jsonl"
     known = _read_cache(path)
     keys = [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]
@@ -211,12 +216,14 @@ def remember_start(
     model: torch.nn.Module,  # before it is trained
     again: bool = True,  # also where a start is remembered already
 ) -> None:
-    "Keep what `policy_at_start` needs of a model with an adapter: a copy of what will be trained, or nothing for a fresh LoRA adapter."
+    """Keep what `policy_at_start` needs of a model with an adapter: a copy of what will be trained, or nothing for a
+    fresh LoRA adapter."""
     model = unwrap(model)
     if hasattr(model, "disable_adapter") and (again or model not in _STARTS):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fresh = all(any(part in name.split(".") for part in _FRESH) for name in trained)
-        fresh = fresh and not any(p.detach().any() for name, p in trained.items() if "lora_B" in name or "lora_embedding_B" in name)
+        fresh = fresh and not any(p.detach().any() for name,
+                                  p in trained.items() if "lora_B" in name or "lora_embedding_B" in name)
         _STARTS[model] = {} if fresh else {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
 # %% ../nbs/17_logprobs.ipynb #6d2a0eba
@@ -232,8 +239,11 @@ def policy_at_start(
             yield model
         return
     there = {name: p for name, p in model.named_parameters() if name in kept}
-    if {name: p.shape for name, p in there.items()} != {name: t.shape for name, t in kept.items()} or any(hasattr(p, "placements") for p in there.values()):
-        raise LireError("the adapter is split over processes, and the one at the start cannot be put back", field="ref_model", value=None, allowed="a reference model",
+    if {name: p.shape for name, p in there.items()} != {name: t.shape for name,
+                                                        t in kept.items()} or any(hasattr(p, "placements")
+                                                                                  for p in there.values()):
+        raise LireError("the adapter is split over processes, and the one at the start cannot be put back",
+                        field="ref_model", value=None, allowed="a reference model",
                         remedy="pass ref_model=, or give all lists before training")
     now = {name: p.data for name, p in there.items()}
     try:
@@ -253,7 +263,8 @@ def same_policy(
     def settings(model):
         adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
         lost = ("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "inference_mode")
-        return [{k: v for k, v in part.items() if k not in lost} for part in (causal_lm(model).config.to_dict(), *adapters.values())]
+        return [{k: v for k, v in part.items() if k not in lost}
+                for part in (causal_lm(model).config.to_dict(), *adapters.values())]
 
     if a is b:
         return True
@@ -272,7 +283,8 @@ def measure_candidates(
 ) -> list[list]:
     "What `measure` finds for the candidates that have something to measure."
     said = [[bool(text or ids) for text, ids in zip(r["completions"], _column(r, "token_ids"))] for r in lists]
-    kept = [[j for j, good in enumerate(row) if good and (wanted is None or wanted[i][j])] for i, row in enumerate(said)]
+    kept = [[j for j, good in enumerate(row) if good and (wanted is None or wanted[i][j])] for i,
+            row in enumerate(said)]
     parts = [select_candidates(r, keep) for r, keep in zip(lists, kept) if keep]
     found, results = iter(measure(parts) if parts else []), []
     for r, keep in zip(lists, kept):
@@ -293,7 +305,8 @@ def without_ends(
     "The list as if every candidate had been cut; log-probs that counted an end are no longer known."
     ids, logps = _column(record, "token_ids"), _column(record, "logps")
     ended = [bool(row) and row[-1] in ends for row in ids]
-    columns = {"finish_reasons": ["length"] * len(ids), "token_ids": [row[:-1] if end else row for row, end in zip(ids, ended)],
+    columns = {"finish_reasons": ["length"] * len(ids),
+               "token_ids": [row[:-1] if end else row for row, end in zip(ids, ended)],
                "logps": [None if end else value for value, end in zip(logps, ended)]}
     return {**record, "meta": {**(record.get("meta") or {}), **columns}}
 
@@ -321,7 +334,8 @@ def sampled_logps(
     same = same_policy(policy[0], start[0]) and _same_prompts(policy[1], start[1], lists, max_prompt_length)
     base = own if same else read(start)
     _tell_read_again(lists, one or start[1], prints[0] != prints[1])
-    return [{"tokens": [n for _, n in a], "logps": [v for v, _ in a], "start_tokens": [n for _, n in b], "start_logps": [v for v, _ in b],
+    return [{"tokens": [n for _, n in a], "logps": [v for v, _ in a], "start_tokens": [n for _, n in b],
+             "start_logps": [v for v, _ in b],
              "same_tokenizer": prints[0] == prints[1]} for a, b in zip(own, base)]
 
 # %% ../nbs/17_logprobs.ipynb #0f7bf39f
@@ -342,6 +356,13 @@ def _tell_read_again(lists, tokenizer, other: bool) -> None:
     "One line about candidates whose drawn tokens cannot be used."
     drawn = [bool(ids) for r in lists for text, ids in zip(r["completions"], drawn_tokens(r, tokenizer)) if text]
     if other:
-        logger.warning("the start policy has another tokenizer: %d of %d candidates are read in tokens of its own, and there is no KL", drawn.count(False), len(drawn))
+        logger.warning("the start policy has another tokenizer: %d of %d candidates are read in tokens of its own, "
+                       "and there is no KL", drawn.count(False), len(drawn))
     elif not all(drawn):
-        logger.warning("%d of %d candidates have no drawn tokens that say their text: it was tokenized again", drawn.count(False), len(drawn))
+        logger.warning("%d of %d candidates have no drawn tokens that say their text: it was tokenized again",
+                       drawn.count(False), len(drawn))
+
+# %% ../nbs/17_logprobs.ipynb #078cb19d
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 def batch_parts(
     batch: dict,  # from `ListCollator`: B lists, N candidates
     candidates_at_once: int,  # of all lists together, 1 or more
-) -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:  # a smaller batch, and where its candidates stand in it: list, candidate
+# a smaller batch, and where its candidates stand in it: list, candidate
+) -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
     "The batch in runs of at most so many candidates."
     count = len(batch["completion_lengths"])
     for first in range(0, count, candidates_at_once):
@@ -45,8 +46,10 @@ def batch_parts(
         width = batch["completion_lengths"][rows].max()
         mask = torch.zeros(len(lists), int(candidate.max()) + 1, dtype=torch.bool, device=place.device)
         part = {"prompt_ids": batch["prompt_ids"][lists], "prompt_lengths": batch["prompt_lengths"][lists],
-                "completion_ids": batch["completion_ids"][rows, :width], "completion_lengths": batch["completion_lengths"][rows],
-                "list_index": place, "candidate_index": candidate, "mask": mask.index_put((place, candidate), mask.new_tensor(True))}
+                "completion_ids": batch["completion_ids"][rows, :width],
+                "completion_lengths": batch["completion_lengths"][rows],
+                "list_index": place, "candidate_index": candidate,
+                "mask": mask.index_put((place, candidate), mask.new_tensor(True))}
         part["prompt_ids"] = part["prompt_ids"][:, : int(part["prompt_lengths"].max())]
         yield part, place, candidate
 

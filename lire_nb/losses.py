@@ -15,6 +15,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .base.errors import moved
+
 # %% ../nbs/10_losses.ipynb #36578e21
 def _fail(what: str, value: object, allowed: str) -> NoReturn:
     "Raise the one kind of error that this module raises."
@@ -42,7 +44,8 @@ def _check_choice(name: str, x: object, allowed):
 
 # %% ../nbs/10_losses.ipynb #1460f6ce
 def _real(x: Tensor, mask: Tensor | None, name: str = "logps") -> Tensor:
-    "The mask `(B, M)` of the argument `name`, all True if there is none; complains about what cannot be a batch of lists."
+    """The mask `(B, M)` of the argument `name`, all True if there is none; complains about what cannot be a batch of
+    lists."""
     _check_tensor(name, x)
     if x.ndim != 2 or x.numel() == 0:
         _fail(f"{name}.shape", tuple(x.shape), "it must be (B, M), B ≥ 1 prompts with M ≥ 1 candidates each")
@@ -53,7 +56,8 @@ def _real(x: Tensor, mask: Tensor | None, name: str = "logps") -> Tensor:
         _fail("mask.dtype", mask.dtype, "it must be torch.bool, True for a real candidate; use mask.bool()")
     empty = ~mask.any(dim=-1)
     if empty.any():
-        _fail(f"mask[{empty.nonzero()[0].item()}]", "all False", "every list needs at least one candidate; leave out lists that have none")
+        _fail(f"mask[{empty.nonzero()[0].item()}]", "all False",
+              "every list needs at least one candidate; leave out lists that have none")
     return mask
 
 # %% ../nbs/10_losses.ipynb #c912a8d3
@@ -61,12 +65,14 @@ def scored_mask(
     rewards: Tensor,  # (B, M), nan where a candidate has no reward
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
 ) -> Tensor:  # (B, M) bool, True for a real candidate that has a reward
-    "The real candidates that have a reward: the mask for a loss where rewards are missing. Raises ValueError on a bad shape or mask."
+    """The real candidates that have a reward: the mask for a loss where rewards are missing. Raises ValueError on a bad
+    shape or mask."""
     return _real(rewards, mask, "rewards") & ~rewards.isnan()
 
 # %% ../nbs/10_losses.ipynb #42d7d4d9
 class _Lists(NamedTuple):
-    "A batch without nan or inf from behind the mask. All `(B, M)`, float32 or float64; 0 (lengths: 1) where `mask` is False."
+    """A batch without nan or inf from behind the mask. All `(B, M)`, float32 or float64; 0 (lengths: 1) where `mask` is
+    False."""
     logps: Tensor
     rewards: Tensor
     mask: Tensor  # bool, at least one True in every row
@@ -119,7 +125,8 @@ def list_probs(
     *,
     temperature: float = 2.0,  # T > 0
 ) -> Tensor:  # (B, M), each row sums to 1, masked entries are exactly 0
-    "The model's belief over its list, P = softmax(logps / T). Raises ValueError on bad shapes or T. Source: arXiv 2405.13516, eq. 4."
+    """The model's belief over its list, P = softmax(logps / T). Raises ValueError on bad shapes or T. Source: arXiv
+    2405.13516, eq. 4."""
     _check_number("temperature", temperature)
     mask = _real(logps, mask)
     return _softmax(logps.to(_wide(logps)), mask, temperature)
@@ -162,7 +169,8 @@ def transform_rewards(
     *,
     reward_transform: str = "zscore",  # "softmax", "none", "zscore" or "rank"
 ) -> Tensor:  # (B, M), 0 where masked
-    "What weighs P in `lire_loss`. Raises ValueError on an unknown name or bad rewards. Source of softmax: the authors' code."
+    """What weighs P in `lire_loss`. Raises ValueError on an unknown name or bad rewards. Source of softmax: the
+    authors' code."""
     _check_choice("reward_transform", reward_transform, _TRANSFORMS)
     mask = _real(rewards, mask, "rewards")
     rewards = _finite(rewards, mask, torch.promote_types(rewards.dtype, torch.float32))
@@ -263,8 +271,10 @@ def lire_loss(
     rewards: Tensor,  # (B, M), finite where not masked
     mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
     *,
-    temperature: float | str = "auto",  # T > 0 in the score's unit, or "auto": the standard deviation of the list's log-probs
-    reward_transform: str = "zscore",  # "softmax" (the authors' code), "none" (the paper's equation), "zscore" or "rank"
+    # T > 0 in the score's unit, or "auto": the standard deviation of the list's log-probs
+    temperature: float | str = "auto",
+    # "softmax" (the authors' code), "none" (the paper's equation), "zscore" or "rank"
+    reward_transform: str = "zscore",
     sft_weight: float = 0.0,  # α ≥ 0, the weight of the best candidate's cross-entropy
     sft_normalize: str = "token",  # that cross-entropy per "token", or the "sum" over tokens
     length_normalize: bool = False,  # P from logps / lengths: the same as score="token"
@@ -272,7 +282,8 @@ def lire_loss(
     lengths: Tensor | None = None,  # (B, M) completion token counts, read where something is per token
     ref_logps: Tensor | None = None,  # (B, M) the reference model's log-probs, read where the score is a ratio
 ) -> Tensor:  # (B,) in float32, or float64 if logps is
-    "−Σ_j P_j·R_j + α·L_SFT. Raises ValueError on bad input. Source: arXiv 2405.13516, eq. 4 and 5, and the authors' code."
+    """−Σ_j P_j·R_j + α·L_SFT. Raises ValueError on bad input. Source: arXiv 2405.13516, eq. 4 and 5, and the authors'
+    code."""
     score = _lire_score(score, length_normalize)
     _check_choice("reward_transform", reward_transform, _TRANSFORMS)
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
@@ -363,3 +374,8 @@ def pair_metrics(
         "kendall": _kendall(x.logps, x),
         "no_signal": none.to(x.logps.dtype),
     }
+
+# %% ../nbs/10_losses.ipynb #2e158a2a
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

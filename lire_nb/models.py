@@ -57,7 +57,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except ImportError as e:
-        raise ModelError("gguf is missing", field="asset", value=gguf.name, allowed="the gguf reader installed", remedy="pip install 'lire_nb[assets]'") from e
+        raise ModelError("gguf is missing", field="asset", value=gguf.name, allowed="the gguf reader installed",
+                         remedy="pip install 'lire_nb[assets]'") from e
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     clean = type(model)(type(model.config).from_dict(config))
@@ -75,7 +76,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
             if not target.exists():  # else another process was faster
                 raise
     except (OSError, SafetensorError) as e:
-        raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache", remedy="free 600 MB, or name another place in LIRE_NB_CACHE") from e
+        raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache",
+                         remedy="free 600 MB, or name another place in LIRE_NB_CACHE") from e
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,13 +100,15 @@ def resolve_model(
     if Path(name).is_dir():
         return _check_folder(Path(name))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError("unknown model", field="model", value=name, allowed=f"an existing folder, a hub id owner/name, or one of {', '.join(MODEL_ASSETS)}",
+        raise ModelError("unknown model", field="model", value=name,
+                         allowed=f"an existing folder, a hub id owner/name, or one of {', '.join(MODEL_ASSETS)}",
                          remedy="check the spelling, or give a folder written by save_pretrained")
     return name
 
 # %% ../nbs/35_models.ipynb #87de2b9c
 def _check_folder(folder: Path) -> str:
-    "A model folder must hold a configuration and safetensors weights: a full model (whole or sharded) or an adapter, not both."
+    """A model folder must hold a configuration and safetensors weights: a full model (whole or sharded) or an adapter,
+    not both."""
     adapter = (folder / "adapter_config.json").is_file()
     config = adapter or (folder / "config.json").is_file()
     files = [p.name for p in folder.glob("*.safetensors")]
@@ -114,7 +118,8 @@ def _check_folder(folder: Path) -> str:
                          remedy="move adapter_config.json or the full weights into a folder of their own")
     if not (config and weights):
         missing = "config.json" if not config else "adapter_model.safetensors" if adapter else "*.safetensors weights"
-        raise ModelError(f"no {missing} in this folder", file=folder, field="model", allowed="a folder with config.json and safetensors weights",
+        raise ModelError(f"no {missing} in this folder", file=folder, field="model",
+                         allowed="a folder with config.json and safetensors weights",
                          remedy="write it with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)")
     return str(folder)
 
@@ -148,8 +153,10 @@ def load_tokenizer(
 
     tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(name))
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError("no end-of-text token and no padding token", field="tokenizer", value=str(name), allowed="a tokenizer that says how a text ends",
-                         remedy="set tokenizer.eos_token to the token that ended the texts of pretraining, and save_pretrained it beside the model")
+        raise ModelError("no end-of-text token and no padding token", field="tokenizer", value=str(name),
+                         allowed="a tokenizer that says how a text ends",
+                         remedy="set tokenizer.eos_token to the token that ended the texts of pretraining, and "
+                                "save_pretrained it beside the model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -186,9 +193,11 @@ def load_reward_backbone(
     "Load an encoder or decoder with a scalar head; a missing head is initialized, seed it with `torch.manual_seed`."
     from transformers import AutoModelForSequenceClassification
 
-    model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1, output_loading_info=True, **kwargs)
+    model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1,
+                                   output_loading_info=True, **kwargs)
     if info["missing_keys"] and not new_head:
-        raise ModelError("no trained reward head in the weights", field="reward model", value=str(name), allowed="a sequence classification model with one label",
+        raise ModelError("no trained reward head in the weights", field="reward model", value=str(name),
+                         allowed="a sequence classification model with one label",
                          remedy="train one: rewards.train_reward_model, or lire train-reward")
     tokenizer = load_tokenizer(name)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -209,7 +218,8 @@ def adapter_config(
             return config
     except (ValueError, KeyError, TypeError):
         pass
-    raise ModelError("not the configuration of an adapter", file=path, field="model", allowed="JSON with peft_type and base_model_name_or_path",
+    raise ModelError("not the configuration of an adapter", file=path, field="model",
+                     allowed="JSON with peft_type and base_model_name_or_path",
                      remedy="write the folder again with save_pretrained of the peft model")
 
 # %% ../nbs/35_models.ipynb #8bab74fa
@@ -224,8 +234,11 @@ def adapter_base(
     for base in (named, folder / named):
         if named and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
             if (Path(base) / "adapter_config.json").is_file():
-                raise ModelError("the base of this adapter is an adapter itself", file=folder, field="base_model_name_or_path", value=named,
-                                 allowed="a full model", remedy="train again from that adapter: lire train --merge-adapter, or with its own rank and targets")
+                raise ModelError("the base of this adapter is an adapter itself", file=folder,
+                                 field="base_model_name_or_path", value=named,
+                                 allowed="a full model",
+                                 remedy="train again from that adapter: lire train --merge-adapter, or with its own "
+                                        "rank and targets")
             return str(base)
     try:
         resolve_model(named)
@@ -235,8 +248,10 @@ def adapter_base(
 
 # %% ../nbs/35_models.ipynb #716af8d2
 def _no_base(name, base, error: Exception) -> ModelError:
-    return ModelError(f"the base of this adapter cannot be had ({getattr(error, 'reason', error)})", file=resolve_model(name), field="base_model_name_or_path", value=base,
-                      allowed="an asset, a folder that is there, or a hub id", remedy="put the base back, or write its new place into adapter_config.json")
+    return ModelError(f"the base of this adapter cannot be had ({getattr(error, 'reason', error)})",
+                      file=resolve_model(name), field="base_model_name_or_path", value=base,
+                      allowed="an asset, a folder that is there, or a hub id",
+                      remedy="put the base back, or write its new place into adapter_config.json")
 
 # %% ../nbs/35_models.ipynb #08acd0bc
 def _with_adapter(model, name):
@@ -248,8 +263,13 @@ def _with_adapter(model, name):
             warnings.filterwarnings("error", message=".*missing adapter keys.*")  # else they stay at their first values
             return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as e:
-        raise ModelError(f"the adapter cannot be put on its base: {' '.join(str(e).split())[:160]}", file=folder, field="model", allowed="an adapter of this base",
-                         remedy="check base_model_name_or_path in adapter_config.json, or train the adapter again") from e
+        raise ModelError(
+            f"the adapter cannot be put on its base: {' '.join(str(e).split())[:160]}",
+            file=folder,
+            field="model",
+            allowed="an adapter of this base",
+            remedy="check base_model_name_or_path in adapter_config.json, or train the adapter again",
+        ) from e
 
 # %% ../nbs/35_models.ipynb #e2427d0b
 def merged_policy(
@@ -267,7 +287,8 @@ def import_peft():
     try:
         import peft
     except ImportError as e:
-        raise ModelError("peft is missing", field="adapter", allowed="the package peft installed", remedy="pip install 'lire_nb[lora]'") from e
+        raise ModelError("peft is missing", field="adapter", allowed="the package peft installed",
+                         remedy="pip install 'lire_nb[lora]'") from e
     return peft
 
 # %% ../nbs/35_models.ipynb #ebe0ee2e
@@ -284,7 +305,8 @@ def _hub_file(name: str, file: str) -> str | None:
     from transformers.utils import cached_file
 
     try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
     except (OSError, ValueError):
         return None
 
@@ -299,8 +321,10 @@ def _from_pretrained(cls, name, **kwargs):
         if isinstance(e, PermissionError):
             raise
         if Path(source).is_dir():
-            raise ModelError(f"cannot be loaded: {str(e).splitlines()[0][:200]}", file=source, field="model", remedy="write the folder again with save_pretrained") from e
-        raise ModelError("cannot be loaded", field="model", value=str(name), allowed=f"a hub id that can be reached, a folder, or one of {', '.join(MODEL_ASSETS)}",
+            raise ModelError(f"cannot be loaded: {str(e).splitlines()[0][:200]}", file=source, field="model",
+                             remedy="write the folder again with save_pretrained") from e
+        raise ModelError("cannot be loaded", field="model", value=str(name),
+                         allowed=f"a hub id that can be reached, a folder, or one of {', '.join(MODEL_ASSETS)}",
                          remedy="check the id and the network, or use a folder or a bundled asset") from e
 
 # %% ../nbs/35_models.ipynb #65567f50
@@ -362,12 +386,15 @@ def common_context(*models) -> int | None:  # None among the models stands for n
     return min((n for m in models if m is not None and (n := context_of(m)) is not None), default=None)
 
 # %% ../nbs/35_models.ipynb #3eb3dc82
-_NO_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "use_cache",
-               "base_model_name_or_path", "peft_version", "inference_mode"}  # where a model came from, and how fast it is computed
+_NO_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "_attn_implementation", "attn_implementation",
+               "use_cache",
+               # where a model came from, and how fast it is computed
+               "base_model_name_or_path", "peft_version", "inference_mode"}
 
 # %% ../nbs/35_models.ipynb #2925fc35
 def config_content(config) -> str:
-    "What a configuration says about what a model computes: rope, windows, caps, an adapter's alpha; not where it came from."
+    """What a configuration says about what a model computes: rope, windows, caps, an adapter's alpha; not where it came
+    from."""
     def content(value):
         if isinstance(value, dict):
             return {str(k): content(v) for k, v in value.items() if k not in _NO_CONTENT}
@@ -399,6 +426,7 @@ def model_fingerprint(
 def _adapters(model) -> list:
     "Which adapters are on, with which factor; the same weights compute something else when one is off."
     configs = getattr(model, "peft_config", None)
-    layers = [(name, sorted(getattr(m, "scaling", {}).items()), list(m.active_adapters), m.disable_adapters, sorted(m.merged_adapters))
+    layers = [(name, sorted(getattr(m, "scaling", {}).items()), list(m.active_adapters), m.disable_adapters,
+               sorted(m.merged_adapters))
               for name, m in model.named_modules() if hasattr(m, "merged_adapters") and hasattr(m, "disable_adapters")]
     return [layers, sorted((k, config_content(c)) for k, c in configs.items()) if isinstance(configs, dict) else []]

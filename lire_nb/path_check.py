@@ -95,7 +95,8 @@ def check_paths(
         began, said = time.perf_counter(), set() if again else {check.reason for check in known.values()}
         with _in_float32(lm), _nowhere_zero(model):
             found = _check(_called(model), lm, length)
-        known[key] = PathCheck(*found[:4], not_kept="".join(found[4:]), seconds=time.perf_counter() - began, context=context_of(model))
+        known[key] = PathCheck(*found[:4], not_kept="".join(found[4:]), seconds=time.perf_counter() - began,
+                               context=context_of(model))
         if found[2] not in said | {""} and found[0] == "full":
             logger.warning("the model's head cannot be exchanged (%s); full logits are computed", found[2])
         elif found[2] not in said | {""} and found[0] == "chunks":
@@ -203,7 +204,8 @@ def _check(model, lm, length: int) -> tuple:
     if isinstance(truth, str):
         return "refused", False, truth, errors
     batch, problem = to_device(ListCollator()(lists), next(lm.parameters()).device), _why_not(lm)
-    wrong = lambda path, **how: _compare(model, lm, batch, path, truth, tolerance, errors, training, **how)  # noqa: E731
+    wrong = lambda path, **how: _compare(model, lm, batch, path, truth, tolerance, errors, training,
+                                         **how)  # noqa: E731
     if not problem:
         enable_shared(lm)  # the padded path must stay right with it
         problem = wrong("shared") or wrong("padded", gradient=False)  # the same head

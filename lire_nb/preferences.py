@@ -24,27 +24,34 @@ def preferences(
     new: Sequence[Sequence[float]],  # scores of each prompt's samples
     old: Sequence[Sequence[float]],  # the same prompts; the number of samples may differ
 ) -> list[float]:  # for each prompt, the share of comparisons won by `new`, ties a half
-    "One preference a prompt from the scores of a judge; raises `LireError` for unequal numbers and for prompts without finite scores."
+    """One preference a prompt from the scores of a judge; raises `LireError` for unequal numbers and for prompts
+    without finite scores."""
     _same_number(new=new, old=old)
     for side, lists in (("new", new), ("old", old)):
         for i, scores in enumerate(lists):
             if len(scores) == 0 or not all(s is not None and math.isfinite(s) for s in scores):
-                raise LireError("no score to compare", field=f"{side}, prompt {i}", value=list(scores), allowed="one finite score or more", remedy="score this prompt's samples again, or leave the prompt out of both")
-    return [float(np.mean((np.sign(np.subtract.outer(np.asarray(a, float), np.asarray(b, float))) + 1) / 2)) for a, b in zip(new, old)]
+                raise LireError("no score to compare", field=f"{side}, prompt {i}", value=list(scores),
+                                allowed="one finite score or more",
+                                remedy="score this prompt's samples again, or leave the prompt out of both")
+    return [float(np.mean((np.sign(np.subtract.outer(np.asarray(a, float), np.asarray(b, float))) + 1) / 2)) for a,
+            b in zip(new, old)]
 
 # %% ../nbs/21_preferences.ipynb #1fe51bec
 def _same_number(**columns) -> None:
     "All columns hold one entry a prompt."
     counts = {name: len(values) for name, values in columns.items()}
     if len(set(counts.values())) > 1:
-        raise LireError("unequal numbers", field=", ".join(counts), value=tuple(counts.values()), allowed="the same prompts in all of them", remedy="evaluate all of them on the same prompts, in the same order")
+        raise LireError("unequal numbers", field=", ".join(counts), value=tuple(counts.values()),
+                        allowed="the same prompts in all of them",
+                        remedy="evaluate all of them on the same prompts, in the same order")
 
 # %% ../nbs/21_preferences.ipynb #4a32d6af
 def share_interval(
     values: Sequence[float],  # one a prompt, each between 0 and 1
     **options,  # for `bootstrap_interval`
 ) -> Interval:
-    "Mean of values between 0 and 1: as `bootstrap_interval`, but Wilson's below 20 prompts and where all values are equal."
+    """Mean of values between 0 and 1: as `bootstrap_interval`, but Wilson's below 20 prompts and where all values are
+    equal."""
     found = bootstrap_interval(values, **options)
     if len(values) >= FEW and np.ptp(values) > 0:
         return found
@@ -69,8 +76,11 @@ def _checked_preferences(preferences) -> np.ndarray:
     values = np.array([math.nan if p is None else p for p in preferences], dtype=float)
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
     if len(bad):
-        raise LireError(f"out of range in {len(bad)} of {len(values)} prompts, first in prompt {bad[0]}", field="preferences", value=list(preferences)[bad[0]],
-                        allowed="0 … 1, 0.5 for a tie", remedy="turn verdicts into shares first (preferences, load_verdicts) and leave out prompts that nobody judged")
+        raise LireError(f"out of range in {len(bad)} of {len(values)} prompts, first in prompt {bad[0]}",
+                        field="preferences", value=list(preferences)[bad[0]],
+                        allowed="0 … 1, 0.5 for a tie",
+                        remedy="turn verdicts into shares first (preferences, load_verdicts) and leave out prompts "
+                               "that nobody judged")
     return values
 
 # %% ../nbs/21_preferences.ipynb #2d488cc4
@@ -85,7 +95,8 @@ def leaderboard(
     for v in verdicts:
         groups.setdefault((v["system"], v["baseline"]), []).append(v)
     judged = {key: [v for v in group if v["preference"] is not None] for key, group in groups.items()}
-    columns = {key: tuple([v[name] for v in group] for name in ("preference", "length", "baseline_length")) for key, group in judged.items()}
+    columns = {key: tuple([v[name] for v in group] for name in ("preference", "length", "baseline_length")) for key,
+               group in judged.items()}
     slope = length_slope(columns.values()) if length_control else None
     table = []
     for (system, baseline), group in groups.items():
@@ -105,10 +116,13 @@ RIDGE = 0.01
 
 def _length_term(lengths, reference_lengths) -> np.ndarray:
     "Length differences; raises `LireError` where one is not known."
-    columns = [np.array([math.nan if v is None else v for v in values], dtype=float) for values in (lengths, reference_lengths)]
+    columns = [np.array([math.nan if v is None else v for v in values], dtype=float)
+               for values in (lengths, reference_lengths)]
     missing = int(np.isnan(columns).any(0).sum())
     if missing:
-        raise LireError("not a length", field="lengths, reference_lengths", value=f"{missing} of {len(columns[0])} unknown", allowed="a length for every judged prompt", remedy="give the lengths of both answers, or leave length control out")
+        raise LireError("not a length", field="lengths, reference_lengths",
+                        value=f"{missing} of {len(columns[0])} unknown", allowed="a length for every judged prompt",
+                        remedy="give the lengths of both answers, or leave length control out")
     return columns[0] - columns[1]
 
 # %% ../nbs/21_preferences.ipynb #7bcde5e0
@@ -121,7 +135,8 @@ def _squashed(delta: np.ndarray, weights: np.ndarray | None = None) -> np.ndarra
     return np.tanh(np.divide(delta, sd, out=np.zeros(weights.shape), where=sd > 1e-9))
 
 # %% ../nbs/21_preferences.ipynb #e965b3ef
-def _fit_length(y: np.ndarray, delta: np.ndarray, weights: np.ndarray, slope: float | None) -> tuple[np.ndarray, np.ndarray]:
+def _fit_length(y: np.ndarray, delta: np.ndarray, weights: np.ndarray,
+                slope: float | None) -> tuple[np.ndarray, np.ndarray]:
     "θ and φ of each row of weights (B, n), by Newton's method; a given slope stays as it is."
     x = _squashed(delta, weights)
     theta, phi = np.zeros(len(weights)), np.full(len(weights), 0.0 if slope is None else slope)
@@ -149,18 +164,25 @@ def length_controlled_win_rate(
     confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
-) -> dict:  # win_rate, low, high, method, theta, slope; no interval (None) below 20 prompts, where a bootstrap does not cover; Wilson's where all prompts say the same
-    "The win rate predicted for answers of equal length, with a bootstrap interval over prompts (Dubois et al., 2024, without instruction difficulty)."
+# win_rate, low, high, method, theta, slope; no interval (None) below 20 prompts, where a bootstrap does not cover;
+# Wilson's where all prompts say the same
+) -> dict:
+    """The win rate predicted for answers of equal length, with a bootstrap interval over prompts (Dubois et al., 2024,
+    without instruction difficulty)."""
     _same_number(preferences=preferences, lengths=lengths, reference_lengths=reference_lengths)
     y, delta = _checked_preferences(preferences), _length_term(lengths, reference_lengths)
     if len(y) < 2:
-        raise LireError("too few", field="preferences", value=len(y), allowed="two prompts or more", remedy="judge more prompts")
+        raise LireError("too few", field="preferences", value=len(y), allowed="two prompts or more",
+                        remedy="judge more prompts")
     (theta,), (phi,) = _fit_length(y, delta, np.ones((1, len(y))), slope)
-    found = {"win_rate": float(expit(theta)), "low": None, "high": None, "method": None, "theta": float(theta), "slope": float(phi)}
+    found = {"win_rate": float(expit(theta)), "low": None, "high": None, "method": None, "theta": float(theta),
+             "slope": float(phi)}
     if len(y) < FEW:
         return found
     if np.ptp(y) == 0:  # every draw would be the same, as in `win_rate`
-        return {**found, **{k: v for k, v in wilson_interval(found["win_rate"], len(y), confidence)._asdict().items() if k != "value"}}
+        return {**found,
+                **{k: v for k,
+                   v in wilson_interval(found["win_rate"], len(y), confidence)._asdict().items() if k != "value"}}
     rng, tail, drawn = np.random.default_rng(seed), (1 - confidence) / 2, []
     for first in range(0, resamples, 250):  # memory: 250 × prompts
         weights = rng.multinomial(len(y), np.full(len(y), 1 / len(y)), size=min(250, resamples - first)).astype(float)
@@ -170,7 +192,8 @@ def length_controlled_win_rate(
 
 # %% ../nbs/21_preferences.ipynb #c672099f
 def length_slope(
-    systems: Iterable[tuple[Sequence[float], Sequence[float], Sequence[float]]],  # preferences, lengths, reference lengths of each
+    # preferences, lengths, reference lengths of each
+    systems: Iterable[tuple[Sequence[float], Sequence[float], Sequence[float]]],
 ) -> float:  # φ
     "One slope for length over several systems, each with an effect of its own."
     parts = []
@@ -185,7 +208,8 @@ def length_slope(
         w = q * (1 - q)
         g, h, c = (np.bincount(index, v, len(parts)) for v in (y - q, w, w * x))
         g, h = g - RIDGE * theta, h + RIDGE
-        step = np.clip((((y - q) * x).sum() - RIDGE * phi - (c * g / h).sum()) / ((w * x * x).sum() + RIDGE - (c * c / h).sum()), -2, 2)
+        step = np.clip((((y - q) * x).sum() - RIDGE * phi - (c * g / h).sum())
+                       / ((w * x * x).sum() + RIDGE - (c * c / h).sum()), -2, 2)
         theta, phi = theta + np.clip((g - c * step) / h, -2, 2), phi + step
         if abs(step) < 1e-10:
             break
@@ -205,21 +229,26 @@ def win_matrix(
             for b in systems[i + 1 :]:
                 won = win_rate(preferences(_scores(rows[a], judge), _scores(rows[b], judge)), **options)
                 for system, opponent, found in ((a, b, won), (b, a, _mirrored(won))):
-                    cells.append({"judge": judge, "system": system, "opponent": opponent, "prompts": len(rows[a]), **found})
+                    cells.append({"judge": judge, "system": system, "opponent": opponent, "prompts": len(rows[a]),
+                                  **found})
     order = {name: i for i, name in enumerate(systems)}
-    return sorted(cells, key=lambda c: (list(rows[systems[0]][0]["scores"]).index(c["judge"]), order[c["system"]], order[c["opponent"]]))
+    return sorted(cells,
+                  key=lambda c: (list(rows[systems[0]][0]["scores"]).index(c["judge"]), order[c["system"]],
+                                 order[c["opponent"]]))
 
 # %% ../nbs/21_preferences.ipynb #5ac8a608
 def _mirrored(won: dict) -> dict:
     "The same comparison seen from the other side."
-    return {**won, "win_rate": 1 - won["win_rate"], "low": 1 - won["high"], "high": 1 - won["low"], "wins": won["losses"], "losses": won["wins"],
+    return {**won, "win_rate": 1 - won["win_rate"], "low": 1 - won["high"], "high": 1 - won["low"],
+            "wins": won["losses"], "losses": won["wins"],
             "discrete_win_rate": 1 - won["discrete_win_rate"]}
 
 
 def _scores(rows: list[dict], judge: str) -> list[list[float]]:
     "Each prompt's scores by one judge."
     if rows and judge not in rows[0]["scores"]:
-        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]), remedy="name one of these, or score the rows with it first")
+        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]),
+                        remedy="name one of these, or score the rows with it first")
     return [r["scores"][judge] for r in rows]
 
 # %% ../nbs/21_preferences.ipynb #c908e633
@@ -228,7 +257,8 @@ def _check_same_prompts(rows: dict[str, list[dict]]) -> None:
     ids = [r["id"] for r in rows[first]]
     for system, own in rows.items():
         if [r["id"] for r in own] != ids:
-            raise LireError("not the same prompts in the same order", field=f"rows of {system!r}", allowed=f"the {len(ids)} prompts of {first!r}",
+            raise LireError("not the same prompts in the same order", field=f"rows of {system!r}",
+                            allowed=f"the {len(ids)} prompts of {first!r}",
                             remedy="evaluate all systems on the same prompts")
 
 # %% ../nbs/21_preferences.ipynb #80e16a80
@@ -241,7 +271,8 @@ def system_difference(
 ) -> Interval:
     "Mean reward of one system minus that of another, paired over prompts."
     _check_same_prompts({old: rows[old], new: rows[new]})
-    return paired_difference(*([float(np.mean(s)) for s in _scores(rows[name], judge)] for name in (new, old)), **options)
+    return paired_difference(*([float(np.mean(s)) for s in _scores(rows[name], judge)] for name in (new, old)),
+                             **options)
 
 # %% ../nbs/21_preferences.ipynb #3aacec81
 def judge_verdicts(
@@ -251,7 +282,8 @@ def judge_verdicts(
 ) -> dict[str, list[int]]:  # judge -> for each prompt 1 won, 0 tied, -1 lost
     "What every judge says of every prompt."
     _check_same_prompts({"old": old, "new": new})
-    return {judge: [int(np.sign(p - 0.5)) for p in preferences(_scores(new, judge), _scores(old, judge))] for judge in judges or list(new[0]["scores"])}
+    return {judge: [int(np.sign(p - 0.5)) for p in preferences(_scores(new, judge), _scores(old, judge))]
+            for judge in judges or list(new[0]["scores"])}
 
 # %% ../nbs/21_preferences.ipynb #c0a151e5
 def judge_agreement(
@@ -261,26 +293,33 @@ def judge_agreement(
     confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
-) -> Interval:  # NaN where all verdicts are the same: then there is no disagreement to expect; bounds NaN below 20 common prompts
-    "Krippendorff's alpha with a bootstrap interval over prompts; raises `LireError` for fewer than two judges or no prompt that two of them judged."
+# NaN where all verdicts are the same: then there is no disagreement to expect; bounds NaN below 20 common prompts
+) -> Interval:
+    """Krippendorff's alpha with a bootstrap interval over prompts; raises `LireError` for fewer than two judges or no
+    prompt that two of them judged."""
     try:
         import krippendorff
     except ImportError as e:
-        raise LireError("not installed", field="judge_agreement", value="krippendorff", allowed="the package krippendorff installed", remedy="pip install 'lire_nb[evaluation]'") from e
+        raise LireError("not installed", field="judge_agreement", value="krippendorff",
+                        allowed="the package krippendorff installed", remedy="pip install 'lire_nb[evaluation]'") from e
     _same_number(**verdicts)
     ratings = np.array([[math.nan if v is None else v for v in column] for column in verdicts.values()], dtype=float)
     domain = np.unique(ratings[~np.isnan(ratings)])
     counts = (ratings.T[:, :, None] == domain).sum(1)  # (prompts, values)
     counts = counts[counts.sum(1) >= 2]
     if len(verdicts) < 2 or not len(counts):
-        raise LireError("nothing to agree on", field="verdicts", value=f"{len(verdicts)} judges, {len(counts)} prompts judged by two",
-                        allowed="two judges and one common prompt, or more", remedy="have the same prompts judged by several")
+        raise LireError("nothing to agree on", field="verdicts",
+                        value=f"{len(verdicts)} judges, {len(counts)} prompts judged by two",
+                        allowed="two judges and one common prompt, or more",
+                        remedy="have the same prompts judged by several")
 
     def alpha(c: np.ndarray) -> float:
         seen = c.sum(0) > 0
-        return krippendorff.alpha(value_counts=c[:, seen], value_domain=domain[seen], level_of_measurement=level) if seen.sum() > 1 else math.nan
+        return krippendorff.alpha(value_counts=c[:, seen], value_domain=domain[seen],
+                                  level_of_measurement=level) if seen.sum() > 1 else math.nan
 
     rng, tail = np.random.default_rng(seed), (1 - confidence) / 2
-    drawn = [alpha(counts[rng.integers(0, len(counts), len(counts))]) for _ in range(resamples if len(domain) > 1 and len(counts) >= FEW else 0)]
+    drawn = [alpha(counts[rng.integers(0, len(counts), len(counts))])
+             for _ in range(resamples if len(domain) > 1 and len(counts) >= FEW else 0)]
     low, high = np.nanquantile(drawn, [tail, 1 - tail]) if drawn else (math.nan, math.nan)
     return Interval(float(alpha(counts)), float(low), float(high), "bootstrap" if drawn else None)

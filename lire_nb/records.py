@@ -128,12 +128,14 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)) and depth < 50:
         return [_check_meta(item, f"{field}[{i}]", depth + 1) for i, item in enumerate(value)]
     if isinstance(value, dict) and depth < 50:
-        return {_check_text(key, f"{field} key"): _check_meta(item, f"{field}.{key}", depth + 1) for key, item in value.items()}
+        return {_check_text(key, f"{field} key"): _check_meta(item, f"{field}.{key}", depth + 1) for key,
+                item in value.items()}
     raise ListError(
         "JSON cannot hold this value",
         field=field,
         value=value,
-        allowed="text, finite numbers, 64-bit integers, booleans, null, and at most 50 levels of lists and dicts of them",
+        allowed="text, finite numbers, 64-bit integers, booleans, null, and at most 50 levels of lists and dicts of "
+                "them",
         remedy="turn it into text or leave it out",
     )
 
@@ -141,26 +143,32 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
 def _checked(record: Any) -> dict:
     """The clean copy; errors without a place."""
     if not isinstance(record, dict):
-        raise ListError("not a record", value=record, allowed=f"a dict with {', '.join(FIELDS)}", remedy="use make_record")
+        raise ListError("not a record", value=record, allowed=f"a dict with {', '.join(FIELDS)}",
+                        remedy="use make_record")
     if record.keys() != FEATURES.keys():
         missing, extra = [f for f in FIELDS if f not in record], [f for f in record if f not in FIELDS]
         what = "missing field" if missing else "unknown field"
-        raise ListError(what, field=str((missing or extra)[0]), allowed=", ".join(FIELDS), remedy="use make_record; put what else there is into meta")
+        raise ListError(what, field=str((missing or extra)[0]), allowed=", ".join(FIELDS),
+                        remedy="use make_record; put what else there is into meta")
     if not _check_text(record["id"], "id"):
-        raise ListError("empty id", field="id", value="", allowed="a non-empty string", remedy="leave id out: make_record derives one")
+        raise ListError("empty id", field="id", value="", allowed="a non-empty string",
+                        remedy="leave id out: make_record derives one")
     clean = {"id": record["id"], "prompt": _check_prompt(record["prompt"])}
     for name in ("completions", "rewards", "sources"):
         clean[name] = _listed(record[name])
         if not isinstance(clean[name], list) or not clean[name]:
-            raise ListError("not a list of at least one", field=name, value=record[name], allowed="a list, M ≥ 1", remedy="give one entry a candidate")
+            raise ListError("not a list of at least one", field=name, value=record[name], allowed="a list, M ≥ 1",
+                            remedy="give one entry a candidate")
         if len(clean[name]) != len(clean["completions"]):
             lengths = f"{len(clean['completions'])} completions, {len(clean[name])} {name}"
-            raise ListError("unequal lengths", field=name, value=lengths, allowed="one entry a completion", remedy="complete it, or drop the row")
+            raise ListError("unequal lengths", field=name, value=lengths, allowed="one entry a completion",
+                            remedy="complete it, or drop the row")
     clean["completions"] = [_check_text(text, f"completions[{i}]") for i, text in enumerate(clean["completions"])]
     clean["rewards"] = [_check_reward(reward, f"rewards[{i}]") for i, reward in enumerate(clean["rewards"])]
     clean["sources"] = [_check_text(source, f"sources[{i}]") for i, source in enumerate(clean["sources"])]
     if not isinstance(record["meta"], dict):
-        raise ListError("not a dict", field="meta", value=record["meta"], allowed="a dict", remedy="write {} where there is nothing")
+        raise ListError("not a dict", field="meta", value=record["meta"], allowed="a dict",
+                        remedy="write {} where there is nothing")
     clean["meta"] = _check_meta(record["meta"])
     return clean
 
@@ -249,7 +257,8 @@ def _to_dataset(records: Iterable[dict]) -> Dataset:
     for chunk in (chunk for table in tables for column in table.columns for chunk in column.chunks):
         for buffer in filter(None, getattr(chunk, "storage", chunk).buffers()):
             digest.update(buffer)
-    return Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=FEATURES), fingerprint=digest.hexdigest()[:16])
+    return Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=FEATURES),
+                   fingerprint=digest.hexdigest()[:16])
 
 # %% ../nbs/12_records.ipynb #74ec05dc
 def lists_dataset(records: Iterable[dict]) -> Dataset:

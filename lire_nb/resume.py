@@ -36,8 +36,11 @@ def write_manifest(
     "Write manifest.json: size and SHA-256 of the files of a folder."
     folder = Path(folder)
     if files is None:
-        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json"]
-    manifest = {**facts, "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in sorted(files)}}
+        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()
+                 and p != folder / "manifest.json"]
+    manifest = {**facts,
+                "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
+                          for name in sorted(files)}}
     with atomic_write(folder / "manifest.json") as f:
         f.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
@@ -171,7 +174,8 @@ class _Watch(TrainerCallback):
         self.trainer._at_epoch_end = True
 
 # %% ../nbs/38_resume.ipynb #ad855e18
-_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")  # how torch.save says that the disk is full
+# how torch.save says that the disk is full
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 # %% ../nbs/38_resume.ipynb #a1d701ec
 class ExactTrainer(Trainer):
@@ -190,11 +194,13 @@ class ExactTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise LireError("no whole checkpoint", file=self.args.output_dir, field="resume_from_checkpoint", remedy="start without it")
+                raise LireError("no whole checkpoint", file=self.args.output_dir, field="resume_from_checkpoint",
+                                remedy="start without it")
         self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
         manifest = self._resumed and read_manifest(self._resumed)
         for name, what in (changed_files(self._resumed, manifest) if manifest else {}).items():
-            raise LireError(f"{name} is {what}", file=self._resumed, field="resume_from_checkpoint", remedy="delete this checkpoint and go on from an earlier one")
+            raise LireError(f"{name} is {what}", file=self._resumed, field="resume_from_checkpoint",
+                            remedy="delete this checkpoint and go on from an earlier one")
         return super().train(self._resumed, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -208,7 +214,8 @@ class ExactTrainer(Trainer):
             self._sampler.epoch = epoch
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        "Called at the end of a step and at the end of an epoch; a checkpoint of an epoch's last step waits for the second."
+        """Called at the end of a step and at the end of an epoch; a checkpoint of an epoch's last step waits for the
+        second."""
         closing = self.state.epoch == int(self.state.epoch) or self.control.should_training_stop or self.control.should_epoch_stop
         if self._at_epoch_end or not closing:
             self.control.should_save |= self._held
@@ -232,7 +239,8 @@ class ExactTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing older goes before this one is whole
+        # nothing older goes before this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -250,7 +258,8 @@ class ExactTrainer(Trainer):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             what = "no room for the optimizer's state" if isinstance(e, RuntimeError) else str(e).splitlines()[0]
-            raise LireError(f"cannot be written: {what}", file=folder, remedy="free some space or choose another place; older checkpoints are untouched") from e
+            raise LireError(f"cannot be written: {what}", file=folder,
+                            remedy="free some space or choose another place; older checkpoints are untouched") from e
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -270,7 +279,8 @@ class ExactTrainer(Trainer):
     def _save_pending(self, folder: Path) -> None:
         "What was seen since the last log."
         seen = {name: torch.cat(parts).tolist() for name, parts in self._seen["train"].items()}
-        pending = {"loss": float(self._tr_loss), "total": self._total_loss_scalar, "last_logged": self._globalstep_last_logged, "seen": seen}
+        pending = {"loss": float(self._tr_loss), "total": self._total_loss_scalar,
+                   "last_logged": self._globalstep_last_logged, "seen": seen}
         (folder / f"pending_{self.args.process_index}.json").write_text(json.dumps(pending))
 
     def _begin(self) -> None:

@@ -41,7 +41,8 @@ Reward = Callable[[list, list[str]], list[float]]  # (prompts, completions) -> o
 
 
 class RewardError(LireError):
-    "A reward that did not answer as it must. `span`: the half-open range of the texts it was asked about, where that is known."
+    """A reward that did not answer as it must. `span`: the half-open range of the texts it was asked about, where that
+    is known."""
     span: tuple[int, int] | None = None
 
 # %% ../nbs/15_rewards.ipynb #3aeee00e
@@ -51,9 +52,11 @@ def score_lists(
     *,
     only_missing: bool = False,  # keep the rewards that are there
 ) -> datasets.Dataset:  # the same lists with rewards
-    "Score every candidate; raises `LireError`, with the names of reward and list, when the reward raises, returns the wrong count or a number that is not finite."
+    """Score every candidate; raises `LireError`, with the names of reward and list, when the reward raises, returns the
+    wrong count or a number that is not finite."""
     records = [r | {"rewards": list(r["rewards"])} for r in map(dict, lists)]
-    todo = [(r, j) for r in records for j in range(len(r["completions"])) if not (only_missing and r["rewards"][j] is not None)]
+    todo = [(r, j) for r in records for j in range(len(r["completions"]))
+            if not (only_missing and r["rewards"][j] is not None)]
     try:
         scores = _ask(reward, todo)
     except RewardError as error:
@@ -78,9 +81,12 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     except LireError:
         raise
     except Exception as e:
-        raise RewardError(f"raised {type(e).__name__}", field=field, value=str(e), allowed="one number for each completion", remedy="look at this list; return a number for every text") from e
+        raise RewardError(f"raised {type(e).__name__}", field=field, value=str(e),
+                          allowed="one number for each completion",
+                          remedy="look at this list; return a number for every text") from e
     if len(scores) != len(todo):
-        raise RewardError("wrong number of scores", field=field, value=len(scores), allowed=allowed, remedy="return a list as long as the completions")
+        raise RewardError("wrong number of scores", field=field, value=len(scores), allowed=allowed,
+                          remedy="return a list as long as the completions")
     return scores
 
 # %% ../nbs/15_rewards.ipynb #fa92d0a7
@@ -108,7 +114,8 @@ def _finite(score, field: str) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         value = score
     if not (isinstance(value, float) and math.isfinite(value)):
-        raise RewardError("not finite" if isinstance(value, float) else "not a number", field=field, value=value, allowed="a finite number",
+        raise RewardError("not finite" if isinstance(value, float) else "not a number", field=field, value=value,
+                          allowed="a finite number",
                           remedy="look at this completion; return a number for every text")
     return value
 
@@ -122,7 +129,9 @@ class VaderReward:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as e:
-            raise LireError("not installed", field="reward", value="vader", allowed="the package vaderSentiment installed", remedy="pip install 'lire_nb[assets]'") from e
+            raise LireError("not installed", field="reward", value="vader",
+                            allowed="the package vaderSentiment installed",
+                            remedy="pip install 'lire_nb[assets]'") from e
         self.analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts, completions):
@@ -142,7 +151,8 @@ class ServerReward:
         url: str,
         *,
         name: str | None = None,  # in messages and in the manifest of a run; default: host and path
-        headers: dict[str, str] | None = None,  # e.g. an Authorization header, read from the environment by the caller; never shown or stored
+        # e.g. an Authorization header, read from the environment by the caller; never shown or stored
+        headers: dict[str, str] | None = None,
         batch_size: int = 32,  # texts a request
         in_flight: int = 4,  # requests at a time
         retries: int = 5,  # after the first try
@@ -151,10 +161,13 @@ class ServerReward:
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise LireError("not an address of a reward server", field="url", value=parts.scheme + "://…" if "@" in parts.netloc else url,
-                            allowed="http:// or https://, a host, no password in it", remedy="give the full address; put a key into headers=")
+            raise LireError("not an address of a reward server", field="url",
+                            value=parts.scheme + "://…" if "@" in parts.netloc else url,
+                            allowed="http:// or https://, a host, no password in it",
+                            remedy="give the full address; put a key into headers=")
         if min(batch_size, in_flight) < 1 or min(retries, backoff) < 0 or timeout <= 0:
-            raise LireError("out of range", field="batch_size, in_flight, retries, backoff, timeout", value=(batch_size, in_flight, retries, backoff, timeout),
+            raise LireError("out of range", field="batch_size, in_flight, retries, backoff, timeout",
+                            value=(batch_size, in_flight, retries, backoff, timeout),
                             allowed="at least 1, 1, 0, 0, and more than 0", remedy="change the one out of range")
         self.url, self.name = url, name or f"{parts.netloc}{parts.path}"
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", **(headers or {})}
@@ -180,7 +193,8 @@ class ServerReward:
             raise failed[0]
         return [score for job in jobs for score in job.result()]
 
-    def _chunk(self, prompts: list, completions: list[str], span: tuple[int, int], stop: threading.Event) -> list[float]:
+    def _chunk(self, prompts: list, completions: list[str], span: tuple[int, int],
+               stop: threading.Event) -> list[float]:
         "The scores of one request."
         body = self._post(json.dumps({"prompts": prompts, "completions": completions}).encode(), span, stop)
         try:
@@ -189,12 +203,15 @@ class ServerReward:
         except (ValueError, KeyError, TypeError, RecursionError):
             count = None
         if count is None:
-            raise self._error("the server answered something else", span, body[:60].decode(errors="replace"), '{"rewards": [one number for each completion]}')
+            raise self._error("the server answered something else", span, body[:60].decode(errors="replace"),
+                              '{"rewards": [one number for each completion]}')
         if count != len(completions):
             raise self._error("wrong number of scores", span, count, f"{len(completions)}, one for each completion")
         for i, r in enumerate(rewards):
-            if isinstance(r, bool) or not isinstance(r, (int, float)) or not abs(r) < 1e300:  # NaN and infinity compare false
-                raise self._error("not a finite number", (span[0] + i, span[0] + i + 1), r, "a finite number for each completion")
+            # NaN and infinity compare false
+            if isinstance(r, bool) or not isinstance(r, (int, float)) or not abs(r) < 1e300:
+                raise self._error("not a finite number", (span[0] + i, span[0] + i + 1), r,
+                                  "a finite number for each completion")
         return [float(r) for r in rewards]
 
     def _post(self, body: bytes, span: tuple[int, int], stop: threading.Event) -> bytes:
@@ -207,16 +224,19 @@ class ServerReward:
             except urllib.error.HTTPError as e:
                 problem, said = f"status {e.code}", e.headers.get("Retry-After", "")
                 if e.code not in (408, 425, 429) and e.code < 500:
-                    raise self._error(problem, span, _snippet(e), "status 200", "check the address, the key and what the server accepts") from None
+                    raise self._error(problem, span, _snippet(e), "status 200",
+                                      "check the address, the key and what the server accepts") from None
                 delay = max(delay, min(float(said), self.timeout)) if said.isdigit() else delay
                 e.close()
             except (OSError, http.client.HTTPException) as e:  # refused, reset, silent, broken off
                 problem = str(getattr(e, "reason", None) or e) or type(e).__name__
             if attempt < self.retries and stop.wait(delay):
                 break
-        raise self._error(f"no answer after {attempt + 1} tries", span, problem, "a server that answers", "start the server, check the address, or raise retries=")
+        raise self._error(f"no answer after {attempt + 1} tries", span, problem, "a server that answers",
+                          "start the server, check the address, or raise retries=")
 
-    def _error(self, reason: str, span: tuple[int, int], value, allowed: str, remedy: str = "look at the server's log for this request") -> RewardError:
+    def _error(self, reason: str, span: tuple[int, int], value, allowed: str,
+               remedy: str = "look at the server's log for this request") -> RewardError:
         error = RewardError(reason, field=f"reward {self.name!r}", value=value, allowed=allowed, remedy=remedy)
         error.span = span
         return error
@@ -287,13 +307,15 @@ class RewardModel:
             return self._row(prompt, completion)
         except LireError as e:
             value = {"value": e.value} if e.has_value else {}
-            error = RewardError(e.reason, field=f"reward {self.name!r}, {e.field}", allowed=e.allowed, remedy=e.remedy, **value)
+            error = RewardError(e.reason, field=f"reward {self.name!r}, {e.field}", allowed=e.allowed, remedy=e.remedy,
+                                **value)
             error.span = (i, i + 1)
             raise error from e
 
     def identity(self) -> dict:
         "What the scores depend on."
-        return {"weights": model_fingerprint(self.model, self.tokenizer), "tokenizer": tokenizer_identity(self.tokenizer), "max_length": self.max_length}
+        return {"weights": model_fingerprint(self.model, self.tokenizer),
+                "tokenizer": tokenizer_identity(self.tokenizer), "max_length": self.max_length}
 
     def save(self, folder: str | Path) -> None:
         "Weights as safetensors, tokenizer and settings beside them."
@@ -341,7 +363,8 @@ def train_reward_model(
     "Train a scalar reward from graded lists; raises `LireError` when no list holds an ordered pair."
     lists = [r for r in lists if _ordered_pairs(r["rewards"])]
     if not lists:
-        raise LireError("no list holds two different rewards", field="lists", allowed="lists with at least two different rewards",
+        raise LireError("no list holds two different rewards", field="lists",
+                        allowed="lists with at least two different rewards",
                         remedy="score the lists, or give preferences as rewards 1 and 0")
     devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
     with torch.random.fork_rng(devices):
@@ -358,10 +381,14 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
     "AdamW with a tenth of warm-up and linear decay."
     optimizer = torch.optim.AdamW(reward.model.parameters(), lr=lr, weight_decay=0.01)
     warm = max(1, len(steps) // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warm, (len(steps) - k) / max(1, len(steps) - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
+                                                 lambda k: min((k + 1) / warm,
+                                                               (len(steps) - k) / max(1, len(steps) - warm)))
     reward.model.train()
-    for batch in tqdm(steps, desc=f"training {reward.name}", unit="step", disable=True if os.environ.get("TQDM_DISABLE") or not progress else None):
-        scores = reward.scores([r["prompt"] for r in batch for _ in r["completions"]], [c for r in batch for c in r["completions"]])
+    for batch in tqdm(steps, desc=f"training {reward.name}", unit="step",
+                      disable=True if os.environ.get("TQDM_DISABLE") or not progress else None):
+        scores = reward.scores([r["prompt"] for r in batch for _ in r["completions"]],
+                               [c for r in batch for c in r["completions"]])
         parts = scores.split([len(r["completions"]) for r in batch])
         loss = torch.stack([ranking_loss(s, r["rewards"]) for s, r in zip(parts, batch)]).mean()
         optimizer.zero_grad()
@@ -394,7 +421,8 @@ def pair_accuracy(
         if verdicts:
             per_list.append(sum(0.5 + v / 2 for v in verdicts) / len(verdicts))
             pairs += len(verdicts)
-    return {"accuracy": sum(per_list) / len(per_list) if per_list else math.nan, "lists": len(per_list), "pairs": pairs, "per_list": per_list}
+    return {"accuracy": sum(per_list) / len(per_list) if per_list else math.nan, "lists": len(per_list), "pairs": pairs,
+            "per_list": per_list}
 
 # %% ../nbs/15_rewards.ipynb #a409876a
 def longer_wins(prompts: list, completions: list[str]) -> list[float]:
@@ -420,11 +448,13 @@ def graded_scores(
     rows = []
     for record, scored in zip(lists, score_lists(lists, reward)):
         known = [j for j, grade in enumerate(record["rewards"]) if grade is not None]
-        rows.append({"id": record["id"], "grades": [record["rewards"][j] for j in known], "scores": [scored["rewards"][j] for j in known]})
+        rows.append({"id": record["id"], "grades": [record["rewards"][j] for j in known],
+                     "scores": [scored["rewards"][j] for j in known]})
     return rows
 
 # %% ../nbs/15_rewards.ipynb #db8dcffb
-_OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions", ".inv_freq")  # that older versions of transformers stored with the weights
+# that older versions of transformers stored with the weights
+_OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".embed_positions", ".inv_freq")
 
 # %% ../nbs/15_rewards.ipynb #c1d7cf9d
 class ScalarHead(torch.nn.Module):
@@ -451,8 +481,10 @@ class ScalarHead(torch.nn.Module):
         "Configuration and safetensors, under the names that `load_scalar_head_model` reads."
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        body = {f"{self.transformer.base_model_prefix}.{k}": v.contiguous() for k, v in self.transformer.state_dict().items()}
-        save_file(body | {"v_head.weight": self.v_head.weight.detach().contiguous()}, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        body = {f"{self.transformer.base_model_prefix}.{k}": v.contiguous() for k,
+                v in self.transformer.state_dict().items()}
+        save_file(body | {"v_head.weight": self.v_head.weight.detach().contiguous()}, Path(folder, "model.safetensors"),
+                  metadata={"format": "pt"})
 
 # %% ../nbs/15_rewards.ipynb #c479f237
 class ScalarHeadModel(RewardModel):
@@ -476,7 +508,8 @@ def _weight_files(name: str | Path) -> list[Path]:
         found = sorted((path if path.is_dir() else _download(name, pattern)).glob(pattern))
         if found:
             return found
-    raise ModelError("no weights here", field="reward model", value=str(name), allowed="*.safetensors, *model*.bin or *ckpt*.pt", remedy="give the weights file itself")
+    raise ModelError("no weights here", field="reward model", value=str(name),
+                     allowed="*.safetensors, *model*.bin or *ckpt*.pt", remedy="give the weights file itself")
 
 # %% ../nbs/15_rewards.ipynb #88549d67
 def _download(name: str | Path, pattern: str) -> Path:
@@ -486,7 +519,8 @@ def _download(name: str | Path, pattern: str) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=[pattern]))
     except (OSError, ValueError) as e:
-        raise ModelError("cannot be had", field="reward model", value=str(name), allowed="a folder, a weights file, or a hub id that can be reached",
+        raise ModelError("cannot be had", field="reward model", value=str(name),
+                         allowed="a folder, a weights file, or a hub id that can be reached",
                          remedy="check the spelling and the network") from e
 
 # %% ../nbs/15_rewards.ipynb #093000c2
@@ -495,16 +529,21 @@ def _read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     weights = {}
     for file in files:
         try:
-            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+            part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu",
+                                                                                    weights_only=True)
         except pickle.UnpicklingError as e:
-            raise ModelError("holds more than tensors, or is damaged", file=file, field="reward model", allowed="a state dict that weights_only=True reads",
+            raise ModelError("holds more than tensors, or is damaged", file=file, field="reward model",
+                             allowed="a state dict that weights_only=True reads",
                              remedy="write the state dict as safetensors on a machine that trusts the file") from e
         except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
-            raise ModelError(f"cannot be read: {str(e)[:120]}", file=file, field="reward model", remedy="fetch the file again, whole") from e
+            raise ModelError(f"cannot be read: {str(e)[:120]}", file=file, field="reward model",
+                             remedy="fetch the file again, whole") from e
         if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
-            raise ModelError("not a state dict", file=file, field="reward model", value=type(part).__name__, allowed="names with tensors", remedy="save model.state_dict()")
+            raise ModelError("not a state dict", file=file, field="reward model", value=type(part).__name__,
+                             allowed="names with tensors", remedy="save model.state_dict()")
         if weights.keys() & part.keys():
-            raise ModelError("the same tensor in two files", file=file, field="reward model", value=sorted(weights.keys() & part.keys())[0], allowed="each tensor once",
+            raise ModelError("the same tensor in two files", file=file, field="reward model",
+                             value=sorted(weights.keys() & part.keys())[0], allowed="each tensor once",
                              remedy="give the weights file itself")
         weights |= part
     return weights
@@ -512,19 +551,23 @@ def _read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
 # %% ../nbs/15_rewards.ipynb #927b5649
 def _check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, tuple], file: Path) -> None:
     "Every tensor of the model there, with its shape, and no other."
-    for problem, names in (("missing in the weights", shapes.keys() - weights.keys()), ("not part of this model", weights.keys() - shapes.keys())):
+    for problem, names in (("missing in the weights", shapes.keys() - weights.keys()),
+                           ("not part of this model", weights.keys() - shapes.keys())):
         if names:
-            raise ModelError(f"{len(names)} {problem}", file=file, field="reward model", value=sorted(names)[0], allowed="the configuration's decoder and v_head.weight",
+            raise ModelError(f"{len(names)} {problem}", file=file, field="reward model", value=sorted(names)[0],
+                             allowed="the configuration's decoder and v_head.weight",
                              remedy="give the backbone that this reward model was trained from")
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
-            raise ModelError("another shape than the configuration says", file=file, field=name, value=tuple(weights[name].shape), allowed=str(shape),
+            raise ModelError("another shape than the configuration says", file=file, field=name,
+                             value=tuple(weights[name].shape), allowed=str(shape),
                              remedy="give the backbone that this reward model was trained from")
 
 # %% ../nbs/15_rewards.ipynb #ad7c39b7
 def load_scalar_head_model(
     name: str | Path,  # folder, weights file, or hub id such as "Dahoas/gptj-rm-static"
-    backbone: str | Path | None = None,  # folder or hub id with configuration and tokenizer, such as "EleutherAI/gpt-j-6B"; default: `name`
+    # folder or hub id with configuration and tokenizer, such as "EleutherAI/gpt-j-6B"; default: `name`
+    backbone: str | Path | None = None,
     *,
     max_length: int = 1024,  # tokens, the last of them end-of-text
     batch_size: int = 8,
@@ -532,7 +575,8 @@ def load_scalar_head_model(
     device: torch.device | str | None = None,  # default: the accelerator, else the CPU
     label: str = "scalar-head",  # what this reward is called
 ) -> ScalarHeadModel:
-    "Read a decoder with a linear scalar head `v_head.weight`; raises `ModelError` when weights and configuration do not fit."
+    """Read a decoder with a linear scalar head `v_head.weight`; raises `ModelError` when weights and configuration do
+    not fit."""
     from transformers import MODEL_MAPPING
 
     config, tokenizer = _config_and_tokenizer(backbone or name)
@@ -540,15 +584,21 @@ def load_scalar_head_model(
     prefix = cls.base_model_prefix + "."
     with torch.device("meta"):
         empty = cls(config).state_dict()
-    weights = {k: v for k, v in _read_weights(files).items() if not k.startswith("lm_head.") and (k.removeprefix(prefix) in empty or not k.endswith(_OLD_BUFFERS))}
-    _check_weights(weights, {prefix + k: tuple(v.shape) for k, v in empty.items()} | {"v_head.weight": (1, config.hidden_size)}, files[0])
+    weights = {k: v for k,
+               v in _read_weights(files).items() if not k.startswith("lm_head.")
+               and (k.removeprefix(prefix) in empty or not k.endswith(_OLD_BUFFERS))}
+    _check_weights(weights,
+                   {prefix + k: tuple(v.shape) for k, v in empty.items()} | {"v_head.weight": (1, config.hidden_size)},
+                   files[0])
     head = weights.pop("v_head.weight")
     with quiet_transformers():
-        body = cls.from_pretrained(None, config=config, state_dict={k.removeprefix(prefix): v for k, v in weights.items()}, dtype=dtype)
+        body = cls.from_pretrained(None, config=config,
+                                   state_dict={k.removeprefix(prefix): v for k, v in weights.items()}, dtype=dtype)
     model = ScalarHead(body, tokenizer.eos_token_id)
     model.v_head.weight.data.copy_(head)
     longest = min(max_length, getattr(config, "max_position_embeddings", max_length))
-    return ScalarHeadModel(model.to(device or default_device()).eval(), tokenizer, max_length=longest, batch_size=batch_size, name=label)
+    return ScalarHeadModel(model.to(device or default_device()).eval(), tokenizer, max_length=longest,
+                           batch_size=batch_size, name=label)
 
 # %% ../nbs/15_rewards.ipynb #cce758ef
 def _config_and_tokenizer(name: str | Path):
@@ -560,9 +610,11 @@ def _config_and_tokenizer(name: str | Path):
         with quiet_transformers():
             config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"no configuration and tokenizer: {str(e).splitlines()[0][:120]}", field="backbone", value=source, allowed="a folder or hub id with both",
+        raise ModelError(f"no configuration and tokenizer: {str(e).splitlines()[0][:120]}", field="backbone",
+                         value=source, allowed="a folder or hub id with both",
                          remedy='give backbone=, for example "EleutherAI/gpt-j-6B"') from e
     if tokenizer.eos_token_id is None or len(tokenizer) > config.vocab_size:
-        raise ModelError("a tokenizer of another model", field="backbone", value=source, allowed=f"an end-of-text token, and at most {config.vocab_size} tokens",
+        raise ModelError("a tokenizer of another model", field="backbone", value=source,
+                         allowed=f"an end-of-text token, and at most {config.vocab_size} tokens",
                          remedy="give the backbone that this reward model was trained from")
     return config, tokenizer

@@ -63,7 +63,8 @@ def dpo_loss(
     variant: str = "sigmoid",  # "sigmoid", "ipo" or "hinge"
     score: str = "ratio",  # "ratio" (the paper), "token_ratio" (TRL's IPO), "sum" or "token"
 ) -> Tensor:  # (B,)
-    "−log σ(β·margin over the reference). Raises ValueError on bad input. Source: arXiv 2305.18290, eq. 7; ipo: 2310.12036, eq. 17."
+    """−log σ(β·margin over the reference). Raises ValueError on bad input. Source: arXiv 2305.18290, eq. 7; ipo:
+    2310.12036, eq. 17."""
     _check_choice("variant", variant, _DPO_VARIANTS)
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
     u = _implicit(x, beta, score, "dpo_loss")
@@ -83,7 +84,8 @@ def slic_loss(
     sft_weight: float = 0.0,  # ≥ 0, the weight of the best candidate's cross-entropy
     sft_normalize: str = "token",  # that cross-entropy per "token", or the "sum" over tokens
 ) -> Tensor:  # (B,)
-    "max(0, margin − s_better + s_worse). Raises ValueError on bad input. Source: arXiv 2305.10425; margin 1 as in LIRE's code."
+    """max(0, margin − s_better + s_worse). Raises ValueError on bad input. Source: arXiv 2305.10425; margin 1 as in
+    LIRE's code."""
     _check_number("margin", margin, zero=True)
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
     loss = _pair_mean(x, _score(x, score, "slic_loss"), pairs, lambda m: torch.relu(margin - m))
@@ -109,10 +111,12 @@ def plackett_luce_dpo_loss(
     rho: float = 0.0,  # 0 … 1: the share of the least probable order, against noisy rewards
     score: str = "ratio",  # "ratio" (the paper), "token_ratio", "sum" or "token"
 ) -> Tensor:  # (B,)
-    "−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input. Source: arXiv 2305.18290, app. A.3."
+    """−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input. Source: arXiv 2305.18290,
+    app. A.3."""
     _check_number("rho", rho, zero=True)
     if rho > 1 or not (top_k is None or type(top_k) is int and top_k >= 1):
-        _fail("rho, top_k", (rho, top_k), "rho must be 0 … 1, and top_k a whole number ≥ 1, or None for the whole order")
+        _fail("rho, top_k", (rho, top_k),
+              "rho must be 0 … 1, and top_k a whole number ≥ 1, or None for the whole order")
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
     u = _implicit(x, beta, score, "plackett_luce_dpo_loss")
     loss = _order_loss(u, _better(x), top_k)
@@ -137,9 +141,11 @@ def rrhf_loss(
     ref_logps: Tensor | None = None,  # (B, M), checked but not used
     lengths: Tensor | None = None,  # (B, M) completion token counts; required
     sft_weight: float = 1.0,  # ≥ 0, the weight of the best candidate's cross-entropy
-    sft_normalize: str = "token",  # that cross-entropy per "token" (the released code), or the "sum" over tokens (the paper)
+    # that cross-entropy per "token" (the released code), or the "sum" over tokens (the paper)
+    sft_normalize: str = "token",
 ) -> Tensor:  # (B,)
-    "Σ max(0, s̄_worse − s̄_better) over pairs, s̄ per token, plus SFT. Raises ValueError on bad input. Source: arXiv 2304.05302."
+    """Σ max(0, s̄_worse − s̄_better) over pairs, s̄ per token, plus SFT. Raises ValueError on bad input. Source: arXiv
+    2304.05302."""
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
     scores = _per_token(x, "rrhf_loss")
     wrong = torch.relu(scores.unsqueeze(-2) - scores.unsqueeze(-1))  # [i, j]: by how much j is above i
@@ -158,10 +164,12 @@ def pro_loss(
     sft_weight: float = 0.05,  # ≥ 0, times (M − 1)²: the weight of the best candidate's cross-entropy
     sft_normalize: str = "sum",  # that cross-entropy per "token", or the "sum" over tokens (the released code)
 ) -> Tensor:  # (B,)
-    "Each candidate against all worse ones, plus SFT. Raises ValueError on bad input. Source: arXiv 2306.17492 and its released code."
+    """Each candidate against all worse ones, plus SFT. Raises ValueError on bad input. Source: arXiv 2306.17492 and its
+    released code."""
     x = _as_lists(logps, rewards, mask, ref_logps, lengths)
     scores, better = _per_token(x, "pro_loss"), _better(x)
-    gaps = torch.where(better, x.rewards.unsqueeze(-1) - x.rewards.unsqueeze(-2) if reward_gaps else 1.0, 0.0).to(scores.dtype)
+    gaps = torch.where(better, x.rewards.unsqueeze(-1) - x.rewards.unsqueeze(-2) if reward_gaps else 1.0,
+                       0.0).to(scores.dtype)
     loss = _stages(scores * gaps.amax(dim=-1), scores.unsqueeze(-2) * gaps, better)
     return _add_sft(loss, x, sft_weight, sft_normalize, factor=(x.mask.sum(dim=-1, dtype=scores.dtype) - 1).square())
 
@@ -604,7 +612,8 @@ LOSSES: dict[str, LossSpec] = {
     for spec in (
         LossSpec("lire", lire_loss, uses="values", formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
                  pitfall="the authors' T = 2 is one-hot for long texts"),
-        LossSpec("sft", sft_loss, needs_lengths=True, uses="best", formula="−s̄_b", source="cross-entropy of the best candidate",
+        LossSpec("sft", sft_loss, needs_lengths=True, uses="best", formula="−s̄_b",
+                 source="cross-entropy of the best candidate",
                  pitfall="forgets every other answer"),
         LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
                  pitfall="both answers may become less probable"),
@@ -622,7 +631,8 @@ LOSSES: dict[str, LossSpec] = {
         ),
         LossSpec(
             "pro", pro_loss, needs_lengths=True, uses="values",
-            formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ] − 0.05·(M−1)²·s_b", source="arXiv 2306.17492",
+            formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ] − 0.05·(M−1)²·s_b",
+            source="arXiv 2306.17492",
             pitfall="the supervised term often outweighs the rest",
         ),
     )
@@ -630,9 +640,11 @@ LOSSES: dict[str, LossSpec] = {
 
 # %% ../nbs/11_rivals.ipynb #ee23dc7f
 def get_loss(
-    loss: str | LossSpec | Callable[..., Tensor],  # a name in LOSSES, or a function (logps, rewards, mask=None, *, …) -> (B,)
+    # a name in LOSSES, or a function (logps, rewards, mask=None, *, …) -> (B,)
+    loss: str | LossSpec | Callable[..., Tensor],
 ) -> LossSpec:
-    "The loss of that name. A function of your own is wrapped; its attributes needs_ref, needs_lengths, uses are read. Raises ValueError."
+    """The loss of that name. A function of your own is wrapped; its attributes needs_ref, needs_lengths, uses are read.
+    Raises ValueError."""
     if isinstance(loss, LossSpec):
         return loss
     if callable(loss):
@@ -659,7 +671,8 @@ RIVALS: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("lipo", lipo_loss, needs_ref=True, formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
              optimum="point mass", pitfall="rewards must lie in [0, 1]"),
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
-             source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge", without_ref="asymre"),
+             source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
+             without_ref="asymre"),
     LossSpec("awr", awr_loss, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177", optimum="weighted data",
              pitfall="nothing is pushed down"),
     LossSpec("simpo", simpo_loss, needs_lengths=True, uses="order", formula="−log σ(β(s̄_b − s̄_w) − γ)",
@@ -674,6 +687,7 @@ RIVALS: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("kto", kto_loss, needs_ref=True, uses="threshold", formula="1 − σ(±(u − βz))", source="arXiv 2402.01306",
              optimum="bounded", pitfall="z needs two prompts in a batch"),
     LossSpec("apo", apo_loss, needs_ref=True, uses="threshold", formula="1 − σ(u_good) + σ(u_bad)",
-             source="arXiv 2408.06266", optimum="bounded", pitfall="zero and down pull good answers in opposite directions"),
+             source="arXiv 2408.06266", optimum="bounded",
+             pitfall="zero and down pull good answers in opposite directions"),
 )}
 LOSSES.update(RIVALS)  # so that `get_loss` and every configuration know them by name

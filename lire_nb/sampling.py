@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .base.errors import LireError, public_address
+from .base.errors import LireError, moved, public_address
 from lire_nb.conversations import (
     answer_text, check_limit, completion_text, encode_prompt, end_tokens, MAX_PROMPT_LENGTH, render_prompt,
     tokenizer_fingerprint, warn_text_prompts,
@@ -85,15 +85,18 @@ class Completion:
     "One sampled completion; two are equal when text and ending are."
     text: str
     finish_reason: str  # "stop": the policy ended it; "length": it was cut at max_new_tokens
-    token_ids: tuple[int, ...] | None = field(default=None, compare=False)  # as drawn, the end included; None: not known
-    logp: float | None = field(default=None, compare=False)  # their summed log-probability under the policy, at temperature 1
+    # as drawn, the end included; None: not known
+    token_ids: tuple[int, ...] | None = field(default=None, compare=False)
+    # their summed log-probability under the policy, at temperature 1
+    logp: float | None = field(default=None, compare=False)
     failed: str | None = None  # why there is no text
 
 # %% ../nbs/14_sampling.ipynb #4483ecf3
 class Sampler(Protocol):
     "What `sample_lists` needs of a policy: a server or a wrapper with this method works like a local model."
 
-    def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings, seed: int) -> list[list[Completion]]: ...
+    def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings,
+               seed: int) -> list[list[Completion]]: ...
 
 # %% ../nbs/14_sampling.ipynb #2cbe7680
 def derive_seed(
@@ -110,7 +113,8 @@ def uniform_numbers(
     length: int,  # how many numbers for each candidate
 ) -> torch.Tensor:  # (B·M, length) float64 in [0, 1)
     "The random numbers of each candidate, which depend on `seed`, its prompt and its number only."
-    rows = [np.random.Generator(np.random.Philox(key=derive_seed(seed, p, n))).random(length) for p, ns in zip(prompts, numbers, strict=True) for n in ns]
+    rows = [np.random.Generator(np.random.Philox(key=derive_seed(seed, p, n))).random(length) for p,
+            ns in zip(prompts, numbers, strict=True) for n in ns]
     return torch.from_numpy(np.stack(rows))
 
 # %% ../nbs/14_sampling.ipynb #c1396859
@@ -118,7 +122,8 @@ def candidate_numbers(
     prompts: Iterable[Hashable],
     num_candidates: int,  # M
 ) -> list[list[int]]:  # (B, M)
-    "0 … M − 1 for every prompt; a prompt that comes again goes on counting, so that it does not get the same candidates twice."
+    """0 … M − 1 for every prompt; a prompt that comes again goes on counting, so that it does not get the same
+    candidates twice."""
     seen, numbers = Counter(), []
     for prompt in prompts:
         numbers.append(list(range(seen[prompt], seen[prompt] + num_candidates)))
@@ -136,9 +141,12 @@ def draw_tokens(
     heap = scores.softmax(-1).cumsum(-1)
     total = heap[:, -1:]
     if not torch.isfinite(total).all():
-        raise LireError("no probabilities", field="policy", value=float(total[~torch.isfinite(total)][0]), allowed="finite scores for the next token",
-                        remedy="the weights or their dtype are damaged: load the policy in float32 and look at its last training losses")
-    target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(torch.zeros_like(total)))  # below the total, in spite of rounding
+        raise LireError("no probabilities", field="policy", value=float(total[~torch.isfinite(total)][0]),
+                        allowed="finite scores for the next token",
+                        remedy="the weights or their dtype are damaged: load the policy in float32 and look at its "
+                               "last training losses")
+    # below the total, in spite of rounding
+    target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(heap, target, right=True).squeeze(1)
 
 # %% ../nbs/14_sampling.ipynb #37de3b7a
@@ -149,7 +157,8 @@ def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
 
 
 def _has_stopped(prompt, ids: list[int], tokenizer, stop: tuple[str, ...]) -> bool:
-    "Whether the newest token completed a stop string. A short tail is decoded first: every token carries a byte or more."
+    """Whether the newest token completed a stop string. A short tail is decoded first: every token carries a byte or
+    more."""
     tail = tokenizer.decode(ids[-max(len(s.encode()) for s in stop) - 8 :])
     return any(s in tail for s in stop) and _cut_at_stop(completion_text(prompt, ids, tokenizer), stop)[1]
 
@@ -168,7 +177,8 @@ def _leading(prompt, ids: list[int], text: str, tokenizer) -> list[int] | None:
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and attention mask, (B, longest)."
     width = max(map(len, rows))
-    return (torch.tensor([[pad] * (width - len(r)) + r for r in rows]), torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
+    return (torch.tensor([[pad] * (width - len(r)) + r for r in rows]),
+            torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
 
 # %% ../nbs/14_sampling.ipynb #07d45c71
 class _Decoding:
@@ -185,7 +195,8 @@ class _Decoding:
 
     def _forward(self, ids, positions):
         options = {"position_ids": positions} if self.positioned else {}
-        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options, **self.last_only)
+        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options,
+                         **self.last_only)
         self.cache, self.scores, self.position = out.past_key_values, out.logits[:, -1], positions[:, -1:]
 
     def choose(self, rows: torch.Tensor) -> None:
@@ -218,7 +229,8 @@ def cannot_share_prompts(
         decoding.choose(torch.tensor([3, 0], device=model.device))
         rows = rows[::-1]
         for step in range(3):
-            plain = torch.stack([model(torch.tensor([r], device=model.device), use_cache=False).logits[0, -1] for r in rows]).float()
+            plain = torch.stack([model(torch.tensor([r], device=model.device), use_cache=False).logits[0, -1]
+                                 for r in rows]).float()
             apart = ((decoding.scores.float() - plain).abs().amax(1) / plain.std(1)).max().item()
             if not apart <= _TOLERANCE.get(model.dtype, _ROUGH_TOLERANCE):
                 return f"scores with a shared prompt differ by {apart:.2g} standard deviations"
@@ -243,7 +255,8 @@ class _Chosen(LogitsProcessor):
 # %% ../nbs/14_sampling.ipynb #118717c6
 @contextmanager
 def _plain_generation(model):
-    "While active, `generate` does nothing that the model's own generation configuration asks for: its scores are the raw ones."
+    """While active, `generate` does nothing that the model's own generation configuration asks for: its scores are the
+    raw ones."""
     owners = list({id(m): m for m in (model, causal_lm(model)) if hasattr(m, "generation_config")}.values())
     kept = [m.generation_config for m in owners]
     for m, config in zip(owners, kept):
@@ -263,20 +276,23 @@ class LocalSampler:
         model,
         tokenizer,
         batch_size: int = 128,  # rows at once
-        max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens; what is longer is cut as `conversations.encode_prompt` does
+        # tokens; what is longer is cut as `conversations.encode_prompt` does
+        max_prompt_length: int = MAX_PROMPT_LENGTH,
         progress: bool = True,
         share_prompt: bool | None = None,  # None: share where it is exact
     ):
         check_limit(max_prompt_length, "max_prompt_length")
         if not (_is_whole(batch_size) and batch_size >= 1):
-            raise LireError("not a count", field="batch_size", value=batch_size, allowed="a whole number, 1 or more", remedy="128 suits most models")
+            raise LireError("not a count", field="batch_size", value=batch_size, allowed="a whole number, 1 or more",
+                            remedy="128 suits most models")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
         self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt
 
     def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
         "Raises `LireError` for a prompt that cannot be rendered or is too long for the model."
         ids = ids or [prompt_id(p) for p in prompts]
-        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i)[0] for p, i in zip(prompts, ids, strict=True)]
+        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i)[0] for p,
+                   i in zip(prompts, ids, strict=True)]
         self._check_room(encoded, ids, settings.max_new_tokens)
 
     def _check_room(self, encoded, ids, new: int) -> None:
@@ -301,13 +317,15 @@ class LocalSampler:
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
         step = max(1, self.batch_size // num_candidates)
         results, ends = [None] * len(prompts), end_tokens(self.tokenizer, self.model)
-        with tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=True if os.environ.get("TQDM_DISABLE") or not self.progress else None) as bar:
+        with tqdm(total=len(prompts), desc="sampling", unit="prompt",
+                  disable=True if os.environ.get("TQDM_DISABLE") or not self.progress else None) as bar:
             for start in range(0, len(order), step):
                 chunk = order[start : start + step]
                 asked = [prompts[i] for i in chunk], [encoded[i] for i in chunk]
                 rows = iter(self._rows(*asked, [numbers[i] for i in chunk], settings, seed, ends))
                 for i in chunk:
-                    results[i] = [self._completion(prompts[i], next(rows), settings, ends) for _ in range(num_candidates)]
+                    results[i] = [self._completion(prompts[i], next(rows), settings, ends)
+                                  for _ in range(num_candidates)]
                 bar.update(len(chunk))
         return results
 
@@ -315,18 +333,24 @@ class LocalSampler:
         reason = cannot_share_prompts(self.model, self.tokenizer)
         self.share_prompt = not reason
         if reason:
-            logger.warning("%s cannot share prompts (%s): every candidate computes its own prompt, which is slower", type(self.model).__name__, reason)
+            logger.warning("%s cannot share prompts (%s): every candidate computes its own prompt, which is slower",
+                           type(self.model).__name__, reason)
 
     def _encode(self, prompts) -> list[list[int]]:
         "Token ids, none longer than max_prompt_length."
         encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length) for p in prompts]
         if cut := sum(was_cut for _, was_cut in encoded):
-            logger.warning("%d of %d prompts are longer than %d tokens and were cut; raise max_prompt_length", cut, len(encoded), self.max_prompt_length)
+            logger.warning("%d of %d prompts are longer than %d tokens and were cut; raise max_prompt_length", cut,
+                           len(encoded), self.max_prompt_length)
         return [ids for ids, _ in encoded]
 
     def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
         "Tokens of B·M rows with their log-probs, each row up to and with its end."
-        uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device) if settings.temperature else None
+        uniform = (
+            uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device)
+            if settings.temperature
+            else None
+        )
         warpers = _warpers(settings)
         never = [i for i in self.tokenizer.all_special_ids if i not in ends]
 
@@ -375,7 +399,8 @@ class LocalSampler:
         ids, mask = (t.repeat_interleave(repeats, 0).to(self.model.device) for t in _left_padded(encoded, pad))
         chosen = _Chosen(choose, ids.shape[1])
         with _plain_generation(self.model):
-            out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=settings.max_new_tokens, pad_token_id=pad,
+            out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=settings.max_new_tokens,
+                                      pad_token_id=pad,
                                       eos_token_id=list(ends) or None, logits_processor=LogitsProcessorList([chosen]))
         rows = [list(zip(*row)) for row in zip(out[:, ids.shape[1] :].tolist(), torch.stack(chosen.logps, 1).tolist())]
         return [row[: next((k + 1 for k, (t, _) in enumerate(row) if t in ends), None)] for row in rows]
@@ -402,7 +427,8 @@ def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
     return warpers
 
 # %% ../nbs/14_sampling.ipynb #911aacbb
-_RETRIED = (408, 409, 425, 429, 502, 503, 504)  # full, or on its way back; other faults of the server count against max_retries
+# full, or on its way back; other faults of the server count against max_retries
+_RETRIED = (408, 409, 425, 429, 502, 503, 504)
 _WRONG = (400, 413, 422)  # this request is wrong, such as a prompt that is too long; the next may be right
 _APIS = ("auto", "chat", "completions")
 
@@ -435,11 +461,13 @@ class ServerSampler:
     ):
         check_address(base_url)
         if api not in _APIS:
-            raise LireError("unknown API", field="api", value=api, allowed=", ".join(_APIS), remedy="choose one of these")
+            raise LireError("unknown API", field="api", value=api, allowed=", ".join(_APIS),
+                            remedy="choose one of these")
         try:
             import openai
         except ImportError as e:
-            raise LireError("not installed", field="policy", value=base_url, allowed="the package openai installed", remedy="pip install 'lire_nb[server]'") from e
+            raise LireError("not installed", field="policy", value=base_url, allowed="the package openai installed",
+                            remedy="pip install 'lire_nb[server]'") from e
         self.base_url, self.model, self.api, self.journal, self.extra_body, self.kind = base_url.rstrip("/"), model, api, journal, extra_body or {}, None
         self.running = dict(max_in_flight=max_in_flight, patience=patience, max_retries=max_retries, progress=progress)
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -453,7 +481,8 @@ class ServerSampler:
             if self._is_prefilled(prompt) and self.kind != "vllm" and "continue_final_message" not in self.extra_body:
                 raise LireError("this server's chat API begins a new turn after it", field=f"prompt of list {name!r}",
                                 value=prompt[-1], allowed="messages that end with a user turn, except from vLLM",
-                                remedy='give api="completions", or extra_body={"continue_final_message": True} where the server knows it')
+                                remedy='give api="completions", or extra_body={"continue_final_message": True} where '
+                                       'the server knows it')
 
     def sample(self, prompts, num_candidates, settings, seed):
         "M completions for every prompt, in the order given; those that were not answered say why in `failed`."
@@ -462,14 +491,17 @@ class ServerSampler:
         keys, requests = [], {}
         for prompt, name, numbers in zip(prompts, ids, candidate_numbers(ids, num_candidates)):
             for number in numbers:
-                request = self._request(prompt, settings, derive_seed(seed, name, number) % 2**31)  # more bits are not kept by every server
+                # more bits are not kept by every server
+                request = self._request(prompt, settings, derive_seed(seed, name, number) % 2**31)
                 keys.append((prompt, f"{name}/{number}/{derive_seed(json.dumps(request, sort_keys=True)):016x}"))
                 requests[keys[-1][1]] = request
         failed = {}
-        answers = run_requests(requests, lambda r: self._ask(*r), journal=self.journal, desc="sampling", failed=failed, **self.running)
+        answers = run_requests(requests, lambda r: self._ask(*r), journal=self.journal, desc="sampling", failed=failed,
+                               **self.running)
         if not answers:
             raise next(iter(failed.values()))
-        drawn = [self._completion(prompt, answers[key], settings) if key in answers else Completion("", "failed", failed=failed[key].reason)
+        drawn = [self._completion(prompt, answers[key], settings)
+                 if key in answers else Completion("", "failed", failed=failed[key].reason)
                  for prompt, key in keys]
         return [drawn[k : k + num_candidates] for k in range(0, len(drawn), num_candidates)]
 
@@ -489,7 +521,8 @@ class ServerSampler:
             content = {"prompt": render_prompt(prompt)}
         if self._is_prefilled(prompt):
             content |= {"add_generation_prompt": False, "continue_final_message": True}
-        body = {"model": self.model, **content, "max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
+        body = {"model": self.model, **content, "max_tokens": settings.max_new_tokens,
+                "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
         body |= {"stop": list(settings.stop)} if settings.stop else {}
         body = {**body, **_SPECIAL_FIELDS[self.kind](settings), **self.extra_body}
         return "/chat/completions" if chat else "/completions", {k: v for k, v in body.items() if v is not None}
@@ -507,7 +540,8 @@ class ServerSampler:
         if why:
             raise NoAnswer(f"the answer is not a completion ({why})", field=f"server {self.base_url}{path}", value=text,
                            allowed='choices with text (chat: message.content) and finish_reason "stop" or "length"',
-                           remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), and see the server's log")
+                           remedy="check that this is the address of an OpenAI-compatible API (it usually ends in "
+                                  "/v1), and see the server's log")
         return answer
 
     def _completion(self, prompt, answer: dict, settings) -> Completion:
@@ -528,15 +562,22 @@ class ServerSampler:
             status, said = e.status_code, " ".join(e.response.text.split())[:300]
             if status in _RETRIED or status >= 500:
                 after = e.response.headers.get("retry-after", "")
-                raise TryLater(f"{where} answers {status}: {said}", float(after) if after.isdecimal() else 0.0, counts=status not in _RETRIED) from e
+                raise TryLater(f"{where} answers {status}: {said}", float(after) if after.isdecimal() else 0.0,
+                               counts=status not in _RETRIED) from e
             refused = _RefusedOne if status in _WRONG else _Refused
-            raise refused(f"refuses the request ({status}): {said}", field=where, allowed="a model and an API that the server has",
-                            remedy='name the model as the server does, after # in the address or as model=; api="chat" where there is no /completions; OPENAI_API_KEY where a key is asked for') from e
+            raise refused(
+                f"refuses the request ({status}): {said}",
+                field=where,
+                allowed="a model and an API that the server has",
+                remedy='name the model as the server does, after # in the address or as model=; '
+                'api="chat" where there is no /completions; OPENAI_API_KEY where a key is asked for',
+            ) from e
 
     def _connect(self) -> None:
         "Find out which server this is. One that is not there at all is said at once, without waiting."
         described = self._look(f"{self.base_url.removesuffix('/v1')}/openapi.json")
-        self.kind = "transformers" if "/load_model" in (described.get("paths") or {}) else "other"  # a route that only it has
+        # a route that only it has
+        self.kind = "transformers" if "/load_model" in (described.get("paths") or {}) else "other"
         if self.kind == "transformers" and self.model:
             return  # its list names the models of a cache, not the one it was started with
         models = [m for m in self._look("/models").get("data") or [] if isinstance(m, dict)]
@@ -544,7 +585,9 @@ class ServerSampler:
             self.kind = "vllm"
         if self.model is None and len(models) != 1:
             self.kind, names = None, ", ".join(str(m.get("id")) for m in models[:5])
-            raise LireError("which model?", field="policy", value=self.base_url, allowed=names or "the name of a model: the server lists none", remedy=f"name it: {self.base_url}#MODEL")
+            raise LireError("which model?", field="policy", value=self.base_url,
+                            allowed=names or "the name of a model: the server lists none",
+                            remedy=f"name it: {self.base_url}#MODEL")
         self.model = self.model or models[0].get("id")
 
     def _look(self, path: str) -> dict:
@@ -557,7 +600,8 @@ class ServerSampler:
                 return ""
             except TryLater as e:
                 if e.silent:
-                    raise LireError(str(e), field="policy", allowed="the address of a running server", remedy="start it, or check host and port") from e
+                    raise LireError(str(e), field="policy", allowed="the address of a running server",
+                                    remedy="start it, or check host and port") from e
                 if e.counts:
                     return ""
                 raise
@@ -586,8 +630,10 @@ def _parsed(text: str) -> dict:
 
 def _generation_config(settings: SamplingSettings) -> dict:
     "What `transformers serve` takes instead of fields of its own; greedy decoding takes no warpers."
-    warpers = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k} if settings.temperature else {"do_sample": False}
-    return {"generation_config": json.dumps({**warpers, "max_new_tokens": settings.max_new_tokens, "min_new_tokens": 1, "repetition_penalty": 1.0})}
+    warpers = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
+               "top_k": settings.top_k} if settings.temperature else {"do_sample": False}
+    return {"generation_config": json.dumps({**warpers, "max_new_tokens": settings.max_new_tokens, "min_new_tokens": 1,
+                                             "repetition_penalty": 1.0})}
 
 # %% ../nbs/14_sampling.ipynb #131a9891
 _SPECIAL_FIELDS = {
@@ -606,16 +652,23 @@ def sample_lists(
     seed: int = 0,
     source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
     chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
-    **sampler_options,  # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress …
+    # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress
+    # …
+    **sampler_options,
 ) -> datasets.Dataset:  # lists, rewards not yet given
-    "Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling for a prompt that cannot be used."
+    """Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling
+    for a prompt that cannot be used."""
     if not (_is_whole(num_candidates) and num_candidates >= 1):
-        raise LireError("not a count", field="num_candidates", value=num_candidates, allowed="1 or more", remedy="ask for 2 or more to train from")
-    records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}} for r in checked_prompts(prompts, chat)]
+        raise LireError("not a count", field="num_candidates", value=num_candidates, allowed="1 or more",
+                        remedy="ask for 2 or more to train from")
+    records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}}
+               for r in checked_prompts(prompts, chat)]
     if not records:
-        raise LireError("no prompt", field="prompts", allowed="at least one prompt", remedy="check the file or the split that they come from")
+        raise LireError("no prompt", field="prompts", allowed="at least one prompt",
+                        remedy="check the file or the split that they come from")
     sampler = _as_sampler(policy, sampler_options)
-    asked, ids, tokenizer = [r["prompt"] for r in records], [r["id"] for r in records], getattr(sampler, "tokenizer", None)
+    asked, ids, tokenizer = [r["prompt"] for r in records], [r["id"]
+                                                             for r in records], getattr(sampler, "tokenizer", None)
     if hasattr(sampler, "check"):
         sampler.check(asked, settings, ids)
     if tokenizer is not None:
@@ -625,7 +678,8 @@ def sample_lists(
     drawn_by = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     kept = [(r, c) for r, c in zip(records, sampled, strict=True) if any(one.failed is None for one in c)]
     if not kept:
-        raise LireError("no candidate", field="policy", value=next(c.failed for row in sampled for c in row), allowed="an answer to one prompt at least",
+        raise LireError("no candidate", field="policy", value=next(c.failed for row in sampled for c in row),
+                        allowed="an answer to one prompt at least",
                         remedy="look at what the policy says to these prompts")
     return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in kept)
 
@@ -633,12 +687,14 @@ def sample_lists(
 def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:
     good = [c for c in completions if c.failed is None]
     ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
-    meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids, "logps": [c.logp for c in good]}
+    meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids,
+            "logps": [c.logp for c in good]}
     if drawn_by and any(i is not None for i in ids):
         meta["tokenizer"] = drawn_by
     if len(good) < len(completions):
         meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
-    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good), id=record["id"], meta=meta)
+    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good),
+                       id=record["id"], meta=meta)
 
 # %% ../nbs/14_sampling.ipynb #eed4d6ea
 def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:
@@ -647,16 +703,27 @@ def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:
     named = [f"{name!r} ({len(why)} of {count}: {why[0]})" for name, count, why in rows if why]
     lost = [repr(name) for name, count, why in rows if len(why) == count]
     if named:
-        logger.warning("%d candidates were not answered and are left out, of the prompts %s%s; with a journal, the same call asks for them again",
+        logger.warning("%d candidates were not answered and are left out, of the prompts %s%s; with a journal, the "
+                       "same call asks for them again",
                        sum(len(why) for *_, why in rows), ", ".join(named[:20]) + (" …" if len(named) > 20 else ""),
                        f"; no list for {', '.join(lost)}" if lost else "")
 
 # %% ../nbs/14_sampling.ipynb #e6d03a7f
 def _as_sampler(policy, options: dict) -> Sampler:
-    "A name is loaded in the fast dtype of this machine; a (model, tokenizer) pair is used as it is; an address is a server's."
+    """A name is loaded in the fast dtype of this machine; a (model, tokenizer) pair is used as it is; an address is a
+    server's."""
     if hasattr(policy, "sample"):
         return policy
     if isinstance(policy, str) and policy.startswith(("http://", "https://")):
         url, _, model = check_address(policy).partition("#")
-        return ServerSampler(url, model or None, **{k: v for k, v in options.items() if k not in ("batch_size", "max_prompt_length")})  # the server's own affair
-    return LocalSampler(*(policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())), **options)
+        return ServerSampler(url, model or None,
+                             **{k: v for k,
+                                v in options.items() if k not in ("batch_size",
+                                                                  "max_prompt_length")})  # the server's own affair
+    return LocalSampler(*(policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())),
+                        **options)
+
+# %% ../nbs/14_sampling.ipynb #6c42cb75
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

@@ -40,7 +40,8 @@ def check_address(
     except ValueError:  # not a port
         good = False
     if secret or not good:
-        raise LireError("not an address of a server", field="address", value=address.partition("://")[0] + "://…" if secret else address,
+        raise LireError("not an address of a server", field="address",
+                        value=address.partition("://")[0] + "://…" if secret else address,
                         allowed="http:// or https://, a host, no password and no query in it",
                         remedy="give the plain address; a key goes into OPENAI_API_KEY or api_key=")
     return address
@@ -74,7 +75,8 @@ class Journal:
                 entry = json.loads(line)
                 self.answers[entry["key"]] = entry["answer"]
             except (ValueError, KeyError, TypeError) as e:
-                raise LireError("not a line of a journal", file=self.path, line=number, value=line[:80], allowed='{"key": …, "answer": …}',
+                raise LireError("not a line of a journal", file=self.path, line=number, value=line[:80],
+                                allowed='{"key": …, "answer": …}',
                                 remedy="remove this line, or choose another file for the journal") from e
 
     def add(self, answers: Mapping[str, Any]) -> None:
@@ -104,7 +106,8 @@ def _locked(path):
     try:
         return take_lock(f"{os.fspath(path)}.lock")
     except filelock.Timeout as e:
-        raise LireError("in use by another process", file=path, field="journal", allowed="one writer", remedy="wait for it, stop it, or name another journal") from e
+        raise LireError("in use by another process", file=path, field="journal", allowed="one writer",
+                        remedy="wait for it, stop it, or name another journal") from e
 
 # %% ../nbs/39_servers.ipynb #8e3b5ff7
 class TryLater(Exception):
@@ -142,9 +145,15 @@ class _Patience:
             except TryLater as e:
                 since, failures = since or time.monotonic(), failures + e.counts
                 pause = max(e.after, wait * random.uniform(0.5, 1.0))
-                if self.over.is_set() or failures > self.max_retries or time.monotonic() + pause - since > self.patience:
-                    error = NoAnswer if failures > self.max_retries else LireError  # a server that is away answers nobody
-                    raise error(f"gave up: {e}", remedy="look whether the server runs and what it logs, then run the same "
+                if (
+                    self.over.is_set()
+                    or failures > self.max_retries
+                    or time.monotonic() + pause - since > self.patience
+                ):
+                    # a server that is away answers nobody
+                    error = NoAnswer if failures > self.max_retries else LireError
+                    raise error(f"gave up: {e}",
+                                remedy="look whether the server runs and what it logs, then run the same "
                                 "command again: with a journal, only what is missing is asked") from e
                 self._tell(e)
                 self.over.wait(pause)
@@ -174,7 +183,9 @@ _TOO_MANY = 50  # failures in a row: then it is not the requests
 # %% ../nbs/39_servers.ipynb #295e9471
 def run_requests(
     requests: Mapping[str, Any],  # key → request; the key says all that the answer depends on
-    ask: Callable[[Any], Any],  # request → an answer that JSON can hold; called in threads; raises `TryLater`, `NoAnswer`, or any other error to stop
+    # request → an answer that JSON can hold; called in threads; raises `TryLater`, `NoAnswer`, or any other error to
+    # stop
+    ask: Callable[[Any], Any],
     *,
     journal: str | os.PathLike | None = None,  # where answers are kept; a key that is there is not asked again
     max_in_flight: int = 16,
@@ -183,18 +194,25 @@ def run_requests(
     first_wait: float = 0.5,  # seconds before the first retry; doubles up to 8
     progress: bool = True,
     desc: str = "asking",
-    failed: dict[str, NoAnswer] | None = None,  # is told which requests got no answer, and why; None: the first such stops the run
+    # is told which requests got no answer, and why; None: the first such stops the run
+    failed: dict[str, NoAnswer] | None = None,
 ) -> dict[str, Any]:  # key → answer, in the order of `requests`
-    "Ask many things at once, each until it is answered; raises the first error that waiting does not mend, after the answers under way are kept."
+    """Ask many things at once, each until it is answered; raises the first error that waiting does not mend, after the
+    answers under way are kept."""
     if max_in_flight < 1:
-        raise LireError("out of range", field="max_in_flight", value=max_in_flight, allowed="1 or more", remedy="16 suits most servers")
-    with Journal(journal) as kept, tqdm(total=len(requests), desc=desc, unit="request", disable=True if os.environ.get("TQDM_DISABLE") or not progress else None) as bar:
+        raise LireError("out of range", field="max_in_flight", value=max_in_flight, allowed="1 or more",
+                        remedy="16 suits most servers")
+    with Journal(journal) as kept, tqdm(total=len(requests), desc=desc, unit="request",
+                                        disable=True if os.environ.get("TQDM_DISABLE")
+                                        or not progress else None) as bar:
         missing = {key: request for key, request in requests.items() if key not in kept.answers}
         bar.update(len(requests) - len(missing))
-        todo, done, patient = queue.SimpleQueue(), queue.SimpleQueue(), _Patience(ask, patience, max_retries, first_wait)
+        todo, done, patient = queue.SimpleQueue(), queue.SimpleQueue(), _Patience(ask, patience, max_retries,
+                                                                                  first_wait)
         for item in missing.items():
             todo.put(item)
-        workers = [threading.Thread(target=_work, args=(todo, done, patient), daemon=True) for _ in range(min(max_in_flight, len(missing)))]
+        workers = [threading.Thread(target=_work, args=(todo, done, patient), daemon=True)
+                   for _ in range(min(max_in_flight, len(missing)))]
         for worker in workers:
             worker.start()
         try:
@@ -220,7 +238,8 @@ def run_requests(
 
 # %% ../nbs/39_servers.ipynb #8788a7ad
 def _take(done: queue.SimpleQueue, kept: Journal, bar, wait: bool = True) -> list[tuple]:
-    "Keep all answers that are there: (key, answer, error) of what came. A failure is not kept, so that it is asked again."
+    """Keep all answers that are there: (key, answer, error) of what came. A failure is not kept, so that it is asked
+    again."""
     came = [done.get()] if wait else []
     while not done.empty():
         came.append(done.get())

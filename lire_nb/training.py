@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import trainer_log_levels
 
-from .base.errors import LireError
+from .base.errors import LireError, moved
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .identity import differences
 from .lists import as_lists, _is_prepared
@@ -59,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 # %% ../nbs/18_training.ipynb #fc9f6891
 ORDERS = ("random", "sequential", "group_by_length")  # of the lists in an epoch
-COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "filler", "cut", "retokenized")  # of prepared lists
+# of prepared lists
+COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "filler", "cut", "retokenized")
 
 # %% ../nbs/18_training.ipynb #ec486ec3
 @dataclass
@@ -75,7 +76,8 @@ class LIREConfig(TrainingArguments):
     remove_unused_columns: bool = False  # our columns are not arguments of the model
     bf16: bool | None = None  # None: where the processor is fast at it
     loss_type: str | Callable = "lire"  # a name in `losses.LOSSES`, or a callable with the same signature
-    temperature: float | str | None = None  # T, or "auto"; None, here and below: the loss's own default, for LIRE "auto"
+    # T, or "auto"; None, here and below: the loss's own default, for LIRE "auto"
+    temperature: float | str | None = None
     reward_transform: str | None = None  # of LIRE: "zscore" (its default), "softmax", "none" or "rank"
     score: str | None = None  # what a loss compares: "sum", "token", "ratio" (against the reference) or "token_ratio"
     variant: str | None = None  # of dpo, odpo, offline_pg and apo
@@ -90,9 +92,11 @@ class LIREConfig(TrainingArguments):
     max_prompt_length: int = MAX_PROMPT_LENGTH  # tokens; what is longer loses its beginning, but for the head
     max_completion_length: int = MAX_COMPLETION_LENGTH  # tokens; the end is cut
     logps_impl: str = "auto"  # path of `list_logps`
-    reference_cache: str | None = None  # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
+    # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
+    reference_cache: str | None = None
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
-    candidates_at_once: int | str | None = None  # in memory at a time, see 06c_long_lists; "auto": what fits; None: all of a batch
+    # in memory at a time, see 06c_long_lists; "auto": what fits; None: all of a batch
+    candidates_at_once: int | str | None = None
     on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
@@ -102,12 +106,14 @@ class LIREConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16("cpu" if self.use_cpu else None)
         if self.logps_impl not in IMPLS:
-            raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS), remedy="leave it at 'auto'")
+            raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS),
+                            remedy="leave it at 'auto'")
         if self.logps_impl == "shared" and self.neftune_noise_alpha is not None:
             raise LireError("not exact with NEFTune, which scales its noise by the length of a row", field="logps_impl",
                             value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
         if self.num_candidates is not None and self.num_candidates < 2:
-            raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates, allowed="2 or more, or None for all", remedy="leave it out")
+            raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates,
+                            allowed="2 or more, or None for all", remedy="leave it out")
         check_at_once(self.candidates_at_once, "auto", None)
         if self.on_mute_lists not in ("refuse", "warn"):
             raise LireError(
@@ -118,11 +124,13 @@ class LIREConfig(TrainingArguments):
                 remedy="leave it at 'refuse'",
             )
         if self.train_sampling_strategy not in ORDERS:
-            raise LireError("unknown order", field="train_sampling_strategy", value=self.train_sampling_strategy, allowed=" or ".join(ORDERS), remedy="leave it at 'random'")
+            raise LireError("unknown order", field="train_sampling_strategy", value=self.train_sampling_strategy,
+                            allowed=" or ".join(ORDERS), remedy="leave it at 'random'")
         self._try_loss()
         try:
             super().__post_init__()
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, OSError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, OSError, KeyError,
+                AttributeError) as e:
             raise LireError(
                 " ".join(str(e).split())[:300],
                 field="LIREConfig",
@@ -159,7 +167,8 @@ class LIREConfig(TrainingArguments):
             raise LireError("unknown backend", field="torch_compile_backend", value=self.torch_compile_backend,
                             allowed=", ".join(backends), remedy="leave it out")
         if self.length_column_name in COLUMNS:
-            raise LireError("is a column of the prepared lists", field="length_column_name", value=self.length_column_name,
+            raise LireError("is a column of the prepared lists", field="length_column_name",
+                            value=self.length_column_name,
                             allowed=f"a name that is not one of {', '.join(COLUMNS)}", remedy="leave it at 'length'")
 
     def _try_loss(self) -> None:
@@ -173,7 +182,8 @@ class LIREConfig(TrainingArguments):
         except LireError:
             raise
         except (ValueError, TypeError) as e:
-            raise LireError(str(e), field=f"loss {self.loss_type!r}", remedy="change this setting; 00_losses has the table of all losses") from e
+            raise LireError(str(e), field=f"loss {self.loss_type!r}",
+                            remedy="change this setting; 00_losses has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
 
@@ -216,10 +226,12 @@ def _check_optimizer(args: LIREConfig) -> None:
 
     try:
         if args.optim_args is not None and any("=" not in part for part in args.optim_args.replace(" ", "").split(",")):
-            raise LireError("not pairs", field="optim_args", value=args.optim_args, allowed="name=value, with commas", remedy="change this setting, or leave it out")
+            raise LireError("not pairs", field="optim_args", value=args.optim_args, allowed="name=value, with commas",
+                            remedy="change this setting, or leave it out")
         kind, found = kwargs(args.optim_args)
         if args.optim_args and found == kwargs(None)[1]:
-            raise LireError("has no effect on this optimizer", field="optim_args", value=args.optim_args, allowed=f"settings that {args.optim.value} takes", remedy="leave it out")
+            raise LireError("has no effect on this optimizer", field="optim_args", value=args.optim_args,
+                            allowed=f"settings that {args.optim.value} takes", remedy="leave it out")
         if isinstance(kind, type) and kind.__module__.startswith("torch.optim"):
             kind([torch.zeros(1, requires_grad=True)], **found)
     except LireError:
@@ -227,10 +239,13 @@ def _check_optimizer(args: LIREConfig) -> None:
     except (ImportError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "install" not in str(e):
             return
-        raise LireError(f"cannot be used here: {' '.join(str(e).split())[:200]}", field="optim", value=args.optim.value, allowed="an optimizer that is installed", remedy="install it, or leave optim out") from e
+        raise LireError(f"cannot be used here: {' '.join(str(e).split())[:200]}", field="optim", value=args.optim.value,
+                        allowed="an optimizer that is installed", remedy="install it, or leave optim out") from e
     except (ValueError, TypeError, KeyError) as e:
         if args.optim_args is not None:
-            raise LireError(" ".join(str(e).split())[:200], field="optim_args", value=args.optim_args, allowed=f"settings that {args.optim.value} takes", remedy="change this setting, or leave it out") from e
+            raise LireError(" ".join(str(e).split())[:200], field="optim_args", value=args.optim_args,
+                            allowed=f"settings that {args.optim.value} takes",
+                            remedy="change this setting, or leave it out") from e
 
 # %% ../nbs/18_training.ipynb #be25dfd5
 def _check_schedule(args: LIREConfig) -> None:
@@ -241,23 +256,34 @@ def _check_schedule(args: LIREConfig) -> None:
                         remedy="leave it out, or choose another lr_scheduler_type")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
-        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 2, 8, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 2, 8,
+                                 scheduler_specific_kwargs=args.lr_scheduler_kwargs)
         for _ in range(8):  # a wrong value may only count after the warm-up
             optimizer.step()
             schedule.step(*([1.0] if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else []))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-        raise LireError(f"not settings of the schedule {args.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}", field="lr_scheduler_kwargs", value=args.lr_scheduler_kwargs,
-                        allowed="a dict of what this schedule takes", remedy="change this setting, or leave it out") from e
+        raise LireError(
+            f"not settings of the schedule {args.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}",
+            field="lr_scheduler_kwargs",
+            value=args.lr_scheduler_kwargs,
+            allowed="a dict of what this schedule takes",
+            remedy="change this setting, or leave it out",
+        ) from e
 
 # %% ../nbs/18_training.ipynb #074f581c
 def _check_checkpointing(args: LIREConfig) -> None:
     "Settings that torch.utils.checkpoint does not take are said before the work."
-    known = [n for n, p in inspect.signature(torch.utils.checkpoint.checkpoint).parameters.items() if n not in ("function", "args", "kwargs")]
+    known = [n for n,
+             p in inspect.signature(torch.utils.checkpoint.checkpoint).parameters.items()
+             if n not in ("function", "args", "kwargs")]
     for field_name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         given = getattr(args, field_name, None)
         flags = ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
-        if given is not None and not (isinstance(given, dict) and given.keys() <= {*known, *flags, "every_n_layers", "offload"} and all(isinstance(given[n], bool) for n in flags if n in given)):
-            raise LireError("not settings of torch.utils.checkpoint", field=field_name, value=given, allowed=f"a dict with {', '.join(known)}", remedy="for example use_reentrant=False")
+        if given is not None and not (isinstance(given, dict)
+                                      and given.keys() <= {*known, *flags, "every_n_layers", "offload"}
+                                      and all(isinstance(given[n], bool) for n in flags if n in given)):
+            raise LireError("not settings of torch.utils.checkpoint", field=field_name, value=given,
+                            allowed=f"a dict with {', '.join(known)}", remedy="for example use_reentrant=False")
 
 # %% ../nbs/18_training.ipynb #22f93719
 def _check_trackers(report_to) -> None:
@@ -297,7 +323,8 @@ def choose_candidates(
     scored = [j for j, r in enumerate(rewards) if r is not None]
     if len(scored) <= count:
         return scored
-    best, worst = max(scored, key=lambda j: (rewards[j], -j)), min(scored, key=lambda j: (rewards[j], -j))  # ties: the first is best, the last worst
+    # ties: the first is best, the last worst
+    best, worst = max(scored, key=lambda j: (rewards[j], -j)), min(scored, key=lambda j: (rewards[j], -j))
     others = [j for j in scored if j not in (best, worst)]
     drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(derive_seed(*seed)))[: count - 2]
     return sorted([best, worst, *(others[k] for k in drawn.tolist())])
@@ -306,7 +333,8 @@ def choose_candidates(
 class ListSampler(torch.utils.data.Sampler):
     "The order of an epoch, as (epoch, index); an index past the end is a filler."
 
-    def __init__(self, count: int, order: str = "random", *, seed: int = 0, lengths: list[int] | None = None, step: int = 1, fill_to: int = 1):
+    def __init__(self, count: int, order: str = "random", *, seed: int = 0, lengths: list[int] | None = None,
+                 step: int = 1, fill_to: int = 1):
         self.count, self.order, self.seed, self.lengths, self.step = count, order, seed, lengths, step
         self.fillers, self.epoch = -count % fill_to, 0
 
@@ -337,7 +365,8 @@ class ListRows(torch.utils.data.Dataset):
         row = {**self.lists[i % len(self)], "filler": i >= len(self)}
         if self.num_candidates is not None:
             keep = choose_candidates(row["rewards"], self.num_candidates, self.seed, epoch, row["id"])
-            row |= {name: [row[name][j] for j in keep] for name in ("completion_ids", "rewards", "ref_logps") if row.get(name) is not None}
+            row |= {name: [row[name][j] for j in keep] for name in ("completion_ids", "rewards", "ref_logps")
+                    if row.get(name) is not None}
         return row
 
 # %% ../nbs/18_training.ipynb #95cc2f8a
@@ -345,10 +374,12 @@ class TrainingCollator(ListCollator):
     "Adds `weights` (B,): 1 for a list, 0 for a filler."
 
     def __call__(self, lists: list[dict]) -> dict:
-        return {**super().__call__(lists), "weights": torch.tensor([float(not one.get("filler", False)) for one in lists])}
+        return {**super().__call__(lists),
+                "weights": torch.tensor([float(not one.get("filler", False)) for one in lists])}
 
 # %% ../nbs/18_training.ipynb #f9cf6856
-_FREE = {"revision", "task_type", "auto_mapping", "init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # of an adapter's first weights, and of how it is loaded
+_FREE = {"revision", "task_type", "auto_mapping", "init_lora_weights", "runtime_config", "loftq_config", "eva_config",
+         "corda_config", "lora_ga_config"}  # of an adapter's first weights, and of how it is loaded
 
 # %% ../nbs/18_training.ipynb #0d2bb51a
 def _is_all_linear(
@@ -372,20 +403,26 @@ def check_same_adapter(
 ) -> None:
     "Raise `LireError` where the adapter asked for is another one than the policy has."
     there, asked = (json.loads(config_content(c)) for c in (there, asked))
-    same = [k for k in {**there, **asked} if k in _FREE or (k == "target_modules" and not asked.get(k)) or k not in there or k not in asked]
+    same = [k for k in {**there, **asked} if k in _FREE or (k == "target_modules" and not asked.get(k))
+            or k not in there or k not in asked]
     targets = there.get("target_modules")
     if asked.get("target_modules") == "all-linear" and isinstance(targets, list) and base is not None:
         same += ["target_modules"] if _is_all_linear(targets, base) else []
-    there, asked = ({k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k not in same} for c in (there, asked))
+    there, asked = ({k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k not in same}
+                    for c in (there, asked))
     if differ := differences(there, asked):
-        raise LireError(f"the policy has another adapter already ({differ})", field="peft_config", allowed="the same rank, alpha and targets: the adapter is trained further",
-                        remedy="ask for the same, or merge it into its base first: --merge-adapter, train_policy(…, merge_adapter=True)")
+        raise LireError(f"the policy has another adapter already ({differ})", field="peft_config",
+                        allowed="the same rank, alpha and targets: the adapter is trained further",
+                        remedy="ask for the same, or merge it into its base first: --merge-adapter, train_policy(…, "
+                               "merge_adapter=True)")
 
 # %% ../nbs/18_training.ipynb #756c61c5
 def check_peft_config(peft_config) -> None:
     "Raise `LireError` for what is no configuration of an adapter."
     if not (peft_config is None or isinstance(peft_config, dict) or hasattr(peft_config, "peft_type")):
-        raise LireError("not a configuration of an adapter", field="peft_config", value=peft_config, allowed="a peft configuration such as LoraConfig, or a dict of its settings", remedy="for example {'r': 8}")
+        raise LireError("not a configuration of an adapter", field="peft_config", value=peft_config,
+                        allowed="a peft configuration such as LoraConfig, or a dict of its settings",
+                        remedy="for example {'r': 8}")
 
 # %% ../nbs/18_training.ipynb #6b4a8d28
 def put_adapter(
@@ -396,10 +433,12 @@ def put_adapter(
     "The model with a fresh adapter, or with the one it has when that is what is asked for."
     has = getattr(model, "peft_config", None)
     if has and not hasattr(model, "disable_adapter"):
-        raise LireError("an adapter inside a model that does not know it", field="model", value=type(model).__name__, allowed="a full model or a peft.PeftModel",
+        raise LireError("an adapter inside a model that does not know it", field="model", value=type(model).__name__,
+                        allowed="a full model or a peft.PeftModel",
                         remedy="load it with load_policy(folder)")
     if has and not any(p.requires_grad for p in model.parameters()):
-        raise LireError("nothing to train: all weights are frozen", field="model", value=type(model).__name__, allowed="an adapter that may be trained", remedy="load it with load_policy(folder)")
+        raise LireError("nothing to train: all weights are frozen", field="model", value=type(model).__name__,
+                        allowed="an adapter that may be trained", remedy="load it with load_policy(folder)")
     if peft_config is None:
         return model
     if has:
@@ -437,27 +476,31 @@ class LIRETrainer(ExactTrainer):
             ref_model, _ = load_policy(ref_model, device=args.device)
         model = put_adapter(model, peft_config, args.seed)
         remember_start(model)
-        args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
+        # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
+        args._n_gpu = min(args.n_gpu, 1)
         self.ref_model = ref_model
         self._check_paths(model, args, ref_model)
         self.needs_ref = self.loss.asks_ref(**args.loss_settings())
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
         super().__init__(
-            model=model, args=args, processing_class=processing_class, callbacks=callbacks, data_collator=TrainingCollator(processing_class.pad_token_id or 0),
+            model=model, args=args, processing_class=processing_class, callbacks=callbacks,
+            data_collator=TrainingCollator(processing_class.pad_token_id or 0),
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
         self._bad, self._step_ids, self._grad_norm, self._began = [], [], None, False
         self._at_once = None  # candidates in memory at a time, under "auto"
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        "As the Trainer's; a single step is no warm-up, since that begins at a learning rate of 0 and would change nothing."
+        """As the Trainer's; a single step is no warm-up, since that begins at a learning rate of 0 and would change
+        nothing."""
         warmup = self.args.warmup_steps
         alone = num_training_steps == 1 and self.lr_scheduler is None and self.args.get_warmup_steps(1) > 0
         if alone and self.args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"):
             self.args.warmup_steps = 0
             if self.is_world_process_zero():
-                logger.warning("the only step of this training would be warm-up at learning rate 0: there is no warm-up")
+                logger.warning("the only step of this training would be warm-up at learning rate 0: there is no "
+                               "warm-up")
         try:
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
@@ -465,7 +508,8 @@ class LIRETrainer(ExactTrainer):
 
     def train(self, *args, **kwargs):
         if self.train_dataset is None:
-            raise LireError("missing", field="train_dataset", value=None, allowed="lists with rewards", remedy="pass train_dataset=lists to LIRETrainer")
+            raise LireError("missing", field="train_dataset", value=None, allowed="lists with rewards",
+                            remedy="pass train_dataset=lists to LIRETrainer")
         self._began = True  # from here on the model is no longer the policy at the start
         return super().train(*args, **kwargs)
 
@@ -504,9 +548,11 @@ class LIRETrainer(ExactTrainer):
     def _check_paths(model, args, ref_model=None) -> None:
         "The self-check of the log-probs, before the model is wrapped."
         check = verified(model)
-        why = check.reason or ("" if args.neftune_noise_alpha is None else "NEFTune scales its noise by the length of a row")
+        why = check.reason or ("" if args.neftune_noise_alpha is None else "NEFTune scales its noise by the length of "
+                                                                           "a row")
         if args.logps_impl == "shared" and why:
-            raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared", allowed="auto or padded",
+            raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared",
+                            allowed="auto or padded",
                             remedy="leave it at 'auto'")
         if ref_model is not None:
             verified(ref_model)
@@ -534,12 +580,14 @@ class LIRETrainer(ExactTrainer):
         world = self.accelerator.num_processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = list(lists[self.args.length_column_name]) if order == "group_by_length" else None
-        return ListSampler(len(lists), order, seed=seed, lengths=lengths, step=step * world, fill_to=1 if self.args.dataloader_drop_last else batch * world)
+        return ListSampler(len(lists), order, seed=seed, lengths=lengths, step=step * world,
+                           fill_to=1 if self.args.dataloader_drop_last else batch * world)
 
     def _get_train_sampler(self, train_dataset=None):
         batch = self._train_batch_size
         lists = getattr(train_dataset, "lists", self.train_dataset)
-        self._sampler = self._make_sampler(lists, self.args.train_sampling_strategy, batch, batch * self.args.gradient_accumulation_steps)
+        self._sampler = self._make_sampler(lists, self.args.train_sampling_strategy, batch,
+                                           batch * self.args.gradient_accumulation_steps)
         return self._sampler
 
     def _get_eval_sampler(self, eval_dataset):
@@ -575,15 +623,18 @@ class LIRETrainer(ExactTrainer):
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
         if sharded and self.args.candidates_at_once is not None and self.accelerator.num_processes > 1:
-            raise LireError("not possible with sharded weights: lists of different lengths need different numbers of passes",
-                            field="candidates_at_once", value=self.args.candidates_at_once, allowed="None under FSDP and ZeRO-3",
+            raise LireError("not possible with sharded weights: lists of different lengths need different numbers of "
+                            "passes",
+                            field="candidates_at_once", value=self.args.candidates_at_once,
+                            allowed="None under FSDP and ZeRO-3",
                             remedy="leave it out, or give num_candidates")
 
     def _facts(self) -> dict:
         return {} if self._at_once is None else {"candidates_at_once": self._at_once}
 
     def _fit(self, batch: dict | None = None) -> int:
-        "`candidates_at_once` under \"auto\": decided once, by memory, for the largest batch of the training or this one."
+        """`candidates_at_once` under "auto": decided once, by memory, for the largest batch of the training or this
+        one."""
         if self._at_once is None:
             if self.train_dataset is not None:
                 lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
@@ -602,7 +653,8 @@ class LIRETrainer(ExactTrainer):
         settings, own = self.args.loss_settings(), self.loss.settings
         if "temperature" in own:
             how = {name: settings[name] for name in ("temperature", "score", "length_normalize") if name in settings}
-            return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"), **how)
+            return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"),
+                                **how)
         score = settings.get("score") or ("ratio" if self.needs_ref else "token" if self.loss.needs_lengths else "sum")
         scores = logps - inputs["ref_logps"] if score.endswith("ratio") else logps
         scores = scores / lengths.clamp(min=1) if score.startswith("token") else scores
@@ -654,7 +706,8 @@ class LIRETrainer(ExactTrainer):
                 100 * lost,
             )
         settings = self.args.loss_settings()
-        fixed = isinstance(settings.get("temperature"), (int, float)) and not str(settings.get("score")).endswith("ratio")
+        fixed = isinstance(settings.get("temperature"),
+                           (int, float)) and not str(settings.get("score")).endswith("ratio")
         if fixed and self.train_dataset is not None and (rows := self._first_logps()):
             self._say_saturated(rows)
 
@@ -712,17 +765,20 @@ class LIRETrainer(ExactTrainer):
         norm, self._grad_norm = self._grad_norm, None
         if norm is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # in fp16 the scaler deals with infinite gradients
+        # in fp16 the scaler deals with infinite gradients
+        scaled = getattr(self.accelerator, "scaler", None) is not None
         due = self.args.save_minutes > 0 and self.args.save_strategy != "no" and time.monotonic() - self._saved > 60 * self.args.save_minutes
         stop = self.sigterm is not None and self.sigterm.asked
-        flags = torch.tensor([bool(self._bad), not scaled and not torch.isfinite(torch.as_tensor(norm)).item(), due, stop], dtype=torch.float32, device=self.args.device)
+        flags = torch.tensor([bool(self._bad), not scaled and not torch.isfinite(torch.as_tensor(norm)).item(), due,
+                              stop], dtype=torch.float32, device=self.args.device)
         one_list, gradient, due, stop = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
         if one_list or gradient:
             self._not_finite(one_list)
         self._due, self._stopping = due, stop
 
     def _note_bad(self, what: str, ids: list[str], good: torch.Tensor) -> None:
-        "Remember lists whose reward or loss is not finite; a single process stops at once, several before the optimizer's step."
+        """Remember lists whose reward or loss is not finite; a single process stops at once, several before the
+        optimizer's step."""
         if not good.all():
             self._bad += [(f"{what} of list", i) for i, fine in zip(ids, good.tolist()) if not fine]
             if self.accelerator.num_processes == 1:
@@ -738,7 +794,8 @@ class LIRETrainer(ExactTrainer):
         self._bad, what = [], found[0][0]
         ids = dict.fromkeys(i for kind, i in found if kind == what)
         raise LireError("not finite", field=f"{what} {', '.join(map(repr, ids))}", allowed="a finite number",
-                        remedy="look at this list's texts and rewards; lower the learning rate if it happens late in a run")
+                        remedy="look at this list's texts and rewards; lower the learning rate if it happens late in "
+                               "a run")
 
     # Evaluation and logs.
 
@@ -746,7 +803,8 @@ class LIRETrainer(ExactTrainer):
         "As the Trainer's; lists, or a dict of lists, are taken as they are."
         eval_dataset = eval_dataset if isinstance(eval_dataset, str) else as_lists(eval_dataset, "eval_dataset")
         with self._reference(eval_dataset) as reference:
-            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference, common_context(self.model, self.ref_model))
+            eval_dataset = _prepared(eval_dataset, self.processing_class, self.args, reference,
+                                     common_context(self.model, self.ref_model))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @contextmanager
@@ -762,15 +820,18 @@ class LIRETrainer(ExactTrainer):
         elif not self._began:
             yield self.model
         else:
-            raise LireError("the policy at the start is gone", field="eval_dataset", allowed="lists that were given as eval_dataset, or a ref_model",
-                            remedy=f"the loss {self.args.loss_type!r} needs reference log-probs: pass ref_model= to LIRETrainer")
+            raise LireError("the policy at the start is gone", field="eval_dataset",
+                            allowed="lists that were given as eval_dataset, or a ref_model",
+                            remedy=f"the loss {self.args.loss_type!r} needs reference log-probs: pass ref_model= to "
+                                   "LIRETrainer")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval"):
         self._seen["eval"].clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._stop_if_not_finite()
@@ -933,13 +994,17 @@ def prepare_lists(
         _check_rewards(record)
         tokenized.append(tokenize_list(record, tokenizer, context=context, **limits))
     if not tokenized:
-        raise LireError("empty", field="lists", allowed="at least one list", remedy="check the file or split they come from")
+        raise LireError("empty", field="lists", allowed="at least one list",
+                        remedy="check the file or split they come from")
     if ref_model:
         autocast = torch.bfloat16 if args.bf16 else None
-        for one, logps in zip(tokenized, reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast, context=context, **limits)):
+        for one, logps in zip(tokenized,
+                              reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast,
+                                              context=context, **limits)):
             one["ref_logps"] = logps
     if again := sum(one.pop("retokenized") for one in tokenized):
-        logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an edited text): their text is tokenized anew", again)
+        logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an "
+                       "edited text): their text is tokenized anew", again)
     prompts, completions = (sum(counts) for counts in zip(*(one.pop("cut") for one in tokenized)))
     if prompts or completions:
         logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)
@@ -956,7 +1021,8 @@ def _check_rewards(record: dict) -> list[float | None]:
                         remedy="score the lists first: rewards.score_lists(lists, reward)")
     for reward in record["rewards"]:
         if reward is not None and not abs(reward) <= torch.finfo(torch.float32).max:
-            raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null", remedy="drop this candidate or scale the rewards")
+            raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null",
+                            remedy="drop this candidate or scale the rewards")
     return record["rewards"]
 
 # %% ../nbs/18_training.ipynb #671bc7cc
@@ -964,7 +1030,8 @@ class TrainingBar(TrainerCallback):
     "A progress bar over optimizer steps that shows the expected reward of the lists, or the accuracy of their pairs."
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=True if os.environ.get("TQDM_DISABLE") or not state.is_world_process_zero else None)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        disable=True if os.environ.get("TQDM_DISABLE") or not state.is_world_process_zero else None)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -984,3 +1051,8 @@ def use_training_bar(trainer: Trainer) -> Trainer:
         trainer.remove_callback(callback)
     trainer.add_callback(TrainingBar())
     return trainer
+
+# %% ../nbs/18_training.ipynb #b541b6c0
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

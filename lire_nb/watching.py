@@ -58,7 +58,9 @@ class EvaluationCallback(TrainerCallback):
         judges: dict[str, Reward],
         *,
         every: int | str = "epoch",  # or a number of steps
-        start=None,  # the start policy: name, model or (model, tokenizer); None: the policy that its adapter's training began with, else no KL
+        # the start policy: name, model or (model, tokenizer); None: the policy that its adapter's training began with,
+        # else no KL
+        start=None,
         num_samples: int = 1,
         settings: SamplingSettings = SamplingSettings(),
         seed: int = 0,  # the same at every evaluation, so that changes are the policy's
@@ -71,16 +73,22 @@ class EvaluationCallback(TrainerCallback):
         self.num_samples, self.settings, self.seed, self.max_prompt_length = num_samples, settings, seed, max_prompt_length
         self.max_kl, self.patience, self.watch, self.stopped, self.trainer = max_kl, patience, watch or list(judges or [None])[-1], None, None
         rules = {
-            "prompts": (len(self.prompts) > 1, len(self.prompts), "two or more"), "judges": (bool(judges), judges, "one or more"),
-            "watch": (self.watch in (judges or ()), watch, ", ".join(judges or ())), "every": (every == "epoch" or (type(every) is int and every > 0), every, '"epoch", or a number of steps'),
-            "max_kl": (max_kl is None or (max_kl > 0 and _is_plain(_sampling(settings))), max_kl, "above 0, with plain sampling"), "patience": (patience is None or patience >= 1, patience, "1 or more"),
+            "prompts": (len(self.prompts) > 1, len(self.prompts), "two or more"),
+            "judges": (bool(judges), judges, "one or more"),
+            "watch": (self.watch in (judges or ()), watch, ", ".join(judges or ())),
+            "every": (every == "epoch" or (type(every) is int and every > 0), every, '"epoch", or a number of steps'),
+            "max_kl": (max_kl is None or (max_kl > 0 and _is_plain(_sampling(settings))), max_kl,
+                       "above 0, with plain sampling"),
+                       "patience": (patience is None or patience >= 1, patience, "1 or more"),
         }
         for name, (good, value, allowed) in rules.items():
             if not good:
-                raise LireError("cannot be used", field=name, value=value, allowed=allowed, remedy="change this argument of EvaluationCallback")
+                raise LireError("cannot be used", field=name, value=value, allowed=allowed,
+                                remedy="change this argument of EvaluationCallback")
 
     def attach(self, trainer: Trainer) -> Trainer:
-        "Join a trainer so that its trackers get the figures too; as a member of `callbacks` alone, they go to `log_history` only."
+        """Join a trainer so that its trackers get the figures too; as a member of `callbacks` alone, they go to
+        `log_history` only."""
         self.trainer = trainer
         trainer.add_callback(self)
         return trainer
@@ -90,14 +98,19 @@ class EvaluationCallback(TrainerCallback):
             self.max_prompt_length = getattr(args, "max_prompt_length", MAX_PROMPT_LENGTH)
         if isinstance(self.start, str) or hasattr(self.start, "__fspath__"):
             self.start = load_policy(self.start)  # in the dtype of training, so that the KL begins at zero
-        if isinstance(self.start, tuple) and tokenizer_fingerprint(self.start[1]) != tokenizer_fingerprint(processing_class):
-            raise LireError("another tokenizer than the policy's", field="start", value=type(self.start[1]).__name__, allowed="the policy that training starts from",
+        if isinstance(self.start,
+                      tuple) and tokenizer_fingerprint(self.start[1]) != tokenizer_fingerprint(processing_class):
+            raise LireError("another tokenizer than the policy's", field="start", value=type(self.start[1]).__name__,
+                            allowed="the policy that training starts from",
                             remedy="give that one: a KL needs the same tokens on both sides")
         if self.start is not None:
-            self.start = (self.start[0] if isinstance(self.start, tuple) else self.start).to(next(model.parameters()).device)
+            self.start = (self.start[0]
+                          if isinstance(self.start, tuple) else self.start).to(next(model.parameters()).device)
         elif not hasattr(unwrap(model), "disable_adapter"):
             if self.max_kl is not None:
-                raise LireError("no start policy to measure the KL to", field="start", value=None, allowed="a model, where the policy has no adapter", remedy="give EvaluationCallback start=, or leave max_kl out")
+                raise LireError("no start policy to measure the KL to", field="start", value=None,
+                                allowed="a model, where the policy has no adapter",
+                                remedy="give EvaluationCallback start=, or leave max_kl out")
             logger.warning("no start policy and no adapter: eval_kl is left out")
         elif state.global_step == 0:
             remember_start(model, again=False)  # LIRETrainer did so; of any other trainer's adapter it is done here
@@ -115,8 +128,10 @@ class EvaluationCallback(TrainerCallback):
     def measure(self, model, tokenizer) -> dict:
         "The figures of the policy as it is now."
         model, limit = unwrap(model), self.max_prompt_length or MAX_PROMPT_LENGTH
-        lists = list(sample_lists((model, tokenizer), self.prompts, self.num_samples, settings=self.settings, seed=self.seed, max_prompt_length=limit, progress=False))
-        values = {f"{name}_reward": [np.mean(r["rewards"]) for r in score_lists(lists, judge)] for name, judge in self.judges.items()}
+        lists = list(sample_lists((model, tokenizer), self.prompts, self.num_samples, settings=self.settings,
+                                  seed=self.seed, max_prompt_length=limit, progress=False))
+        values = {f"{name}_reward": [np.mean(r["rewards"]) for r in score_lists(lists, judge)] for name,
+                  judge in self.judges.items()}
         start = None if self.start is None else (self.start, tokenizer)
         if self.settings.stop:
             lists = [without_ends(r, end_tokens(tokenizer, model)) for r in lists]
@@ -124,8 +139,10 @@ class EvaluationCallback(TrainerCallback):
             limits = {"max_prompt_length": limit, "max_completion_length": self.settings.max_new_tokens + 1}
             kls = measure_candidates(lists, lambda part: text_kl((model, tokenizer), start, part, **limits), [])
             values["kl"] = [np.mean([sum(one) for one in row]) for row in kls]
-        values["length"] = [np.mean([_count(*pair, tokenizer) for pair in zip(r["completions"], r["meta"]["token_ids"])]) for r in lists]
-        return {f"eval_{name}{end}": round(float(f(v)), 6) for name, v in values.items() for end, f in (("", np.mean), ("_se", _standard_error))}
+        values["length"] = [np.mean([_count(*pair, tokenizer)
+                                     for pair in zip(r["completions"], r["meta"]["token_ids"])]) for r in lists]
+        return {f"eval_{name}{end}": round(float(f(v)), 6) for name, v in values.items() for end,
+                f in (("", np.mean), ("_se", _standard_error))}
 
     def _evaluate(self, args, state, control, model, tokenizer) -> None:
         device = next(model.parameters()).device.type

@@ -22,7 +22,8 @@ def raw_rows(count):
         yield {
             "id": f"row-{i}",
             "prompt": [{"role": "user", "content": f"{i}: {text}"}],
-            "completions": [" ".join(WORDS[(i * j + k) % len(WORDS)] for k in range(30 + 5 * j)) for j in range(CANDIDATES)],
+            "completions": [" ".join(WORDS[(i * j + k) % len(WORDS)] for k in range(30 + 5 * j))
+                            for j in range(CANDIDATES)],
             "rewards": [(i * 7 + j) % 11 / 10 for j in range(CANDIDATES)],
             "sources": [f"policy:{j}" for j in range(CANDIDATES)],
             "meta": {"row": i},
@@ -47,10 +48,12 @@ def step(name, count, folder):
         assert len(load_lists(source)) == count
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step": name, "lists": count, "lists_per_second": round(count / seconds), "peak_mib": round(peak), "imports_mib": round(before)}
+    return {"step": name, "lists": count, "lists_per_second": round(count / seconds), "peak_mib": round(peak),
+            "imports_mib": round(before)}
 
 
-STEPS = ("validate and write", "read, validate, write JSONL", "read, validate, write Parquet", "read Parquet, write JSONL", "load_lists (in memory)")
+STEPS = ("validate and write", "read, validate, write JSONL", "read, validate, write Parquet",
+         "read Parquet, write JSONL", "load_lists (in memory)")
 
 
 def main():
@@ -65,7 +68,8 @@ def main():
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 print(f"{result['step']:32}{result['lists']:>9,}{result['lists_per_second']:>9,}{result['peak_mib']:>10}{result['imports_mib']:>12}", flush=True)
             # what went through JSONL, and through Parquet and back, is byte for byte what was written first
-            first, copy, back = (Path(folder, f"{count}{suffix}.jsonl").read_bytes() for suffix in ("", "-copy", "-back"))
+            first, copy, back = (Path(folder, f"{count}{suffix}.jsonl").read_bytes()
+                                 for suffix in ("", "-copy", "-back"))
             assert first == copy == back
             size = len(first) / 2**20
             print(f"{'':4}{size:.0f} MiB of JSONL; all three files equal", flush=True)

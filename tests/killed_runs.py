@@ -21,17 +21,19 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from tiny_policy import make_start
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from lire_nb import evaluation
 from lire_nb.base import errors as enhancement
 from lire_nb.base import files
-from lire_nb import evaluation
 from lire_nb.enhancement import self_enhance
-from lire_nb.sampling import SamplingSettings
 from lire_nb.resume import ExactTrainer
+from lire_nb.sampling import SamplingSettings
 
 STAGES = ("other", "sampling", "scoring", "training", "checkpointing", "saving", "evaluation")
-SPAN = {"sampling": 0.1, "scoring": 0.1, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}  # seconds, about, for the moment inside a stage
+# seconds, about, for the moment inside a stage
+SPAN = {"sampling": 0.1, "scoring": 0.1, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(6)]
-TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "save_total_limit": 2,
+TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2, "save_steps": 1, "save_total_limit": 2,
             "reward_transform": "zscore", "lr_scheduler_type": "linear"}
 
 
@@ -69,8 +71,10 @@ class Stages:
         setattr(owner, name, watched)
 
     def watch_all(self):
-        for owner, name, stage in ((enhancement, "sample_lists", "sampling"), (enhancement, "score_lists", "scoring"), (ExactTrainer, "train", "training"),
-                                   (ExactTrainer, "_save_checkpoint", "checkpointing"), (ExactTrainer, "save_model", "saving"), (evaluation, "judge_policy", "evaluation")):
+        for owner, name, stage in ((enhancement, "sample_lists", "sampling"), (enhancement, "score_lists", "scoring"),
+                                   (ExactTrainer, "train", "training"),
+                                   (ExactTrainer, "_save_checkpoint", "checkpointing"),
+                                   (ExactTrainer, "save_model", "saving"), (evaluation, "judge_policy", "evaluation")):
             self.watch(owner, name, stage)
 
 
@@ -82,9 +86,12 @@ def run(place: Path) -> None:
     def judge(number, policy):
         path = Path("run", "evaluation", f"round-{number}.jsonl")
         if not path.exists():
-            files.write_jsonl(path, evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start", settings=settings, progress=False))
+            files.write_jsonl(path,
+                              evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start",
+                                                      settings=settings, progress=False))
 
-    self_enhance("start", PROMPTS, vowels, "run", evolve=2, iterate=2, num_candidates=3, settings=settings, training=TRAINING, pool="keep", max_candidates=5, seed=3, progress=False,
+    self_enhance("start", PROMPTS, vowels, "run", evolve=2, iterate=2, num_candidates=3, settings=settings,
+                 training=TRAINING, pool="keep", max_candidates=5, seed=3, progress=False,
                  after_round=judge)
 
 
@@ -126,11 +133,14 @@ def wait(child: int) -> int:
 
 def contents(place: Path) -> dict[str, str]:
     """Every file of a finished run with its hash; hidden and partial ones would show up here as well."""
-    return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in sorted((place / "run").rglob("*")) if p.is_file()}
+    return {str(p.relative_to(place)): hashlib.sha256(p.read_bytes()).hexdigest()[:12]
+            for p in sorted((place / "run").rglob("*")) if p.is_file()}
 
 
-def kill(place: Path, stages: Stages, draw: random.Random, duration: float, stage: str | None, entries: int, at_once: bool) -> tuple[str, int]:
-    """Start a run and kill it: at any moment, or somewhere inside a stage. Returns the stage it was in and how it ended."""
+def kill(place: Path, stages: Stages, draw: random.Random, duration: float, stage: str | None, entries: int,
+         at_once: bool) -> tuple[str, int]:
+    """Start a run and kill it: at any moment, or somewhere inside a stage. Returns the stage it was in and how it
+    ended."""
     child = fork(place, stages)
     if stage is None:
         time.sleep(draw.uniform(0, duration))
@@ -147,7 +157,8 @@ def kill(place: Path, stages: Stages, draw: random.Random, duration: float, stag
 def finish(place: Path, stages: Stages, whole: dict) -> list | None:
     """Start again; None if it ends in the same files, else what differs."""
     code, now = wait(fork(place, stages)), contents(place)
-    return None if code == 0 and now == whole else [code, [n for n in {**now, **whole} if now.get(n) != whole.get(n)], (place / "log").read_text()[-2000:]]
+    return None if code == 0 and now == whole else [code, [n for n in {**now, **whole} if now.get(n) != whole.get(n)],
+                                                    (place / "log").read_text()[-2000:]]
 
 
 def main(place: Path, kills: int, seed: int) -> dict:
@@ -164,7 +175,8 @@ def main(place: Path, kills: int, seed: int) -> dict:
     assert wait(fork(place / "whole", stages)) == 0
     duration, whole = time.monotonic() - began, contents(place / "whole")
     entries = {stage: stages.entered(stage) for stage in STAGES[1:]}
-    report = {"seconds": duration, "entries": entries, "files": sorted(whole), "again": contents(place / "first") == whole, "hits": [], "resumed": 0, "different": []}
+    report = {"seconds": duration, "entries": entries, "files": sorted(whole),
+              "again": contents(place / "first") == whole, "hits": [], "resumed": 0, "different": []}
     while len(report["hits"]) < kills or (set(entries) - set(report["hits"]) and len(report["hits"]) < 2 * kills):
         k = len(report["hits"])
         missing = sorted(set(entries) - set(report["hits"]))  # a busy machine may wake us too late for a short stage
@@ -191,7 +203,9 @@ def terminated(stage: str):
         time.sleep(0.02)
         os.kill(child, signal.SIGTERM)
         code = wait(child)
-        return {"code": code, "left": left(place), "checkpoints": len(list(place.glob("run/round-*/policy.partial/checkpoint-*/manifest.json"))), "wrong": finish(place, stages, whole)}
+        return {"code": code, "left": left(place),
+                "checkpoints": len(list(place.glob("run/round-*/policy.partial/checkpoint-*/manifest.json"))),
+                "wrong": finish(place, stages, whole)}
 
     return case
 
@@ -201,7 +215,8 @@ def full_disk(limit: int):
 
     def case(place, stages, whole):
         code = wait(fork(place, stages, limit))
-        return {"code": code, "error": (place / "error").read_text(), "left": left(place), "wrong": finish(place, stages, whole)}
+        return {"code": code, "error": (place / "error").read_text(), "left": left(place),
+                "wrong": finish(place, stages, whole)}
 
     return case
 
@@ -233,7 +248,8 @@ def left_over(place, stages, whole):
 def left(place: Path) -> list[str]:
     """Hidden files, and partial trainings that hold no checkpoint."""
     hidden = [str(p.relative_to(place)) for p in place.glob("run/**/.*")]
-    return hidden + [str(p.relative_to(place)) for p in place.glob("run/round-*/policy.partial") if not list(p.glob("checkpoint-*/manifest.json"))]
+    return hidden + [str(p.relative_to(place)) for p in place.glob("run/round-*/policy.partial")
+                     if not list(p.glob("checkpoint-*/manifest.json"))]
 
 
 def flip(content: bytes) -> bytes:
@@ -241,7 +257,8 @@ def flip(content: bytes) -> bytes:
 
 
 CASES = {
-    "term-sampling": terminated("sampling"), "term-scoring": terminated("scoring"), "term-training": terminated("checkpointing"),
+    "term-sampling": terminated("sampling"), "term-scoring": terminated("scoring"),
+    "term-training": terminated("checkpointing"),
     "disk-lists": full_disk(300), "disk-weights": full_disk(15_000), "disk-optimizer": full_disk(40_000),
     "cut-candidates": damaged("round-1/candidates.jsonl", lambda b: b[:-30], "round-1/candidates.jsonl"),
     "cut-lists": damaged("round-2/lists.jsonl", lambda b: b[:-30], "round-2/lists.jsonl"),

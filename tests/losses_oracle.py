@@ -25,7 +25,8 @@ class Dual:
 
     def __mul__(self, other):
         other = self._lift(other)
-        return Dual(self.value * other.value, [a * other.value + self.value * b for a, b in zip(self.partials, other.partials)])
+        return Dual(self.value * other.value,
+                    [a * other.value + self.value * b for a, b in zip(self.partials, other.partials)])
 
     def __truediv__(self, other):
         other = self._lift(other)
@@ -114,7 +115,8 @@ def probs(cands, temperature, length_normalize=False):
     return [w / norm for w in weights]
 
 
-def lire(cands, temperature=2.0, reward_transform="softmax", sft_weight=0.0, sft_normalize="token", length_normalize=False):
+def lire(cands, temperature=2.0, reward_transform="softmax", sft_weight=0.0, sft_normalize="token",
+         length_normalize=False):
     values = transform([c.reward for c in cands], reward_transform)
     loss = -total(cands, [p * v for p, v in zip(probs(cands, temperature, length_normalize), values)])
     return loss + sft_weight * sft(cands, sft_normalize)

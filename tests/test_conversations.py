@@ -14,9 +14,9 @@ from lire_nb import conversations as C  # noqa: E402
 from lire_nb.base.errors import LireError
 from lire_nb.layouts import join_transcript, parse_transcript, spaced, unspaced
 from lire_nb.records import make_record  # noqa: E402
-from lire_nb.shared_prompt import tokenize_list  # noqa: E402
 from lire_nb.rewards import RewardModel  # noqa: E402
 from lire_nb.sampling import LocalSampler  # noqa: E402
+from lire_nb.shared_prompt import tokenize_list  # noqa: E402
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 U, A, S = ({"role": role, "content": None} for role in ("user", "assistant", "system"))
@@ -41,7 +41,9 @@ def prompts(draw):
 def transcript(messages: list[dict]) -> str:
     """Written by another hand than the package's."""
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "".join(f"\n\n{names[m['role']]}:" + ("" if not m["content"] or m["content"][0].isspace() else " ") + m["content"] for m in messages)
+    return "".join(f"\n\n{names[m['role']]}:" + ("" if not m["content"]
+                                                 or m["content"][0].isspace() else " ") + m["content"]
+                   for m in messages)
 
 
 def decoded(tokenizer, ids: list[int]) -> str:
@@ -89,12 +91,17 @@ def test_sampler_trainer_and_reward_model_read_the_rendered_text(kind, prompt, c
         whole = before + ("" if kind != "metaspace_llama2" or completion[0].isspace() else " ") + completion
     assert C.render_prompt(prompt, tokenizer) == before
     for ids, text in ((trained, before), (trained + answer, whole)):
-        if kind in ("bytes_bos_eos", "metaspace_llama2", "unigram_eos"):  # a space before a text, or behind a start token, is theirs
-            assert decoded(tokenizer, ids).replace("<s> ", "<s>").lstrip(" ") == text.removeprefix("<s>").replace("<s> ", "<s>").lstrip(" ")
+        # a space before a text, or behind a start token, is theirs
+        if kind in ("bytes_bos_eos", "metaspace_llama2", "unigram_eos"):
+            assert decoded(tokenizer, ids).replace("<s> ", "<s>").lstrip(" ") == text.removeprefix("<s>").replace(
+                "<s> ", "<s>"
+            ).lstrip(" ")
         else:
             assert decoded(tokenizer, ids) == text.removeprefix("<bos>")
     if templated:
-        said = [*prompt[:-1], turn("assistant", prompt[-1]["content"] + completion)] if begun else [*prompt, turn("assistant", completion)]
+        said = [*prompt[:-1],
+                turn("assistant",
+                     prompt[-1]["content"] + completion)] if begun else [*prompt, turn("assistant", completion)]
         assert judged == tokenizer.apply_chat_template(said)["input_ids"]
     else:
         assert judged == tokenizer(whole)["input_ids"]
@@ -108,11 +115,14 @@ def test_reading_drawn_ids_undoes_writing_them(kind, prompt, completion, ended):
     tokenizer = KINDS[kind]()
     glue = C._glue(prompt, tokenizer) if kind != "gemma" else ""
     assume(kind != "gemma" or isinstance(prompt, str) or prompt[0]["role"] != "system")
-    assume(unspaced(spaced(completion, glue), glue) == completion)  # " a" after "Assistant:" is written, and so read, as "a"
+    # " a" after "Assistant:" is written, and so read, as "a"
+    assume(unspaced(spaced(completion, glue), glue) == completion)
     ids = C.encode_completion(prompt, completion, tokenizer, ended=ended)
     assert C.completion_text(prompt, ids, tokenizer) == completion
     assert (ids[-1] in C.end_tokens(tokenizer)) == ended
-    record = make_record(prompt, [completion], meta={"token_ids": [ids], "finish_reasons": ["stop" if ended else "length"], "tokenizer": C.tokenizer_fingerprint(tokenizer)})
+    record = make_record(prompt, [completion],
+                         meta={"token_ids": [ids], "finish_reasons": ["stop" if ended else "length"],
+                               "tokenizer": C.tokenizer_fingerprint(tokenizer)})
     assert C.drawn_tokens(record, tokenizer) == [ids]
     assert C.drawn_tokens(record | {"completions": [completion + "."]}, tokenizer) == [None]
 
@@ -143,7 +153,8 @@ def test_transcripts_are_written_and_read_without_loss(turns):
 
 def test_a_conversation_loses_whole_turns_first_and_stays_well_formed():
     tokenizer = KINDS["bytes_chatml"]()
-    talk = [turn("system", "Be brief."), turn("user", "one " * 20 + "one"), turn("assistant", "two " * 20 + "two"), turn("user", "three three")]
+    talk = [turn("system", "Be brief."), turn("user", "one " * 20 + "one"), turn("assistant", "two " * 20 + "two"),
+            turn("user", "three three")]
     size = lambda p: len(C.encode_prompt(p, tokenizer, 10_000)[0])  # noqa: E731
     for limit in range(size(talk), 8, -1):
         text = tokenizer.decode(C.encode_prompt(talk, tokenizer, limit)[0])
@@ -157,8 +168,10 @@ def test_a_conversation_loses_whole_turns_first_and_stays_well_formed():
 
 def test_a_template_that_forgets_the_system_turn_is_refused():
     tokenizer = _fast(_bytes(), FORGETS, eos_token="</s>", pad_token="</s>")
-    for talk in ([turn("system", "a"), turn("user", "a cat")], [turn("system", "Be brief."), turn("user", "hi"), turn("assistant", "yes")]):
-        for ask in (lambda: C.encode_prompt(talk, tokenizer, id="r7"), lambda: C.render_conversation(talk, "x", tokenizer, id="r7")):  # noqa: B023
+    for talk in ([turn("system", "a"), turn("user", "a cat")],
+                 [turn("system", "Be brief."), turn("user", "hi"), turn("assistant", "yes")]):
+        for ask in (lambda: C.encode_prompt(talk, tokenizer, id="r7"),
+                    lambda: C.render_conversation(talk, "x", tokenizer, id="r7")):  # noqa: B023
             with pytest.raises(LireError, match="leaves out the system turn") as caught:
                 ask()
             assert "'r7'" in str(caught.value) and "\n" not in str(caught.value)

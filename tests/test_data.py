@@ -77,13 +77,16 @@ def test_length_and_position_do_not_tell_the_grade(graded):
 
 def test_nothing_is_filled_from_a_template(graded):
     task, lists = graded
-    texts = [t for r in lists for t in messages(r)] + [c for r in lists for c, s in zip(r["completions"], r["sources"]) if s != "author:extractive"]
+    texts = [t for r in lists for t in messages(r)] + [c for r in lists for c,
+                                                       s in zip(r["completions"], r["sources"])
+                                                       if s != "author:extractive"]
     counts = five_grams(texts)
     share = sum(n for n in counts.values() if n > 1) / counts.total()
     assert f"{share:.2%}".replace("%", " %") == card("share of repeated", task) and share < 0.02
 
 
-@pytest.mark.skipif(not (SHARED / "hh-rlhf").is_dir(), reason="the real HH files lie outside the project and are not here")
+@pytest.mark.skipif(not (SHARED / "hh-rlhf").is_dir(),
+                    reason="the real HH files lie outside the project and are not here")
 def test_dialogue_from_a_folder_of_real_hh_files():
     from lire_nb.tasks import load_task
 

@@ -1,4 +1,5 @@
-"""A self-enhancement run survives: killed anywhere, stopped politely, out of disk, with damaged files. The runs are forks of one process, see killed_runs.py."""
+"""A self-enhancement run survives: killed anywhere, stopped politely, out of disk, with damaged files. The runs are
+forks of one process, see killed_runs.py."""
 import json
 import os
 import signal
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_policy import make_start
 
-from lire_nb.enhancement import self_enhance, train_policy
 from lire_nb.base.errors import LireError
+from lire_nb.enhancement import self_enhance, train_policy
 from lire_nb.lists import load_lists, save_lists
 from lire_nb.records import make_record
 from lire_nb.sampling import SamplingSettings
@@ -19,18 +20,21 @@ HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 STAGES = {"sampling", "scoring", "training", "checkpointing", "saving", "evaluation"}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
-OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False, training=dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2))
+OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False,
+               training=dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2))
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
-    done = subprocess.run([sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), "30", "0"], env=ENV, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), "30",
+                           "0"], env=ENV, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
 def test_two_undisturbed_runs_leave_the_same_files(report):
-    assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors", "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
+    assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors",
+                                "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
                                 "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"} <= set(report["files"])
     assert not [f for f in report["files"] if "partial" in f or "/." in f]
 
@@ -49,7 +53,8 @@ def test_sigterm(report, stage):
     assert (case["checkpoints"] > 0) == (stage == "training")
 
 
-@pytest.mark.parametrize("what, words", [("lists", "enhancement.json"), ("weights", "checkpoint-1"), ("optimizer", "checkpoint-1")])
+@pytest.mark.parametrize("what, words",
+                         [("lists", "enhancement.json"), ("weights", "checkpoint-1"), ("optimizer", "checkpoint-1")])
 def test_full_disk(report, what, words):
     case = report["cases"][f"disk-{what}"]
     assert case["code"] == 3 and not case["left"] and case["wrong"] is None, case
@@ -91,9 +96,11 @@ def test_the_order_of_prompts_and_lists_does_not_matter(tmp_path, start):
         self_enhance(start, prompts, short, tmp_path / name, evolve=1, **OPTIONS)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     lists = load_lists(tmp_path / "a" / "round-1" / "lists.jsonl")
-    lists = [{**r, "rewards": [float(j) for j in range(len(r["rewards"]))]} for r in lists]  # as long as each other, they would tie
+    # as long as each other, they would tie
+    lists = [{**r, "rewards": [float(j) for j in range(len(r["rewards"]))]} for r in lists]
     for name, order in (("c", lists), ("d", list(lists)[::-1])):
-        train_policy(start, load_lists(save_lists(order, tmp_path / f"{name}.jsonl")), tmp_path / name, loss_type="dpo", max_steps=2, **OPTIONS["training"])
+        train_policy(start, load_lists(save_lists(order, tmp_path / f"{name}.jsonl")), tmp_path / name, loss_type="dpo",
+                     max_steps=2, **OPTIONS["training"])
     assert files(tmp_path / "c") == files(tmp_path / "d")  # the reference log-probs are in the loss
 
 
@@ -140,18 +147,22 @@ def test_a_partial_training_of_something_else_is_refused(tmp_path, start):
                 raise Failure
 
     with pytest.raises(Failure):
-        train_policy(start, lists, tmp_path / "policy", callbacks=[Fail()], save_steps=1, num_train_epochs=2, **training)
+        train_policy(start, lists, tmp_path / "policy", callbacks=[Fail()], save_steps=1, num_train_epochs=2,
+                     **training)
     assert [p.name for p in (tmp_path / "policy.partial").glob("checkpoint-*")] == ["checkpoint-1"]
-    for change, word in (({"seed": 1}, "seed: 0 there, 1 now"), ({"temperature": 3.0}, "temperature"), ({"lists": lists[:3]}, "lists:")):
+    for change, word in (({"seed": 1}, "seed: 0 there, 1 now"), ({"temperature": 3.0}, "temperature"),
+                         ({"lists": lists[:3]}, "lists:")):
         with pytest.raises(LireError, match="another configuration") as e:
-            train_policy(start, change.pop("lists", lists), tmp_path / "policy", **({"save_steps": 1, "num_train_epochs": 2} | training | change))
+            train_policy(start, change.pop("lists", lists), tmp_path / "policy",
+                         **({"save_steps": 1, "num_train_epochs": 2} | training | change))
         assert word in str(e.value) and "delete policy.partial" in str(e.value)
     train_policy(start, lists, tmp_path / "policy", save_steps=1, num_train_epochs=2, **training)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["policy"]
 
 
 def test_the_pool_keeps_its_origin(tmp_path, start):
-    """Round 2 holds candidates of both rounds and of people, each text once, with the policy of each round in its manifest."""
+    """Round 2 holds candidates of both rounds and of people, each text once, with the policy of each round in its
+    manifest."""
     prompts = [{**p, "completions": [" by hand"], "rewards": [0.5], "sources": ["human"]} for p in PROMPTS]
     self_enhance(start, prompts, short, tmp_path / "run", evolve=2, pool="keep", max_candidates=5, **OPTIONS)
     first, second = (load_lists(tmp_path / "run" / f"round-{n}" / "lists.jsonl") for n in (1, 2))
@@ -160,7 +171,8 @@ def test_the_pool_keeps_its_origin(tmp_path, start):
         assert new["completions"][0] == " by hand" and new["rewards"][0] == 0.5
         assert len(new["completions"]) == len(set(new["completions"])) <= 5 and len(new["meta"]["finish_reasons"]) == len(new["completions"])
         assert max(new["rewards"]) >= max(old["rewards"]) and min(new["rewards"]) <= min(old["rewards"])
-    sampled = [json.loads((tmp_path / "run" / f"round-{n}" / "manifest.json").read_text())["sampled_by"] for n in (1, 2)]
+    sampled = [json.loads((tmp_path / "run" / f"round-{n}" / "manifest.json").read_text())["sampled_by"]
+               for n in (1, 2)]
     assert sampled[1]["policy"] == "round-1/policy" and sampled[0]["fingerprint"] != sampled[1]["fingerprint"] and sampled[0]["seed"] != sampled[1]["seed"]
 
 
@@ -171,13 +183,16 @@ def test_contrastive_rewards_train_the_same_policy(tmp_path, start):
 
     for name, contrastive in (("plain", False), ("contrastive", True)):
         self_enhance(start, PROMPTS, short, tmp_path / name, evolve=1, contrastive=contrastive, **OPTIONS)
-    a, b = (load_file(tmp_path / name / "round-1" / "policy" / "model.safetensors") for name in ("plain", "contrastive"))
+    a, b = (load_file(tmp_path / name / "round-1" / "policy" / "model.safetensors")
+            for name in ("plain", "contrastive"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
     baseline = json.loads((tmp_path / "contrastive" / "round-1" / "baseline.json").read_text())
     for record in load_lists(tmp_path / "contrastive" / "round-1" / "lists.jsonl"):
         assert baseline[record["id"]] == pytest.approx(sum(record["rewards"]) / len(record["rewards"]))
-    logs = [json.loads((tmp_path / name / "round-1" / "policy" / "training.jsonl").read_text().splitlines()[0])["expected_reward"] for name in ("plain", "contrastive")]
+    logs = [json.loads((tmp_path / name / "round-1" / "policy"
+                        / "training.jsonl").read_text().splitlines()[0])["expected_reward"]
+            for name in ("plain", "contrastive")]
     assert logs[0] < -1 and abs(logs[1]) < abs(logs[0])
 
 
@@ -190,11 +205,14 @@ def test_a_stop_rule_is_asked_once(tmp_path, start):
 
     for _ in range(2):
         assert len(self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=4, stop=stop, **OPTIONS)) == 2
-    assert asked == [1, 2] and [h["reason"] for h in json.loads((tmp_path / "run" / "stop.json").read_text())] == [None, None, "enough"]
+    assert asked == [1, 2] and [h["reason"]
+                                for h in json.loads((tmp_path / "run"
+                                                     / "stop.json").read_text())] == [None, None, "enough"]
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pool": "all"}, "pool: unknown rule"), ({"max_candidates": 1}, "max_candidates: too few"), ({"prompts": [*PROMPTS, {"id": "p0", "prompt": "other"}]}, "same id"),
+    ({"pool": "all"}, "pool: unknown rule"), ({"max_candidates": 1}, "max_candidates: too few"),
+    ({"prompts": [*PROMPTS, {"id": "p0", "prompt": "other"}]}, "same id"),
 ])
 def test_bad_plans(tmp_path, start, change, words):
     with pytest.raises(LireError, match=words):

@@ -1,4 +1,5 @@
-"""An adapter's folder is its base with the adapter on it, everywhere; trained further it goes on from there, and what is saved loads back as what was trained."""
+"""An adapter's folder is its base with the adapter on it, everywhere; trained further it goes on from there, and what
+is saved loads back as what was trained."""
 import json
 import math
 import shutil
@@ -9,25 +10,27 @@ import torch
 from peft import LoraConfig, PeftModel
 from tiny_policy import make_start
 
+from lire_nb.base.errors import LireError
 from lire_nb.cli import main
 from lire_nb.enhancement import self_enhance, train_policy
 from lire_nb.identity import policy_identity
-from lire_nb.base.errors import LireError
 from lire_nb.lists import save_lists
-from lire_nb.records import make_record
 from lire_nb.logprobs import dataset_logps
 from lire_nb.models import load_policy
+from lire_nb.records import make_record
 from lire_nb.sampling import SamplingSettings
 from lire_nb.training import LIREConfig, LIRETrainer
 
-LISTS = [make_record(f"film {i} was", [" good", " bad", " so so"], rewards=[1.0, 0.0, 0.5], id=str(i)) for i in range(3)]
+LISTS = [make_record(f"film {i} was", [" good", " bad", " so so"], rewards=[1.0, 0.0, 0.5], id=str(i))
+         for i in range(3)]
 LATE = [make_record("book was", [" fine", " dull"], rewards=[1.0, 0.0], id="late")]
 TRAINING = dict(bf16=False, use_cpu=True, per_device_train_batch_size=2, num_train_epochs=3.0, learning_rate=5e-2)
 STILL = {**TRAINING, "learning_rate": 0.0, "num_train_epochs": 1.0}
 
 
 def lora(rank=4, **options) -> LoraConfig:
-    return LoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options})
+    return LoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"],
+                         "task_type": "CAUSAL_LM", **options})
 
 
 def logps(policy, lists=LISTS) -> list:
@@ -57,29 +60,38 @@ def test_12_an_adapter_folder_loads_as_its_base_with_the_adapter(place):
 def test_12_trained_further_with_no_learning_rate_it_is_what_it_was(place, tmp_path, asked):
     train_policy(place / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora(**asked)}, **STILL)
     assert logps(tmp_path / "r2") == logps(place / "r1")
-    assert json.loads((tmp_path / "r2" / "adapter_config.json").read_text())["base_model_name_or_path"] == str((place / "base").resolve())
+    assert json.loads((tmp_path / "r2" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        (place / "base").resolve()
+    )
 
 
 def test_12_trained_further_it_moves_on_from_there(place, tmp_path):
-    train_policy(place / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora()}, **{**TRAINING, "learning_rate": 1e-4, "num_train_epochs": 1.0})
-    near, far = (max(abs(a - b) for a, b in zip(logps(tmp_path / "r2"), logps(place / name))) for name in ("r1", "base"))
+    train_policy(place / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora()},
+                 **{**TRAINING, "learning_rate": 1e-4, "num_train_epochs": 1.0})
+    near, far = (max(abs(a - b) for a, b in zip(logps(tmp_path / "r2"), logps(place / name)))
+                 for name in ("r1", "base"))
     assert 0 < near < far / 5
 
 
 def test_12_the_command_line_goes_on_from_an_adapter(place, tmp_path, capfd):
     save_lists(LISTS, tmp_path / "l.jsonl")
-    command = ["train", "--lists", str(tmp_path / "l.jsonl"), "--policy", str(place / "r1"), "--set", "learning_rate=0", "--set", "max_steps=1", "--set", "use_cpu=true"]
+    command = ["train", "--lists", str(tmp_path / "l.jsonl"), "--policy", str(place / "r1"), "--set", "learning_rate=0",
+               "--set", "max_steps=1", "--set", "use_cpu=true"]
     assert main([*command, "--lora-rank", "4", "--out", str(tmp_path / "r2")]) == 0
     assert logps(tmp_path / "r2") == logps(place / "r1")
     capfd.readouterr()
-    for more, words in ((("--lora-rank", "2"), ("r: 4 there, 2 now", "--merge-adapter")), (("--lora-rank", "4", "--lora-alpha", "9"), ("lora_alpha",)),
-                        (("--lora-rank", "4", "--lora-targets", "k_proj"), ("target_modules",)), ((), ("--merge-adapter", "--lora-rank 4"))):
+    for more, words in ((("--lora-rank", "2"), ("r: 4 there, 2 now", "--merge-adapter")),
+                        (("--lora-rank", "4", "--lora-alpha", "9"), ("lora_alpha",)),
+                        (("--lora-rank", "4", "--lora-targets", "k_proj"), ("target_modules",)),
+                        ((), ("--merge-adapter", "--lora-rank 4"))):
         assert main([*command, *more, "--out", str(tmp_path / "no")]) == 2
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lire ")]
         assert len(lines) == 1 and all(word in lines[0] for word in words), lines
     assert not [p for p in tmp_path.iterdir() if "no" in p.name]
-    assert main([*command, "--merge-adapter", "--out", str(tmp_path / "full")]) == 0 and (tmp_path / "full" / "model.safetensors").is_file()
-    torch.testing.assert_close(torch.tensor(logps(tmp_path / "full")), torch.tensor(logps(place / "r1")), rtol=1e-5, atol=1e-4)
+    assert main([*command, "--merge-adapter", "--out",
+                 str(tmp_path / "full")]) == 0 and (tmp_path / "full" / "model.safetensors").is_file()
+    torch.testing.assert_close(torch.tensor(logps(tmp_path / "full")), torch.tensor(logps(place / "r1")), rtol=1e-5,
+                               atol=1e-4)
 
 
 class Keep:
@@ -96,17 +108,21 @@ class Keep:
 
 
 @pytest.mark.parametrize("merge, asked", [
-    (False, {}), (True, None), (True, {"rank": 2}), (True, {"target_modules": ["o_proj"]}), (True, {"use_dora": True}), (True, {"use_rslora": True, "lora_alpha": 8}),
+    (False, {}), (True, None), (True, {"rank": 2}), (True, {"target_modules": ["o_proj"]}), (True, {"use_dora": True}),
+    (True, {"use_rslora": True, "lora_alpha": 8}),
 ])
 def test_12_what_is_saved_loads_back_as_what_was_trained(place, tmp_path, merge, asked):
     keep = Keep()
     options = {"trainer_options": {"peft_config": lora(**asked)}} if asked is not None else {}
-    train_policy(place / "r1", LISTS, tmp_path / "here" / "r2", callbacks=[keep], merge_adapter=merge, **options, **{**TRAINING, "num_train_epochs": 1.0})
+    train_policy(place / "r1", LISTS, tmp_path / "here" / "r2", callbacks=[keep], merge_adapter=merge, **options,
+                 **{**TRAINING, "num_train_epochs": 1.0})
     shutil.move(tmp_path / "here", tmp_path / "moved")
     assert logps(tmp_path / "moved" / "r2") == keep.logps
 
 
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True, "lora_alpha": 8}, {"init_lora_weights": "gaussian"}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("kind",
+                         [{"use_dora": True}, {"use_rslora": True, "lora_alpha": 8}, {"init_lora_weights": "gaussian"},
+                          {"modules_to_save": ["lm_head"]}])
 def test_12_kinds_of_adapters_are_trained_further_and_load_back(place, tmp_path, kind):
     train_policy(place / "base", LISTS, tmp_path / "r1", trainer_options={"peft_config": lora(**kind)}, **TRAINING)
     train_policy(tmp_path / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora(**kind)}, **STILL)
@@ -119,9 +135,11 @@ def test_12_full_training_of_an_adapter_and_merging_of_a_full_policy_are_refused
     with pytest.raises(LireError, match="has no adapter to merge"):
         train_policy(place / "base", LISTS, tmp_path / "no", merge_adapter=True, **STILL)
     with pytest.raises(LireError, match="another adapter already.*r: 4 there, 3 now"):
-        self_enhance(place / "r1", [{"id": "a", "prompt": "film"}], lambda p, c: [0.0] * len(c), tmp_path / "no", trainer_options={"peft_config": lora(3)})
+        self_enhance(place / "r1", [{"id": "a", "prompt": "film"}], lambda p, c: [0.0] * len(c), tmp_path / "no",
+                     trainer_options={"peft_config": lora(3)})
     with pytest.raises(LireError, match="another adapter already"):
-        LIRETrainer(place / "r1", LIREConfig(output_dir=str(tmp_path / "t"), report_to="none", **STILL), LISTS, peft_config=lora(3))
+        LIRETrainer(place / "r1", LIREConfig(output_dir=str(tmp_path / "t"), report_to="none", **STILL), LISTS,
+                    peft_config=lora(3))
     assert not (tmp_path / "no").exists()
 
 
@@ -133,7 +151,9 @@ def test_12_an_adapter_that_cannot_be_loaded_is_said_in_a_line(place, tmp_path):
 
     def fails(words, **values):
         (folder / "adapter_config.json").write_text(json.dumps({**said, **values}))
-        for use in (load_policy, policy_identity, lambda f: train_policy(f, LISTS, tmp_path / "no", trainer_options={"peft_config": lora()}, **STILL)):
+        for use in (load_policy, policy_identity,
+                    lambda f: train_policy(f, LISTS, tmp_path / "no", trainer_options={"peft_config": lora()},
+                                           **STILL)):
             with pytest.raises(LireError, match=words) as e:
                 use(folder)
             assert "remedy" in str(e.value) and str(folder) in str(e.value)
@@ -143,7 +163,8 @@ def test_12_an_adapter_that_cannot_be_loaded_is_said_in_a_line(place, tmp_path):
     fails("an adapter itself", base_model_name_or_path=str(place / "r1"))
     (folder / "adapter_config.json").write_text(json.dumps(said))
     wide = make_start(tmp_path / "wide", dropout=0.0)
-    (wide / "config.json").write_text((wide / "config.json").read_text().replace('"num_key_value_heads": 1', '"num_key_value_heads": 2'))
+    (wide / "config.json").write_text((wide / "config.json").read_text().replace('"num_key_value_heads": 1',
+                                                                                 '"num_key_value_heads": 2'))
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(LireError, match="adapter_model.safetensors"):
         resolve_model(folder)
@@ -160,7 +181,8 @@ def test_12_an_adapter_is_told_apart_by_alpha_and_by_its_base(place, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
     assert policy_identity(folder) != before
     shutil.copytree(place / "base", tmp_path / "base")
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "base")}))
+    (folder / "adapter_config.json").write_text(json.dumps({**config,
+                                                            "base_model_name_or_path": str(tmp_path / "base")}))
     assert policy_identity(folder) == before
     make_start(tmp_path / "base", dropout=0.0, seed=5)
     assert policy_identity(folder) != before
@@ -168,11 +190,14 @@ def test_12_an_adapter_is_told_apart_by_alpha_and_by_its_base(place, tmp_path):
 
 def test_12_rounds_of_self_enhancement_go_on_with_one_adapter(place, tmp_path):
     prompts = [{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(3)]
-    policies = self_enhance(place / "base", prompts, lambda p, c: [float(sum(map(ord, x)) % 7) for x in c], tmp_path / "run", evolve=2, num_candidates=3, settings=SamplingSettings(max_new_tokens=5),
-                            progress=False, training={**TRAINING, "temperature": 20.0}, trainer_options={"peft_config": lora()})
+    policies = self_enhance(place / "base", prompts, lambda p, c: [float(sum(map(ord, x)) % 7) for x in c],
+                            tmp_path / "run", evolve=2, num_candidates=3, settings=SamplingSettings(max_new_tokens=5),
+                            progress=False, training={**TRAINING, "temperature": 20.0},
+                            trainer_options={"peft_config": lora()})
     base, first, second = (logps(p) for p in (place / "base", *policies))
     assert base != first and first != second, (base, first, second)
-    assert [json.loads((p / "adapter_config.json").read_text())["base_model_name_or_path"] for p in policies] == [str((place / "base").resolve())] * 2
+    assert [json.loads((p / "adapter_config.json").read_text())["base_model_name_or_path"]
+            for p in policies] == [str((place / "base").resolve())] * 2
     sampled = [json.loads((p.parent / "manifest.json").read_text())["sampled_by"]["fingerprint"] for p in policies]
     assert sampled == [policy_identity(place / "base"), policy_identity(policies[0])]
 
@@ -181,7 +206,8 @@ def test_12_rounds_of_self_enhancement_go_on_with_one_adapter(place, tmp_path):
 
 def dpo(model, place, **options):
     tokenizer = load_policy(place / "base")[1]
-    args = LIREConfig(output_dir=str(place / "trainer"), loss_type="dpo", report_to="none", save_strategy="no", **{**STILL, **options.pop("args", {})})
+    args = LIREConfig(output_dir=str(place / "trainer"), loss_type="dpo", report_to="none", save_strategy="no",
+                      **{**STILL, **options.pop("args", {})})
     return LIRETrainer(model, args, LISTS, processing_class=tokenizer, **options)
 
 
@@ -196,9 +222,11 @@ def test_13_the_reference_of_late_lists_is_the_policy_at_the_start(place, name, 
         assert trainer.evaluate(lists)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"init_lora_weights": False}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("kind",
+                         [{}, {"use_dora": True}, {"init_lora_weights": False}, {"modules_to_save": ["lm_head"]}])
 def test_13_after_training_early_and_late_lists_agree(place, tmp_path, kind):
-    trainer = dpo(place / "base", place, peft_config=lora(**kind), eval_dataset=LATE, args={"learning_rate": 5e-2, "reference_cache": str(tmp_path)})
+    trainer = dpo(place / "base", place, peft_config=lora(**kind), eval_dataset=LATE,
+                  args={"learning_rate": 5e-2, "reference_cache": str(tmp_path)})
     trainer.train()
     early, late = trainer.evaluate()["eval_loss"], trainer.evaluate(LATE)["eval_loss"]
     assert early == pytest.approx(late, abs=1e-5) and abs(early - math.log(2)) > 1e-4
@@ -234,7 +262,8 @@ def test_13_full_fine_tuning_with_late_lists_still_needs_a_reference(place):
 def test_13_the_kl_to_the_start_of_a_trained_adapter_begins_at_zero(place):
     from lire_nb.watching import EvaluationCallback
 
-    watch = EvaluationCallback([{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)], {"length": lambda p, c: [float(len(x)) for x in c]},
+    watch = EvaluationCallback([{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)],
+                               {"length": lambda p, c: [float(len(x)) for x in c]},
                                settings=SamplingSettings(max_new_tokens=4), every=1)
     trainer = dpo(place / "r1", place, callbacks=[watch], args={"learning_rate": 5e-2})
     trainer.train()
@@ -249,4 +278,5 @@ def test_13_a_peft_model_in_memory_with_a_trained_adapter(place):
     trainer.train()
     assert trainer.evaluate(LATE)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     with trainer.model.disable_adapter():
-        assert max(abs(a - b) for a, b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3
+        assert max(abs(a - b) for a,
+                   b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3

@@ -1,4 +1,5 @@
-"""What is reused is what is asked for: everything on disk is told apart by content, a difference is one line, and one command writes to a folder at a time."""
+"""What is reused is what is asked for: everything on disk is told apart by content, a difference is one line, and one
+command writes to a folder at a time."""
 import collections
 import decimal
 import fractions
@@ -21,15 +22,15 @@ import torch
 from tiny_policy import make_start
 from transformers import AutoModelForCausalLM
 
+from lire_nb.base.errors import LireError
 from lire_nb.cli import main
 from lire_nb.enhancement import self_enhance, train_policy
-from lire_nb.identity import claim_folder, policy_identity, reward_identity
 from lire_nb.evaluation import evaluate_systems
-from lire_nb.base.errors import LireError
+from lire_nb.identity import claim_folder, policy_identity, reward_identity
 from lire_nb.lists import save_lists
-from lire_nb.records import make_record
 from lire_nb.logprobs import reference_logps
 from lire_nb.models import load_policy, model_fingerprint
+from lire_nb.records import make_record
 from lire_nb.sampling import SamplingSettings
 
 SHORT = SamplingSettings(max_new_tokens=4)
@@ -77,8 +78,10 @@ def change_file(path: Path, **values) -> None:
 # line 11: policies
 
 @pytest.mark.parametrize("file, values", [
-    ("config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}), ("generation_config.json", {"eos_token_id": [0, 5]}),
-    ("tokenizer_config.json", {"chat_template": "{{ messages }}"}), ("tokenizer_config.json", {"eos_token": "a"}), ("tokenizer_config.json", {"add_bos_token": True}),
+    ("config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}),
+    ("generation_config.json", {"eos_token_id": [0, 5]}),
+    ("tokenizer_config.json", {"chat_template": "{{ messages }}"}), ("tokenizer_config.json", {"eos_token": "a"}),
+    ("tokenizer_config.json", {"add_bos_token": True}),
 ])
 def test_11_a_policy_is_its_configuration_and_tokenizer_too(tmp_path, file, values):
     folder = make_start(tmp_path / "start")
@@ -87,7 +90,9 @@ def test_11_a_policy_is_its_configuration_and_tokenizer_too(tmp_path, file, valu
     assert policy_identity(folder) != before
 
 
-@pytest.mark.parametrize("file", ["chat_template.jinja", "special_tokens_map.json", "merges.txt", "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("file",
+                         ["chat_template.jinja", "special_tokens_map.json", "merges.txt",
+                          "model-00002-of-00002.safetensors"])
 def test_11_a_new_file_that_is_read_makes_another_policy(tmp_path, file):
     folder = make_start(tmp_path / "start")
     before = policy_identity(folder)
@@ -104,7 +109,9 @@ def test_11_a_policy_is_not_its_path_nor_the_version_that_wrote_it(tmp_path):
     assert policy_identity(tmp_path / "moved") == before
 
 
-@pytest.mark.parametrize("name, value", [("rope_parameters", {"rope_theta": 7.0, "rope_type": "default"}), ("sliding_window", 8), ("final_logit_softcapping", 5.0), ("attn_logit_softcapping", 5.0)])
+@pytest.mark.parametrize("name, value",
+                         [("rope_parameters", {"rope_theta": 7.0, "rope_type": "default"}), ("sliding_window", 8),
+                          ("final_logit_softcapping", 5.0), ("attn_logit_softcapping", 5.0)])
 def test_11_a_model_in_memory_is_its_configuration_too(start, name, value):
     model, tokenizer = load_policy(start, device="cpu")
     before = model_fingerprint(model, tokenizer)
@@ -117,7 +124,8 @@ def test_11_the_reference_cache_tells_windows_and_alpha_apart(tmp_path):
     from transformers import MistralConfig
 
     _, tokenizer = load_policy(make_start(tmp_path / "start"), device="cpu")
-    sizes = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    sizes = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1)
 
     def wide(window):
         torch.manual_seed(0)
@@ -125,7 +133,9 @@ def test_11_the_reference_cache_tells_windows_and_alpha_apart(tmp_path):
 
     def scaled(alpha):
         torch.manual_seed(0)
-        return get_peft_model(wide(4096), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+        return get_peft_model(wide(4096),
+                              LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"],
+                                         init_lora_weights=False, task_type="CAUSAL_LM")).eval()
 
     for one, other in ((wide(4096), wide(4)), (scaled(2), scaled(64))):
         cached = [reference_logps(m, tokenizer, LISTS, tmp_path / "cache") for m in (one, other)]
@@ -133,7 +143,8 @@ def test_11_the_reference_cache_tells_windows_and_alpha_apart(tmp_path):
     model = scaled(64)
     adapted = reference_logps(model, tokenizer, LISTS, tmp_path / "cache")
     with model.disable_adapter():
-        assert reference_logps(model, tokenizer, LISTS, tmp_path / "cache") == reference_logps(model, tokenizer, LISTS) != adapted
+        assert reference_logps(model, tokenizer, LISTS,
+                               tmp_path / "cache") == reference_logps(model, tokenizer, LISTS) != adapted
 
 
 # line 11: rewards, judges, losses
@@ -152,16 +163,26 @@ PLAIN = "def reward(prompts, completions):\n    return [1.0 * len(c) for c in co
     (PLAIN, PLAIN.replace("len(c)", "c.count('a')")),
     ("reward = lambda p, c: [len(x) for x in c]", "reward = lambda p, c: [-len(x) for x in c]"),
     ("SCALE = 1\n" + PLAIN.replace("1.0", "SCALE"), "SCALE = 2\n" + PLAIN.replace("1.0", "SCALE")),
-    ("def of(x): return len(x)\n" + PLAIN.replace("len(c)", "of(c)"), "def of(x): return -len(x)\n" + PLAIN.replace("len(c)", "of(c)")),
-    ("WORDS = {'good': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]", "WORDS = {'bad': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]"),
-    ("def reward(p, c, scale=1): return [scale * len(x) for x in c]", "def reward(p, c, scale=2): return [scale * len(x) for x in c]"),
-    ("def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(1)", "def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(2)"),
-    ("class R:\n    def __call__(self, p, c): return [1 for x in c]\nreward = R()", "class R:\n    def __call__(self, p, c): return [2 for x in c]\nreward = R()"),
-    ("class R:\n    k = 1\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()", "class R:\n    k = 2\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()"),
-    ("class R:\n    def one(self, x): return 1\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()",
-     "class R:\n    def one(self, x): return 2\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()"),
-    ("class B:\n    def one(self, x): return 1\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()",
-     "class B:\n    def one(self, x): return 2\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward = R()"),
+    ("def of(x): return len(x)\n" + PLAIN.replace("len(c)", "of(c)"),
+     "def of(x): return -len(x)\n" + PLAIN.replace("len(c)", "of(c)")),
+    ("WORDS = {'good': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]",
+     "WORDS = {'bad': 1}\ndef reward(p, c): return [sum(WORDS.get(w, 0) for w in x.split()) for x in c]"),
+    ("def reward(p, c, scale=1): return [scale * len(x) for x in c]",
+     "def reward(p, c, scale=2): return [scale * len(x) for x in c]"),
+    ("def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(1)",
+     "def make(k): return lambda p, c: [k * len(x) for x in c]\nreward = make(2)"),
+    ("class R:\n    def __call__(self, p, c): return [1 for x in c]\nreward = R()",
+     "class R:\n    def __call__(self, p, c): return [2 for x in c]\nreward = R()"),
+    ("class R:\n    k = 1\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()",
+     "class R:\n    k = 2\n    def __call__(self, p, c): return [self.k for x in c]\nreward = R()"),
+    ("class R:\n    def one(self, x): return 1\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward "
+     "= R()",
+     "class R:\n    def one(self, x): return 2\n    def __call__(self, p, c): return [self.one(x) for x in c]\nreward "
+     "= R()"),
+    ("class B:\n    def one(self, x): return 1\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x "
+     "in c]\nreward = R()",
+     "class B:\n    def one(self, x): return 2\nclass R(B):\n    def __call__(self, p, c): return [self.one(x) for x "
+     "in c]\nreward = R()"),
 ])
 def test_11_an_edited_reward_is_another_reward(one, other):
     assert reward_identity(edited(one)) == reward_identity(edited(one)) != reward_identity(edited(other))
@@ -189,8 +210,10 @@ def net(seed):
 
 
 @pytest.mark.parametrize("make", [
-    lambda k: Scaled(k), lambda k: Scaled(k).score, lambda k: Scaled(0, net(k)), lambda k: Scaled(0, torch.tensor([float(k)])),
-    lambda k: functools.partial(short, k), lambda k: functools.partial(Scaled(1), scale=k), lambda k: [Scaled(k)].__getitem__(0),
+    lambda k: Scaled(k), lambda k: Scaled(k).score, lambda k: Scaled(0, net(k)),
+    lambda k: Scaled(0, torch.tensor([float(k)])),
+    lambda k: functools.partial(short, k), lambda k: functools.partial(Scaled(1), scale=k),
+    lambda k: [Scaled(k)].__getitem__(0),
 ])
 def test_11_the_state_of_a_reward_counts_and_what_it_notes_down_does_not(make):
     assert reward_identity(make(1)) == reward_identity(make(1)) != reward_identity(make(2))
@@ -204,7 +227,8 @@ def test_11_the_state_of_a_reward_counts_and_what_it_notes_down_does_not(make):
 def elsewhere() -> list[str]:
     """What another process, which orders sets in another way, says of rewards and of states: a line each."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_faults_identity as t; print([t.reward_identity(r) for r in (t.short, t.Scaled(3), t.Scaled(1).score)]); print(t.several())"
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env={**ENV, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env={**ENV, "PYTHONHASHSEED": "7"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout.splitlines()
 
@@ -218,14 +242,17 @@ def test_11_the_address_of_a_reward_counts_with_its_query_and_without_secrets():
 
     one = reward_identity(ServerReward("http://127.0.0.1:1/score?judge=a", name="r"))
     assert one != reward_identity(ServerReward("http://127.0.0.1:1/score?judge=b", name="r"))
-    assert one == reward_identity(ServerReward("http://127.0.0.1:1/score?judge=a", name="r", headers={"Authorization": "Bearer sk-1"}, batch_size=3))
+    assert one == reward_identity(ServerReward("http://127.0.0.1:1/score?judge=a", name="r",
+                                               headers={"Authorization": "Bearer sk-1"}, batch_size=3))
     keys = [reward_identity(ServerReward(f"http://127.0.0.1:1/score?judge=a&api_key={k}")) for k in ("sk-1", "sk-2")]
     assert keys[0] == keys[1] and "sk-" not in keys[0]
 
 
 def test_11_a_password_in_an_address_of_a_policy_is_refused(tmp_path, capfd):
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
-    refused(capfd, tmp_path, ("sample", "--prompts", tmp_path / "p.txt", "--policy", "http://me:hush@127.0.0.1:9/v1#m", "--out", tmp_path / "c.jsonl"), "password")
+    refused(capfd, tmp_path,
+            ("sample", "--prompts", tmp_path / "p.txt", "--policy", "http://me:hush@127.0.0.1:9/v1#m", "--out",
+             tmp_path / "c.jsonl"), "password")
     assert not any(b"hush" in body for body in files(tmp_path).values())
 
 
@@ -237,9 +264,11 @@ def test_11_a_run_does_not_go_on_with_another_reward(tmp_path, start):
     self_enhance(start, PROMPTS, by(1), tmp_path / "run", evolve=1, **options)
     before = files(tmp_path / "run")
     self_enhance(start, PROMPTS, by(1), tmp_path / "run", evolve=1, **options)
-    for change in (dict(reward=by(-1)), dict(prompts=[{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]]), dict(prompts=[{**PROMPTS[0], "meta": {"chat": False}}, *PROMPTS[1:]])):
+    for change in (dict(reward=by(-1)), dict(prompts=[{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]]),
+                   dict(prompts=[{**PROMPTS[0], "meta": {"chat": False}}, *PROMPTS[1:]])):
         with pytest.raises(LireError, match="another configuration.*there.*now") as e:
-            self_enhance(start, change.get("prompts", PROMPTS), change.get("reward", by(1)), tmp_path / "run", evolve=1, **options)
+            self_enhance(start, change.get("prompts", PROMPTS), change.get("reward", by(1)), tmp_path / "run", evolve=1,
+                         **options)
         assert len(str(e.value)) < 500 and files(tmp_path / "run") == before
 
 
@@ -258,7 +287,9 @@ def test_41_an_edited_loss_is_another_training(tmp_path, start):
         finally:
             del losses.LOSSES["own"]
     assert keys[0] == keys[1] != keys[2]
-    assert config_key({"kind": "train", "training": {"loss_type": "lire"}}) == config_key({"training": {"loss_type": "lire"}, "kind": "train"})
+    assert config_key({"kind": "train",
+                       "training": {"loss_type": "lire"}}) == config_key({"training": {"loss_type": "lire"},
+                                                                          "kind": "train"})
 
 
 SIGN = -1.0
@@ -307,10 +338,16 @@ def test_11_evaluations_are_checked_before_they_are_used(tmp_path, start):
     before = files(run)
     assert evaluate_systems(run, systems, PROMPTS, judges, **options) == figures
     longer = {"short": lambda prompts, completions: [float(len(c)) for c in completions]}
-    for changed in ((systems | {"new": other}, PROMPTS, judges, {}), ({"start": other, "new": trained}, PROMPTS, judges, {}), ({"start": trained, "new": start}, PROMPTS, judges, {}),
-                    (systems, PROMPTS[:2], judges, {}), (systems, [{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]], judges, {}), (systems, PROMPTS, longer, {}),
-                    (systems, PROMPTS, judges | {"long": longer["short"]}, {}), (systems, PROMPTS, judges, {"seed": 1}), (systems, PROMPTS, judges, {"num_samples": 2}),
-                    (systems, PROMPTS, judges, {"settings": SamplingSettings(max_new_tokens=3)}), (systems, PROMPTS, judges, {"max_prompt_length": 5})):
+    for changed in ((systems | {"new": other}, PROMPTS, judges, {}),
+                    ({"start": other, "new": trained}, PROMPTS, judges, {}),
+                    ({"start": trained, "new": start}, PROMPTS, judges, {}),
+                    (systems, PROMPTS[:2], judges, {}),
+                    (systems, [{**PROMPTS[0], "prompt": "film 0 is"}, *PROMPTS[1:]], judges, {}),
+                    (systems, PROMPTS, longer, {}),
+                    (systems, PROMPTS, judges | {"long": longer["short"]}, {}), (systems, PROMPTS, judges, {"seed": 1}),
+                    (systems, PROMPTS, judges, {"num_samples": 2}),
+                    (systems, PROMPTS, judges, {"settings": SamplingSettings(max_new_tokens=3)}),
+                    (systems, PROMPTS, judges, {"max_prompt_length": 5})):
         with pytest.raises(LireError, match="another configuration.*there.*now.*delete evaluation/"):
             evaluate_systems(run, *changed[:3], **{**options, **changed[3]})
         assert files(run) == before
@@ -329,9 +366,12 @@ def test_11_commands_notice_a_policy_trained_anew_and_an_edited_prompt(tmp_path,
     save_lists(LISTS, "lists.jsonl")
     quick = ("--max-new-tokens", "3")
     commands = {
-        "sample": ("sample", "--prompts", "p.jsonl", "--policy", policy, "--num-candidates", "2", *quick, "--out", "c.jsonl"),
-        "train": ("train", "--lists", "lists.jsonl", "--policy", policy, "--set", "max_steps=1", "--set", "use_cpu=true", "--out", "trained"),
-        "enhance": ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", policy, "--evolve", "1", "--num-candidates", "2", *quick, "--set", "max_steps=1", "--out", "run"),
+        "sample": ("sample", "--prompts", "p.jsonl", "--policy", policy, "--num-candidates", "2", *quick, "--out",
+                   "c.jsonl"),
+        "train": ("train", "--lists", "lists.jsonl", "--policy", policy, "--set", "max_steps=1", "--set",
+                  "use_cpu=true", "--out", "trained"),
+        "enhance": ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", policy, "--evolve", "1",
+                    "--num-candidates", "2", *quick, "--set", "max_steps=1", "--out", "run"),
     }
     for command in commands.values():
         assert lire(capfd, *command)[0] == 0
@@ -362,19 +402,28 @@ def test_11_a_folder_of_the_first_version_is_refused_in_a_line(tmp_path, capfd, 
     monkeypatch.chdir(tmp_path)
     Path("p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
     sampling = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": []}
-    old = {"output": "c.jsonl", "policy": str(start), "prompts": [p["id"] for p in PROMPTS], "num_candidates": 2, "sampling": sampling, "seed": 0}
+    old = {"output": "c.jsonl", "policy": str(start), "prompts": [p["id"] for p in PROMPTS], "num_candidates": 2,
+           "sampling": sampling, "seed": 0}
     Path("c.jsonl.config.json").write_text(json.dumps(old))
     save_lists(LISTS, "c.jsonl")
-    sample = ("sample", "--prompts", "p.jsonl", "--policy", start, "--num-candidates", "2", "--max-new-tokens", "3", "--out", "c.jsonl")
+    sample = ("sample", "--prompts", "p.jsonl", "--policy", start, "--num-candidates", "2", "--max-new-tokens", "3",
+              "--out", "c.jsonl")
     refused(capfd, tmp_path, sample, "c.jsonl.config.json", "older version", "remedy")
     Path("run", "round-1").mkdir(parents=True)
-    Path("run", "enhancement.json").write_text(json.dumps({"policy": str(start), "fingerprint": "0" * 16, "reward": "longer_wins", "prompts": [[p["id"], p["prompt"]] for p in PROMPTS]}))
+    Path("run",
+         "enhancement.json").write_text(json.dumps({"policy": str(start), "fingerprint": "0" * 16,
+                                                    "reward": "longer_wins",
+                                                    "prompts": [[p["id"], p["prompt"]] for p in PROMPTS]}))
     save_lists(LISTS, Path("run", "round-1", "candidates.jsonl"))
-    refused(capfd, tmp_path, ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", start, "--out", "run"), "enhancement.json", "older version")
+    refused(capfd, tmp_path,
+            ("enhance", "--prompts", "p.jsonl", "--reward", "length", "--policy", start, "--out", "run"),
+            "enhancement.json", "older version")
     Path("eval", "evaluation").mkdir(parents=True)
     Path("eval", "evaluation", "start.jsonl").write_text("{}\n")
     Path("eval", "config.json").write_text(json.dumps({"systems": {"start": str(start)}}))
-    refused(capfd, tmp_path, ("evaluate", "--prompts", "p.jsonl", "--system", f"start={start}", "--judge", "l=length", "--out", "eval"), "config.json", "older version")
+    refused(capfd, tmp_path,
+            ("evaluate", "--prompts", "p.jsonl", "--system", f"start={start}", "--judge", "l=length", "--out", "eval"),
+            "config.json", "older version")
     Path("eval", "config.json").unlink()
     with pytest.raises(LireError, match="start.config.json.*cannot be read"):
         evaluate_systems("eval", {"start": start}, PROMPTS, {"l": short})
@@ -386,13 +435,15 @@ def test_11_a_folder_of_the_first_version_is_refused_in_a_line(tmp_path, capfd, 
 @pytest.mark.parametrize("twice", [("--system", "new=policy"), ("--judge", "l=vader")])
 def test_24_a_name_given_twice_is_refused(tmp_path, capfd, start, twice):
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
-    command = ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"new={start}", "--judge", "l=length", *twice, "--out", tmp_path / "run")
+    command = ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"new={start}", "--judge", "l=length", *twice,
+               "--out", tmp_path / "run")
     refused(capfd, tmp_path, command, twice[0], "given twice", "rename")
 
 
 def test_25_evaluate_with_one_prompt_fails_before_it_samples_and_claims_nothing(tmp_path, capfd, start, monkeypatch):
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
-    command = lambda *more: ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge", "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")  # noqa: E731
+    command = lambda *more: ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge",
+                             "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr("lire_nb.sampling.sample_lists", lambda *a, **k: pytest.fail("sampled"))
         refused(capfd, tmp_path, command("--limit", "1"), "2 or more")
@@ -408,8 +459,10 @@ def test_25_a_run_that_failed_before_its_first_result_does_not_block_the_correct
     claim_folder(tmp_path / "claimed", {"seed": 0}, made=["*.jsonl"])
     claim_folder(tmp_path / "claimed", {"seed": 1}, made=["*.jsonl"])
     with pytest.raises(LireError, match="broken"):
-        evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": broken}, num_samples=1, settings=SHORT, progress=False)
-    assert evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}, num_samples=1, settings=SHORT, progress=False)
+        evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": broken}, num_samples=1, settings=SHORT,
+                         progress=False)
+    assert evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}, num_samples=1, settings=SHORT,
+                            progress=False)
     options = dict(evolve=1, num_candidates=2, settings=SHORT, progress=False, training=TRAINING)
     from lire_nb import enhancement
 
@@ -447,7 +500,8 @@ print("done", flush=True)
 
 def race(start: Path, folder: Path, pause: float = 0.3) -> tuple[list[int], list[str]]:
     """Two processes begin to enhance in one folder at the same moment: their exit codes and last lines."""
-    both = [subprocess.Popen([sys.executable, "-c", TWO, str(start), str(folder), str(pause)], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(start), str(folder), str(pause)], env=ENV,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
@@ -463,7 +517,8 @@ def check_race(start: Path, folder: Path) -> None:
     assert sorted(codes) == [0, 2], (codes, said)
     line = said[codes.index(2)]
     assert float(line.split()[0]) < 1 and "at work there" in line and "remedy" in line, line
-    assert (folder / "round-2" / "policy" / "model.safetensors").is_file() and not list(folder.rglob("*.partial")) and not list(folder.rglob(".*"))
+    assert (folder / "round-2" / "policy"
+            / "model.safetensors").is_file() and not list(folder.rglob("*.partial")) and not list(folder.rglob(".*"))
 
 
 def test_27_of_two_runs_in_one_folder_one_works_and_the_other_says_so(tmp_path, start):
@@ -471,7 +526,8 @@ def test_27_of_two_runs_in_one_folder_one_works_and_the_other_says_so(tmp_path, 
 
 
 def test_27_the_lock_of_a_killed_process_does_not_block(tmp_path, start):
-    process = subprocess.Popen([sys.executable, "-c", TWO, str(start), str(tmp_path / "run"), "60"], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", TWO, str(start), str(tmp_path / "run"), "60"], env=ENV,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdin.write("\n")
     process.stdin.flush()
@@ -493,16 +549,20 @@ def test_27_every_writer_holds_a_lock(tmp_path, start):
     code = "import sys, time\nfrom lire_nb.identity import one_writer, take_lock\n"
     code += "kept = [one_writer(p, inside=i == '1') for p, i in zip(sys.argv[1::2], sys.argv[2::2])]\n[k.__enter__() for k in kept]\nlock = take_lock('j.jsonl.lock')\nprint('held', flush=True)\ntime.sleep(60)"
     places = {"run": "1", "policy": "0", "eval": "1"}
-    holder = subprocess.Popen([sys.executable, "-c", code, *(x for pair in places.items() for x in pair)], env=ENV, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", code, *(x for pair in places.items() for x in pair)], env=ENV,
+                              stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert holder.stdout.readline() == "held\n"
-        for begin in (lambda: self_enhance(start, PROMPTS, short, tmp_path / "run"), lambda: train_policy(start, LISTS, tmp_path / "policy", **TRAINING),
-                      lambda: evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}), lambda: Journal(tmp_path / "j.jsonl")):
+        for begin in (lambda: self_enhance(start, PROMPTS, short, tmp_path / "run"),
+                      lambda: train_policy(start, LISTS, tmp_path / "policy", **TRAINING),
+                      lambda: evaluate_systems(tmp_path / "eval", {"start": start}, PROMPTS, {"l": short}),
+                      lambda: Journal(tmp_path / "j.jsonl")):
             began = time.monotonic()
             with pytest.raises(LireError, match="at work there|in use by another process"):
                 begin()
             assert time.monotonic() - began < 1
-        with pytest.MonkeyPatch.context() as patch:  # another process of the same accelerate launch waits for the main one
+        # another process of the same accelerate launch waits for the main one
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RANK", "1")
             with one_writer(tmp_path / "run"):
                 pass
@@ -553,10 +613,14 @@ class Words(dict):
 
 
 @pytest.mark.parametrize("make", [
-    lambda k: types.SimpleNamespace(w=[float(k)]), lambda k: collections.deque([k]), lambda k: fractions.Fraction(k, 3), lambda k: decimal.Decimal(k), lambda k: operator.itemgetter(k),
-    lambda k: operator.methodcaller("count", str(k)), lambda k: {"a": k}.get, lambda k: re.compile("ab"[k - 1]).findall, lambda k: types.MappingProxyType({"a": k}),
-    lambda k: collections.defaultdict((int, str)[k - 1]), lambda k: layers((torch.nn.ReLU(), torch.nn.Tanh())[k - 1]), OwnLayer, lambda k: torch.nn.Sequential(OwnLayer(k)), Words,
-    lambda k: collections.UserDict(a=[k]), lambda k: bytearray([k]), lambda k: random.Random(k), lambda k: collections.Counter(a=k), lambda k: net(k),
+    lambda k: types.SimpleNamespace(w=[float(k)]), lambda k: collections.deque([k]), lambda k: fractions.Fraction(k, 3),
+    lambda k: decimal.Decimal(k), lambda k: operator.itemgetter(k),
+    lambda k: operator.methodcaller("count", str(k)), lambda k: {"a": k}.get, lambda k: re.compile("ab"[k - 1]).findall,
+    lambda k: types.MappingProxyType({"a": k}),
+    lambda k: collections.defaultdict((int, str)[k - 1]), lambda k: layers((torch.nn.ReLU(), torch.nn.Tanh())[k - 1]),
+    OwnLayer, lambda k: torch.nn.Sequential(OwnLayer(k)), Words,
+    lambda k: collections.UserDict(a=[k]), lambda k: bytearray([k]), lambda k: random.Random(k),
+    lambda k: collections.Counter(a=k), lambda k: net(k),
 ])
 def test_11_state_of_libraries_and_of_python_counts(make):
     assert held(make(1)) == held(make(1)) != held(make(2))
@@ -653,7 +717,8 @@ def test_11_state_is_the_same_in_another_process(elsewhere):
 
 
 def several():
-    things = [types.SimpleNamespace(w={"a", "b", "c"}), collections.deque([1]), str.lower, {"a": 1}.get, layers(torch.nn.ReLU()), operator.itemgetter(1), Words(1), threading.Lock(), fractions.Fraction(1, 3)]
+    things = [types.SimpleNamespace(w={"a", "b", "c"}), collections.deque([1]), str.lower, {"a": 1}.get,
+              layers(torch.nn.ReLU()), operator.itemgetter(1), Words(1), threading.Lock(), fractions.Fraction(1, 3)]
     return [held(thing) for thing in things]
 
 
@@ -675,9 +740,11 @@ def test_26_all_linear_is_the_same_adapter_in_the_second_round(tmp_path, start):
 
     asked = dict(r=2, lora_alpha=4, task_type="CAUSAL_LM")
     options = {"trainer_options": {"peft_config": LoraConfig(target_modules="all-linear", **asked)}}
-    found = self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, num_candidates=2, settings=SHORT, progress=False, training=TRAINING, **options)
+    found = self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, num_candidates=2, settings=SHORT,
+                         progress=False, training=TRAINING, **options)
     assert len(found) == 2
-    some = train_policy(start, LISTS, tmp_path / "some", trainer_options={"peft_config": LoraConfig(target_modules=["q_proj"], **asked)}, **TRAINING)
+    some = train_policy(start, LISTS, tmp_path / "some",
+                        trainer_options={"peft_config": LoraConfig(target_modules=["q_proj"], **asked)}, **TRAINING)
     with pytest.raises(LireError, match="another adapter.*target_modules"):
         check_adapter(some, options["trainer_options"]["peft_config"])
 
@@ -690,12 +757,14 @@ def test_25_what_the_start_was_measured_with_is_claimed(tmp_path, start):
 
     options = dict(evolve=1, num_candidates=2, settings=SHORT, progress=False, training=TRAINING)
     with pytest.raises(Exception):  # noqa: B017  the first round is interrupted
-        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=1), **options)
+        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=1),
+                     **options)
     assert (tmp_path / "run" / "stop.json").exists()
     for path in (tmp_path / "run").glob("round-*/*"):
         path.unlink()
     with pytest.raises(LireError, match="another configuration.*stop.*there.*now"):
-        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=2), **options)
+        self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=2),
+                     **options)
 
 
 if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity.py 10

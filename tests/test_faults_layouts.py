@@ -8,10 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lire_nb import cli
+from lire_nb import cli, lists, records
 from lire_nb.base import files
-from lire_nb import lists
-from lire_nb import records
 from lire_nb.base.errors import LireError, ListError
 from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
 from lire_nb.records import make_record, merge_lists
@@ -36,39 +34,55 @@ def ended(record):
     return record["meta"].get("finish_reasons", ["stop"] * len(record["completions"]))
 
 
-# Candidates and their columns ------------------------------------------------------------------------------------------
+# Candidates and their columns
+# ------------------------------------------------------------------------------------------
 
 
 def test_09_merging_keeps_how_an_answer_ended():
     cut = make_record("p", ["Seven"], [0.0], meta={"finish_reasons": ["length"]})
     stopped = make_record("p", ["Seven"], [1.0], meta={"finish_reasons": ["stop"]})
     (both,) = merge_lists([cut, stopped])
-    assert both["completions"] == ["Seven", "Seven"] and both["rewards"] == [0.0, 1.0] and ended(both) == ["length", "stop"]
+    assert both["completions"] == ["Seven",
+                                   "Seven"] and both["rewards"] == [0.0, 1.0] and ended(both) == ["length", "stop"]
 
 
 def test_09_a_record_without_reasons_counts_as_stop():
     cut = make_record("p", ["Seven", "Two"], [0.0, 0.2], meta={"finish_reasons": ["length", "stop"]})
     (both,) = merge_lists([cut, make_record("p", ["Seven", "Two"], [1.0, 0.4])])
-    assert list(zip(both["completions"], both["rewards"], ended(both))) == [("Seven", 0.0, "length"), ("Two", 0.30000000000000004, "stop"), ("Seven", 1.0, "stop")]
+    assert list(zip(both["completions"], both["rewards"], ended(both))) == [("Seven", 0.0, "length"),
+                                                                            ("Two", 0.30000000000000004, "stop"),
+                                                                            ("Seven", 1.0, "stop")]
 
 
 def test_09_every_column_travels_with_its_candidate():
-    a = make_record("p", ["x", "y"], [1, 0], "m", meta={"token_ids": [[1], [2, 3]], "logps": [-1.0, -2.0], "finish_reasons": ["stop", "length"], "tokenizer": "t", "topic": "t"})
-    b = make_record("p", ["z", "x"], [3, 2], "n", meta={"token_ids": [[4], [5]], "logps": [-4.0, -5.0], "tokenizer": "other", "note": ["n1", "n2"], "topic": "t"})
+    a = make_record("p", ["x", "y"], [1, 0], "m",
+                    meta={"token_ids": [[1], [2, 3]], "logps": [-1.0, -2.0], "finish_reasons": ["stop", "length"],
+                          "tokenizer": "t", "topic": "t"})
+    b = make_record("p", ["z", "x"], [3, 2], "n",
+                    meta={"token_ids": [[4], [5]], "logps": [-4.0, -5.0], "tokenizer": "other", "note": ["n1", "n2"],
+                          "topic": "t"})
     (both,) = merge_lists([a, b])
-    assert both["completions"] == ["x", "y", "z"] and both["rewards"] == [1.5, 0.0, 3.0] and both["sources"] == ["m+n", "m", "n"]
+    assert both["completions"] == ["x", "y", "z"] and both["rewards"] == [1.5, 0.0,
+                                                                          3.0] and both["sources"] == ["m+n", "m", "n"]
     meta = both["meta"]
     assert meta["token_ids"] == [[1], [2, 3], None] and meta["logps"] == [-1.0, -2.0, -4.0] and meta["tokenizer"] == "t"
     assert meta["note"] == ["n2", None, "n1"] and ended(both) == ["stop", "length", "stop"] and meta["topic"] == "t"
     picked = records.select_candidates(both, [2, 0])
-    assert picked["completions"] == ["z", "x"] and picked["meta"]["logps"] == [-4.0, -1.0] and picked["meta"]["note"] == ["n1", "n2"] and picked["meta"]["topic"] == "t"
+    assert (
+        picked["completions"] == ["z", "x"]
+        and picked["meta"]["logps"] == [-4.0, -1.0]
+        and picked["meta"]["note"] == ["n1", "n2"]
+        and picked["meta"]["topic"] == "t"
+    )
 
 
 def test_09_what_the_lists_do_not_agree_on_is_kept_by_list():
     records = [make_record("p", [c], [1], id=c, meta={"lang": "en", "from": {"file": c}}) for c in "abc"]
     (both,) = merge_lists(records)
-    assert both["meta"]["lang"] == "en" and both["meta"]["merged"] == [{"id": c, "meta": {"from": {"file": c}}} for c in "abc"]
-    assert records.select_candidates(both, [0])["meta"] == both["meta"]  # three parts and three candidates are no column
+    assert both["meta"]["lang"] == "en" and both["meta"]["merged"] == [{"id": c, "meta": {"from": {"file": c}}}
+                                                                       for c in "abc"]
+    # three parts and three candidates are no column
+    assert records.select_candidates(both, [0])["meta"] == both["meta"]
     (again,) = merge_lists([both, make_record("p", ["d"], [1], id="d", meta={"lang": "en", "from": {"file": "d"}})])
     assert [part["id"] for part in again["meta"]["merged"]] == ["a", "b", "c", "d"]
 
@@ -76,23 +90,34 @@ def test_09_what_the_lists_do_not_agree_on_is_kept_by_list():
 def test_09_joining_and_capping_a_pool_keep_the_columns():
     from lire_nb.enhancement import cap_candidates, join_candidates
 
-    old = make_record("p", [" a", " b"], [0.5, 0.1], ["human", "policy:round-1"], meta={"finish_reasons": ["stop", "length"], "logps": [None, -2.0]})
-    new = make_record("p", [" b", " c"], [0.3, 0.9], "policy:round-2", meta={"finish_reasons": ["stop", "length"], "logps": [-3.0, -4.0]})
+    old = make_record("p", [" a", " b"], [0.5, 0.1], ["human", "policy:round-1"],
+                      meta={"finish_reasons": ["stop", "length"], "logps": [None, -2.0]})
+    new = make_record("p", [" b", " c"], [0.3, 0.9], "policy:round-2",
+                      meta={"finish_reasons": ["stop", "length"], "logps": [-3.0, -4.0]})
     pool = join_candidates(old, new)
-    assert list(zip(pool["completions"], ended(pool), pool["meta"]["logps"])) == [(" a", "stop", None), (" b", "length", -2.0), (" b", "stop", -3.0), (" c", "length", -4.0)]
+    assert list(zip(pool["completions"], ended(pool), pool["meta"]["logps"])) == [(" a", "stop", None),
+                                                                                  (" b", "length", -2.0),
+                                                                                  (" b", "stop", -3.0),
+                                                                                  (" c", "length", -4.0)]
     capped = cap_candidates(pool, 3, given=1)
-    assert list(zip(capped["completions"], ended(capped), capped["meta"]["logps"])) == [(" a", "stop", None), (" b", "length", -2.0), (" c", "length", -4.0)]
+    assert list(zip(capped["completions"], ended(capped),
+                    capped["meta"]["logps"])) == [(" a", "stop", None), (" b", "length", -2.0), (" c", "length", -4.0)]
 
 
 def test_09_taking_and_giving_candidates_keep_the_columns():
-    from lire_nb.lab.experiments import take_candidates, _with_given
+    from lire_nb.lab.experiments import _with_given, take_candidates
 
-    drawn = make_record("p", ["a", "a", "b"], [0.1, 0.2, 0.3], "policy", meta={"finish_reasons": ["length", "stop", "stop"], "logps": [-1.0, -2.0, -3.0]})
+    drawn = make_record("p", ["a", "a", "b"], [0.1, 0.2, 0.3], "policy",
+                        meta={"finish_reasons": ["length", "stop", "stop"], "logps": [-1.0, -2.0, -3.0]})
     more = _with_given(drawn, [("b", "human"), ("g", "human")])
-    assert more["completions"] == ["a", "a", "b", "b", "g"] and more["meta"]["logps"] == [-1.0, -2.0, -3.0, None, None] and ended(more)[0] == "length"
+    assert more["completions"] == ["a", "a", "b", "b",
+                                   "g"] and more["meta"]["logps"] == [-1.0, -2.0, -3.0, None,
+                                                                      None] and ended(more)[0] == "length"
     scored = {**more, "rewards": [0.1, 0.2, 0.3, 0.0, 0.9]}
     (taken,) = take_candidates([scored], 1, 2)
-    assert taken["completions"] == ["a", "a", "b", "g"] and taken["meta"]["logps"] == [-1.0, -2.0, None, None] and ended(taken)[:2] == ["length", "stop"]
+    assert taken["completions"] == ["a", "a", "b",
+                                    "g"] and taken["meta"]["logps"] == [-1.0, -2.0, None,
+                                                                        None] and ended(taken)[:2] == ["length", "stop"]
     (taken,) = take_candidates([scored], 1, 3, "extremes")
     assert taken["completions"] == ["b", "g"] and taken["meta"]["logps"] == [None, None]
 
@@ -100,7 +125,8 @@ def test_09_taking_and_giving_candidates_keep_the_columns():
 def test_09_exports_keep_the_columns(tmp_path):
     meta = {"finish_reasons": ["length", "stop", "stop"], "token_ids": [[1], None, [2]], "logps": [-1.0, None, -2.0]}
     record = make_record("p", ["a", "b", "c"], [0.1, 0.9, 0.5], ["m", "n", "o"], meta=meta)
-    for path in (save_lists([record], tmp_path / "x.jsonl"), save_lists([record], tmp_path / "x.parquet"), to_rrhf([record], tmp_path / "r.jsonl")):
+    for path in (save_lists([record], tmp_path / "x.jsonl"), save_lists([record], tmp_path / "x.parquet"),
+                 to_rrhf([record], tmp_path / "r.jsonl")):
         assert one(path and load_lists(path)) == record
     back = one(to_trl_pairs([record]))
     assert back["rewards"] == [0.9, 0.1] and back["completions"] == ["b", "a"] and back["sources"] == ["n", "m"] and ended(back) == ["stop", "length"]
@@ -117,7 +143,8 @@ def test_09_lists_of_two_prompts_are_not_one():
         records.merge_candidates([make_record("p", ["a"]), make_record("q", ["a"])])
 
 
-# 16: pairs whose answers repeat the prompt ------------------------------------------------------------------------------
+# 16: pairs whose answers repeat the prompt
+# ------------------------------------------------------------------------------
 
 Q, Q0, A0 = U("2+2?"), U("Hi"), A("Hello")
 FOUR, FIVE = A("4"), A("5")
@@ -161,7 +188,8 @@ def test_16_no_turn_is_doubled_and_none_is_lost(prompt, before, expected):
 
 def test_16_text_answers_of_message_prompts():
     assert one({"prompt": [BRIEF, Q], "chosen": "4", "rejected": "5"})["prompt"] == [BRIEF, Q]
-    assert one({"prompt": "2+2?", "chosen": "4", "rejected": [BRIEF, Q, FIVE], "system": "Be brief."})["prompt"] == [BRIEF, Q]
+    assert one({"prompt": "2+2?", "chosen": "4", "rejected": [BRIEF, Q, FIVE],
+                "system": "Be brief."})["prompt"] == [BRIEF, Q]
     assert one({"prompt": "2+2?", "chosen": "4", "rejected": "5"})["prompt"] == "2+2?"
 
 
@@ -191,13 +219,15 @@ def test_16_what_can_be_read_two_ways_is_refused(prompt, chosen, rejected):
     assert caught.value.field.partition("[")[0] in ("chosen", "rejected") and "\n" not in str(caught.value)
 
 
-# 17: the columns of a prompt --------------------------------------------------------------------------------------------
+# 17: the columns of a prompt
+# --------------------------------------------------------------------------------------------
 
 ASK = {"instruction": "Translate to French", "input": "Hello"}
 ASKED = "Translate to French\n\nHello"
 WITH_INPUT = {
     "distilabel": {"generations": ["Bonjour", "Hi"], "ratings": [9, 2]},
-    "UltraFeedback": {"completions": [{"response": "Bonjour", "overall_score": 9}, {"response": "Hi", "overall_score": 2}]},
+    "UltraFeedback": {"completions": [{"response": "Bonjour", "overall_score": 9},
+                                      {"response": "Hi", "overall_score": 2}]},
     "pairs": {"chosen": "Bonjour", "rejected": "Hi"},
     "two outputs": {"output_1": "Bonjour", "output_2": "Hi", "preference": 1},
     "ranked": {"completions": [{"completion": "Bonjour", "rank": 0}, {"completion": "Hi", "rank": 1}]},
@@ -207,7 +237,11 @@ WITH_INPUT = {
 @pytest.mark.parametrize("name", WITH_INPUT)
 def test_17_instruction_and_input_are_one_prompt(name):
     record = one(ASK | WITH_INPUT[name])
-    assert record["prompt"] == [U(ASKED)] and record["completions"] == ["Bonjour", "Hi"] and record["rewards"][0] > record["rewards"][1]
+    assert (
+        record["prompt"] == [U(ASKED)]
+        and record["completions"] == ["Bonjour", "Hi"]
+        and record["rewards"][0] > record["rewards"][1]
+    )
     assert "input" not in record["meta"] and "instruction" not in record["meta"]
     for empty in ("", None, float("nan"), "  "):
         assert one(ASK | {"input": empty} | WITH_INPUT[name])["prompt"] == [U("Translate to French")]
@@ -219,33 +253,40 @@ def test_17_system_and_history_come_before(name):
     row = ASK | WITH_INPUT[name]
     assert one(row | {"system": "Be brief."})["prompt"] == [BRIEF, U(ASKED)]
     assert one(row | {"system_prompt": "Be brief.", "system": ""})["prompt"] == [BRIEF, U(ASKED)]
-    for history in ([["Hi", "Hello"]], [Q0, A0], "[['Hi', 'Hello']]", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]):
+    for history in ([["Hi", "Hello"]], [Q0, A0], "[['Hi', 'Hello']]",
+                    [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]):
         record = one(row | {"system": "Be brief.", "history": history})
         assert record["prompt"] == [BRIEF, Q0, A0, U(ASKED)] and not {"system", "history"} & record["meta"].keys()
     assert one(row | {"history": [], "system": None, "subreddit": "french"})["meta"]["subreddit"] == "french"
 
 
 def test_17_long_rows(tmp_path):
-    rows = [ASK | {"output": text, "score": score} for text, score in (("Bonjour", 9), ("Hi", 2))] + [ASK | {"input": "Bye", "output": "Salut", "score": 5}]
+    rows = [ASK | {"output": text, "score": score} for text,
+            score in (("Bonjour", 9), ("Hi", 2))] + [ASK | {"input": "Bye", "output": "Salut", "score": 5}]
     pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
     for source in (rows, tmp_path / "x.csv"):
         first, second = load_lists(source)
-        assert first["prompt"] == [U(ASKED)] and first["completions"] == ["Bonjour", "Hi"] and first["rewards"] == [9, 2]
+        assert first["prompt"] == [U(ASKED)] and first["completions"] == ["Bonjour",
+                                                                          "Hi"] and first["rewards"] == [9, 2]
         assert second["prompt"] == [U("Translate to French\n\nBye")]
     record = one([row | {"system": "Be brief."} for row in rows[:2]])
     assert record["prompt"] == [BRIEF, U(ASKED)] and record["completions"] == ["Bonjour", "Hi"]
 
 
-@pytest.mark.parametrize("preference, rewards", [(1, [1, 0]), (2, [0, 1]), (1.5, [0.5, 0.5]), (0, [0.5, 0.5]), ("1.25", [0.75, 0.25]), (None, [None, None])])
+@pytest.mark.parametrize("preference, rewards",
+                         [(1, [1, 0]), (2, [0, 1]), (1.5, [0.5, 0.5]), (0, [0.5, 0.5]), ("1.25", [0.75, 0.25]),
+                          (None, [None, None])])
 def test_17_alpaca_farm_preferences(preference, rewards):
-    assert one(ASK | {"output_1": "Bonjour", "output_2": "Hi", "preference": preference, "raw_preference": 3})["rewards"] == rewards
+    assert one(ASK | {"output_1": "Bonjour", "output_2": "Hi", "preference": preference,
+                      "raw_preference": 3})["rewards"] == rewards
     with pytest.raises(ListError, match="not a preference"):
         one(ASK | {"output_1": "Bonjour", "output_2": "Hi", "preference": 3})
 
 
 def test_17_own_and_rrhf_rows_read_their_system_too():
     assert one({"prompt": "2+2?", "completions": ["4"], "system": "Be brief."})["prompt"] == [BRIEF, Q]
-    assert one({"query": "2+2?", "responses": ["4"], "scores": [1], "history": [["Hi", "Hello"]]})["prompt"] == [Q0, A0, Q]
+    assert one({"query": "2+2?", "responses": ["4"], "scores": [1],
+                "history": [["Hi", "Hello"]]})["prompt"] == [Q0, A0, Q]
     assert one({"question": "2+2?", "chosen": "4", "rejected": "5", "system": "Be brief."})["prompt"] == [BRIEF, Q]
 
 
@@ -276,7 +317,8 @@ def test_17_a_prompt_that_holds_the_instruction_already():
 
 
 def test_17_a_mapping_joins_columns():
-    row = {"task": "Translate to French", "text": "Hello", "a": ["Bonjour", "Hi"], "m1": 9, "m2": 2, "who": "Be brief.", "note": "n"}
+    row = {"task": "Translate to French", "text": "Hello", "a": ["Bonjour", "Hi"], "m1": 9, "m2": 2, "who": "Be brief.",
+           "note": "n"}
     mapping = {"prompt": ["task", "text"], "completions": "a", "rewards": ["m1", "m2"]}
     record = one(row, mapping)
     assert record == make_record(ASKED, ["Bonjour", "Hi"], [9, 2], meta={"who": "Be brief.", "note": "n"})
@@ -287,7 +329,8 @@ def test_17_a_mapping_joins_columns():
     assert one(talk, {"prompt": ["h", "q"], "completions": "a"} | names)["prompt"] == [Q0, A0, Q]
 
 
-# 18: printed messages -------------------------------------------------------------------------------------------------------
+# 18: printed messages
+# -------------------------------------------------------------------------------------------------------
 
 
 def as_pandas_writes(rows, path):
@@ -326,7 +369,8 @@ def test_18_json_text_that_holds_messages():
 
 
 def test_18_text_stays_text(tmp_path):
-    for text in ("[1, 2]", "['a', 'b']", "{'a': 1}", '{"a": 1}', "[INST] hi [/INST]", "[1] First", "[open('x')]", "[1, 2] sorted?"):
+    for text in ("[1, 2]", "['a', 'b']", "{'a': 1}", '{"a": 1}', "[INST] hi [/INST]", "[1] First", "[open('x')]",
+                 "[1, 2] sorted?"):
         assert one({"prompt": text, "completions": [text]})["prompt"] == text
         record = one(as_pandas_writes([{"prompt": text, "completion": text, "score": 1}], tmp_path / "x.csv"))
         assert record["prompt"] == text and record["completions"] == [text]
@@ -336,7 +380,8 @@ def test_18_text_stays_text(tmp_path):
 
 def test_18_nothing_is_evaluated(tmp_path):
     flag = tmp_path / "flag"
-    for text in (f"[__import__('pathlib').Path('{flag}').touch()]", f"[{{'role': 'user', 'content': open('{flag}', 'w')}}]", "[" * 100_000):
+    for text in (f"[__import__('pathlib').Path('{flag}').touch()]",
+                 f"[{{'role': 'user', 'content': open('{flag}', 'w')}}]", "[" * 100_000):
         try:
             one(as_pandas_writes([{"prompt": text, "completion": "a", "score": 1}], tmp_path / "x.csv"))
         except ListError:
@@ -344,31 +389,41 @@ def test_18_nothing_is_evaluated(tmp_path):
     assert not flag.exists()
 
 
-# 19: long cells ---------------------------------------------------------------------------------------------------------
+# 19: long cells
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_19_a_cell_of_any_length(tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "x" * size, "score": 1} for i, size in enumerate((10, 131_072, 131_073, 400_000))]
+    rows = [{"prompt": f"p{i}", "completion": "x" * size, "score": 1} for i,
+            size in enumerate((10, 131_072, 131_073, 400_000))]
     limit = csv.field_size_limit()
     data, report = load_lists(as_pandas_writes(rows, tmp_path / "x.csv"), on_error="quarantine", return_report=True)
-    assert len(data) == 4 and report.quarantined_rows == 0 and [len(c[0]) for c in data["completions"]] == [10, 131_072, 131_073, 400_000]
+    assert (
+        len(data) == 4
+        and report.quarantined_rows == 0
+        and [len(c[0]) for c in data["completions"]] == [10, 131_072, 131_073, 400_000]
+    )
     stream = files.read_rows(tmp_path / "x.csv")
     next(stream), next(stream)
     assert csv.field_size_limit() == limit  # also while a reading goes on
 
 
-# 20: scores -------------------------------------------------------------------------------------------------------------
+# 20: scores
+# -------------------------------------------------------------------------------------------------------------
 
 
 def scored(*candidates):
-    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine} for text, overall, fine in candidates]
+    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine} for text, overall,
+            fine in candidates]
     data, report = load_lists([{"instruction": "p", "completions": rows}], return_report=True)
     return data[0]["rewards"], {k: v for k, v in report.oddities.items()}, data[0]["meta"]
 
 
 def test_20_a_ten_that_is_a_one():
-    rewards, oddities, meta = scored(("bad", 10, 1.25), ("good", 8.5, 4.75), ("best", 10.0, 4.5), ("doubt", "10", 3), ("edge", 10, 2), ("edge", 10, 4))
-    assert rewards == [1.0, 8.5, 10.0, None, 1.0, None] and sum(oddities.values()) == 4 and all("overall_score 10" in name for name in oddities)
+    rewards, oddities, meta = scored(("bad", 10, 1.25), ("good", 8.5, 4.75), ("best", 10.0, 4.5), ("doubt", "10", 3),
+                                     ("edge", 10, 2), ("edge", 10, 4))
+    assert rewards == [1.0, 8.5, 10.0, None, 1.0,
+                       None] and sum(oddities.values()) == 4 and all("overall_score 10" in name for name in oddities)
     assert meta["candidates"][0] == {"overall_score": 10, "fine-grained_score": 1.25}  # what the file said is kept
 
 
@@ -379,14 +434,17 @@ def test_20_a_ten_judged_by_its_annotations():
     assert record["rewards"] == [1.0, 10.0]
 
 
-@pytest.mark.parametrize("form", ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "reward_{}", "{}_reward"])
+@pytest.mark.parametrize("form",
+                         ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "reward_{}", "{}_reward"])
 def test_20_pair_scores_are_the_rewards(form):
     names = [form.format(which) for which in ("chosen", "rejected")]
-    for answers in ({"chosen": "a", "rejected": "b"}, {"chosen": [Q, FOUR], "rejected": [Q, FIVE]}, {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"}):
+    for answers in ({"chosen": "a", "rejected": "b"}, {"chosen": [Q, FOUR], "rejected": [Q, FIVE]},
+                    {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"}):
         asked = {} if "\n" in str(answers["chosen"]) or isinstance(answers["chosen"], list) else {"prompt": "p"}
         for values, odd in (((8.5, 2), 0), ((5, 5), 1), ((2, 8), 1), (("8.5", "2"), 0)):
             data, report = load_lists([asked | answers | dict(zip(names, values))], return_report=True)
-            assert data[0]["rewards"] == [float(v) for v in values] and sum("score" in name for name in report.oddities) == odd
+            assert data[0]["rewards"] == [float(v) for v in values] and sum("score" in name
+                                                                            for name in report.oddities) == odd
             assert not set(names) & data[0]["meta"].keys() and data[0]["sources"] == ["chosen", "rejected"]
 
 
@@ -399,22 +457,29 @@ def test_20_half_a_score_is_none():
 @pytest.mark.parametrize("pairs", ["best_worst", "all"])
 def test_20_our_own_pairs_come_back_with_their_rewards(tmp_path, pairs):
     for prompt in ("p", [BRIEF, Q]):
-        made = [make_record(prompt, ["a", "b", "c"], [0.25, 0.75, -3.5], ["m", "n", "o"], meta={"finish_reasons": ["stop", "length", "stop"]})]
+        made = [make_record(prompt, ["a", "b", "c"], [0.25, 0.75, -3.5], ["m", "n", "o"],
+                            meta={"finish_reasons": ["stop", "length", "stop"]})]
         found = to_trl_pairs(made, pairs=pairs)
         found.to_json(tmp_path / "x.jsonl")
         for source in (found, tmp_path / "x.jsonl"):
             (back,) = merge_lists(load_lists(source))
             known = dict(zip(made[0]["completions"], zip(made[0]["rewards"], made[0]["sources"], ended(made[0]))))
-            assert back["prompt"] == prompt and dict(zip(back["completions"], zip(back["rewards"], back["sources"], ended(back)))) == {c: known[c] for c in back["completions"]}
+            assert back["prompt"] == prompt and dict(zip(back["completions"],
+                                                         zip(back["rewards"], back["sources"],
+                                                             ended(back)))) == {c: known[c]
+                                                                                for c in back["completions"]}
 
 
-# 21: other projects' rows -----------------------------------------------------------------------------------------------
+# 21: other projects' rows
+# -----------------------------------------------------------------------------------------------
 
 
 def test_21_conversational_kto():
-    rows = [{"prompt": [Q], "completion": [FOUR], "label": True}, {"prompt": [Q], "completion": [FIVE], "label": False}, {"prompt": [BRIEF, Q], "completion": [FOUR], "label": True}]
+    rows = [{"prompt": [Q], "completion": [FOUR], "label": True}, {"prompt": [Q], "completion": [FIVE], "label": False},
+            {"prompt": [BRIEF, Q], "completion": [FOUR], "label": True}]
     first, second = load_lists(rows)
-    assert (first["prompt"], first["completions"], first["rewards"]) == ([Q], ["4", "5"], [1.0, 0.0]) and second["prompt"] == [BRIEF, Q]
+    assert (first["prompt"], first["completions"], first["rewards"]) == ([Q], ["4", "5"],
+                                                                         [1.0, 0.0]) and second["prompt"] == [BRIEF, Q]
     assert one([{"prompt": "2+2?", "completion": [BRIEF, Q, FOUR], "label": True}])["prompt"] == [BRIEF, Q]
     assert one([{"prompt": "2+2?", "completion": "4", "label": True}])["rewards"] == [1.0]
 
@@ -426,8 +491,10 @@ def turn(who, text):
 def test_21_sharegpt():
     said = [turn("human", "Hi"), turn("gpt", "Hello"), turn("human", "2+2?")]
     row = {"conversations": said, "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"), "system": "Be brief."}
-    assert one(row)["prompt"] == [BRIEF, Q0, A0, Q] and one(row)["completions"] == ["4", "5"] and one(row)["rewards"] == [1, 0]
-    assert one(row | {"chosen": [turn("gpt", "4")], "rejected": [turn("gpt", "5")], "system": ""})["prompt"] == [Q0, A0, Q]
+    assert one(row)["prompt"] == [BRIEF, Q0, A0,
+                                  Q] and one(row)["completions"] == ["4", "5"] and one(row)["rewards"] == [1, 0]
+    assert one(row | {"chosen": [turn("gpt", "4")], "rejected": [turn("gpt", "5")],
+                      "system": ""})["prompt"] == [Q0, A0, Q]
     assert one(row | {"conversations": [turn("system", "Be brief."), *said]})["prompt"] == [BRIEF, Q0, A0, Q]
     whole = {"chosen": [*said, turn("gpt", "4")], "rejected": [*said, turn("gpt", "5")]}
     assert one(whole)["prompt"] == [Q0, A0, Q] and one(whole | {"prompt": "2+2?"})["prompt"] == [Q0, A0, Q]
@@ -435,38 +502,50 @@ def test_21_sharegpt():
     assert one(liked)["prompt"] == [Q0, A0, Q] and one(liked)["rewards"] == [1, 0]
     with pytest.raises(ListError, match="unknown role"):
         one(row | {"conversations": [turn("bot", "Hi"), *said]})
-    assert one({**row, "conversations": [turn("bot", "Hi"), *said], "system": ""}, {"roles": {"bot": "assistant"}})["prompt"] == [A("Hi"), Q0, A0, Q]
+    assert one({**row, "conversations": [turn("bot", "Hi"), *said], "system": ""},
+               {"roles": {"bot": "assistant"}})["prompt"] == [A("Hi"), Q0, A0, Q]
 
 
 def test_21_renamed_roles():
-    row = {"prompt": [said("human", "Hi"), said("gpt", "Hello"), said("human", "2+2?")], "chosen": [said("gpt", "4")], "rejected": [said("gpt", "5")]}
+    row = {"prompt": [said("human", "Hi"), said("gpt", "Hello"), said("human", "2+2?")], "chosen": [said("gpt", "4")],
+           "rejected": [said("gpt", "5")]}
     with pytest.raises(ListError, match="unknown role"):
         one(row)
     names = {"roles": {"human": "user", "gpt": "assistant"}}
     assert one(row, names)["prompt"] == [Q0, A0, Q]
-    assert one({"p": row["prompt"], "a": ["4", "5"]}, names | {"prompt": "p", "completions": "a"})["prompt"] == [Q0, A0, Q]
+    assert one({"p": row["prompt"], "a": ["4", "5"]},
+               names | {"prompt": "p", "completions": "a"})["prompt"] == [Q0, A0, Q]
     for wrong in ({"roles": {"human": "person"}}, {"roles": "user"}, {"keys": {"role": "who"}}):
         with pytest.raises(ListError, match="not a renaming"):
             one(row, wrong)
 
 
 def test_21_nemo_rl():
-    row = {"context": [BRIEF, Q], "completions": [{"rank": 1, "completion": [FIVE]}, {"rank": 0, "completion": [FOUR]}, {"rank": 2, "completion": [A("6")]}]}
+    row = {"context": [BRIEF, Q],
+           "completions": [{"rank": 1, "completion": [FIVE]}, {"rank": 0, "completion": [FOUR]},
+                           {"rank": 2, "completion": [A("6")]}]}
     record = one(row)
-    assert (record["prompt"], record["completions"], record["rewards"]) == ([BRIEF, Q], ["5", "4", "6"], [0.5, 1.0, 0.0]) and record["meta"] == {}
-    assert one(row | {"context": [Q], "completions": [{"rank": 0, "completion": [BRIEF, Q, FOUR]}, {"rank": 1, "completion": [BRIEF, Q, FIVE]}]})["prompt"] == [BRIEF, Q]
+    assert (record["prompt"], record["completions"], record["rewards"]) == ([BRIEF, Q], ["5", "4", "6"],
+                                                                            [0.5, 1.0, 0.0]) and record["meta"] == {}
+    assert one(row | {"context": [Q],
+                      "completions": [{"rank": 0, "completion": [BRIEF, Q, FOUR]},
+                                      {"rank": 1, "completion": [BRIEF, Q, FIVE]}]})["prompt"] == [BRIEF, Q]
     with pytest.raises(ListError, match="does not continue the prompt"):
         one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), Q, FIVE]}]})
     with pytest.raises(ListError, match="part before the last answer"):
-        one(row | {"completions": [{"rank": 0, "completion": [FOUR]}, {"rank": 1, "completion": [A("x"), U("y"), FIVE]}]})
+        one(row | {"completions": [{"rank": 0, "completion": [FOUR]},
+                                   {"rank": 1, "completion": [A("x"), U("y"), FIVE]}]})
 
 
 def test_21_halos():
     both = {"prompt_id": 7, "prompt": [Q]}
-    rows = [both | {"output": [answer], "label": int(reward > 0), "reward": reward, "type": "binary_feedback"} for answer, reward in ((FOUR, 1.5), (FIVE, -0.5))]
+    rows = [both | {"output": [answer], "label": int(reward > 0), "reward": reward, "type": "binary_feedback"}
+            for answer, reward in ((FOUR, 1.5), (FIVE, -0.5))]
     record = one(rows)
-    assert (record["prompt"], record["completions"], record["rewards"], record["id"]) == ([Q], ["4", "5"], [1.5, -0.5], "7")
-    pair = both | {"output_A": [FIVE], "output_B": [FOUR], "label": 0, "reward_A": -0.5, "reward_B": 1.5, "reward_difference": 2.0, "type": "pairwise_feedback"}
+    assert (record["prompt"], record["completions"], record["rewards"],
+            record["id"]) == ([Q], ["4", "5"], [1.5, -0.5], "7")
+    pair = both | {"output_A": [FIVE], "output_B": [FOUR], "label": 0, "reward_A": -0.5, "reward_B": 1.5,
+                   "reward_difference": 2.0, "type": "pairwise_feedback"}
     record = one(pair)
     assert (record["completions"], record["rewards"]) == (["5", "4"], [-0.5, 1.5])
     assert one({k: v for k, v in pair.items() if k[:6] != "reward"})["rewards"] == [0.0, 1.0]
@@ -479,7 +558,8 @@ def test_21_lists_of_message_answers():
     assert record["prompt"] == [BRIEF, Q] and record["completions"] == ["4", "5"]
 
 
-# 22: lines ---------------------------------------------------------------------------------------------------------------
+# 22: lines
+# ---------------------------------------------------------------------------------------------------------------
 
 ODD = "a\u2028b\u0085c\x0bd\x0ce\x1cf\u2029g\rh"
 
@@ -497,15 +577,21 @@ def test_22_a_line_of_prompts_ends_with_a_line_feed(tmp_path):
 
 def test_22_rows_of_json_too(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)}, ensure_ascii=False) + "\n" for i in range(2)), newline="")
-    from lire_nb.logprobs import _read_cache
+    path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)},
+                                       ensure_ascii=False) + "\n" for i in range(2)), newline="")
     from lire_nb.lab.results import read_jsonl
+    from lire_nb.logprobs import _read_cache
 
-    assert len(cli.read_rows_of(str(path))) == 2 and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"] and len(read_jsonl(path)) == 2
+    assert (
+        len(cli.read_rows_of(str(path))) == 2
+        and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"]
+        and len(read_jsonl(path)) == 2
+    )
     assert [p["prompt"] for p in cli.read_prompts(str(path))] == [f"{ODD}0", f"{ODD}1"]
 
 
-# 25, 29: prompts are checked first --------------------------------------------------------------------------------------
+# 25, 29: prompts are checked first
+# --------------------------------------------------------------------------------------
 
 
 class Spy:
@@ -519,7 +605,8 @@ class Spy:
 
 
 BAD = {
-    "role": [said("human", "Hi")], "number": 5, "nothing": None, "blank": " ", "no turns": [], "blank turns": [U(" ")], "flag": True,
+    "role": [said("human", "Hi")], "number": 5, "nothing": None, "blank": " ", "no turns": [], "blank turns": [U(" ")],
+    "flag": True,
     "no content": [{"role": "user"}], "number in a turn": [U(5)], "surrogate": "\ud800", "list of texts": ["Hi"],
 }
 
@@ -548,7 +635,9 @@ def test_25_the_hundredth_prompt_is_checked_before_the_first_is_sampled(tmp_path
     assert policy.asked == 0 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("row", [{"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": [1]}, {"text": "x"}, [1], 5, {"prompt": "x", "meta": [1]}, {"prompt": "x", "id": [1]}])
+@pytest.mark.parametrize("row",
+                         [{"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": [1]}, {"text": "x"}, [1], 5,
+                          {"prompt": "x", "meta": [1]}, {"prompt": "x", "id": [1]}])
 def test_29_a_prompt_that_is_no_prompt_is_one_line(tmp_path, row):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n' + json.dumps(row) + "\n")
@@ -572,19 +661,24 @@ def test_25_ids_belong_to_one_prompt(tmp_path):
 
 
 def test_25_prompts_of_every_layout(tmp_path):
-    rows = [ASK, ASK | {"system": "Be brief."}, {"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]}, {"conversations": [turn("human", "Hi")]}]
-    rows += [{"chosen": "\n\nHuman: Yo\n\nAssistant: a", "rejected": "\n\nHuman: Yo\n\nAssistant: b"}, {"prompt": "p", "completions": []}]
+    rows = [ASK, ASK | {"system": "Be brief."},
+            {"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]},
+            {"conversations": [turn("human", "Hi")]}]
+    rows += [{"chosen": "\n\nHuman: Yo\n\nAssistant: a", "rejected": "\n\nHuman: Yo\n\nAssistant: b"},
+             {"prompt": "p", "completions": []}]
     rows += [make_record("own", ["a", "b"], meta={"finish_reasons": ["stop", "length"], "topic": "t"})]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = cli.read_prompts(str(path))
-    assert [p["prompt"] for p in found] == [ASKED, [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p", "own"] and found[-1]["meta"] == {"topic": "t"}
+    assert [p["prompt"] for p in found] == [ASKED, [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p",
+                                            "own"] and found[-1]["meta"] == {"topic": "t"}
     path.write_text(json.dumps({"prompt": "p", "input": "lost?"}) + "\n")
     with pytest.raises(LireError, match="would be lost"):
         cli.read_prompts(str(path))
 
 
-# 37: text prompts and chat models ---------------------------------------------------------------------------------------
+# 37: text prompts and chat models
+# ---------------------------------------------------------------------------------------
 
 
 def test_37_chat_is_a_stated_choice(tmp_path):
@@ -592,11 +686,15 @@ def test_37_chat_is_a_stated_choice(tmp_path):
     assert one(row)["prompt"] == "2+2?" and one(row)["meta"] == {}
     assert one(row, chat=True)["prompt"] == [Q] and one(row, chat=True)["id"] == "given" and one(row, chat=True)["meta"] == {}
     assert one(row, chat=False)["prompt"] == "2+2?" and one(row, chat=False)["meta"] == {"chat": False}
-    assert one(row | {"prompt": [BRIEF, Q]}, chat=True)["prompt"] == [BRIEF, Q] and one(row | {"prompt": [Q]}, chat=False)["meta"] == {}
+    assert one(row | {"prompt": [BRIEF, Q]}, chat=True)["prompt"] == [BRIEF,
+                                                                      Q] and one(row | {"prompt": [Q]},
+                                                                                 chat=False)["meta"] == {}
     assert one(load_lists([row], chat=False), chat=True) == one(row, chat=True)
     path = tmp_path / "p.txt"
     path.write_text("2+2?\n")
-    assert cli.read_prompts(str(path), chat=True)[0]["prompt"] == [Q] and cli.read_prompts(str(path), chat=False)[0]["meta"] == {"chat": False}
+    assert cli.read_prompts(str(path), chat=True)[0]["prompt"] == [Q] and cli.read_prompts(str(path), chat=False)[0][
+        "meta"
+    ] == {"chat": False}
     long = [{"instruction": "2+2?", "output": text, "score": score} for text, score in (("4", 1), ("5", 0))]
     assert one(long, chat=True)["prompt"] == [Q] and len(one(long, chat=True)["completions"]) == 2
     with pytest.raises(ListError, match="chat"):
@@ -607,16 +705,20 @@ def test_37_the_command_line_states_it(tmp_path, monkeypatch):
     seen = {}
     from lire_nb import sampling
 
-    monkeypatch.setattr(sampling, "sample_lists", lambda policy, prompts, *a, **k: seen.update(prompts=prompts) or [make_record(p["prompt"], ["x"]) for p in prompts])
+    monkeypatch.setattr(sampling, "sample_lists", lambda policy, prompts, *a,
+                        **k: seen.update(prompts=prompts) or [make_record(p["prompt"], ["x"]) for p in prompts])
     (tmp_path / "p.txt").write_text("2+2?\n")
     for chat, prompt in (("yes", [Q]), ("no", "2+2?"), (None, "2+2?")):
         out = tmp_path / f"{chat}.jsonl"
-        assert cli.main(["sample", "--prompts", str(tmp_path / "p.txt"), "--policy", "http://localhost:1/v1#m", "--out", str(out), *(["--chat", chat] if chat else [])]) == 0
+        assert cli.main(["sample", "--prompts", str(tmp_path / "p.txt"), "--policy", "http://localhost:1/v1#m", "--out",
+                         str(out), *(["--chat", chat] if chat else [])]) == 0
         assert seen["prompts"][0]["prompt"] == prompt and seen["prompts"][0]["meta"].get("chat") is (False if chat == "no" else None)
     lists_file, made = save_lists([make_record("2+2?", ["4", "55"])], tmp_path / "l.jsonl"), tmp_path / "s.jsonl"
-    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--chat", "yes", "--out", str(made)]) == 0
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--chat", "yes", "--out",
+                     str(made)]) == 0
     assert one(made)["prompt"] == [Q]
-    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--out", str(made)]) == 2  # another choice, another output
+    # another choice, another output
+    assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--out", str(made)]) == 2
 
 
 def test_37_sample_lists_takes_the_choice():
@@ -644,22 +746,28 @@ def test_37_tasks_state_their_choice(tmp_path):
         writer.writerow(["text", "label", "source"])
         writer.writerows([" ".join(f"w{i}x{j}" for j in range(60)), i % 2, "imdb"] for i in range(60))
     plain, chat = load_task("sentiment", table), load_task("sentiment", table, chat=True)
-    assert all(p["meta"]["chat"] is False for split in plain.prompts.values() for p in split) and any(plain.prompts.values())
+    assert all(p["meta"]["chat"] is False for split in plain.prompts.values()
+               for p in split) and any(plain.prompts.values())
     assert all(r["meta"]["chat"] is False for data in plain.reward_lists.values() for r in data)
     assert all("chat" not in p["meta"] for split in chat.prompts.values() for p in split)
-    posts = save_lists([make_record(f"post {i}", ["a", "b"], [1, 0], meta={"notes": ["x", "y"], "topic": "t"}) for i in range(20)], tmp_path / "posts.jsonl")
+    posts = save_lists([make_record(f"post {i}", ["a", "b"], [1, 0], meta={"notes": ["x", "y"], "topic": "t"})
+                        for i in range(20)], tmp_path / "posts.jsonl")
     plain = load_task("summarization", posts, chat=False)
-    assert {json.dumps(p["meta"], sort_keys=True) for split in plain.prompts.values() for p in split} == {'{"chat": false, "topic": "t"}'}
+    assert {json.dumps(p["meta"], sort_keys=True) for split in plain.prompts.values()
+            for p in split} == {'{"chat": false, "topic": "t"}'}
 
 
-# Relatives that were found on the way -----------------------------------------------------------------------------------
+# Relatives that were found on the way
+# -----------------------------------------------------------------------------------
 
 
 def test_relatives_of_17():
-    assert one({"instruction": "Sort this list", "input": "[]", "generations": ["[]"], "ratings": [1]})["prompt"] == [U("Sort this list\n\n[]")]
+    assert one({"instruction": "Sort this list", "input": "[]", "generations": ["[]"],
+                "ratings": [1]})["prompt"] == [U("Sort this list\n\n[]")]
     with pytest.raises(ListError, match="would be lost"):
         one({"instruction": "Sort", "prompt": "something else", "generations": ["a"], "ratings": [1]})
-    assert one({"instruction": "Sort", "prompt": "[INST] Sort [/INST]", "generations": ["a"], "ratings": [1]})["prompt"] == [U("Sort")]
+    assert one({"instruction": "Sort", "prompt": "[INST] Sort [/INST]", "generations": ["a"],
+                "ratings": [1]})["prompt"] == [U("Sort")]
 
 
 def test_relatives_of_18(tmp_path):
@@ -680,11 +788,13 @@ def test_relatives_of_20():
 
 def test_relatives_of_21(tmp_path):
     with pytest.raises(ListError, match="ends with an answer"):
-        one({"conversations": [turn("human", "2+2?"), turn("gpt", "4")], "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5")})
+        one({"conversations": [turn("human", "2+2?"), turn("gpt", "4")], "chosen": turn("gpt", "4"),
+             "rejected": turn("gpt", "5")})
     prefill = {"prompt": [Q, A("It is")], "chosen": [A(" 4")], "rejected": [A(" 5")]}
     assert one(prefill)["prompt"] == [Q, A("It is")] and one(prefill)["completions"] == [" 4", " 5"]
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"prompt": "2+2?", "completion": [BRIEF, Q, FOUR], "label": True}) + "\n" + json.dumps({"messages": [Q0]}) + "\n")
+    path.write_text(json.dumps({"prompt": "2+2?", "completion": [BRIEF, Q, FOUR],
+                                "label": True}) + "\n" + json.dumps({"messages": [Q0]}) + "\n")
     assert [p["prompt"] for p in cli.read_prompts(str(path))] == [[BRIEF, Q], [Q0]]
     path.write_text(json.dumps({"messages": [Q, FOUR]}) + "\n")
     with pytest.raises(LireError, match="ends with an answer"):
@@ -702,17 +812,24 @@ def test_relatives_of_18_in_memory():
     assert one({"prompt": "p", "completions": ["a", "b"], "scores": ["1.5", "N/A"]})["rewards"] == [1.5, None]
 
 
-JUNK = [None, True, 0, -1.5, 10**30, "", "x", "[1", "[None]", "[[1]]", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1], [["a"]], [["a", "b"]], [[None, 1]], [{"role": "user"}]]
-JUNK += [[U("x")], [U("x"), None], U("x"), [turn("human", 1)], [turn(1, "x")], [{"role": ["user"], "content": "x"}], [{"completion": 1}], [{"rank": "x", "completion": "y"}], float("nan")]
+JUNK = [None, True, 0, -1.5, 10**30, "", "x", "[1", "[None]", "[[1]]", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1],
+        [["a"]], [["a", "b"]], [[None, 1]], [{"role": "user"}]]
+JUNK += [[U("x")], [U("x"), None], U("x"), [turn("human", 1)], [turn(1, "x")], [{"role": ["user"], "content": "x"}],
+         [{"completion": 1}], [{"rank": "x", "completion": "y"}], float("nan")]
 
 
 def test_no_value_of_any_column_is_a_crash(tmp_path):
     rows = [ASK | more for more in WITH_INPUT.values()]
-    rows += [{"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE], "score_chosen": 1, "score_rejected": 2}]
-    rows += [{"conversations": [turn("human", "Hi")], "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"), "system": "Be brief."}]
-    rows += [{"context": [Q], "completions": [{"rank": 0, "completion": [FOUR]}]}, {"prompt": [Q], "completion": [FOUR], "label": True}]
-    rows += [{"prompt": [Q], "output_A": [FOUR], "output_B": [FIVE], "label": 1, "reward_A": 1, "reward_B": 0}, {"messages": [Q, FOUR], "score": 1}]
-    made = [row | {name: junk} for row in rows for name in [*row, "system", "history", "input", "finish_reason_chosen", "meta", "id"] for junk in JUNK]
+    rows += [{"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE], "score_chosen": 1,
+              "score_rejected": 2}]
+    rows += [{"conversations": [turn("human", "Hi")], "chosen": turn("gpt", "4"), "rejected": turn("gpt", "5"),
+              "system": "Be brief."}]
+    rows += [{"context": [Q], "completions": [{"rank": 0, "completion": [FOUR]}]},
+             {"prompt": [Q], "completion": [FOUR], "label": True}]
+    rows += [{"prompt": [Q], "output_A": [FOUR], "output_B": [FIVE], "label": 1, "reward_A": 1, "reward_B": 0},
+             {"messages": [Q, FOUR], "score": 1}]
+    made = [row | {name: junk} for row in rows
+            for name in [*row, "system", "history", "input", "finish_reason_chosen", "meta", "id"] for junk in JUNK]
     kept = refused = 0
     for row in made:
         try:
@@ -730,30 +847,38 @@ def test_no_value_of_any_column_is_a_crash(tmp_path):
 
 
 def test_20_pair_scores_by_longer_names():
-    for good, bad in (("chosen_avg_rating", "rejected_avg_rating"), ("chosen_rewards", "rejected_rewards"), ("avg_score_chosen", "avg_score_rejected")):
+    for good, bad in (("chosen_avg_rating", "rejected_avg_rating"), ("chosen_rewards", "rejected_rewards"),
+                      ("avg_score_chosen", "avg_score_rejected")):
         record = one({"prompt": "p", "chosen": "a", "rejected": "b", good: 4.25, bad: 1.5})
         assert record["rewards"] == [4.25, 1.5] and record["meta"] == {}
 
 
-TORN = ["[{'role': 'user', 'content': 'hi th", "[{'role': 'user', 'content': 'hi'}, ...]", "[{'content': 'hi', 'role': 'user'}, {'content'...", '[{"from": "human", "value": "hi"},', "{'role': 'user', 'content': 'h"]
-TORN += ["array([{'role': 'user', 'content': 'hi'}, ..., {'role': 'user', 'content': 'x'}], dtype=object)", "[{'role': 'user', 'content': 'hi']"]
+TORN = ["[{'role': 'user', 'content': 'hi th", "[{'role': 'user', 'content': 'hi'}, ...]",
+        "[{'content': 'hi', 'role': 'user'}, {'content'...", '[{"from": "human", "value": "hi"},',
+        "{'role': 'user', 'content': 'h"]
+TORN += ["array([{'role': 'user', 'content': 'hi'}, ..., {'role': 'user', 'content': 'x'}], dtype=object)",
+         "[{'role': 'user', 'content': 'hi']"]
 
 
 @pytest.mark.parametrize("text", TORN)
 def test_18_torn_messages_are_no_text(tmp_path, text):
-    for source in ({"prompt": text, "chosen": "a", "rejected": "b"}, as_pandas_writes([{"prompt": text, "completion": "a", "score": 1}], tmp_path / "x.csv")):
+    for source in ({"prompt": text, "chosen": "a", "rejected": "b"},
+                   as_pandas_writes([{"prompt": text, "completion": "a", "score": 1}], tmp_path / "x.csv")):
         with pytest.raises(ListError, match="printed messages that cannot be read"):
             one(source)
 
 
-@pytest.mark.parametrize("text", [f"{json.dumps([Q])} is JSON. Why?", f"{[Q]} sorted?", '{"role": "admin"} is what?', '{"content": 1}', "[{'name': 'torn", "{'a': "])
+@pytest.mark.parametrize("text",
+                         [f"{json.dumps([Q])} is JSON. Why?", f"{[Q]} sorted?", '{"role": "admin"} is what?',
+                          '{"content": 1}', "[{'name': 'torn", "{'a': "])
 def test_18_text_after_whole_messages_is_text(text):
     assert one({"prompt": text, "completions": ["a"]})["prompt"] == text
 
 
 def test_17_texts_beside_a_prompt_are_not_lost(tmp_path):
     row = {"title": "My cat", "query": "What does it eat?", "responses": ["fish", "hay"], "scores": [1, 0]}
-    for wrong in (row, {"prompt": "Sum it up.", "document": "A cat came.", "chosen": "a", "rejected": "b"}, {"question": "Who?", "passage": "Ann.", "completion": "Ann", "score": 1}):
+    for wrong in (row, {"prompt": "Sum it up.", "document": "A cat came.", "chosen": "a", "rejected": "b"},
+                  {"question": "Who?", "passage": "Ann.", "completion": "Ann", "score": 1}):
         with pytest.raises(ListError, match="would be lost"):
             one(wrong)
     path = tmp_path / "p.jsonl"
@@ -765,4 +890,5 @@ def test_17_texts_beside_a_prompt_are_not_lost(tmp_path):
     assert one(row, mapping | {"prompt": "query"})["meta"] == {"title": "My cat"}  # said to be no part of it
     assert one(row | {"query": "My cat: what does it eat?"})["meta"] == {"title": "My cat"}
     assert one(row | {"title": None})["prompt"] == row["query"] and one(row | {"title": {"id": 3}})["meta"] == {"title": {"id": 3}}
-    assert one({"prompt": "p", "completions": ["a"], "rewards": [1], "sources": ["m"], "meta": {"title": "x"}, "id": "i"})["meta"] == {"title": "x"}
+    assert one({"prompt": "p", "completions": ["a"], "rewards": [1], "sources": ["m"], "meta": {"title": "x"},
+                "id": "i"})["meta"] == {"title": "x"}

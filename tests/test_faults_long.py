@@ -1,4 +1,5 @@
-"""Lists of any length in the memory of a few candidates: the gradient of one pass, with each prompt computed once. About 30 seconds on one thread."""
+"""Lists of any length in the memory of a few candidates: the gradient of one pass, with each prompt computed once.
+About 30 seconds on one thread."""
 import json
 import logging
 import os
@@ -10,19 +11,19 @@ import long_processes
 import peft
 import pytest
 import torch
-from lire_nb import shared_prompt as logprobs
-from lire_nb import long_lists
-from lire_nb.base.errors import LireError
-from lire_nb.records import make_record
-from lire_nb.logprobs import list_logps
-from lire_nb.path_check import check_paths
-from lire_nb.shared_prompt import ListCollator
-from lire_nb.long_lists import list_logps_in_parts
-from lire_nb.models import load_policy
-from lire_nb.training import LIREConfig, LIRETrainer
 from long_processes import loss_of
 from test_logprobs import FALLBACK, SHARED, lists_of, tiny
 from tiny_policy import make_start
+
+from lire_nb import long_lists, shared_prompt
+from lire_nb.base.errors import LireError
+from lire_nb.logprobs import list_logps
+from lire_nb.long_lists import list_logps_in_parts
+from lire_nb.models import load_policy
+from lire_nb.path_check import check_paths
+from lire_nb.records import make_record
+from lire_nb.shared_prompt import ListCollator
+from lire_nb.training import LIREConfig, LIRETrainer
 
 HERE = Path(__file__).parent
 SIZES = [(9, (3, 1, 9, 2, 2)), (2, (5,)), (11, (4, 6, 1)), (3, (1, 1))]
@@ -37,7 +38,8 @@ def one_thread():
 
 
 def batch_of(sizes=SIZES):
-    return ListCollator()([one | {"rewards": [0.3 * j % 1 for j in range(len(one["completion_ids"]))]} for one in lists_of(sizes)])
+    return ListCollator()([one | {"rewards": [0.3 * j % 1 for j in range(len(one["completion_ids"]))]}
+                           for one in lists_of(sizes)])
 
 
 def gradient(model, logps_of, loss=loss_of, batch=None, seed=0):
@@ -46,7 +48,8 @@ def gradient(model, logps_of, loss=loss_of, batch=None, seed=0):
     batch = batch or batch_of()
     value = loss(logps_of(batch)[0], batch)
     value.backward()
-    return float(value.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()])
+    return float(value.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()
+                                             for p in model.parameters()])
 
 
 def off(a, b) -> float:
@@ -72,7 +75,9 @@ class Read:
         torch.nn.Embedding.forward = self.forward
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "mixtral", "gemma2", "gemma3", "qwen2-window", "gpt2", "opt", "cohere2", "granite"])
+@pytest.mark.parametrize("family",
+                         ["llama", "mistral-window", "mixtral", "gemma2", "gemma3", "qwen2-window", "gpt2", "opt",
+                          "cohere2", "granite"])
 def test_the_gradient_of_one_pass_with_each_prompt_once(family):
     model = tiny(SHARED[family]())
     plain = gradient(model, lambda b: list_logps(model, b, impl="shared"))
@@ -115,15 +120,18 @@ def test_what_waits_for_the_gradient_does_not_grow_with_the_list():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            logps = list_logps(model, batch, impl="shared") if way == "one" else list_logps_in_parts(model, batch, 2, impl="shared")
+            logps = list_logps(model, batch,
+                               impl="shared") if way == "one" else list_logps_in_parts(model, batch, 2, impl="shared")
         kept[way, M] = sum(t.untyped_storage().nbytes() for t in seen.values())
         del logps
     assert kept["parts", 48] - kept["parts", 8] < kept["one", 2] - kept["one", 1]
 
 
 def test_longrope_across_its_limit_takes_the_prompt_again(caplog):
-    "Below the limit prompts are kept; across it a prompt alone would be turned by other frequencies than its candidates."
-    rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0, rope_theta=1e4, original_max_position_embeddings=12)
+    """Below the limit prompts are kept; across it a prompt alone would be turned by other frequencies than its
+    candidates."""
+    rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0, rope_theta=1e4,
+                original_max_position_embeddings=12)
     config = SHARED["llama"]()
     model = tiny(type(config)(**config.to_dict() | {"rope_parameters": rope, "rope_scaling": None}))
     plain = gradient(model, lambda b: list_logps(model, b, impl="shared"))
@@ -133,15 +141,15 @@ def test_longrope_across_its_limit_takes_the_prompt_again(caplog):
 
 
 def test_an_error_in_kept_prompts_is_found_by_the_check(monkeypatch, caplog):
-    right = logprobs.keep_prompts
+    right = shared_prompt.keep_prompts
 
     def wrong(model, row):
         first, kept = right(model, row)
-        return first, logprobs.Kept(kept.lengths, {m: (k.flip(2), v) for m, (k, v) in kept.layers.items()})
+        return first, shared_prompt.Kept(kept.lengths, {m: (k.flip(2), v) for m, (k, v) in kept.layers.items()})
 
     model = tiny(SHARED["llama"]())
     plain = gradient(model, lambda b: list_logps(model, b, impl="padded"))
-    monkeypatch.setattr(logprobs, "keep_prompts", wrong)
+    monkeypatch.setattr(shared_prompt, "keep_prompts", wrong)
     check = check_paths(model, again=True)
     assert check.shared and "relative error" in check.not_kept
     assert off(gradient(model, lambda b: list_logps_in_parts(model, b, 2, impl="shared")), plain) < 1e-4
@@ -160,7 +168,9 @@ def test_layers_with_gradient_checkpointing(reentrant, caplog):
     assert ("use_reentrant=True" in caplog.text) == reentrant
 
 
-@pytest.mark.parametrize("family, dropout", [("llama", {"attention_dropout": 0.3}), ("gpt2", {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2})])
+@pytest.mark.parametrize("family, dropout",
+                         [("llama", {"attention_dropout": 0.3}),
+                          ("gpt2", {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2})])
 def test_dropout_draws_the_same_masks_in_both_passes(family, dropout, monkeypatch):
     "In parts that keep everything there is one pass, and so one set of masks: its gradient is the right one."
     config = SHARED[family]()
@@ -173,12 +183,15 @@ def test_dropout_draws_the_same_masks_in_both_passes(family, dropout, monkeypatc
     monkeypatch.setattr(long_lists, "checkpoint", lambda function, *args, **kwargs: function(*args))
     once = gradient(model, lambda b: list_logps_in_parts(model, b, 2, impl="shared"))
     assert off(again, once) < 1e-4
-    assert off(gradient(model, lambda b: list_logps_in_parts(model, b, 2, impl="shared"), seed=1), once) > 1e-2  # there are masks
+    # there are masks
+    assert off(gradient(model, lambda b: list_logps_in_parts(model, b, 2, impl="shared"), seed=1), once) > 1e-2
 
 
 def test_lora_and_frozen_layers():
     for targets in (["q_proj", "v_proj"], ["o_proj"], "all-linear"):
-        model = peft.get_peft_model(tiny(SHARED["llama"]()), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False))
+        model = peft.get_peft_model(tiny(SHARED["llama"]()),
+                                    peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets,
+                                                    init_lora_weights=False))
         plain = gradient(model, lambda b: list_logps(model, b, impl="shared"))
         assert plain[1].norm() > 0
         assert off(gradient(model, lambda b: list_logps_in_parts(model, b, 2, impl="shared")), plain) < 1e-4
@@ -187,7 +200,8 @@ def test_lora_and_frozen_layers():
 def test_accumulated_and_with_any_loss():
     "Two batches one after the other, under a loss that looks at all candidates of a list together."
     model = tiny(SHARED["qwen3"]())
-    loss = lambda logps, batch: (logps.masked_fill(~batch["mask"], 0).std(1) * logps.exp().sum(1).sqrt()).sum()  # noqa: E731
+    loss = lambda logps, batch: (logps.masked_fill(~batch["mask"],
+                                                   0).std(1) * logps.exp().sum(1).sqrt()).sum()  # noqa: E731
 
     def both(logps_of):
         model.zero_grad()
@@ -201,11 +215,13 @@ def test_accumulated_and_with_any_loss():
 
 
 def test_mixed_precision_adds_up_in_float32():
-    "Sixty parts: were their gradients added in 16 bits, in weights or in kept keys, they would be further from float32 than one pass is."
+    """Sixty parts: were their gradients added in 16 bits, in weights or in kept keys, they would be further from
+    float32 than one pass is."""
     model = tiny(SHARED["llama"]())
     batch, errors = batch_of([(20, (4,) * 60)]), {}
     exact = gradient(model, lambda b: list_logps(model, b, impl="shared"), batch=batch)
-    for way, logps_of in {"one": lambda b: list_logps(model, b, impl="shared"), "parts": lambda b: list_logps_in_parts(model, b, 1, impl="shared")}.items():
+    for way, logps_of in {"one": lambda b: list_logps(model, b, impl="shared"),
+                          "parts": lambda b: list_logps_in_parts(model, b, 1, impl="shared")}.items():
         def half(b, logps_of=logps_of):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return logps_of(b)
@@ -218,9 +234,11 @@ def test_odd_batches():
     "One token each, one candidate each, more at once than there are, no gradient, float64."
     for sizes in ([(5, (1, 1, 1))], [(4, (3,)), (6, (2,)), (1, (1,))], [(1, (2, 1, 3))]):
         model, batch = tiny(SHARED["mistral-window"]()).double(), batch_of(sizes)
-        plain = gradient(model, lambda b: list_logps(model, b, impl="padded"), batch=batch, loss=lambda logps, b: (logps * logps).sum())
+        plain = gradient(model, lambda b: list_logps(model, b, impl="padded"), batch=batch, loss=lambda logps,
+                         b: (logps * logps).sum())
         for k in (1, 2, 9):
-            assert off(gradient(model, lambda b: list_logps_in_parts(model, b, k, impl="shared"), batch=batch, loss=lambda logps, b: (logps * logps).sum()), plain) < 1e-6
+            assert off(gradient(model, lambda b: list_logps_in_parts(model, b, k, impl="shared"), batch=batch,
+                                loss=lambda logps, b: (logps * logps).sum()), plain) < 1e-6
         with torch.no_grad():
             (a, lengths), (b, others) = list_logps_in_parts(model, batch, 1, impl="shared"), list_logps(model, batch)
         assert not a.requires_grad and torch.allclose(a, b) and torch.equal(lengths, others)
@@ -230,10 +248,14 @@ def test_odd_batches():
 
 def trainer(place, **settings):
     words = [" good", " bad", " dull and long", " fine", " odd", " so so", " great"]
-    lists = [make_record(f"film {n} was", words[: 2 + n % 6], rewards=[1.0, -0.5, 0.25, 0.0, 0.7, 0.1, 0.9][: 2 + n % 6], id=f"film-{n:02}") for n in range(11)]
+    lists = [make_record(f"film {n} was", words[: 2 + n % 6],
+                         rewards=[1.0, -0.5, 0.25, 0.0, 0.7, 0.1, 0.9][: 2 + n % 6], id=f"film-{n:02}")
+             for n in range(11)]
     model, tokenizer = load_policy(place / "start")
-    args = LIREConfig(**{"output_dir": str(place / "out"), "learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "disable_tqdm": True,
-                         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "optim": "sgd", **settings})
+    args = LIREConfig(**{"output_dir": str(place / "out"), "learning_rate": 1e-2, "max_steps": 3,
+                         "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "disable_tqdm": True,
+                         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "optim": "sgd",
+                         **settings})
     return LIRETrainer(model, args, lists, lists[:4], processing_class=tokenizer)
 
 
@@ -281,14 +303,16 @@ def test_auto_decides_once_before_the_first_step(place, plain_weights, monkeypat
 def test_auto_draws_no_random_number(place, tmp_path):
     "A probe with dropout would otherwise move every mask of the training."
     make_start(tmp_path / "start", dropout=0.3)
-    assert torch.equal(weights_of(trainer(tmp_path, candidates_at_once="auto")), weights_of(trainer(tmp_path, candidates_at_once=1000)))
+    assert torch.equal(weights_of(trainer(tmp_path, candidates_at_once="auto")),
+                       weights_of(trainer(tmp_path, candidates_at_once=1000)))
 
 
 def test_auto_in_an_evaluation_without_training(place, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="lire_nb")
     monkeypatch.setattr(long_lists, "free_bytes", lambda device: 0)
     found = trainer(place, candidates_at_once="auto").evaluate()
-    assert abs(found["eval_loss"] - trainer(place).evaluate()["eval_loss"]) < 1e-5 and "candidates_at_once: 1 " in caplog.text
+    assert abs(found["eval_loss"]
+               - trainer(place).evaluate()["eval_loss"]) < 1e-5 and "candidates_at_once: 1 " in caplog.text
 
 
 @pytest.mark.parametrize("given, read", [("auto", "auto"), ("none", None), (None, None), (3, 3), ("4", 4), (4.0, 4)])
@@ -309,13 +333,16 @@ def test_the_setting_is_refused_in_one_line(tmp_path, wrong):
 
 def test_two_processes_give_the_gradient_of_one_pass(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*command, str(HERE / "long_processes.py"), str(tmp_path)], env=env, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run([*command, str(HERE / "long_processes.py"), str(tmp_path)], env=env, capture_output=True,
+                          text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     both = [json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1)]
     model = long_processes.start()
     # each process took its batch twice, and DDP takes the mean of the two
-    plain = sum(gradient(model, lambda b: list_logps(model, b, impl="shared"), batch=long_processes.share(n))[1] for n in (0, 1))
+    plain = sum(gradient(model, lambda b: list_logps(model, b, impl="shared"), batch=long_processes.share(n))[1]
+                for n in (0, 1))
     for way, tolerance in (("whole", 1e-4), ("half", 2e-2)):
         assert both[0][way] == both[1][way]
         assert (torch.tensor(both[0][way], dtype=torch.float64) - plain).norm() < tolerance * plain.norm()

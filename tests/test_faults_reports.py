@@ -15,23 +15,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lire_nb.base import files
-from lire_nb import evaluation
-from lire_nb import preferences
-from lire_nb import statistics
-from lire_nb.lab import experiments
-from lire_nb.lab import plans
-from lire_nb.judges import sheets
-from lire_nb.judges import verdicts
+from lire_nb import evaluation, preferences, statistics, tasks
 from lire_nb.base import errors as lists
-from lire_nb.lab import report
-from lire_nb.lab import results
-from lire_nb.lab import runner
-from lire_nb.lab import claims
-from lire_nb.lab import figures
-from lire_nb import tasks
-from lire_nb.cli import main
+from lire_nb.base import files
 from lire_nb.base.errors import LireError
+from lire_nb.cli import main
+from lire_nb.judges import sheets, verdicts
+from lire_nb.lab import claims, experiments, figures, plans, report, results, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -40,8 +30,10 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABL
 def rows_of(texts, shift=0.0, judges=("proxy", "gold"), prompts=None, seed=0):
     """Rows of a judged policy: one completion a prompt."""
     rng = np.random.default_rng(seed)
-    return [{"id": f"p{i}", "prompt": (prompts or [f"prompt {i}" for i in range(len(texts))])[i], "completions": [t], "finish_reasons": ["stop"], "tokens": [5],
-             "scores": {j: [float(rng.normal() + shift)] for j in judges}, "logps": [-5.0 + shift], "start_logps": [-5.0], "sampling": None} for i, t in enumerate(texts)]
+    return [{"id": f"p{i}", "prompt": (prompts or [f"prompt {i}" for i in range(len(texts))])[i], "completions": [t],
+             "finish_reasons": ["stop"], "tokens": [5],
+             "scores": {j: [float(rng.normal() + shift)] for j in judges}, "logps": [-5.0 + shift],
+             "start_logps": [-5.0], "sampling": None} for i, t in enumerate(texts)]
 
 
 def write_run(folder: Path, systems: dict, config: dict | None = None) -> Path:
@@ -73,51 +65,68 @@ class Page(HTMLParser):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """A report whose text alone counts: drawing takes most of its time."""
-    monkeypatch.setattr(reporting, "_png", lambda figure: b"", raising=False)
-    monkeypatch.setattr(reporting, "save_figure", lambda *args: [])
+    monkeypatch.setattr(report, "_png", lambda figure: b"", raising=False)
+    monkeypatch.setattr(report, "save_figure", lambda *args: [])
 
 
 # ---------------------------------------------------------------- 31: nothing of the run folder is run
 
 TRAPS = {
-    "lire_nb/__init__.py": "{trap}", "sitecustomize.py": "{trap}", "usercustomize.py": "{trap}", "json.py": "{trap}", "pandas.py": "{trap}", "matplotlib.py": "{trap}", "base64.py": "{trap}",
-    "IPython/__init__.py": "{trap}", "ipykernel_launcher.py": "{trap}", "jupyter_config.py": "{trap}", "ipython_config.py": "{trap}", "nbconvert/__init__.py": "{trap}",
-    "profile_default/startup/00.py": "{trap}", ".ipython/profile_default/startup/00.py": "{trap}", "matplotlibrc": "text.usetex: True\nlines.linewidth: 40\n",
+    "lire_nb/__init__.py": "{trap}", "sitecustomize.py": "{trap}", "usercustomize.py": "{trap}", "json.py": "{trap}",
+    "pandas.py": "{trap}", "matplotlib.py": "{trap}", "base64.py": "{trap}",
+    "IPython/__init__.py": "{trap}", "ipykernel_launcher.py": "{trap}", "jupyter_config.py": "{trap}",
+    "ipython_config.py": "{trap}", "nbconvert/__init__.py": "{trap}",
+    "profile_default/startup/00.py": "{trap}", ".ipython/profile_default/startup/00.py": "{trap}",
+    "matplotlibrc": "text.usetex: True\nlines.linewidth: 40\n",
 }
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "inside"])
 def test_31_report_runs_nothing_that_lies_in_the_run_folder(tmp_path, where):
-    """A run folder with a lire_nb/ of its own, start files, profiles and settings: the page appears, and none of them ran."""
-    run, proof = write_run(tmp_path / "run", {"start": rows_of(["a"] * 24), "new": rows_of(["b"] * 24, 1.0)}), tmp_path / "ran"
+    """A run folder with a lire_nb/ of its own, start files, profiles and settings: the page appears, and none of them
+    ran."""
+    run, proof = write_run(tmp_path / "run",
+                           {"start": rows_of(["a"] * 24), "new": rows_of(["b"] * 24, 1.0)}), tmp_path / "ran"
     for name, text in TRAPS.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text.format(trap=f"open({str(proof)!r}, 'a').write(__file__ + chr(10))"))
     command = "import sys; sys.path = [p for p in sys.path if p]; from lire_nb.cli import main; sys.exit(main(['report', '--out', sys.argv[1]]))"
-    done = subprocess.run([sys.executable, "-P", "-c", command, "." if where == "inside" else str(run)], cwd=run if where == "inside" else tmp_path, env={**ENV, "PYTHONPATH": str(Path(report.__file__).parents[1])},
+    done = subprocess.run([sys.executable, "-P", "-c", command, "." if where == "inside" else str(run)],
+                          cwd=run if where == "inside" else tmp_path,
+                          env={**ENV, "PYTHONPATH": str(Path(report.__file__).parents[1])},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not proof.exists(), proof.read_text()
-    assert (run / "report.html").stat().st_size > 20_000 and b"<svg" in (run / "figures" / "before_after.svg").read_bytes()
+    assert (run / "report.html").stat().st_size > 20_000 and b"<svg" in (run / "figures"
+                                                                         / "before_after.svg").read_bytes()
 
 
 def test_31_page_needs_no_network_and_forbids_scripts(tmp_path):
     run = write_run(tmp_path / "run", {"start": rows_of(["a"] * 24), "new": rows_of(["b"] * 24, 1.0)}, {"seed": 0})
     text = report.report(run).read_text(encoding="utf-8")
     page = Page(text)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video", "audio")]
+    assert not [tag for tag,
+                _ in page.tags if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video",
+                                          "audio")]
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")
     assert not [attrs for _, attrs in page.tags if "href" in attrs or any(name.startswith("on") for name in attrs)]
     assert not re.search(r"url\(|@import|https?:", text)
-    assert [a for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy" and "default-src 'none'" in a["content"]]
+    assert [a for t,
+            a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+            and "default-src 'none'" in a["content"]]
     assert not (run / "report.ipynb").exists(), "a notebook that is started in the folder would run what lies there"
 
 
 # ---------------------------------------------------------------- 32: text is shown as text
 
-HOSTILE = ["[x](javascript:alert(1))", "![](http://example.org/pixel.png)", "<img src=http://example.org/p onerror=alert(1)>", "<script>alert(1)</script>", "a | b | c", "`code` *bold* _it_ ~~gone~~",
-           "price $5 and $x^2$", "line\n\n# heading\n- item\n1. one", "http://example.org www.example.org <http://example.org>", "\u202egnp.exe\u202c \u2066x\u2069 \u200b", "\x1b[31mred\x1b[0m \x9b2J \x07",
-           "&lt;b&gt; &amp;", "\\[x\\](y) \\(f\\)", "=HYPERLINK(\"http://example.org\")", "[x]: http://example.org", "</td></tr></table><h1>mine</h1>"]
+HOSTILE = ["[x](javascript:alert(1))", "![](http://example.org/pixel.png)",
+           "<img src=http://example.org/p onerror=alert(1)>", "<script>alert(1)</script>", "a | b | c",
+           "`code` *bold* _it_ ~~gone~~",
+           "price $5 and $x^2$", "line\n\n# heading\n- item\n1. one",
+           "http://example.org www.example.org <http://example.org>", "\u202egnp.exe\u202c \u2066x\u2069 \u200b",
+           "\x1b[31mred\x1b[0m \x9b2J \x07",
+           "&lt;b&gt; &amp;", "\\[x\\](y) \\(f\\)", "=HYPERLINK(\"http://example.org\")", "[x]: http://example.org",
+           "</td></tr></table><h1>mine</h1>"]
 BAD_NAMES = ["start", "[x](javascript:alert(1)) <img src=x onerror=alert(1)>", "a | b `c` $d$ \u202e\x1b[31m"]
 
 
@@ -127,12 +136,16 @@ def hostile(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "run"
     judges = ("proxy <b>x</b> | $y$", "_gold_ [a](http://example.org)")
     texts = (HOSTILE * 2)[:24]
-    systems = {name: rows_of(texts, shift, judges, prompts=[f"{t} {i}" for i, t in enumerate(texts)], seed=k) for k, (name, shift) in enumerate(zip(BAD_NAMES, (0.0, 0.7, -0.4)))}
-    write_run(folder, systems, {"systems": {n: "x" for n in BAD_NAMES}, "note": "<script>alert(1)</script> http://me:pw@example.org/?api_key=s3cret"})
+    systems = {name: rows_of(texts, shift, judges, prompts=[f"{t} {i}" for i, t in enumerate(texts)], seed=k) for k,
+               (name, shift) in enumerate(zip(BAD_NAMES, (0.0, 0.7, -0.4)))}
+    write_run(folder, systems,
+              {"systems": {n: "x" for n in BAD_NAMES},
+               "note": "<script>alert(1)</script> http://me:pw@example.org/?api_key=s3cret"})
     rng = np.random.default_rng(0)
     aside = folder / "rewards" / "<b>$x$"
     aside.mkdir(parents=True)
-    files.write_jsonl(aside / "held_out.jsonl", [{"id": str(i), "grades": [2, 1, 0], "scores": rng.normal(size=3).tolist()} for i in range(24)])
+    files.write_jsonl(aside / "held_out.jsonl",
+                      [{"id": str(i), "grades": [2, 1, 0], "scores": rng.normal(size=3).tolist()} for i in range(24)])
     report.report(folder)
     return folder
 
@@ -140,8 +153,11 @@ def hostile(tmp_path_factory) -> Path:
 def test_32_page_shows_every_letter_and_no_markup(hostile):
     text = (hostile / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert {tag for tag, _ in page.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "b", "i", "table", "thead", "tbody", "tr", "th", "td", "div", "img", "pre"}
-    assert sum(tag == "h1" for tag, _ in page.tags) == 1 and not [a for _, a in page.tags if "href" in a or "onerror" in a]
+    assert {tag for tag, _ in page.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p",
+                                             "ul", "li", "b", "i", "table", "thead", "tbody", "tr", "th", "td", "div",
+                                             "img", "pre"}
+    assert sum(tag == "h1" for tag, _ in page.tags) == 1 and not [a for _,
+                                                                  a in page.tags if "href" in a or "onerror" in a]
     assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
     assert "[x](javascript:alert(1)) <img src=x onerror=alert(1)>" in page.text and "_gold_ [a](http://example.org)" in page.text
     assert "\\u202e" in page.text and "\\x1b[31m" in page.text and not re.search("[\u202a-\u202e\u2066-\u2069\x1b\x9b\x07\u200b]", text)
@@ -150,7 +166,8 @@ def test_32_page_shows_every_letter_and_no_markup(hostile):
 
 def links(text: str) -> list[str]:
     """What a reader of Markdown would make live: links, pictures, addresses, HTML, code, formulas."""
-    patterns = (r"\]\(", r"\]\[", r"(?m)^\s*[-*]?\s*\[[^\]]+\]:", r"https?://", r"\bwww\.", r"<[a-zA-Z/!]", r"(?<!\\)\$", r"`")
+    patterns = (r"\]\(", r"\]\[", r"(?m)^\s*[-*]?\s*\[[^\]]+\]:", r"https?://", r"\bwww\.", r"<[a-zA-Z/!]",
+                r"(?<!\\)\$", r"`")
     return [p for p in patterns if re.search(p, text)]
 
 
@@ -182,7 +199,9 @@ def test_32_labels_of_figures_are_letters(hostile):
     """A dollar in a name is no formula, and a name with _ in front stays in the legend."""
     systems = results.read_systems(hostile)
     for name, figure in report._figures(hostile, systems):
-        labels = [t.get_text() for axis in figure.axes for t in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title, axis.xaxis.label, axis.yaxis.label)]
+        labels = [t.get_text() for axis in figure.axes
+                  for t in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title, axis.xaxis.label,
+                            axis.yaxis.label)]
         labels += [t.get_text() for axis in figure.axes if axis.get_legend() for t in axis.get_legend().get_texts()]
         assert not [t for t in labels if len(re.findall(r"(?<!\\)\$", t)) > 1], (name, labels)
         assert not [t for t in labels if re.search("[\u202a-\u202e\x1b]", t)]
@@ -205,25 +224,32 @@ def test_32_sheets_hold_no_formula_and_can_be_read_back(tmp_path):
     for sheet in sheets.make_sheets(systems, tmp_path, judges=["ann"], overlap=1):
         table = list(csv.DictReader(sheet.open(encoding="utf-8-sig", newline="")))
         assert not [c for row in table for c in row.values() if re.match(r"\s*[=+\-@＝]", c)]
-        sheets._write_sheet(sheet, [{**row, "verdict": "tie", "first": row["first"].lstrip("'")} for row in table])  # a spreadsheet eats the apostrophe
+        # a spreadsheet eats the apostrophe
+        sheets._write_sheet(sheet, [{**row, "verdict": "tie", "first": row["first"].lstrip("'")} for row in table])
     verdicts, problems = sheets.check_sheets(tmp_path)
     assert not problems and len(verdicts) == 8
 
 
 def test_32_sample_text_and_tables_of_strangers():
-    frame = claims.pd.DataFrame({"a | b": ["[x](javascript:1)", "2"]}, index=claims.pd.Index(["<b>", "![](http://x)"], name="n"))
+    frame = claims.pd.DataFrame({"a | b": ["[x](javascript:1)", "2"]},
+                                index=claims.pd.Index(["<b>", "![](http://x)"], name="n"))
     text = report.markdown_table(frame)
     assert links(text) == [] and [line.count("|") for line in text.splitlines()] == [3] * 4
-    run = claims.pd.DataFrame([{"seed": 0, "result": {"examples": [{"prompt": HOSTILE[0], "completion": "\n".join(HOSTILE)}]}}])
+    run = claims.pd.DataFrame([{"seed": 0,
+                                "result": {"examples": [{"prompt": HOSTILE[0], "completion": "\n".join(HOSTILE)}]}}])
     assert links(claims.sample_text({"*a* [b](c)": run})) == []
 
 
 # ---------------------------------------------------------------- 33: passwords
 
 
-@pytest.mark.parametrize("address", ["http://user:s3cret@127.0.0.1:9/v1", "https://s3cret@127.0.0.1:9/v1#m", "http://user:s3/cret@127.0.0.1:9/", "http://127.0.0.1:9/v1?api_key=s3cret#m", "http://127.0.0.1:9/?access_token=s3cret"])
+@pytest.mark.parametrize("address",
+                         ["http://user:s3cret@127.0.0.1:9/v1", "https://s3cret@127.0.0.1:9/v1#m",
+                          "http://user:s3/cret@127.0.0.1:9/", "http://127.0.0.1:9/v1?api_key=s3cret#m",
+                          "http://127.0.0.1:9/?access_token=s3cret"])
 def test_33_no_error_shows_a_password(address):
-    error = LireError(f"cannot be reached at {address}", field="policy", value=address, allowed=address, remedy=f"start {address}", file=address)
+    error = LireError(f"cannot be reached at {address}", field="policy", value=address, allowed=address,
+                      remedy=f"start {address}", file=address)
     nested = LireError("no", field="x", value={"systems": {"a": [address]}})
     for text in (str(error), str(nested)):
         assert "s3cret" not in text and "s3/cret" not in text and "127.0.0.1:9" in str(error)
@@ -235,7 +261,8 @@ def test_33_no_file_keeps_a_password(tmp_path):
 
     systems = {"start": "http://me:s3cret@h/v1#m", "new": "http://h/v1?api_key=s3cret&model=a"}
     run = claim_folder(tmp_path / "run", {"systems": systems, "deep": [{"judge": systems["new"]}]})
-    assert claim_folder(run, {"systems": systems, "deep": [{"judge": systems["new"]}]}) == run, "the same again is the same"
+    assert claim_folder(run, {"systems": systems,
+                              "deep": [{"judge": systems["new"]}]}) == run, "the same again is the same"
     with pytest.raises(LireError, match="another configuration") as e:
         claim_folder(run, {"systems": {**systems, "new": "http://h/v1?api_key=other&model=b"}})
     write_json(tmp_path / "x.json", systems)
@@ -251,8 +278,10 @@ def test_33_no_door_takes_a_password(capsys, tmp_path):
         ServerReward("http://me:s3cret@127.0.0.1:9/score")
     assert "s3cret" not in str(e.value)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    for command in (["sample", "--prompts", str(tmp_path / "p.jsonl"), "--policy", "http://me:s3cret@127.0.0.1:9/v1#m", "--out", str(tmp_path / "a" / "lists.jsonl")],
-                    ["score", "--lists", str(tmp_path / "p.jsonl"), "--reward", "http://me:s3cret@127.0.0.1:9/", "--out", str(tmp_path / "b" / "lists.jsonl")]):
+    for command in (["sample", "--prompts", str(tmp_path / "p.jsonl"), "--policy", "http://me:s3cret@127.0.0.1:9/v1#m",
+                     "--out", str(tmp_path / "a" / "lists.jsonl")],
+                    ["score", "--lists", str(tmp_path / "p.jsonl"), "--reward", "http://me:s3cret@127.0.0.1:9/",
+                     "--out", str(tmp_path / "b" / "lists.jsonl")]):
         if command[0] == "sample":
             continue  # refused by the sampler itself, tested there; it would ask the server for minutes
         assert main(command) == 2
@@ -282,16 +311,22 @@ def test_34_interval_of_a_win_rate_covers_with_few_prompts(prompts, rate):
 def test_34_results_say_their_method():
     draw = np.random.default_rng(0)
     assert statistics.bootstrap_interval(draw.normal(size=10)).method == "t" and statistics.bootstrap_interval(draw.normal(size=20)).method == "bootstrap"
-    assert preferences.win_rate([1.0] * 12)["method"] == "wilson" and preferences.win_rate([1.0] * 50)["method"] == "wilson" and preferences.win_rate([1.0, 0.0] * 10)["method"] == "bootstrap"
+    assert (
+        preferences.win_rate([1.0] * 12)["method"] == "wilson"
+        and preferences.win_rate([1.0] * 50)["method"] == "wilson"
+        and preferences.win_rate([1.0, 0.0] * 10)["method"] == "bootstrap"
+    )
     value, low, high = statistics.bootstrap_interval([1.0, 2.0, 4.0])  # three numbers to unpack, as before
     expected = stats.t.interval(0.9, 2, np.mean([1, 2, 4]), stats.sem([1, 2, 4]))
-    assert np.allclose(statistics.bootstrap_interval([1.0, 2.0, 4.0], confidence=0.9)[1:], expected) and low < value < high
+    assert np.allclose(statistics.bootstrap_interval([1.0, 2.0, 4.0], confidence=0.9)[1:],
+                       expected) and low < value < high
     expected = stats.binomtest(7, 9).proportion_ci(0.9, method="wilson")
     won = preferences.win_rate([1.0] * 7 + [0.0] * 2, confidence=0.9)
     assert np.allclose((won["low"], won["high"]), (expected.low, expected.high))
     rows = evaluation.compare_systems({"start": rows_of(["a"] * 5), "new": rows_of(["b"] * 5, 1.0)})
     assert {r["metric"]: r["method"] for r in rows if r["value"] is not None and r["system"] == "new"} == {
-        "reward": "t", "reward difference": "no spread", "win rate": "wilson", "KL to start": "no spread", "perplexity under start": "no spread", "tokens": "no spread", "ended": "wilson"}
+        "reward": "t", "reward difference": "no spread", "win rate": "wilson", "KL to start": "no spread",
+        "perplexity under start": "no spread", "tokens": "no spread", "ended": "wilson"}
 
 
 def test_34_what_does_not_cover_has_no_interval():
@@ -332,7 +367,8 @@ def test_34_equal_values_have_no_spread():
 
 
 def test_34_shares_of_judged_prompts_stay_in_range():
-    for flips, first in (([0.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.5, 1.0]), ([0.0] * 3, [1.0] * 3), ([0.0, 0.5, 0.0], [0.5] * 3)):
+    for flips, first in (([0.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.5, 1.0]), ([0.0] * 3, [1.0] * 3),
+                         ([0.0, 0.5, 0.0], [0.5] * 3)):
         ids = [str(i) for i in range(len(flips))]
         found = verdicts.JudgedPrompts("new", "old", ids, [1.0] * len(ids), flips, first, {}).summary()
         for name in ("flip_rate", "first_share"):
@@ -345,7 +381,8 @@ def test_34_shares_of_judged_prompts_stay_in_range():
 def test_34_equal_preferences_at_equal_length_keep_an_interval(said, slope):
     draw = np.random.default_rng(0)
     for lengths in (np.full(30, 9.0), draw.normal(9, 3, 30)):
-        found = preferences.length_controlled_win_rate([said] * 30, lengths, np.full(30, 9.0), slope=slope, resamples=19)
+        found = preferences.length_controlled_win_rate([said] * 30, lengths, np.full(30, 9.0), slope=slope,
+                                                       resamples=19)
         won = preferences.win_rate([said] * 30)
         assert found["low"] <= found["win_rate"] <= found["high"] and found["method"] == "wilson"
         assert found["high"] - found["low"] > 0.8 * (won["high"] - won["low"])
@@ -362,7 +399,8 @@ def test_34_perplexity_covers_with_few_prompts():
 
 
 def test_34_tables_and_reports_with_few_prompts(tmp_path, no_pictures):
-    wins = results.wins(*(claims.pd.DataFrame([{"seed": 0, "result": {"ids": "x", "scores": {"gold": [[v]] * 6}}}]) for v in (1.0, 0.0)))
+    wins = results.wins(*(claims.pd.DataFrame([{"seed": 0, "result": {"ids": "x", "scores": {"gold": [[v]] * 6}}}])
+                          for v in (1.0, 0.0)))
     assert wins.value == 1 and wins.low < 0.7 and wins.method == "wilson"
     assert np.isnan(statistics.crossed_bootstrap((2, 6), lambda r, c: np.ones(len(r))).low)
     run = write_run(tmp_path / "few", {"start": rows_of(["a"] * 4), "new": rows_of(["b"] * 4, 3.0)})
@@ -376,15 +414,21 @@ def test_34_tables_and_reports_with_few_prompts(tmp_path, no_pictures):
 
 
 def made_up(means: dict[int, float], prompts: int = 6) -> claims.pd.DataFrame:
-    result = lambda seed, mean: {"ids": "x", "scores": {j: [[mean + 0.1 * ((k * 7 + seed) % 5)] for k in range(prompts)] for j in ("gold", "proxy")},  # noqa: E731
-                                 **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}, "ended": [[1]] * prompts}
+    result = lambda seed, mean: {"ids": "x",
+                                 "scores": {j: [[mean + 0.1 * ((k * 7 + seed) % 5)] for k in range(prompts)]
+                                            for j in ("gold", "proxy")},  # noqa: E731
+                                 **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")},
+                                 "ended": [[1]] * prompts}
     return claims.pd.DataFrame([{"seed": seed, "result": result(seed, mean)} for seed, mean in means.items()])
 
 
 def test_35_points_are_joined_over_common_seeds_only():
-    line = figures.along({2: made_up({0: 0.0, 1: 0.2}), 4: made_up({0: 0.1, 1: 0.3, 2: 9.0})}, lambda runs: results.values_of(runs, "gold"))
+    line = figures.along({2: made_up({0: 0.0, 1: 0.2}), 4: made_up({0: 0.1, 1: 0.3, 2: 9.0})},
+                         lambda runs: results.values_of(runs, "gold"))
     assert line.seeds == 2 and line.points[4].value < 1 and len(line.dots[4]) == 2
-    figure = figures.plot_lines({"one": figures.along({2: made_up({0: 0.0}), 4: made_up({0: 1.0, 1: 1.0})}, lambda runs: results.values_of(runs, "gold")), "two": line}, "M", "gain", "t")
+    figure = figures.plot_lines({"one": figures.along({2: made_up({0: 0.0}), 4: made_up({0: 1.0, 1: 1.0})},
+                                                      lambda runs: results.values_of(runs, "gold")), "two": line}, "M",
+                                "gain", "t")
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figure.axes[0].containers}
     assert faces["one (1 seed)"] == "white" and faces["two (2 seeds)"] != "white"
 
@@ -404,7 +448,8 @@ def test_35_one_seed_is_hollow_and_not_on_the_frontier():
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in axis.containers}
     assert faces["B (1 seed)"] == "white" and faces["A"] != "white"
     joined = next(line for line in axis.get_lines() if line.get_label() == "frontier")
-    assert 1 < max(joined.get_ydata()) / results.gain(systems["A"], systems["start"]).value + 1 < 2.1, "the frontier ends at A"
+    assert 1 < max(joined.get_ydata()) / results.gain(systems["A"],
+                                                      systems["start"]).value + 1 < 2.1, "the frontier ends at A"
 
 
 def test_35_no_text_counts_the_claims_by_hand():
@@ -415,10 +460,15 @@ def test_35_no_text_counts_the_claims_by_hand():
 
 
 def test_35_stored_samples_hold_no_slur():
-    parts = ("nigg", "fagg", "kike", "spic ", "tranny", "retard")  # beginnings of words that a policy of random letters may come upon
+    # beginnings of words that a policy of random letters may come upon
+    parts = ("nigg", "fagg", "kike", "spic ", "tranny", "retard")
     for path in (ROOT / "nbs").glob("2*.ipynb"):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            text = json.dumps(cell.get("outputs", []), ensure_ascii=False) if "image/png" not in json.dumps(cell.get("outputs", []))[:2000] else ""
+            text = (
+                json.dumps(cell.get("outputs", []), ensure_ascii=False)
+                if "image/png" not in json.dumps(cell.get("outputs", []))[:2000]
+                else ""
+            )
             assert not [p for p in parts if re.search(rf"\b{p}", text, re.IGNORECASE)], path.name
 
 
@@ -429,7 +479,8 @@ def trained(folder: Path, prompts: list, start: str, reward: str, rounds: int = 
     """The records of a self-enhancement."""
     for k in range(1, rounds + 1):
         (folder / f"round-{k}" / "policy").mkdir(parents=True)
-    (folder / "enhancement.json").write_text(json.dumps({"policy": start, "reward": reward, "prompts": [[f"t{i}", p] for i, p in enumerate(prompts)]}))
+    (folder / "enhancement.json").write_text(json.dumps({"policy": start, "reward": reward,
+                                                         "prompts": [[f"t{i}", p] for i, p in enumerate(prompts)]}))
     return folder
 
 
@@ -450,20 +501,28 @@ def page_of(run: Path) -> str:
 
 
 def test_38_nothing_is_said_without_a_record(judged):
-    run = judged(PROMPTS, {"systems": {"start": "smollm2", "LIRE": "nowhere/a", "DPO": "nowhere/b"}, "judges": {"proxy": "a", "gold": "b"}})
+    run = judged(PROMPTS,
+                 {"systems": {"start": "smollm2", "LIRE": "nowhere/a", "DPO": "nowhere/b"},
+                  "judges": {"proxy": "a", "gold": "b"}})
     page = page_of(run)
     assert "held-out prompt" not in page and "Training saw" not in page and "training saw" not in page and "24 prompts" in page
     assert "Over-optimization" not in page, "alternatives are no course"
     axis = next(f for n, f in report._figures(run, results.read_systems(run)) if n == "reward_kl").axes[0]
-    assert not [line for line in axis.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1 and len(set(line.get_xdata())) > 2], "LIRE and DPO are not joined"
+    assert not [line for line in axis.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1
+                and len(set(line.get_xdata())) > 2], "LIRE and DPO are not joined"
 
 
 def test_38_records_are_read(judged, tmp_path):
     home = trained(tmp_path / "train", ["other 1", "other 2"], "smollm2", "vader-1")
-    systems = {"start": "smollm2", "LIRE": str(home / "round-1" / "policy"), "LIRE 2": str(home / "round-2" / "policy"), "DPO": "elsewhere"}
+    systems = {"start": "smollm2", "LIRE": str(home / "round-1" / "policy"), "LIRE 2": str(home / "round-2" / "policy"),
+               "DPO": "elsewhere"}
     run = judged(PROMPTS, {"systems": systems, "judges": {"proxy": "vader-1", "gold": "b"}}, names=tuple(systems))
     found = results.read_records(run)
-    assert found.courses == [["start", "LIRE", "LIRE 2"]] and found.seen == {"LIRE": 0, "LIRE 2": 0} and found.rewards == {"LIRE": "proxy", "LIRE 2": "proxy"}
+    assert (
+        found.courses == [["start", "LIRE", "LIRE 2"]]
+        and found.seen == {"LIRE": 0, "LIRE 2": 0}
+        and found.rewards == {"LIRE": "proxy", "LIRE 2": "proxy"}
+    )
     assert "held-out prompt" not in page_of(run), "of DPO nothing is known"
 
 
@@ -480,7 +539,9 @@ def test_38_training_prompts_are_no_held_out_prompts(judged, tmp_path):
     assert "24 held-out prompts" in page and "Training saw the proxy reward only." in page and "Over-optimization" in page
 
 
-@pytest.mark.parametrize("config", ["[]", "{", '{"systems": []}', '{"systems": {"new": 5}, "judges": 3}', '{"systems": {"new": "a/round-1/policy"}}'])
+@pytest.mark.parametrize("config",
+                         ["[]", "{", '{"systems": []}', '{"systems": {"new": 5}, "judges": 3}',
+                          '{"systems": {"new": "a/round-1/policy"}}'])
 def test_38_strange_records_are_no_records(judged, config):
     run = judged(PROMPTS, None, names=("start", "new"))
     (run / "config.json").write_text(config)
@@ -508,9 +569,16 @@ def test_code_version_follows_definitions_not_files(tmp_path):
     source = (Path(experiments.__file__)).read_text()
     node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "ragged_lengths")
     text = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
-    moved = versions(tmp_path, experiments=lambda t: t.replace(text, "").replace("\nimport torch\n", "\nimport torch\nfrom .scale import ragged_lengths\n", 1), scale=lambda t: f"{t}\nimport random\n\n\n{text}")
+    moved = versions(
+        tmp_path,
+        experiments=lambda t: t.replace(text, "").replace(
+            "\nimport torch\n", "\nimport torch\nfrom .scale import ragged_lengths\n", 1
+        ),
+        scale=lambda t: f"{t}\nimport random\n\n\n{text}",
+    )
     assert moved == now, "a function moved to another module stales nothing"
-    remarked = versions(tmp_path, losses=lambda t: "# a remark\n" + t.replace('"""AUTO', '"""auto'), reporting=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
+    remarked = versions(tmp_path, losses=lambda t: "# a remark\n" + t.replace('"""AUTO', '"""auto'),
+                        reporting=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
     assert remarked == now, "remarks and what is not reached stale nothing"
     changed = versions(tmp_path, losses=lambda t: t.replace("temperature: float = 2.0", "temperature: float = 3.0"))
     assert changed["train"] != now["train"] and changed["reward"] == now["reward"]
@@ -525,26 +593,33 @@ def test_rows_of_other_code_stay_readable_and_do_not_count(tmp_path):
     assert row["code"] == plans.code_version("reward") != plans.code_version("train")
     assert results.Results(tmp_path, current=True).find(run.config) == {"x": 1}
     (tmp_path / "toy.jsonl").write_text(json.dumps({**row, "code": "0ld0ld0"}) + "\n")
-    assert results.Results(tmp_path, current=True).find(run.config) is None and results.Results(tmp_path).find(run.config) == {"x": 1}
+    assert results.Results(tmp_path, current=True).find(run.config) is None and results.Results(tmp_path).find(
+        run.config
+    ) == {"x": 1}
     assert results.Results(tmp_path, ["0ld0ld0"], current=True).find(run.config) == {"x": 1}
 
 
 # ---------------------------------------------------------------- 41: reproduce says what is so
 
 
-@pytest.mark.parametrize("more", [["--policy", "runs/mine"], ["--reward", "runs/mine"], ["--policy", "x", "--list"], ["--reward", "x", "--dry-run"]])
+@pytest.mark.parametrize("more",
+                         [["--policy", "runs/mine"], ["--reward", "runs/mine"], ["--policy", "x", "--list"],
+                          ["--reward", "x", "--dry-run"]])
 def test_41_a_policy_that_would_not_be_used_is_refused(tmp_path, capsys, more):
-    assert main(["reproduce", "sentiment", "--scale", "smoke", "--most", "0", "--results", str(tmp_path / "r"), "--work", str(tmp_path / "w"), *more]) == 2
+    assert main(["reproduce", "sentiment", "--scale", "smoke", "--most", "0", "--results", str(tmp_path / "r"),
+                 "--work", str(tmp_path / "w"), *more]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and more[0] in said and "remedy" in said and not (tmp_path / "w").exists()
 
 
 def test_41_counts_are_true(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "run_experiment", lambda config, work, keep: {"seconds": {"total": 0.0}})
+    monkeypatch.setattr(runner, "run_experiment", lambda config, work, keep: {"seconds": {"total": 0.0}})
     told = []
-    count = runner.reproduce(["sentiment"], "smoke", results=tmp_path / "r", work=tmp_path / "w", jobs=1, most=1, say=told.append)
+    count = runner.reproduce(["sentiment"], "smoke", results=tmp_path / "r", work=tmp_path / "w", jobs=1, most=1,
+                             say=told.append)
     planned = len({r.key for r in plans.plan("sentiment", "smoke")})
-    assert count == 1 and any(line.startswith(f"0 of {planned} runs are there; {planned} to go, of which 1 now") for line in told), told
+    assert count == 1 and any(line.startswith(f"0 of {planned} runs are there; {planned} to go, of which 1 now")
+                              for line in told), told
 
 
 # ---------------------------------------------------------------- 42: the wheel and the working directory
@@ -554,8 +629,11 @@ def test_41_counts_are_true(tmp_path, monkeypatch):
 def wheel(tmp_path_factory) -> Path:
     """The installed package, outside of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".venv", ".git", "nbs", "tests", "runs", "build", "*.egg-info", "__pycache__"))
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."], cwd=folder / "source", capture_output=True, text=True)
+    shutil.copytree(ROOT, folder / "source",
+                    ignore=shutil.ignore_patterns(".venv", ".git", "nbs", "tests", "runs", "build", "*.egg-info",
+                                                  "__pycache__"))
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                           "--wheel-dir", str(folder), "."], cwd=folder / "source", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder / "site")
     shutil.rmtree(folder / "source")
@@ -575,7 +653,8 @@ assert len(tables.load_runs("sentiment")) > 40
 from lire_nb.cli import main
 raise SystemExit(main(["reproduce", "--list"]))
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=wheel / "empty", env={**ENV, "PYTHONPATH": str(wheel / "site")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=wheel / "empty",
+                          env={**ENV, "PYTHONPATH": str(wheel / "site")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sentiment" in done.stdout and not list((wheel / "empty").iterdir())
 

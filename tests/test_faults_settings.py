@@ -1,4 +1,5 @@
-"""Settings take effect or are refused in one line, and a training that would learn nothing says so before its first step."""
+"""Settings take effect or are refused in one line, and a training that would learn nothing says so before its first
+step."""
 import logging
 import math
 import os
@@ -14,24 +15,26 @@ import torch
 from tiny_policy import make_start
 from transformers import TrainerCallback
 
+from lire_nb.base.errors import LireError
 from lire_nb.cli import main, settings_of
 from lire_nb.enhancement import train_policy
 from lire_nb.judges.verdicts import judge_pairs
-from lire_nb.base.errors import LireError
 from lire_nb.lists import save_lists
-from lire_nb.records import make_record
 from lire_nb.logprobs import dataset_logps
 from lire_nb.losses import lire_loss
 from lire_nb.models import load_policy
+from lire_nb.records import make_record
 from lire_nb.resume import last_checkpoint
 from lire_nb.training import LIREConfig, LIRETrainer
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
 REWARDS = [1.0, -0.5, 0.25, 0.0, 0.7]
-LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=REWARDS[: 2 + n % 4], id=f"film-{n:02}") for n in range(8)]
+LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=REWARDS[: 2 + n % 4], id=f"film-{n:02}")
+         for n in range(8)]
 PAIRS = [{"prompt": f"film {n} was", "chosen": " good", "rejected": " bad"} for n in range(4)]
-BASE = dict(learning_rate=5e-3, bf16=False, use_cpu=True, disable_tqdm=True, report_to="none", logging_steps=1, save_strategy="no")
+BASE = dict(learning_rate=5e-3, bf16=False, use_cpu=True, disable_tqdm=True, report_to="none", logging_steps=1,
+            save_strategy="no")
 ARGS = dict(output_dir="unused", use_cpu=True, bf16=False)
 
 
@@ -52,10 +55,12 @@ def place(tmp_path_factory) -> Path:
 
 
 def trainer(policy, folder, lists=LISTS, eval_lists=None, dtype=torch.float32, **settings):
-    names = ("callbacks", "peft_config", "ref_model", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    names = ("callbacks", "peft_config", "ref_model", "compute_metrics", "preprocess_logits_for_metrics",
+             "compute_loss_func")
     options = {name: settings.pop(name) for name in names if name in settings}
     model, tokenizer = load_policy(policy, dtype=dtype) if isinstance(policy, Path) else policy
-    return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), **BASE, **settings}), lists, eval_lists, processing_class=tokenizer, **options)
+    return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), **BASE, **settings}), lists, eval_lists,
+                       processing_class=tokenizer, **options)
 
 
 def flat(model) -> torch.Tensor:
@@ -89,14 +94,18 @@ def warnings_of(caplog, call) -> list[str]:
 
 @pytest.mark.parametrize("loss", ["rrhf", "slic", "pro"])
 def test_23_sft_weight_reaches_the_losses_that_take_it(place, tmp_path, loss):
-    without, much = (logs(trainer(place / "start", tmp_path, loss_type=loss, sft_weight=w, max_steps=1))[0]["loss"] for w in (0.0, 3.0))
-    usual, other = (LIREConfig(**ARGS, loss_type=loss, **extra).loss_settings()["sft_weight"] for extra in ({}, {"loss_kwargs": {"sft_weight": 0.3}}))
+    without, much = (logs(trainer(place / "start", tmp_path, loss_type=loss, sft_weight=w, max_steps=1))[0]["loss"]
+                     for w in (0.0, 3.0))
+    usual, other = (LIREConfig(**ARGS, loss_type=loss, **extra).loss_settings()["sft_weight"]
+                    for extra in ({}, {"loss_kwargs": {"sft_weight": 0.3}}))
     assert much > without + 0.5 and usual == {"rrhf": 1.0, "slic": 0.0, "pro": 0.05}[loss] and other == 0.3
 
 
 @pytest.mark.parametrize("loss, setting", [
-    ("dpo", {"temperature": 20.0}), ("dpo", {"sft_weight": 1.0}), ("sft", {"temperature": 5.0}), ("rrhf", {"temperature": 5.0}), ("pro", {"length_normalize": True}),
-    ("slic", {"reward_transform": "rank"}), ("lire", {"beta": 0.5}), ("plackett_luce_dpo", {"reward_transform": "zscore"}), ("sft", {"temperature": "auto"}),
+    ("dpo", {"temperature": 20.0}), ("dpo", {"sft_weight": 1.0}), ("sft", {"temperature": 5.0}),
+    ("rrhf", {"temperature": 5.0}), ("pro", {"length_normalize": True}),
+    ("slic", {"reward_transform": "rank"}), ("lire", {"beta": 0.5}),
+    ("plackett_luce_dpo", {"reward_transform": "zscore"}), ("sft", {"temperature": "auto"}),
     ("lire", {"beta": 0.1}),
 ])
 def test_23_a_setting_that_the_loss_does_not_take_is_refused(loss, setting):
@@ -104,7 +113,8 @@ def test_23_a_setting_that_the_loss_does_not_take_is_refused(loss, setting):
 
 
 def test_23_a_default_that_is_given_twice_is_refused_too():
-    refused(lambda: LIREConfig(**ARGS, temperature="auto", loss_kwargs={"temperature": 2.0}), "temperature", "given twice")
+    refused(lambda: LIREConfig(**ARGS, temperature="auto", loss_kwargs={"temperature": 2.0}), "temperature",
+            "given twice")
 
 
 def test_23_defaults_are_quiet_for_every_loss(recwarn):
@@ -112,7 +122,9 @@ def test_23_defaults_are_quiet_for_every_loss(recwarn):
 
     for loss in LOSSES:
         config = LIREConfig(**ARGS, loss_type=loss, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
-        again = LIREConfig(**{k: v for k, v in config.to_dict().items() if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
+        again = LIREConfig(**{k: v for k,
+                              v in config.to_dict().items()
+                              if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
     assert LIREConfig(**ARGS).temperature == "auto"
 
@@ -132,8 +144,10 @@ def test_23_a_function_gets_the_settings_that_it_names(place, tmp_path):
 
 
 @pytest.mark.parametrize("setting", [
-    {"label_smoothing_factor": 0.1}, {"include_for_metrics": ["inputs"]}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}, {"include_num_input_tokens_seen": True},
-    {"label_names": ["x"]}, {"remove_unused_columns": True}, {"save_only_model": True}, {"ignore_data_skip": True}, {"use_liger_kernel": True}, {"eval_accumulation_steps": 2},
+    {"label_smoothing_factor": 0.1}, {"include_for_metrics": ["inputs"]}, {"batch_eval_metrics": True},
+    {"eval_do_concat_batches": False}, {"include_num_input_tokens_seen": True},
+    {"label_names": ["x"]}, {"remove_unused_columns": True}, {"save_only_model": True}, {"ignore_data_skip": True},
+    {"use_liger_kernel": True}, {"eval_accumulation_steps": 2},
 ])
 def test_23_inherited_settings_without_effect_are_refused(setting):
     refused(lambda: LIREConfig(**ARGS, **setting), *setting, "no effect")
@@ -147,20 +161,27 @@ def test_23_arguments_of_the_trainer_without_effect_are_refused(place, tmp_path,
 def test_23_booleans_and_numbers_are_read_by_the_type_of_their_field():
     words = {"no": False, "off": False, "0": False, "False": False, "yes": True, "on": True, "1": True, "TRUE": True}
     assert {w: settings_of([f"length_normalize={w}"])["length_normalize"] for w in words} == words
-    assert settings_of(["bf16=off", "gradient_checkpointing=on", "max_steps=2.0", "learning_rate=1e-5", "run_name=5"]) == {
+    assert settings_of(["bf16=off", "gradient_checkpointing=on", "max_steps=2.0", "learning_rate=1e-5",
+                        "run_name=5"]) == {
         "bf16": False, "gradient_checkpointing": True, "max_steps": 2, "learning_rate": 1e-5, "run_name": "5"}
-    for wrong in ("length_normalize=maybe", "num_train_epochs=two", "max_prompt_length=100.5", "learning_rate=nan", "seed=none", "max_steps=yes"):
+    for wrong in ("length_normalize=maybe", "num_train_epochs=two", "max_prompt_length=100.5", "learning_rate=nan",
+                  "seed=none", "max_steps=yes"):
         refused(lambda: settings_of([wrong]), wrong.split("=")[0])
     config = LIREConfig(**ARGS, length_normalize="no", num_train_epochs="2", per_device_train_batch_size=2.0)
     assert config.length_normalize is False and config.num_train_epochs == 2.0 and type(config.per_device_train_batch_size) is int
 
 
 @pytest.mark.parametrize("setting", [
-    {"temperature": 0}, {"per_device_train_batch_size": 0}, {"per_device_eval_batch_size": 0}, {"gradient_accumulation_steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1e-5},
-    {"num_train_epochs": 0}, {"max_steps": 0}, {"max_prompt_length": 0}, {"max_completion_length": -1}, {"warmup_steps": float("inf")}, {"adam_beta2": 1.0}, {"max_grad_norm": -1},
-    {"lr_scheduler_type": "cosinus"}, {"report_to": "nowhere"}, {"optim": "adamm"}, {"loss_kwargs": "margin"}, {"save_steps": 0},
-    {"log_level": "loud"}, {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"foo": 1}}, {"temperature": "warm"}, {"loss_type": "simpo", "score": "tokens"},
-    {"loss_type": "plackett_luce_dpo", "top_k": 0}, {"loss_type": "infonca", "alpha": 0}, {"loss_type": "lire", "gamma": 2.0},
+    {"temperature": 0}, {"per_device_train_batch_size": 0}, {"per_device_eval_batch_size": 0},
+    {"gradient_accumulation_steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": -1e-5},
+    {"num_train_epochs": 0}, {"max_steps": 0}, {"max_prompt_length": 0}, {"max_completion_length": -1},
+    {"warmup_steps": float("inf")}, {"adam_beta2": 1.0}, {"max_grad_norm": -1},
+    {"lr_scheduler_type": "cosinus"}, {"report_to": "nowhere"}, {"optim": "adamm"}, {"loss_kwargs": "margin"},
+    {"save_steps": 0},
+    {"log_level": "loud"}, {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"foo": 1}},
+    {"temperature": "warm"}, {"loss_type": "simpo", "score": "tokens"},
+    {"loss_type": "plackett_luce_dpo", "top_k": 0}, {"loss_type": "infonca", "alpha": 0},
+    {"loss_type": "lire", "gamma": 2.0},
 ])
 def test_23_nonsense_is_refused_before_a_policy_is_loaded(tmp_path, setting):
     text = refused(lambda: train_policy("no-such-policy", LISTS, tmp_path / "out", **{**BASE, **setting}))
@@ -169,8 +190,11 @@ def test_23_nonsense_is_refused_before_a_policy_is_loaded(tmp_path, setting):
 
 def test_23_what_is_decided_elsewhere_is_refused(tmp_path, capsys):
     save_lists(LISTS, tmp_path / "lists.jsonl")
-    for setting, word in (("output_dir=elsewhere", "output_dir"), ("seed=3", "--seed"), ("group_by_length=true", "train_sampling_strategy"), ("label_smoothing_factor=0.1", "no effect")):
-        assert main(["train", "--lists", str(tmp_path / "lists.jsonl"), "--out", str(tmp_path / "p"), "--set", setting]) == 2
+    for setting, word in (("output_dir=elsewhere", "output_dir"), ("seed=3", "--seed"),
+                          ("group_by_length=true", "train_sampling_strategy"),
+                          ("label_smoothing_factor=0.1", "no effect")):
+        assert main(["train", "--lists", str(tmp_path / "lists.jsonl"), "--out", str(tmp_path / "p"), "--set",
+                     setting]) == 2
         error = capsys.readouterr().err
         assert word in error and error.count("\n") == 1
 
@@ -182,8 +206,10 @@ def test_23_low_precision_weights_that_lose_updates_are_said(place, tmp_path, ca
     moved = (flat(low.model) != before).float().mean().item()
     assert len(said) == 1 and "bfloat16" in said[0] and "float32" in said[0] and "bf16=True" in said[0]
     share = int(said[0].split("about ")[1].split(" %")[0]) / 100
-    assert moved < 0.4 and abs((1 - moved) - share) < 0.15, (moved, share)  # gradients that are exactly zero move nothing either
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, max_steps=1, warmup_steps=0, learning_rate=2e-5).train) == []
+    # gradients that are exactly zero move nothing either
+    assert moved < 0.4 and abs((1 - moved) - share) < 0.15, (moved, share)
+    assert warnings_of(caplog,
+                       trainer(place / "start", tmp_path, max_steps=1, warmup_steps=0, learning_rate=2e-5).train) == []
 
 
 # 30: going on exactly.
@@ -196,7 +222,8 @@ class Fail(TrainerCallback):
 
 
 def test_30_persistent_workers_go_on_exactly(place, tmp_path):
-    settings = dict(num_train_epochs=3, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, dataloader_num_workers=1, dataloader_persistent_workers=True,
+    settings = dict(num_train_epochs=3, save_strategy="steps", save_steps=2, per_device_train_batch_size=4,
+                    dataloader_num_workers=1, dataloader_persistent_workers=True,
                     eval_strategy="epoch", eval_lists=LISTS[:2])
     whole = trainer(place / "start-dropout", tmp_path / "whole", **settings)
     whole.train()
@@ -212,8 +239,10 @@ def test_30_persistent_workers_go_on_exactly(place, tmp_path):
 
 def far_apart(count=8, tied=0):
     "Lists whose answers differ by tens of nats under a random policy that reads letters."
-    lists = [make_record(f"film {n} was", [" ok", " a very long answer that says much", " a long answer"], rewards=[0.0, 1.0, 0.5], id=str(n)) for n in range(count)]
-    return lists + [make_record(f"play {n} was", [" ok", " fine"], rewards=[1.0, 1.0], id=f"tied-{n}") for n in range(tied)]
+    lists = [make_record(f"film {n} was", [" ok", " a very long answer that says much", " a long answer"],
+                         rewards=[0.0, 1.0, 0.5], id=str(n)) for n in range(count)]
+    return lists + [make_record(f"play {n} was", [" ok", " fine"], rewards=[1.0, 1.0], id=f"tied-{n}")
+                    for n in range(tied)]
 
 
 def test_36_a_one_hot_P_is_said_before_the_first_step_with_a_temperature_that_works(place, tmp_path, caplog):
@@ -225,7 +254,8 @@ def test_36_a_one_hot_P_is_said_before_the_first_step_with_a_temperature_that_wo
     assert f"T ≈ {T:g}" in said[0] and T >= 10
     cold, warm = (logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=t)) for t in (2.0, T))
     assert cold[0]["saturated"] == 1.0 and cold[0]["no_signal"] == 0.0 and cold[0]["grad_norm"] < 1e-3 < 1e-2 < warm[0]["grad_norm"] and warm[0]["saturated"] == 0.0
-    assert warnings_of(caplog, lambda: logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=T))) == []
+    assert warnings_of(caplog,
+                       lambda: logs(trainer(place / "start", tmp_path, lists, max_steps=2, temperature=T))) == []
 
 
 def test_36_the_suggestion_is_the_smallest_round_one_by_an_own_count(place):
@@ -254,20 +284,28 @@ def test_36_the_look_changes_nothing(place, tmp_path, monkeypatch):
 
 
 def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
-    settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, temperature=0.01, per_device_train_batch_size=2)
+    settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, temperature=0.01,
+                    per_device_train_batch_size=2)
     assert warnings_of(caplog, trainer(place / "start", tmp_path, **settings).train)
-    assert warnings_of(caplog, lambda: trainer(place / "start", tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == []
+    assert warnings_of(caplog,
+                       lambda: trainer(place / "start", tmp_path,
+                                       **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == []
 
 
 def test_36_with_an_adapter_and_with_a_length_normalized_P(place, tmp_path, caplog):
-    said = warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0, peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
+    said = warnings_of(caplog,
+                       trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0,
+                               peft_config={"r": 2, "target_modules": ["q_proj"]}).train)
     assert len(said) == 1 and "one-hot" in said[0]
-    assert warnings_of(caplog, trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0, length_normalize=True).train) == []
+    assert warnings_of(caplog,
+                       trainer(place / "start", tmp_path, far_apart(), max_steps=1, warmup_steps=0, temperature=2.0,
+                               length_normalize=True).train) == []
 
 
 @pytest.mark.parametrize("kind", ["one candidate", "tied", "fewer than two scored"])
 def test_36_a_file_without_a_list_that_can_teach_is_refused(place, tmp_path, caplog, monkeypatch, kind):
-    texts, rewards = {"one candidate": ([" ok"], [1.0]), "tied": ([" ok", " no"], [0.5, 0.5]), "fewer than two scored": ([" ok", " no"], [None, 0.5])}[kind]
+    texts, rewards = {"one candidate": ([" ok"], [1.0]), "tied": ([" ok", " no"], [0.5, 0.5]),
+                      "fewer than two scored": ([" ok", " no"], [None, 0.5])}[kind]
     mute = [make_record(f"film {n} was", texts, rewards=rewards, id=f"mute-{n}") for n in range(3)]
     for loss in ("lire", "dpo", "slic"):
         refused(lambda: trainer(place / "start", tmp_path, mute, loss_type=loss), "no list can teach", kind)
@@ -287,21 +325,26 @@ def test_39_a_TRL_data_set_is_taken(place, tmp_path):
     raw = datasets.Dataset.from_list(PAIRS)
     one = trainer(place / "start", tmp_path, raw, raw, max_steps=2, eval_strategy="steps", eval_steps=1)
     assert logs(one)[0]["grad_norm"] > 0 and "eval_loss" in one.evaluate(raw) and len(one.train_dataset) == 4
-    assert len(trainer(place / "start", tmp_path, [{k: r[k] for k in ("prompt", "completions", "rewards")} for r in LISTS]).train_dataset) == len(LISTS)
+    assert len(trainer(place / "start", tmp_path,
+                       [{k: r[k] for k in ("prompt", "completions", "rewards")}
+                        for r in LISTS]).train_dataset) == len(LISTS)
     assert train_policy(place / "start", raw, tmp_path / "policy", max_steps=1, **BASE).is_dir()
-    assert logs(trainer(place / "start", tmp_path, (r for r in LISTS), loss_type="dpo", max_steps=1))  # a generator is read once
+    # a generator is read once
+    assert logs(trainer(place / "start", tmp_path, (r for r in LISTS), loss_type="dpo", max_steps=1))
 
 
 def test_39_one_line_for_what_cannot_be_used(place, tmp_path):
     refused(lambda: trainer(place / "start", tmp_path, datasets.Dataset.from_list([{"text": "a"}])), "train_dataset")
     refused(lambda: trainer(place / "start", tmp_path, {"train": LISTS}), "split")
-    refused(lambda: trainer(place / "start", tmp_path, peft_config={"target_modules": ["query"]}), "peft_config", "q_proj")
+    refused(lambda: trainer(place / "start", tmp_path, peft_config={"target_modules": ["query"]}), "peft_config",
+            "q_proj")
     refused(lambda: trainer(place / "start", tmp_path, peft_config={"rank": 3}), "peft_config")
     refused(lambda: trainer(place / "start", tmp_path, eval_strategy="steps"), "eval_dataset")
     refused(lambda: trainer(place / "start", tmp_path, ref_model=load_policy(place / "start")[0]), "ref_model", "lire")
     model, tokenizer = load_policy(place / "start")
     refused(lambda: LIRETrainer(model, LIREConfig(output_dir=str(tmp_path), **BASE), LISTS), "processing_class")
-    refused(lambda: LIRETrainer(model, LIREConfig(output_dir=str(tmp_path), **BASE), LISTS, processing_class=tokenizer, beta=0.3), "beta")
+    refused(lambda: LIRETrainer(model, LIREConfig(output_dir=str(tmp_path), **BASE), LISTS, processing_class=tokenizer,
+                                beta=0.3), "beta")
     tokenizer.eos_token = tokenizer.pad_token = None
     refused(lambda: trainer((model, tokenizer), tmp_path), "end token")
 
@@ -314,7 +357,8 @@ def test_39_encoder_decoder_models_are_refused(place, tmp_path):
 
 
 def test_39_a_reference_by_its_name_and_an_adapter_by_a_dict(place, tmp_path):
-    named, loaded = (logs(trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2, ref_model=ref)) for ref in (str(place / "start-dropout"), load_policy(place / "start-dropout")[0]))
+    named, loaded = (logs(trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2, ref_model=ref))
+                     for ref in (str(place / "start-dropout"), load_policy(place / "start-dropout")[0]))
     assert [h["loss"] for h in named] == [h["loss"] for h in loaded]
     one = trainer(place / "start", tmp_path, peft_config={"r": 2, "target_modules": ["q_proj"]})
     assert sum(p.numel() for p in one.model.parameters() if p.requires_grad) == 2 * 2 * 2 * 16
@@ -332,7 +376,8 @@ class Tracker(TrainerCallback):
 
 
 def test_40_what_a_tracker_writes_is_kept(place, tmp_path):
-    policy = train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, callbacks=[Tracker()], **{k: v for k, v in BASE.items() if k != "save_strategy"})
+    policy = train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, callbacks=[Tracker()],
+                          **{k: v for k, v in BASE.items() if k != "save_strategy"})
     assert (policy / "runs" / "now" / "events.out.tfevents.1").read_text() == "scalars" and load_policy(policy)
     assert not (tmp_path / "policy.partial").exists()
 
@@ -379,8 +424,11 @@ def test_40_ctrl_c_writes_a_checkpoint_and_a_second_one_stops_at_once(place, tmp
 
 def test_40_ctrl_c_on_the_command_line(place, tmp_path):
     save_lists(LISTS, tmp_path / "lists.jsonl")
-    command = [sys.executable, "-c", "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from lire_nb.cli import main; sys.exit(main(sys.argv[1:]))",
-               "train", "--lists", str(tmp_path / "lists.jsonl"), "--policy", str(place / "start"), "--out", str(tmp_path / "policy"), "--set", "max_steps=100000", "--set", "save_steps=20"]
+    command = [sys.executable, "-c",
+               "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from lire_nb.cli import "
+               "main; sys.exit(main(sys.argv[1:]))",
+               "train", "--lists", str(tmp_path / "lists.jsonl"), "--policy", str(place / "start"), "--out",
+               str(tmp_path / "policy"), "--set", "max_steps=100000", "--set", "save_steps=20"]
     env = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
@@ -400,7 +448,8 @@ def test_40_ctrl_c_on_the_command_line(place, tmp_path):
 
 def test_43_pairs_have_accuracies_and_margins(place, tmp_path):
     pairs = datasets.Dataset.from_list(PAIRS)
-    one = trainer(place / "start", tmp_path, pairs, loss_type="dpo", beta=0.2, max_steps=6, num_train_epochs=99, ref_model=str(place / "start-dropout"), learning_rate=0.0)
+    one = trainer(place / "start", tmp_path, pairs, loss_type="dpo", beta=0.2, max_steps=6, num_train_epochs=99,
+                  ref_model=str(place / "start-dropout"), learning_rate=0.0)
     log = logs(one)[-1]
     assert not {"expected_reward", "best_weight", "entropy"} & log.keys()
     model, ref = (load_policy(place / name) for name in ("start", "start-dropout"))
@@ -408,28 +457,36 @@ def test_43_pairs_have_accuracies_and_margins(place, tmp_path):
     (own, base) = (torch.tensor([logps for logps, _ in dataset_logps(*m, lists)]) for m in (model, ref))
     implicit = 0.2 * (own - base)
     margins = implicit[:, 0] - implicit[:, 1]
-    assert log["margins"] == pytest.approx(margins.mean().item(), abs=1e-5) and log["accuracies"] == pytest.approx((margins > 0).float().mean().item())
+    assert log["margins"] == pytest.approx(margins.mean().item(), abs=1e-5) and log["accuracies"] == pytest.approx(
+        (margins > 0).float().mean().item()
+    )
     evaluated = one.evaluate(pairs)
     assert {"eval_accuracies", "eval_margins"} <= evaluated.keys() and "eval_expected_reward" not in evaluated
 
 
 def test_43_lire_keeps_its_expected_reward(place, tmp_path):
     log = logs(trainer(place / "start", tmp_path, max_steps=1))[0]
-    assert {"expected_reward", "best_weight", "entropy", "kendall", "no_signal", "saturated"} <= log.keys() and "margins" not in log
+    assert {"expected_reward", "best_weight", "entropy", "kendall", "no_signal",
+            "saturated"} <= log.keys() and "margins" not in log
 
 
 @pytest.mark.parametrize("words", [("A", "B"), ("first", "second"), ("First", "Second")])
 def test_43_a_function_judge_may_say_first_and_second(words):
-    rows = lambda word: [{"id": f"p{i}", "prompt": f"Question {i}?", "completions": [f"{word} {i}"]} for i in range(4)]  # noqa: E731
-    verdicts = judge_pairs(lambda prompt, first, second: words[0] if first.startswith("new") else words[1], {"start": rows("old"), "LIRE": rows("new")})
-    assert {v["verdict"] for v in verdicts} == {"first", "second"} and {v["preference"] for v in verdicts if v["system_a"] == "start"} <= {0.0, 1.0}
+    rows = lambda word: [{"id": f"p{i}", "prompt": f"Question {i}?", "completions": [f"{word} {i}"]}
+                         for i in range(4)]  # noqa: E731
+    verdicts = judge_pairs(lambda prompt, first, second: words[0] if first.startswith("new") else words[1],
+                           {"start": rows("old"), "LIRE": rows("new")})
+    assert {v["verdict"] for v in verdicts} == {"first",
+                                                "second"} and {v["preference"] for v in verdicts
+                                                               if v["system_a"] == "start"} <= {0.0, 1.0}
     assert len({(v["preference"], v["system_a"]) for v in verdicts}) == 1
 
 
 def test_readme_states_a_temperature():
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
     code = [block for block in text.split("```python")[1:] if "LIREConfig(" in block]
-    assert code and all("suggest_temperature" in block.split("```")[0] or "temperature=" in block.split("```")[0] for block in code)
+    assert code and all("suggest_temperature" in block.split("```")[0] or "temperature=" in block.split("```")[0]
+                        for block in code)
     assert "temperature=2.0" not in text
 
 
@@ -444,13 +501,18 @@ def said_by(capsys, *command, code=2) -> str:
     return text
 
 
-@pytest.mark.parametrize("options, word", [(("--lora-rank", "0"), "--lora-rank"), (("--lora-rank", "-3"), "--lora-rank"), (("--lora-alpha", "8"), "--lora-alpha"), (("--lora-targets", "q_proj"), "--lora-targets"),
-                                           (("--lora-rank", "2", "--lora-alpha", "0"), "--lora-alpha"), (("--lora-rank", "2", "--lora-targets", ","), "--lora-targets")])
+@pytest.mark.parametrize("options, word",
+                         [(("--lora-rank", "0"), "--lora-rank"), (("--lora-rank", "-3"), "--lora-rank"),
+                          (("--lora-alpha", "8"), "--lora-alpha"), (("--lora-targets", "q_proj"), "--lora-targets"),
+                                           (("--lora-rank", "2", "--lora-alpha", "0"), "--lora-alpha"),
+                          (("--lora-rank", "2", "--lora-targets", ","), "--lora-targets")])
 def test_an_adapter_that_cannot_be_is_not_full_training(place, tmp_path, capsys, options, word):
     save_lists(LISTS, tmp_path / "lists.jsonl")
     (tmp_path / "prompts.txt").write_text("a film\nanother\n")
-    assert word in said_by(capsys, "train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "out", *options)
-    assert word in said_by(capsys, "enhance", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--reward", "length", "--out", tmp_path / "run", *options)
+    assert word in said_by(capsys, "train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out",
+                           tmp_path / "out", *options)
+    assert word in said_by(capsys, "enhance", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start",
+                           "--reward", "length", "--out", tmp_path / "run", *options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
 
 
@@ -459,8 +521,10 @@ def test_the_ending_of_a_file_is_looked_at_before_the_work(place, tmp_path, caps
     (tmp_path / "prompts.txt").write_text("a film\n")
     for name in ("lire_nb.sampling.sample_lists", "lire_nb.rewards.score_lists"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("the work was done first"))
-    assert ".jsonl" in said_by(capsys, "sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "x.txt")
-    assert ".jsonl" in said_by(capsys, "score", "--lists", tmp_path / "lists.jsonl", "--reward", "length", "--out", tmp_path / "x.txt")
+    assert ".jsonl" in said_by(capsys, "sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start",
+                               "--out", tmp_path / "x.txt")
+    assert ".jsonl" in said_by(capsys, "score", "--lists", tmp_path / "lists.jsonl", "--reward", "length", "--out",
+                               tmp_path / "x.txt")
 
 
 def test_ctrl_c_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
@@ -469,16 +533,20 @@ def test_ctrl_c_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
 
     save_lists(LISTS, tmp_path / "lists.jsonl")
     (tmp_path / "prompts.txt").write_text("a film\nanother\n")
-    for name in ("lire_nb.sampling.sample_lists", "lire_nb.enhancement.train_policy", "lire_nb.evaluation.evaluate_systems"):
+    for name in ("lire_nb.sampling.sample_lists", "lire_nb.enhancement.train_policy",
+                 "lire_nb.evaluation.evaluate_systems"):
         monkeypatch.setattr(name, stop)
-    sample = ("sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out", tmp_path / "c.jsonl")
+    sample = ("sample", "--prompts", tmp_path / "prompts.txt", "--policy", place / "start", "--out",
+              tmp_path / "c.jsonl")
     train = ("train", "--lists", tmp_path / "lists.jsonl", "--policy", place / "start", "--out", tmp_path / "policy")
     assert "nothing was saved" in said_by(capsys, *sample, code=130)
     assert "nothing was saved" in said_by(capsys, *train, code=130)
     (tmp_path / "policy.partial" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "policy.partial" / "checkpoint-3" / "manifest.json").write_text("{}")
     assert "checkpoint is kept" in said_by(capsys, *train, code=130)
-    assert "stages that are finished are kept" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={place / 'start'}", "--judge", "length=length", "--out", tmp_path / "e", code=130)
+    assert "stages that are finished are kept" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt",
+                                                          "--system", f"start={place / 'start'}", "--judge",
+                                                          "length=length", "--out", tmp_path / "e", code=130)
 
 
 def test_the_suggestion_reads_what_the_trainer_reads(place):
@@ -492,10 +560,11 @@ def test_the_suggestion_reads_what_the_trainer_reads(place):
 
 
 def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
-    from lire_nb import evaluation
-    from lire_nb import sampling
+    from lire_nb import evaluation, sampling
 
-    start, prompts, judges = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], {"length": lambda prompt, texts: [float(len(t)) for t in texts]}
+    start, prompts, judges = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"}
+                                               for n in range(2)], {"length": lambda prompt,
+                                                                    texts: [float(len(t)) for t in texts]}
     run = lambda systems=None, ask=prompts, by=judges, **options: evaluation.evaluate_systems(tmp_path / "run", {"start": start} if systems is None else systems, ask, by, **options)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
@@ -507,7 +576,9 @@ def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, mo
         refused(lambda: run(by={"length": None}), "judges")
         refused(lambda: run(ask=[*prompts, prompts[0]]), "twice", "p0")
         (tmp_path / "prompts.txt").write_text("a film\nanother\n")
-        assert "local" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system", f"start={start}", "--system", "n=http://localhost:1/v1#m", "--judge", "length=length", "--out", tmp_path / "e")
+        assert "local" in said_by(capsys, "evaluate", "--prompts", tmp_path / "prompts.txt", "--system",
+                                  f"start={start}", "--system", "n=http://localhost:1/v1#m", "--judge", "length=length",
+                                  "--out", tmp_path / "e")
         assert not (tmp_path / "run").exists() and not (tmp_path / "e").exists()
     options = dict(num_samples=1, settings=sampling.SamplingSettings(max_new_tokens=4), progress=False)
     figures = run(ask=(p for p in prompts), **options)
@@ -522,7 +593,8 @@ def test_a_training_of_one_step_changes_the_policy(place, tmp_path, caplog):
         one = trainer(place / "start", tmp_path, max_steps=1, temperature=20.0, lr_scheduler_type=schedule)
         before = flat(one.model)
         said = warnings_of(caplog, one.train)
-        assert not torch.equal(flat(one.model), before) and sum("warm-up" in line for line in said) == count, (schedule, said)
+        assert not torch.equal(flat(one.model),
+                               before) and sum("warm-up" in line for line in said) == count, (schedule, said)
         assert one.args.warmup_steps == 0.03
     two = trainer(place / "start", tmp_path, max_steps=2, temperature=20.0)  # any other run keeps its schedule
     assert [h["learning_rate"] for h in logs(two)] == [0.0, BASE["learning_rate"]]
@@ -531,19 +603,28 @@ def test_a_training_of_one_step_changes_the_policy(place, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("setting, word", [
-    ({"optim": "lomo"}, "optim"), ({"optim": "adamw_bnb_8bit"}, "optim"), ({"optim_args": "nonsense"}, "optim_args"), ({"optim_args": "momentum=2"}, "optim_args"),
-    ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_kwargs"), ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs"),
-    ({"gradient_checkpointing_kwargs": {"nonsense": 1}}, "checkpointing_kwargs"), ({"gradient_checkpointing_kwargs": {"use_reentrant": "x"}}, "checkpointing_kwargs"),
-    ({"torch_compile_backend": "nonsense"}, "torch_compile_backend"), ({"deepspeed": "/nope.json"}, "deepspeed"), ({"accelerator_config": "/nope.json"}, "nope.json"),
-    ({"length_column_name": "rewards"}, "length_column_name"), ({"length_column_name": "prompt_ids"}, "length_column_name")])
+    ({"optim": "lomo"}, "optim"), ({"optim": "adamw_bnb_8bit"}, "optim"), ({"optim_args": "nonsense"}, "optim_args"),
+    ({"optim_args": "momentum=2"}, "optim_args"),
+    ({"lr_scheduler_kwargs": {"nonsense": 1}}, "lr_scheduler_kwargs"),
+    ({"lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs"),
+    ({"gradient_checkpointing_kwargs": {"nonsense": 1}}, "checkpointing_kwargs"),
+    ({"gradient_checkpointing_kwargs": {"use_reentrant": "x"}}, "checkpointing_kwargs"),
+    ({"torch_compile_backend": "nonsense"}, "torch_compile_backend"), ({"deepspeed": "/nope.json"}, "deepspeed"),
+    ({"accelerator_config": "/nope.json"}, "nope.json"),
+    ({"length_column_name": "rewards"}, "length_column_name"),
+    ({"length_column_name": "prompt_ids"}, "length_column_name")])
 def test_settings_that_cannot_work_are_one_line(setting, word):
     refused(lambda: LIREConfig(**ARGS, **setting), word)
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
 
 
 def test_settings_that_work_are_taken(place, tmp_path):
-    for setting in ({"lr_scheduler_kwargs": {"num_cycles": 0.5}}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {"optim": "sgd"}, {"optim": "adafactor"}, {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.1}},
-                    {"torch_compile_backend": None}, {"optim": "lion_32bit"} if __import__("importlib").util.find_spec("bitsandbytes") else {}):
+    for setting in ({"lr_scheduler_kwargs": {"num_cycles": 0.5}},
+                    {"gradient_checkpointing_kwargs": {"use_reentrant": False}}, {"optim": "sgd"},
+                    {"optim": "adafactor"},
+                    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+                    {"torch_compile_backend": None},
+                    {"optim": "lion_32bit"} if __import__("importlib").util.find_spec("bitsandbytes") else {}):
         LIREConfig(**ARGS, **setting)
 
 
@@ -557,10 +638,12 @@ def test_an_enhancement_says_first_what_it_cannot_use(place, tmp_path, capsys, m
 
     monkeypatch.setattr(enhancement, "sample_lists", lambda *_, **__: pytest.fail("sampled first"))
     monkeypatch.setattr(enhancement, "load_policy", lambda *_, **__: pytest.fail("loaded first"))
-    prompts, length = [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)], lambda prompts, texts: [float(len(t)) for t in texts]
+    prompts, length = [{"id": f"p{n}", "prompt": f"film {n}"}
+                       for n in range(2)], lambda prompts, texts: [float(len(t)) for t in texts]
 
     def run(*words, reward=length, **options):
-        refused(lambda: enhancement.self_enhance(place / "start", prompts, reward, tmp_path / "run", progress=False, **options), *words)
+        refused(lambda: enhancement.self_enhance(place / "start", prompts, reward, tmp_path / "run", progress=False,
+                                                 **options), *words)
         assert not (tmp_path / "run").exists()
 
     run("eval_strategy", training={"eval_strategy": "steps"})
@@ -580,8 +663,10 @@ def test_an_enhancement_says_first_what_it_cannot_use(place, tmp_path, capsys, m
     run("settings", settings={"temperature": 1.0})
     (tmp_path / "prompts.txt").write_text("a film\nanother\n")
     save_lists(LISTS, tmp_path / "lists.jsonl")
-    for command in (("enhance", "--prompts", tmp_path / "prompts.txt", "--reward", "length"), ("train", "--lists", tmp_path / "lists.jsonl")):
-        for options, word in ((("--lora-rank", "2", "--lora-targets", "query"), "q_proj"), (("--set", "eval_strategy=steps"), "eval_strategy")):
+    for command in (("enhance", "--prompts", tmp_path / "prompts.txt", "--reward", "length"),
+                    ("train", "--lists", tmp_path / "lists.jsonl")):
+        for options, word in ((("--lora-rank", "2", "--lora-targets", "query"), "q_proj"),
+                              (("--set", "eval_strategy=steps"), "eval_strategy")):
             assert word in said_by(capsys, *command, "--policy", place / "start", "--out", tmp_path / "out", *options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lists.jsonl", "prompts.txt"]
 
@@ -598,7 +683,8 @@ def test_the_look_at_an_adapter_draws_no_random_number(place):
 def test_defaults_learn_where_the_papers_setting_cannot(place, tmp_path, caplog):
     far = far_apart()
     assert LIREConfig(**ARGS).temperature == "auto" and LIREConfig.paper(**ARGS).loss_settings().items() >= {"temperature": 2.0, "reward_transform": "softmax", "sft_weight": 0.0}.items()
-    assert LIREConfig.paper(**ARGS).learning_rate == 2e-5 and LIREConfig.paper(**ARGS, num_train_epochs=1).num_train_epochs == 1
+    assert LIREConfig.paper(**ARGS).learning_rate == 2e-5 and LIREConfig.paper(**ARGS,
+                                                                               num_train_epochs=1).num_train_epochs == 1
     assert warnings_of(caplog, lambda: logs(trainer(place / "start", tmp_path, far, max_steps=2))) == []
     paper = LIREConfig.paper(**ARGS, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
     model, tokenizer = load_policy(place / "start")
@@ -609,7 +695,8 @@ def test_defaults_learn_where_the_papers_setting_cannot(place, tmp_path, caplog)
 def test_every_loss_is_trained_by_its_name_and_its_fields(place, tmp_path):
     from lire_nb.rivals import RIVALS
 
-    settings = {"infonca": {"alpha": 0.5}, "lipo": {"reward_transform": "rank"}, "simpo": {"gamma": 0.5}, "odpo": {"variant": "linear"}, "offline_pg": {"variant": "topr"}}
+    settings = {"infonca": {"alpha": 0.5}, "lipo": {"reward_transform": "rank"}, "simpo": {"gamma": 0.5},
+                "odpo": {"variant": "linear"}, "offline_pg": {"variant": "topr"}}
     for name in RIVALS:
         seen = logs(trainer(place / "start", tmp_path, max_steps=1, loss_type=name, **settings.get(name, {})))
         assert all(math.isfinite(row["loss"]) for row in seen if "loss" in row), name
@@ -622,5 +709,6 @@ def test_rewards_that_a_loss_refuses_are_said_with_the_lists_id_before_the_polic
     lists[3]["rewards"][1] = 5.0
     with monkeypatch.context() as patch:
         patch.setattr("lire_nb.models.load_policy", lambda *_: pytest.fail("the policy was loaded first"))
-        refused(lambda: train_policy(place / "start", lists, tmp_path / "out", **{**BASE, "loss_type": "lipo"}), lists[3]["id"], "[0, 1]", "minmax")
+        refused(lambda: train_policy(place / "start", lists, tmp_path / "out", **{**BASE, "loss_type": "lipo"}),
+                lists[3]["id"], "[0, 1]", "minmax")
     refused(lambda: trainer(place / "start", tmp_path, lists, loss_type="lipo"), lists[3]["id"], "[0, 1]")

@@ -11,17 +11,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_kinds import CHATML, FORGETS, GEMMA, KINDS, PHI, _bytes, _fast, _framed  # noqa: E402
 
-from lire_nb import layouts
-from lire_nb import lists  # noqa: E402
+from lire_nb import (
+    layouts,
+    lists,  # noqa: E402
+)
 from lire_nb.base.errors import LireError
-from lire_nb.lists import load_lists, to_rrhf
-from lire_nb.records import make_record  # noqa: E402
-from lire_nb.shared_prompt import ListCollator, padded_rows, tokenize_list  # noqa: E402
 from lire_nb.conversations import render_prompt
-from lire_nb.models import load_tokenizer  # noqa: E402
 from lire_nb.lab.trl_online import encode_prompts  # noqa: E402
+from lire_nb.lists import load_lists, to_rrhf
+from lire_nb.models import load_tokenizer  # noqa: E402
+from lire_nb.records import make_record  # noqa: E402
 from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists  # noqa: E402
 from lire_nb.sampling import LocalSampler  # noqa: E402
+from lire_nb.shared_prompt import ListCollator, padded_rows, tokenize_list  # noqa: E402
 
 
 def U(text):
@@ -52,7 +54,9 @@ def trained(tokenizer, prompt, completion="Yes.", **limits):
 # 1: the end token
 
 
-@pytest.mark.parametrize("kind, end", [("gemma", "<end_of_turn>"), ("bytes_chatml", "<|im_end|>"), ("phi_left", "<|end|>"), ("metaspace_llama2", "</s>")])
+@pytest.mark.parametrize("kind, end",
+                         [("gemma", "<end_of_turn>"), ("bytes_chatml", "<|im_end|>"), ("phi_left", "<|end|>"),
+                          ("metaspace_llama2", "</s>")])
 def test_01_an_answer_ends_as_the_template_ends_it(kind, end):
     tokenizer = KINDS[kind]()
     for prompt in ([U("Hello")], [U("a"), A("b"), U("c")], [U("Hello"), A("Well, ")]):
@@ -69,8 +73,10 @@ def test_01_an_answer_to_plain_text_ends_with_the_end_of_text():
 def test_01_drawn_tokens_are_read_as_they_were_drawn():
     C = importlib.import_module("lire_nb.conversations")
     tokenizer = KINDS["bytes_chatml"]()
-    letters = [tokenizer.convert_tokens_to_ids(c) for c in "Yes."] + [tokenizer.eos_token_id]  # not as the tokenizer would write it, and another end
-    meta = {"token_ids": [letters, None, letters], "finish_reasons": ["stop"] * 3, "tokenizer": C.tokenizer_fingerprint(tokenizer)}
+    # not as the tokenizer would write it, and another end
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in "Yes."] + [tokenizer.eos_token_id]
+    meta = {"token_ids": [letters, None, letters], "finish_reasons": ["stop"] * 3,
+            "tokenizer": C.tokenizer_fingerprint(tokenizer)}
     record = make_record([U("hi")], ["Yes.", "No.", "edited"], [1, 0, 0], meta=meta)
     tokens = tokenize_list(record, tokenizer)
     assert tokens["completion_ids"][0] == letters and tokens["retokenized"] == 1
@@ -84,14 +90,16 @@ def test_01_drawn_tokens_are_read_as_they_were_drawn():
 @pytest.mark.parametrize("prompt", ["Once upon", [U("hi")], [S("Be brief."), U("hi")], [U("hi"), A("Well")]])
 def test_02_a_model_without_template_gets_its_start_token(prompt):
     tokenizer = KINDS["bytes_bos"]()
-    for ids in (trained(tokenizer, prompt)["prompt_ids"], LocalSampler(None, tokenizer)._encode([prompt])[0], judged(tokenizer, prompt, "Yes.")):
+    for ids in (trained(tokenizer, prompt)["prompt_ids"], LocalSampler(None, tokenizer)._encode([prompt])[0],
+                judged(tokenizer, prompt, "Yes.")):
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_02_a_rendered_text_gets_no_second_start_token():
     for kind in ("bytes_bos", "metaspace_llama2"):
         tokenizer = KINDS[kind]()
-        for ids in (trained(tokenizer, "<s>[INST] q [/INST]")["prompt_ids"], LocalSampler(None, tokenizer)._encode(["<s>[INST] q [/INST]"])[0]):
+        for ids in (trained(tokenizer, "<s>[INST] q [/INST]")["prompt_ids"],
+                    LocalSampler(None, tokenizer)._encode(["<s>[INST] q [/INST]"])[0]):
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -99,26 +107,36 @@ def test_02_a_long_prompt_keeps_its_start_token():
     tokenizer = KINDS["bytes_bos"]()
     for prompt in ("a b " * 50, [U("a b " * 50)], [S("Be brief."), U("a b " * 50)]):
         ids = trained(tokenizer, prompt, max_prompt_length=40)["prompt_ids"]
-        assert ids == LocalSampler(None, tokenizer, max_prompt_length=40)._encode([prompt])[0] and len(ids) <= 40 and ids[0] == tokenizer.bos_token_id
+        assert (
+            ids == LocalSampler(None, tokenizer, max_prompt_length=40)._encode([prompt])[0]
+            and len(ids) <= 40
+            and ids[0] == tokenizer.bos_token_id
+        )
 
 
 # 3: the boundary
 
 
-@pytest.mark.parametrize("text", ["\n\nHuman: hi\n\nAssistant: Yes.", "\n\nHuman: hi\n\nAssistant:\nYes.", "\n\nHuman:  hi \n\nAssistant: No.\n\nHuman: why?\n\nAssistant: \n Yes."])
+@pytest.mark.parametrize("text",
+                         ["\n\nHuman: hi\n\nAssistant: Yes.", "\n\nHuman: hi\n\nAssistant:\nYes.",
+                          "\n\nHuman:  hi \n\nAssistant: No.\n\nHuman: why?\n\nAssistant: \n Yes."])
 @pytest.mark.parametrize("kind", ["letters", "bytes_bos"])
 def test_03_a_transcript_is_trained_as_it_stands_in_the_file(kind, text):
     tokenizer = KINDS[kind]()
     (record,) = load_lists([{"chosen": text, "rejected": text + " no"}])
     tokens = tokenize_list(record, tokenizer)
     for ids, whole in zip(tokens["completion_ids"], (text, text + " no")):
-        assert tokenizer.decode(tokens["prompt_ids"] + ids).removeprefix("<s>").removesuffix(tokenizer.eos_token) == whole
+        assert tokenizer.decode(tokens["prompt_ids"]
+                                + ids).removeprefix("<s>").removesuffix(tokenizer.eos_token) == whole
 
 
 @pytest.mark.parametrize("row, whole", [
-    ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " Yes.", "rejected": " No."}, "\n\nHuman: hi\n\nAssistant: Yes."),
-    ({"query": "\n\nHuman: hi\n\nAssistant:", "responses": [" Yes."], "scores": [1]}, "\n\nHuman: hi\n\nAssistant: Yes."),
-    ({"info": {"post": "A cat came back.", "id": "t"}, "summaries": [{"text": " Cat back."}, {"text": " Dog."}], "choice": 0}, "A cat came back. Cat back."),
+    ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+     "\n\nHuman: hi\n\nAssistant: Yes."),
+    ({"query": "\n\nHuman: hi\n\nAssistant:", "responses": [" Yes."], "scores": [1]},
+     "\n\nHuman: hi\n\nAssistant: Yes."),
+    ({"info": {"post": "A cat came back.", "id": "t"}, "summaries": [{"text": " Cat back."}, {"text": " Dog."}],
+      "choice": 0}, "A cat came back. Cat back."),
     ({"prompt": "2+2=", "completions": ["4"]}, "2+2=4"), ({"prompt": "2+2=", "completions": [" 4"]}, "2+2= 4")])
 def test_03_every_layout_is_trained_as_it_stands_in_the_file(row, whole):
     tokenizer = KINDS["letters"]()
@@ -129,7 +147,8 @@ def test_03_every_layout_is_trained_as_it_stands_in_the_file(row, whole):
 def test_03_rrhf_is_written_with_the_space(tmp_path):
     import json
 
-    lists = [make_record([U("hi")], ["Yes.", "\nNo.", " two", ""], [1, 0, 0, None]), make_record("hi", ["Yes."]), make_record([U("q"), A("Sure")], [", it is"])]
+    lists = [make_record([U("hi")], ["Yes.", "\nNo.", " two", ""], [1, 0, 0, None]), make_record("hi", ["Yes."]),
+             make_record([U("q"), A("Sure")], [", it is"])]
     rows = [json.loads(line) for line in to_rrhf(lists, tmp_path / "x.jsonl").read_text().splitlines()]
     assert rows[0]["query"] + rows[0]["responses"][0] == "\n\nHuman: hi\n\nAssistant: Yes." and rows[0]["responses"][1] == "\nNo."
     assert rows[1]["query"] + rows[1]["responses"][0] == "hiYes." and rows[2]["query"] + rows[2]["responses"][0] == "\n\nHuman: q\n\nAssistant: Sure, it is"
@@ -166,7 +185,8 @@ def test_05_a_reward_model_reads_the_whole_conversation(kind):
 @pytest.mark.parametrize("kind", ["bytes_bos", "bytes_bos_eos", "unigram_eos", "letters"])
 def test_05_without_template_it_reads_the_policys_text(kind):
     tokenizer = KINDS[kind]()
-    for prompt, completion, whole in (("2 two", " three", "2 two three"), ("2 two", "three", "2 twothree"), ([U("hi")], "Yes.", "\n\nHuman: hi\n\nAssistant: Yes.")):
+    for prompt, completion, whole in (("2 two", " three", "2 two three"), ("2 two", "three", "2 twothree"),
+                                      ([U("hi")], "Yes.", "\n\nHuman: hi\n\nAssistant: Yes.")):
         assert judged(tokenizer, prompt, completion) == tokenizer(whole)["input_ids"]
 
 
@@ -184,8 +204,10 @@ def test_05_a_pad_beyond_the_vocabulary_is_not_looked_up():
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=tokenizer.pad_token_id), device="cpu")
     batch = RewardModel(model, tokenizer).encode([[U("hi")], [U("hi, how are you?")]], ["Yes."] * 2)
     assert batch["input_ids"].max() < tokenizer.pad_token_id
-    assert model.config.pad_token_id == tokenizer.eos_token_id and not batch["attention_mask"][0, -1]  # padded on the right
-    one, two = (tokenize_list(make_record([U(text)], ["Yes."], [1.0]), tokenizer) for text in ("hi", "hi, how are you?"))
+    # padded on the right
+    assert model.config.pad_token_id == tokenizer.eos_token_id and not batch["attention_mask"][0, -1]
+    one, two = (tokenize_list(make_record([U(text)], ["Yes."], [1.0]), tokenizer)
+                for text in ("hi", "hi, how are you?"))
     rows = padded_rows(ListCollator(tokenizer.pad_token_id)([one, two]))
     assert rows["input_ids"].max() < tokenizer.pad_token_id
 
@@ -211,14 +233,18 @@ def test_06_a_system_turn_is_written_and_read_as_one():
 # 7: the prompt limit keeps the head
 
 
-@pytest.mark.parametrize("template, header", [(CHATML, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"), (PHI, "<|system|>\nBe brief.<|end|>\n<|user|>\n")])
+@pytest.mark.parametrize("template, header",
+                         [(CHATML, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"),
+                          (PHI, "<|system|>\nBe brief.<|end|>\n<|user|>\n")])
 def test_07_a_cut_prompt_keeps_its_head(template, header):
     tokenizer = KINDS["bytes_chatml"]() if template == CHATML else KINDS["phi_left"]()
     prompt = [S("Be brief."), U("one two " * 60), A("three"), U("four?")]
     ids = trained(tokenizer, prompt, max_prompt_length=110)["prompt_ids"]
     text = tokenizer.decode(ids)
     assert 100 <= len(ids) <= 110 and text.startswith(header) and text.endswith(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)[-60:])
-    assert list(encode_prompts([{"id": "r", "prompt": prompt}], tokenizer, 110).values()) == [ids] == LocalSampler(None, tokenizer, max_prompt_length=110)._encode([prompt])
+    assert list(encode_prompts([{"id": "r", "prompt": prompt}], tokenizer,
+                               110).values()) == [ids] == LocalSampler(None, tokenizer,
+                                                                       max_prompt_length=110)._encode([prompt])
 
 
 # 8: tokenizers that add an end of text
@@ -229,7 +255,11 @@ def test_08_an_added_end_is_no_part_of_a_prompt_nor_of_a_cut_answer(kind):
     tokenizer = KINDS[kind]()
     record = make_record("one two", [" three"] * 2, [1, 0], meta={"finish_reasons": ["length", "stop"]})
     tokens = tokenize_list(record, tokenizer)
-    assert LocalSampler(None, tokenizer)._encode(["one two"]) == [tokens["prompt_ids"]] == list(encode_prompts([record], tokenizer).values())
+    assert (
+        LocalSampler(None, tokenizer)._encode(["one two"])
+        == [tokens["prompt_ids"]]
+        == list(encode_prompts([record], tokenizer).values())
+    )
     assert tokenizer.eos_token_id not in tokens["prompt_ids"]
     assert [ids.count(tokenizer.eos_token_id) for ids in tokens["completion_ids"]] == [0, 1]
 
@@ -239,7 +269,8 @@ def test_08_an_added_end_is_no_part_of_a_prompt_nor_of_a_cut_answer(kind):
 
 @pytest.mark.parametrize("template", [GEMMA, FORGETS])
 def test_28_a_template_that_refuses_names_the_list_everywhere(template):
-    tokenizer = _fast(_framed(_bytes(), "<bos> $A", bos="<bos>", eos="<eos>"), template, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    tokenizer = _fast(_framed(_bytes(), "<bos> $A", bos="<bos>", eos="<eos>"), template, bos_token="<bos>",
+                      eos_token="<eos>", pad_token="<eos>")
     record = make_record([S("Be brief."), U("hi")], ["Yes."], [1.0], id="list-7")
     asked = []
 
@@ -251,7 +282,8 @@ def test_28_a_template_that_refuses_names_the_list_everywhere(template):
 
     reward = RewardModel(Model(), tokenizer)
     fine = make_record([U("hi")], ["Yes."], [1.0])
-    for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer), lambda: score_lists([fine, record], reward), lambda: lists.list_table([record], tokenizer)):
+    for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer),
+                 lambda: score_lists([fine, record], reward), lambda: lists.list_table([record], tokenizer)):
         with pytest.raises(LireError) as caught:
             work()
         assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower() and len(str(caught.value).splitlines()) == 1
@@ -266,7 +298,8 @@ def test_28_a_template_that_refuses_names_the_list_everywhere(template):
 @pytest.mark.parametrize("limit", [100.5, "100", None, True, -1])
 def test_29_a_limit_is_a_number_of_tokens(limit):
     tokenizer = KINDS["bytes_bos"]()
-    for work in (lambda: trained(tokenizer, "a b c", max_prompt_length=limit), lambda: LocalSampler(None, tokenizer, max_prompt_length=limit)._encode(["a b c"]),
+    for work in (lambda: trained(tokenizer, "a b c", max_prompt_length=limit),
+                 lambda: LocalSampler(None, tokenizer, max_prompt_length=limit)._encode(["a b c"]),
                  lambda: encode_prompts([{"id": "r", "prompt": "a b c"}], tokenizer, limit)):
         with pytest.raises(LireError, match="max_prompt_length: not a number of tokens"):
             work()
@@ -274,10 +307,13 @@ def test_29_a_limit_is_a_number_of_tokens(limit):
         trained(tokenizer, "a b c", max_completion_length=limit)
 
 
-@pytest.mark.parametrize("prompt", [5, None, [], [5], [{"role": "human", "content": "hi"}], [{"role": "user"}], [{"role": "user", "content": 5}]])
+@pytest.mark.parametrize("prompt",
+                         [5, None, [], [5], [{"role": "human", "content": "hi"}], [{"role": "user"}],
+                          [{"role": "user", "content": 5}]])
 def test_29_what_is_no_prompt_is_refused_in_one_line(prompt):
     for tokenizer in (KINDS["bytes_bos"](), KINDS["bytes_chatml"]()):
-        for work in (lambda: LocalSampler(None, tokenizer)._encode([prompt]), lambda: encode_prompts([{"id": "r", "prompt": prompt}], tokenizer),  # noqa: B023
+        for work in (lambda: LocalSampler(None, tokenizer)._encode([prompt]),
+                     lambda: encode_prompts([{"id": "r", "prompt": prompt}], tokenizer),  # noqa: B023
                      lambda: judged(tokenizer, prompt, "Yes."), lambda: render_prompt(prompt, tokenizer)):  # noqa: B023
             with pytest.raises(LireError, match="prompt") as caught:
                 work()
@@ -293,7 +329,8 @@ def test_29_a_tokenizer_without_pad_and_end_is_refused_and_one_without_pad_is_no
     tokenizer = _fast(_bytes())
     with pytest.raises(LireError, match="no token ends an answer.*eos_token"):
         trained(tokenizer, "a")
-    cut = [tokenize_list(make_record(p, [" b"], [1.0], meta={"finish_reasons": ["length"]}), tokenizer) for p in ("a", "a b c")]
+    cut = [tokenize_list(make_record(p, [" b"], [1.0], meta={"finish_reasons": ["length"]}), tokenizer)
+           for p in ("a", "a b c")]
     assert ListCollator(tokenizer.pad_token_id)(cut)["prompt_ids"].shape[0] == 2
 
 
@@ -302,22 +339,30 @@ def test_29_a_tokenizer_without_pad_and_end_is_refused_and_one_without_pad_is_no
 
 def test_37_text_prompts_before_a_chat_template_are_said_once(caplog):
     C = importlib.import_module("lire_nb.conversations")
-    records = [make_record("Why is the sky blue?", ["a"]), make_record("b", ["a"], meta={"chat": False}), make_record([U("hi")], ["a"]), make_record("<|im_start|>user\nhi", ["a"])]
+    records = [make_record("Why is the sky blue?", ["a"]), make_record("b", ["a"], meta={"chat": False}),
+               make_record([U("hi")], ["a"]), make_record("<|im_start|>user\nhi", ["a"])]
     with caplog.at_level(logging.WARNING):
         assert C.warn_text_prompts(records, KINDS["bytes_chatml"]()) == 1
         assert len(caplog.records) == 1 and "1 of 4 prompts" in caplog.text and "chat=True" in caplog.text and "chat=False" in caplog.text
-        assert C.warn_text_prompts(records[1:], KINDS["bytes_chatml"]()) == 0 == C.warn_text_prompts(records, KINDS["letters"]()) and len(caplog.records) == 1
+        assert (
+            C.warn_text_prompts(records[1:], KINDS["bytes_chatml"]())
+            == 0
+            == C.warn_text_prompts(records, KINDS["letters"]())
+            and len(caplog.records) == 1
+        )
 
 
 def test_37_a_task_states_whether_its_prompts_are_plain_text(tmp_path):
     from lire_nb.lists import save_lists
     from lire_nb.tasks import load_task
 
-    path = save_lists([make_record(f"A post about cat {i}.", ["A cat."], [1.0]) for i in range(9)], tmp_path / "posts.jsonl")
+    path = save_lists([make_record(f"A post about cat {i}.", ["A cat."], [1.0]) for i in range(9)],
+                      tmp_path / "posts.jsonl")
     for chat, said in ((False, " A cat."), (True, "A cat.")):
         task = load_task("summarization", path=path, chat=chat)
         records = [r for lists in task.reward_lists.values() for r in lists]
-        assert {c for r in records for c in r["completions"]} == {said}  # after "TL;DR:" stands a space, in a turn of its own none
+        # after "TL;DR:" stands a space, in a turn of its own none
+        assert {c for r in records for c in r["completions"]} == {said}
         assert all(r["meta"].get("chat") is (None if chat else False) for r in records)
 
 
@@ -327,9 +372,11 @@ def test_37_a_task_states_whether_its_prompts_are_plain_text(tmp_path):
 def ending_in_a_dash(tmp_path):
     """A random policy that may end at an ordinary letter, and another one to compare with."""
     import tiny_policy
+
     from lire_nb.models import load_policy
 
-    pairs = [load_policy(str(tiny_policy.make_start(tmp_path / f"p{seed}", 0.0, seed)), device="cpu") for seed in (0, 1)]
+    pairs = [load_policy(str(tiny_policy.make_start(tmp_path / f"p{seed}", 0.0, seed)), device="cpu")
+             for seed in (0, 1)]
     for model, _ in pairs:
         model.generation_config.eos_token_id = [0, pairs[0][1].convert_tokens_to_ids("-")]
         model.float().eval()
@@ -342,7 +389,8 @@ def test_38_an_end_that_is_an_ordinary_token_is_trained_as_drawn(kind, end, prom
     C = importlib.import_module("lire_nb.conversations")
     tokenizer = KINDS[kind]()
     ids = [tokenizer.convert_tokens_to_ids(t) for t in ("n", "o", end)]
-    meta = {"token_ids": [ids, ids, ids, ids[-1:]], "tokenizer": C.tokenizer_fingerprint(tokenizer), "finish_reasons": ["stop", "stop", "length", "stop"]}
+    meta = {"token_ids": [ids, ids, ids, ids[-1:]], "tokenizer": C.tokenizer_fingerprint(tokenizer),
+            "finish_reasons": ["stop", "stop", "length", "stop"]}
     tokens = tokenize_list(make_record(prompt, ["no", "edited", "no", ""], [1, 0, 0, 0], meta=meta), tokenizer)
     assert tokens["completion_ids"][0] == ids and tokens["completion_ids"][3] == ids[-1:] and tokens["retokenized"] == 2
     assert ids not in tokens["completion_ids"][1:3]
@@ -352,7 +400,7 @@ def test_38_the_kl_is_measured_on_the_tokens_that_were_drawn(tmp_path):
     import math
 
     from lire_nb.logprobs import sampled_logps
-    from lire_nb.sampling import sample_lists, SamplingSettings
+    from lire_nb.sampling import SamplingSettings, sample_lists
 
     policy, start = ending_in_a_dash(tmp_path)
     with torch.no_grad():
@@ -381,7 +429,8 @@ def test_38_texts_that_were_tokenized_again_are_compared_on_the_same_tokens(tmp_
     from lire_nb.logprobs import sampled_logps
 
     policy, start = ending_in_a_dash(tmp_path)
-    meta = {"token_ids": [policy[1]("abcdef")["input_ids"] + [0], None], "logps": [-12.5, None], "finish_reasons": ["stop", "stop"], "tokenizer": tokenizer_fingerprint(policy[1])}
+    meta = {"token_ids": [policy[1]("abcdef")["input_ids"] + [0], None], "logps": [-12.5, None],
+            "finish_reasons": ["stop", "stop"], "tokenizer": tokenizer_fingerprint(policy[1])}
     edited = make_record([U("q")], ["abc", "de"], id="edited", meta=meta)
     other = deepcopy(start[1])  # the same tokens, another template: it would close the answer with another one
     other.chat_template = "{% for m in messages %}<{{ m['content'] }}~{% endfor %}"
@@ -395,14 +444,18 @@ def test_38_texts_that_were_tokenized_again_are_compared_on_the_same_tokens(tmp_
 IGNORES = "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [IGNORES, IGNORES + "{{ '<|endoftext|>' }}", IGNORES.replace("<|im_end|>\n", "<|im_end|>{% if not loop.last %}{{ '\\n' }}{% endif %}")])
-@pytest.mark.parametrize("prompt", [[U("hi")], [S("Be brief."), U("hi")], [U("a"), A("b"), U("c")], [U("hi"), A("Well")]])
+@pytest.mark.parametrize("template",
+                         [IGNORES, IGNORES + "{{ '<|endoftext|>' }}",
+                          IGNORES.replace("<|im_end|>\n", "<|im_end|>{% if not loop.last %}{{ '\\n' }}{% endif %}")])
+@pytest.mark.parametrize("prompt",
+                         [[U("hi")], [S("Be brief."), U("hi")], [U("a"), A("b"), U("c")], [U("hi"), A("Well")]])
 def test_39_a_template_that_ignores_the_question_for_an_answer(template, prompt):
     tokenizer = _fast(_bytes(), template, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     text = render_prompt(prompt, tokenizer)
-    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n" + begun) and text.count("assistant") == 1 + str(prompt[:-1]).count("assistant")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n"
+                         + begun) and text.count("assistant") == 1 + str(prompt[:-1]).count("assistant")
     tokens = trained(tokenizer, prompt)
     assert tokens["prompt_ids"] == LocalSampler(None, tokenizer)._encode([prompt])[0]
     read = judged(tokenizer, prompt, "Yes.")
@@ -416,7 +469,8 @@ def test_39_a_template_that_ignores_the_question_for_an_answer(template, prompt)
 @pytest.mark.parametrize("kind", ["bytes_chatml", "phi_left", "gemma", "letters", "bytes_bos"])
 def test_40_a_long_begun_answer_is_cut_behind_its_header(kind):
     tokenizer = KINDS[kind]()
-    for closed in ([U("Write.")], [U("one two " * 60)], [U("one"), A("two " * 60), U("Write.")], [S("Be brief."), U("Write.")]):
+    for closed in ([U("Write.")], [U("one two " * 60)], [U("one"), A("two " * 60), U("Write.")],
+                   [S("Be brief."), U("Write.")]):
         if kind == "gemma" and closed[0]["role"] == "system":
             continue
         limit = 40 if kind != "letters" and len(closed) == 1 else 70

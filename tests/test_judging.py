@@ -1,4 +1,5 @@
-"""Verdicts of chat models and of people: nothing asked twice, nothing counted as a win that is none, every damage to a sheet named. (About 10 s, and 45 s for the real server, on two free cores.)"""
+"""Verdicts of chat models and of people: nothing asked twice, nothing counted as a win that is none, every damage to a
+sheet named. (About 10 s, and 45 s for the real server, on two free cores.)"""
 import csv
 import io
 import itertools
@@ -14,17 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from lire_nb.base.files import slug
-from lire_nb.preferences import judge_agreement, win_rate
-from lire_nb.judges.chat import ChatJudge
-from lire_nb.judges.sheets import check_sheets, make_sheets, read_sheets, SheetWidget
-from lire_nb.judges.verdicts import (
-    agreement, FunctionJudge, judge_pairs, make_pairs, parse_verdict, verdict_table, verdicts_to_preferences,
-)
-from lire_nb.base.errors import LireError
-from lire_nb.models import compute_dtype, resolve_model
 from serving import Serve, need_server
+
+from lire_nb.base.errors import LireError
+from lire_nb.base.files import slug
+from lire_nb.judges.chat import ChatJudge
+from lire_nb.judges.sheets import SheetWidget, check_sheets, make_sheets, read_sheets
+from lire_nb.judges.verdicts import (
+    FunctionJudge,
+    agreement,
+    judge_pairs,
+    make_pairs,
+    parse_verdict,
+    verdict_table,
+    verdicts_to_preferences,
+)
+from lire_nb.models import compute_dtype, resolve_model
+from lire_nb.preferences import judge_agreement, win_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +42,8 @@ def rows(answers, n=12):
 
 
 def two_systems(n=12, samples=1):
-    return {"start": rows(lambda i: [f"old {i}.{k}" for k in range(samples)], n), "LIRE": rows(lambda i: [f"a new answer {i}.{k}" for k in range(samples)], n)}
+    return {"start": rows(lambda i: [f"old {i}.{k}" for k in range(samples)], n),
+            "LIRE": rows(lambda i: [f"a new answer {i}.{k}" for k in range(samples)], n)}
 
 
 def one_line(error, *words):
@@ -49,8 +57,10 @@ def one_line(error, *words):
 
 
 @pytest.mark.parametrize("reply, verdict", [
-    ("A", "first"), ("B\n\n", "second"), ("Reason.\n\n  **A**  ", "first"), ("Verdict: B.", "second"), ("**Verdict:** [[tie]]", "tie"), ("`TIE`", "tie"), ("(A)", "first"),
-    ("A is better", None), ("Answer A", None), ("A/B", None), ("A, B", None), ("A\nbecause it is kind", None), ("a", None), ("draw", None), ("C", None), ("AB", None), ("", None), ("  \n ", None),
+    ("A", "first"), ("B\n\n", "second"), ("Reason.\n\n  **A**  ", "first"), ("Verdict: B.", "second"),
+    ("**Verdict:** [[tie]]", "tie"), ("`TIE`", "tie"), ("(A)", "first"),
+    ("A is better", None), ("Answer A", None), ("A/B", None), ("A, B", None), ("A\nbecause it is kind", None),
+    ("a", None), ("draw", None), ("C", None), ("AB", None), ("", None), ("  \n ", None),
     ("Verdict:", None), ("not A", None), ("A or tie", None),
 ])
 def test_only_a_last_line_that_is_a_verdict_is_one(reply, verdict):
@@ -58,12 +68,14 @@ def test_only_a_last_line_that_is_a_verdict_is_one(reply, verdict):
 
 
 def by_hand(verdicts):
-    "The rule of the notebook in plain loops: (preference a prompt, flips a prompt, first shares a prompt, failed pairs)."
+    """The rule of the notebook in plain loops: (preference a prompt, flips a prompt, first shares a prompt, failed
+    pairs)."""
     preference, flips, first, failed = {}, {}, {}, 0
     for id in dict.fromkeys(v["id"] for v in verdicts):
         values, changed, shares = [], [], []
         for sample in dict.fromkeys(v["sample"] for v in verdicts if v["id"] == id):
-            ab, ba = (next(v for v in verdicts if (v["id"], v["sample"], v["order"]) == (id, sample, order)) for order in ("ab", "ba"))
+            ab, ba = (next(v for v in verdicts if (v["id"], v["sample"], v["order"]) == (id, sample, order))
+                      for order in ("ab", "ba"))
             if ab["verdict"] is None or ba["verdict"] is None:
                 failed += 1
                 continue
@@ -80,7 +92,8 @@ def by_hand(verdicts):
 @pytest.mark.parametrize("seed", range(6))
 def test_preferences_agree_with_plain_loops(seed):
     rng = random.Random(seed)
-    verdicts = judge_pairs(FunctionJudge(lambda *_: rng.choice(["A", "A", "B", "tie", "who knows"]), "dice"), two_systems(15, 3), samples=3)
+    verdicts = judge_pairs(FunctionJudge(lambda *_: rng.choice(["A", "A", "B", "tie", "who knows"]), "dice"),
+                           two_systems(15, 3), samples=3)
     assert len(verdicts) == 15 * 3 * 2
     preference, flips, first, failed = by_hand(verdicts)
     found = verdicts_to_preferences(verdicts)
@@ -93,7 +106,10 @@ def test_preferences_agree_with_plain_loops(seed):
     mirrored = verdicts_to_preferences(verdicts, system="start")
     np.testing.assert_allclose(mirrored.preferences, 1 - np.array(found.preferences), atol=1e-12)
     summary = found.summary(resamples=99)
-    assert summary["win_rate"] == win_rate(found.preferences, resamples=99)["win_rate"] and summary["flip_rate"].low <= np.mean(list(flips.values())) <= summary["flip_rate"].high
+    assert (
+        summary["win_rate"] == win_rate(found.preferences, resamples=99)["win_rate"]
+        and summary["flip_rate"].low <= np.mean(list(flips.values())) <= summary["flip_rate"].high
+    )
 
 
 def test_a_judge_of_places_says_nothing_about_systems():
@@ -102,7 +118,9 @@ def test_a_judge_of_places_says_nothing_about_systems():
 
 
 def test_failures_are_never_wins():
-    verdicts = judge_pairs(FunctionJudge(lambda p, a, b: "mmh" if "new" in a and p.endswith("1?") else "A" if "new" in a else "B", "x"), two_systems())
+    verdicts = judge_pairs(FunctionJudge(lambda p, a,
+                                         b: "mmh" if "new" in a and p.endswith("1?") else "A" if "new" in a else "B",
+                                         "x"), two_systems())
     dropped, tied = verdicts_to_preferences(verdicts), verdicts_to_preferences(verdicts, failures="tie")
     assert dropped.preferences == [1.0] * 10 and dropped.counts["failures"] == {"no verdict in the last line": 2} and "p1" not in dropped.ids
     assert sorted(tied.preferences) == [0.5] * 2 + [1.0] * 10
@@ -111,7 +129,8 @@ def test_failures_are_never_wins():
 def test_several_systems_and_identical_answers():
     systems = two_systems() | {"copy": two_systems()["LIRE"]}
     shown = []
-    verdicts = judge_pairs(FunctionJudge(lambda p, a, b: shown.append((a, b)) or ("A" if "new" in a else "B"), "x"), systems)
+    verdicts = judge_pairs(FunctionJudge(lambda p, a, b: shown.append((a, b)) or ("A" if "new" in a else "B"), "x"),
+                           systems)
     assert len(verdicts) == 3 * 12 * 2 and len(shown) == 2 * 12 * 2, "identical answers are not shown"
     same = verdicts_to_preferences(verdicts, "copy", "LIRE")
     assert set(same.preferences) == {0.5} and same.counts["identical"] == 12 and same.flips == [] == same.first
@@ -144,12 +163,14 @@ def test_rows_come_from_files_too(tmp_path):
 
 
 def completion(text, reason="stop"):
-    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+              "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
     return 200, json.dumps(answer), {}
 
 
 class Endpoint:
-    """A chat endpoint whose behaviour is a function: (how often this text was asked, text) -> (status, body, headers), or None to cut the connection."""
+    """A chat endpoint whose behaviour is a function: (how often this text was asked, text) -> (status, body, headers),
+    or None to cut the connection."""
 
     def __init__(self, behave):
         self.asked, self.served, self.keys, self.now, self.most, self.lock, self.bodies = Counter(), Counter(), set(), 0, 0, threading.Lock(), []
@@ -204,7 +225,8 @@ def prefers_new(times, text):
 
 def chat(endpoint, cache=None, **options):
     pytest.importorskip("openai", reason="openai is not installed: pip install 'lire_nb[server]'")
-    return ChatJudge(getattr(endpoint, "url", endpoint), "judge-1", cache=cache, **{"progress": False, "patience": 5.0, **options})
+    return ChatJudge(getattr(endpoint, "url", endpoint), "judge-1", cache=cache,
+                     **{"progress": False, "patience": 5.0, **options})
 
 
 def test_many_in_flight_but_bounded_and_counted(tmp_path):
@@ -217,13 +239,15 @@ def test_many_in_flight_but_bounded_and_counted(tmp_path):
         verdicts = judge_pairs(judge, two_systems(30))
     assert 2 <= endpoint.most <= 5
     cost = judge.cost
-    assert (cost.requests, cost.failures, cost.retries, cost.prompt_tokens, cost.completion_tokens) == (60, 0, 0, 600, 120) and cost.seconds >= 60 * 0.05 / 5
+    assert (cost.requests, cost.failures, cost.retries, cost.prompt_tokens,
+            cost.completion_tokens) == (60, 0, 0, 600, 120) and cost.seconds >= 60 * 0.05 / 5
     assert verdicts_to_preferences(verdicts).preferences == [1.0] * 30 and {v["judge"] for v in verdicts} == {"judge-1"}
 
 
 def test_trouble_that_passes_is_waited_out():
     def stumbling(times, text):
-        trouble = [lambda: (429, '{"error": {"message": "slow down"}}', {"Retry-After": "0"}), lambda: (503, "busy", {}), lambda: None, lambda: (500, "oops", {})]
+        trouble = [lambda: (429, '{"error": {"message": "slow down"}}', {"Retry-After": "0"}),
+                   lambda: (503, "busy", {}), lambda: None, lambda: (500, "oops", {})]
         number = int(text.split("Question ")[1].split("?")[0])
         return trouble[number % 4]() if times == 1 else prefers_new(times, text)
 
@@ -236,7 +260,8 @@ def test_trouble_that_passes_is_waited_out():
 
 def test_an_endpoint_that_stays_broken_ends_with_one_line_and_what_came_is_kept(tmp_path):
     def half(times, text):
-        return prefers_new(times, text) if int(text.split("Question ")[1].split("?")[0]) < 4 else (500, "out of memory", {})
+        return prefers_new(times,
+                           text) if int(text.split("Question ")[1].split("?")[0]) < 4 else (500, "out of memory", {})
 
     cache = tmp_path / "sub" / "replies.jsonl"
     with Endpoint(half) as endpoint:
@@ -251,7 +276,8 @@ def test_an_endpoint_that_stays_broken_ends_with_one_line_and_what_came_is_kept(
     assert judge.cost.requests == sum(endpoint.asked.values()) == 8 and judge.cost.from_cache == 8
 
 
-@pytest.mark.parametrize("status, words", [(401, "bad key"), (403, "bad key"), (404, "no such model"), (400, "pinned to another model")])
+@pytest.mark.parametrize("status, words",
+                         [(401, "bad key"), (403, "bad key"), (404, "no such model"), (400, "pinned to another model")])
 def test_a_wrong_key_or_model_stops_at_once(status, words):
     with Endpoint(lambda *_: (status, json.dumps({"error": {"message": words}}), {})) as endpoint:
         with pytest.raises(LireError) as e:
@@ -262,7 +288,8 @@ def test_a_wrong_key_or_model_stops_at_once(status, words):
 
 def test_one_pair_that_is_turned_down_is_a_counted_failure(tmp_path):
     def picky(times, text):
-        return (400, '{"error": {"message": "context length exceeded"}}', {}) if "Question 0?" in text else prefers_new(times, text)
+        return (400, '{"error": {"message": "context length exceeded"}}',
+                {}) if "Question 0?" in text else prefers_new(times, text)
 
     with Endpoint(picky) as endpoint:
         judge = chat(endpoint, tmp_path / "c.jsonl", max_in_flight=1)  # the refused one comes first
@@ -271,10 +298,13 @@ def test_one_pair_that_is_turned_down_is_a_counted_failure(tmp_path):
         assert judge_pairs(again, two_systems(6)) == verdicts and again.cost.requests == again.cost.refused == 0
     assert judge.cost.refused == judge.cost.failures == 2 and judge.cost.requests == 10
     found = verdicts_to_preferences(verdicts)
-    assert len(found.preferences) == 5 and any("context length exceeded" in reason for reason in found.counts["failures"])
+    assert len(found.preferences) == 5 and any("context length exceeded" in reason
+                                               for reason in found.counts["failures"])
 
 
-@pytest.mark.parametrize("body", ["<html>Welcome</html>", "{", "{}", '{"choices": []}', '{"choices": [{"text": "A"}]}', '{"choices": [{"message": {"content": 5}}]}', '"A"', "[]"])
+@pytest.mark.parametrize("body",
+                         ["<html>Welcome</html>", "{", "{}", '{"choices": []}', '{"choices": [{"text": "A"}]}',
+                          '{"choices": [{"message": {"content": 5}}]}', '"A"', "[]"])
 def test_nonsense_is_named(body):
     with Endpoint(lambda *_: (200, body, {})) as endpoint:
         with pytest.raises(LireError) as e:
@@ -293,12 +323,14 @@ def test_a_refused_port_is_said_without_waiting():
 def test_replies_without_a_verdict_are_failures_with_their_reason():
     def vague(times, text):
         number = int(text.split("Question ")[1].split("?")[0])
-        return {0: completion("I like both"), 1: completion("Because", "length"), 2: completion(None)}.get(number, prefers_new(times, text))
+        return {0: completion("I like both"), 1: completion("Because", "length"),
+                2: completion(None)}.get(number, prefers_new(times, text))
 
     with Endpoint(vague) as endpoint:
         judge = chat(endpoint)
         found = verdicts_to_preferences(judge_pairs(judge, two_systems(6)))
-    assert found.counts["failures"] == {"no verdict in the last line": 2, "cut off at max_tokens": 2, "an empty reply": 2} and judge.cost.failures == 6
+    assert found.counts["failures"] == {"no verdict in the last line": 2, "cut off at max_tokens": 2,
+                                        "an empty reply": 2} and judge.cost.failures == 6
     assert found.preferences == [1.0] * 3 and found.counts["prompts_left_out"] == 3
     with Endpoint(lambda *_: completion("I like both")) as endpoint:
         with pytest.raises(LireError) as e:
@@ -320,15 +352,19 @@ def test_the_cache_knows_what_a_reply_depends_on_and_keeps_no_secret(tmp_path, m
         chat(endpoint, cache, api_key="sk-given").ask([[{"role": "user", "content": "Hello"}]])
         assert "Bearer sk-given" in endpoint.keys
         assert not any("sk-" in text for text in (cache.read_text(), repr(judge), json.dumps(verdicts)))
-        for options in ({"temperature": 0.5}, {"max_tokens": 7}, {"criterion": "Shorter is better."}, {"extra_body": {"seed": 1}}):
+        for options in ({"temperature": 0.5}, {"max_tokens": 7}, {"criterion": "Shorter is better."},
+                        {"extra_body": {"seed": 1}}):
             other = chat(endpoint, cache, **options)
             judge_pairs(other, two_systems(3))
             assert other.cost.requests == 6, options
-        chat(endpoint, extra_body={"max_tokens": None, "max_completion_tokens": 9}).ask([[{"role": "user", "content": "Hello"}]])
+        chat(endpoint,
+             extra_body={"max_tokens": None, "max_completion_tokens": 9}).ask([[{"role": "user", "content": "Hello"}]])
         assert "max_tokens" not in endpoint.bodies[-1] and endpoint.bodies[-1]["max_completion_tokens"] == 9 and endpoint.bodies[0]["temperature"] == 0
     with Endpoint(prefers_new) as elsewhere:
         moved = chat(elsewhere, cache)
-        assert judge_pairs(moved, two_systems(3))[:6] == verdicts[:6] and not elsewhere.asked, "the address is no part of the question"
+        assert judge_pairs(moved, two_systems(3))[:6] == verdicts[:6] and not elsewhere.asked, (
+            "the address is no part of the question"
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
@@ -349,7 +385,9 @@ def test_a_torn_line_is_asked_again_and_a_foreign_file_is_left_alone(tmp_path, c
         assert foreign.read_text() == '{"id": 1}\n'
 
 
-@pytest.mark.parametrize("options", [{"template": [{"role": "user", "content": "{prompt}"}]}, {"template": "{prompt}{first}{second}"}, {"max_tokens": 0}, {"temperature": -1}])
+@pytest.mark.parametrize("options",
+                         [{"template": [{"role": "user", "content": "{prompt}"}]},
+                          {"template": "{prompt}{first}{second}"}, {"max_tokens": 0}, {"temperature": -1}])
 def test_bad_settings(options):
     with pytest.raises(LireError) as e:
         chat("http://127.0.0.1:9/v1", **options)
@@ -392,7 +430,8 @@ def test_sheets_are_blind_balanced_and_repeatable(tmp_path):
     judges = ["Ada", "Ben", "Cleo", "Dan"]
     sheets = make_sheets(named, tmp_path / "a", judges=judges, overlap=3, samples=2, seed=1)
     assert [s.stem for s in sheets] == [slug(j) for j in judges]
-    assert not any(b"zebra" in s.read_bytes() or b"zebra" in s.name.encode() or b'"ab"' in s.read_bytes() for s in sheets)
+    assert not any(b"zebra" in s.read_bytes() or b"zebra" in s.name.encode() or b'"ab"' in s.read_bytes()
+                   for s in sheets)
     key = json.loads((tmp_path / "a" / "key.json").read_text())
     entries = list(key["items"].values())
     assert set(Counter((e["id"], e["sample"]) for e in entries).values()) == {3} and len(entries) == 21 * 2 * 3
@@ -403,13 +442,17 @@ def test_sheets_are_blind_balanced_and_repeatable(tmp_path):
         sides = [key["items"][r["item"]]["order"] for r in sheet_rows(sheet)]
         assert 5 < sum(a != b for a, b in zip(sides, sides[1:])) < len(sides) - 5, "neither in blocks nor in turns"
         assert [r["prompt"] for r in sheet_rows(sheet)] != sorted(r["prompt"] for r in sheet_rows(sheet))
-    met = {frozenset(pair) for i in range(21) for pair in itertools.combinations({e["judge"] for e in entries if e["id"] == f"p{i}"}, 2)}
+    met = {frozenset(pair) for i in range(21)
+           for pair in itertools.combinations({e["judge"] for e in entries if e["id"] == f"p{i}"}, 2)}
     assert len(met) == 6, "every two judges share pairs"
     make_sheets(named, tmp_path / "d", judges=judges, overlap=2, seed=1)
     few = list(json.loads((tmp_path / "d" / "key.json").read_text())["items"].values())
-    assert len({frozenset(e["judge"] for e in few if e["id"] == f"p{i}") for i in range(21)}) == 6, "with two persons a pair, too"
-    same = make_sheets(named, tmp_path / "b", judges=judges, overlap=3, samples=2, seed=1, key=tmp_path / "safe" / "key.json")
-    assert [s.read_bytes() for s in same] == [s.read_bytes() for s in sheets] and not (tmp_path / "b" / "key.json").exists()
+    assert len({frozenset(e["judge"] for e in few if e["id"] == f"p{i}")
+                for i in range(21)}) == 6, "with two persons a pair, too"
+    same = make_sheets(named, tmp_path / "b", judges=judges, overlap=3, samples=2, seed=1,
+                       key=tmp_path / "safe" / "key.json")
+    assert [s.read_bytes() for s in same] == [s.read_bytes()
+                                              for s in sheets] and not (tmp_path / "b" / "key.json").exists()
     other = make_sheets(named, tmp_path / "c", judges=judges, overlap=3, samples=2, seed=2)
     assert [s.read_bytes() for s in other] != [s.read_bytes() for s in sheets]
 
@@ -420,7 +463,8 @@ def test_what_honest_people_say_comes_back(sheets, tmp_path):
     verdicts = read_sheets(tmp_path / "people")
     found = verdicts_to_preferences(verdicts)
     assert len(verdicts) == 60 and found.preferences == [1.0] * 20 and found.system == "LIRE" and found.flips == []
-    assert found.summary(resamples=99)["flip_rate"] is None and {v["judge"] for v in verdicts} == {"Ada L.", "Ben", "Cleo", "Dan"}
+    assert found.summary(resamples=99)["flip_rate"] is None and {v["judge"]
+                                                                 for v in verdicts} == {"Ada L.", "Ben", "Cleo", "Dan"}
     assert read_sheets(sheets, key=tmp_path / "people" / "key.json") == verdicts
     some = read_sheets(sheets[:1], key=tmp_path / "people" / "key.json")
     assert sum(v["verdict"] is not None for v in some) == 15 and verdicts_to_preferences(some).counts["failed"] == 45
@@ -436,10 +480,13 @@ def test_what_spreadsheets_do_is_forgiven(tmp_path, caplog):
 
     def mangle(found):
         for row in found:
-            row.update({c: row[c].lstrip("'").replace("\n", "\r\n") + " " for c in ("first", "second")}, verdict=row["verdict"].upper())
+            row.update({c: row[c].lstrip("'").replace("\n", "\r\n") + " " for c in ("first", "second")},
+                       verdict=row["verdict"].upper())
         return [{"note of the judge": "x", **r} for r in reversed(found)]
 
-    fill(sheets[0], lambda r: "" if r["prompt"].startswith("Question 0") else "first" if "point" in r["first"] else "second", mangle)
+    fill(sheets[0],
+         lambda r: "" if r["prompt"].startswith("Question 0") else "first" if "point" in r["first"] else "second",
+         mangle)
     with caplog.at_level(logging.WARNING):
         found = verdicts_to_preferences(read_sheets(tmp_path))
     assert found.preferences == [1.0] * 5 and found.counts["failures"] == {"not judged": 1} and "1 of 6" in caplog.text
@@ -505,8 +552,10 @@ def test_keys_and_runs_do_not_mix(sheets, tmp_path):
         make_sheets(two_systems(20), tmp_path / "people", judges=["Ada L.", "Ben", "Cleo", "Dan"], overlap=3, seed=6)
     one_line(e, "another run")
     fill(sheets[0], honest)
-    assert make_sheets(two_systems(20), tmp_path / "people", judges=["Ada L.", "Ben", "Cleo", "Dan"], overlap=3, seed=5) == sheets
-    assert sheet_rows(sheets[0])[0]["verdict"] and [s.read_bytes() for s in sheets[1:]] == before[1:], "verdicts are not overwritten"
+    assert make_sheets(two_systems(20), tmp_path / "people", judges=["Ada L.", "Ben", "Cleo", "Dan"], overlap=3,
+                       seed=5) == sheets
+    assert sheet_rows(sheets[0])[0]["verdict"] and [s.read_bytes()
+                                                    for s in sheets[1:]] == before[1:], "verdicts are not overwritten"
     other = make_sheets(two_systems(20), tmp_path / "other", judges=["Ada L.", "Ben", "Cleo", "Dan"], overlap=3, seed=6)
     with pytest.raises(LireError) as e:
         read_sheets(sheets, key=tmp_path / "other" / "key.json")
@@ -536,7 +585,8 @@ def test_the_widget_writes_at_once_and_goes_on(tmp_path):
     said = lambda: [r["verdict"] for r in sheet_rows(sheet)]  # noqa: E731
     assert "<script>" not in widget.first.value + widget.second.value and "&lt;script&gt;" in widget.first.value + widget.second.value
     assert widget.buttons["back"].disabled and not widget.buttons["tie"].disabled
-    for name, expected in (("first", ["first", "", "", ""]), ("skip", ["first", "", "", ""]), ("second", ["first", "", "second", ""]), ("tie", ["first", "", "second", "tie"])):
+    for name, expected in (("first", ["first", "", "", ""]), ("skip", ["first", "", "", ""]),
+                           ("second", ["first", "", "second", ""]), ("tie", ["first", "", "second", "tie"])):
         widget.buttons[name].click()
         assert said() == expected
     assert "last one" in widget.progress.value and widget.buttons["first"].disabled
@@ -557,28 +607,38 @@ def test_the_widget_writes_at_once_and_goes_on(tmp_path):
 
 
 def alpha_by_hand(units, distance):
-    "Krippendorff (2011) in plain loops: observed and expected disagreement over the pairs of values within and across units."
+    """Krippendorff (2011) in plain loops: observed and expected disagreement over the pairs of values within and across
+    units."""
     units = [u for u in units if len(u) >= 2]
     n = sum(map(len, units))
-    observed = sum(distance(a, b) / (len(u) - 1) for u in units for i, a in enumerate(u) for j, b in enumerate(u) if i != j) / n
+    observed = sum(distance(a, b) / (len(u) - 1) for u in units for i, a in enumerate(u) for j,
+                   b in enumerate(u) if i != j) / n
     everything = [v for u in units for v in u]
-    expected = sum(distance(a, b) for i, a in enumerate(everything) for j, b in enumerate(everything) if i != j) / (n * (n - 1))
+    expected = sum(distance(a, b) for i, a in enumerate(everything) for j,
+                   b in enumerate(everything) if i != j) / (n * (n - 1))
     return 1 - observed / expected
 
 
 X = math.nan
-FOUR = [[1, 2, 3, 3, 2, 1, 4, 1, 2, X, X, X], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, X, 3], [X, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, X], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, X]]
-THREE = [[X, X, X, X, X, 3, 4, 1, 2, 1, 1, 3, 3, X, 3], [1, X, 2, 1, 3, 3, 4, 3, X, X, X, X, X, X, X], [X, X, 2, 1, 3, 4, 4, X, 2, 1, 1, 3, 3, X, 4]]
+FOUR = [[1, 2, 3, 3, 2, 1, 4, 1, 2, X, X, X], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, X, 3],
+        [X, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, X], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, X]]
+THREE = [[X, X, X, X, X, 3, 4, 1, 2, 1, 1, 3, 3, X, 3], [1, X, 2, 1, 3, 3, 4, 3, X, X, X, X, X, X, X],
+         [X, X, 2, 1, 3, 4, 4, X, 2, 1, 1, 3, 3, X, 4]]
 
 
-@pytest.mark.parametrize("data, level, value", [(FOUR, "nominal", 0.743), (FOUR, "ordinal", 0.815), (FOUR, "interval", 0.849), (THREE, "nominal", 0.691), (THREE, "interval", 0.811)])
+@pytest.mark.parametrize("data, level, value",
+                         [(FOUR, "nominal", 0.743), (FOUR, "ordinal", 0.815), (FOUR, "interval", 0.849),
+                          (THREE, "nominal", 0.691), (THREE, "interval", 0.811)])
 def test_alpha_is_that_of_the_literature(data, level, value):
-    """FOUR: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C; THREE: the example of the package krippendorff, and of the encyclopedia's article on alpha."""
+    """FOUR: Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C; THREE: the example of the
+    package krippendorff, and of the encyclopedia's article on alpha."""
     pytest.importorskip("krippendorff", reason="krippendorff is not installed: pip install 'lire_nb[evaluation]'")
     found = judge_agreement({str(i): row for i, row in enumerate(data)}, level=level, resamples=199)
-    assert round(found.value, 3) == value and math.isnan(found.low) and math.isnan(found.high)  # fewer than 20 units: no interval covers
+    # fewer than 20 units: no interval covers
+    assert round(found.value, 3) == value and math.isnan(found.low) and math.isnan(found.high)
     if level != "ordinal":
-        by_loops = alpha_by_hand([[v for v in unit if v == v] for unit in zip(*data)], (lambda a, b: float(a != b)) if level == "nominal" else lambda a, b: (a - b) ** 2)
+        by_loops = alpha_by_hand([[v for v in unit if v == v] for unit in zip(*data)],
+                                 (lambda a, b: float(a != b)) if level == "nominal" else lambda a, b: (a - b) ** 2)
         assert math.isclose(found.value, by_loops, rel_tol=1e-9)
 
 
@@ -589,7 +649,8 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
         fill(sheet, lambda row: rng.choice(["first", "second", "tie", honest(row), honest(row), ""]))
     by_people = read_sheets(tmp_path / "people")
     models = [judge_pairs(FunctionJudge(f, name), two_systems(20)) for name, f in
-              (("fair", lambda p, a, b: "A" if "new" in a else "B"), ("odd", lambda p, a, b: "A" if len(p) % 2 else "B" if "new" in b else "tie"))]
+              (("fair", lambda p, a, b: "A" if "new" in a else "B"),
+               ("odd", lambda p, a, b: "A" if len(p) % 2 else "B" if "new" in b else "tie"))]
     both = agreement(by_people, *models, level="nominal", resamples=99)
     table = verdict_table([*by_people, *models[0], *models[1]])
     assert set(table) == {"Ada L.", "Ben", "Cleo", "fair", "odd"}, "Dan gave no verdict"
@@ -602,7 +663,8 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
         shared = table[[one, two]].dropna()
         assert both.shared.loc[one, two] == len(shared)
         assert math.isclose(both.share.loc[one, two], (shared[one] == shared[two]).mean())
-        assert math.isclose(both.alphas.loc[one, two], alpha_by_hand(shared.to_numpy().tolist(), lambda a, b: float(a != b)), rel_tol=1e-9)
+        assert math.isclose(both.alphas.loc[one, two],
+                            alpha_by_hand(shared.to_numpy().tolist(), lambda a, b: float(a != b)), rel_tol=1e-9)
     with pytest.raises(LireError) as e:
         agreement(models[0])
     one_line(e, "only one judge")
@@ -614,7 +676,9 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
 # ---------------------------------------------------------------- a real server
 
 
-SHORT = [{"role": "user", "content": "Request: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nWhich answer is better? Reply with one word: A, B or tie."}]
+SHORT = [{"role": "user",
+          "content": "Request: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nWhich answer is better? Reply "
+                     "with one word: A, B or tie."}]
 
 
 def test_a_real_server_killed_in_the_middle_is_asked_for_the_rest_only(tmp_path):
@@ -624,18 +688,22 @@ def test_a_real_server_killed_in_the_middle_is_asked_for_the_rest_only(tmp_path)
     """
     need_server()
     records = [json.loads(line) for line in open(ROOT / "data" / "dialogue.jsonl", encoding="utf-8")]
-    records = sorted((r for r in records if len(r["prompt"]) == 1), key=lambda r: len(str(r["prompt"])) + sum(map(len, r["completions"][:2])))[:7]
-    systems = {name: [{"id": r["id"], "prompt": r["prompt"], "completions": [r["completions"][k]]} for r in records] for k, name in enumerate(("one", "two"))}
+    records = sorted((r for r in records if len(r["prompt"]) == 1),
+                     key=lambda r: len(str(r["prompt"])) + sum(map(len, r["completions"][:2])))[:7]
+    systems = {name: [{"id": r["id"], "prompt": r["prompt"], "completions": [r["completions"][k]]} for r in records]
+               for k, name in enumerate(("one", "two"))}
     cache, log = tmp_path / "replies.jsonl", tmp_path / "serve.log"
     options = dict(template=SHORT, max_tokens=4, progress=False)
     answered = lambda: cache.read_bytes().count(b"\n") if cache.exists() else 0  # noqa: E731
 
-    with Serve(resolve_model("smollm2"), "--dtype", str(compute_dtype("cpu")).removeprefix("torch."), log=log) as server:
+    with Serve(resolve_model("smollm2"), "--dtype", str(compute_dtype("cpu")).removeprefix("torch."),
+               log=log) as server:
         failed = []
 
         def first_run():
             try:
-                judge_pairs(ChatJudge(server.url, server.model, cache=cache, patience=1.0, max_in_flight=2, **options), systems)
+                judge_pairs(ChatJudge(server.url, server.model, cache=cache, patience=1.0, max_in_flight=2, **options),
+                            systems)
             except LireError as e:
                 failed.append(e)
 
@@ -661,7 +729,9 @@ def test_a_real_server_killed_in_the_middle_is_asked_for_the_rest_only(tmp_path)
     assert 14 <= ok <= 14 + 2, "at most what was under way when the server died was answered twice"
     assert judge.cost.prompt_tokens > 14 - kept and judge.cost.completion_tokens >= 14 - kept
     gone = ChatJudge(server.url, server.model, cache=cache, **options)
-    assert judge_pairs(gone, systems) == verdicts and gone.cost.requests == 0, "with everything in the cache no server is needed"
+    assert judge_pairs(gone, systems) == verdicts and gone.cost.requests == 0, (
+        "with everything in the cache no server is needed"
+    )
 
     found = verdicts_to_preferences(verdicts)
     assert {v["order"] for v in verdicts} == {"ab", "ba"} and len(verdicts) == 14

@@ -1,4 +1,5 @@
-"""Lists: real files, every layout against hand-made expectations, round trips, damaged files, and writing that survives."""
+"""Lists: real files, every layout against hand-made expectations, round trips, damaged files, and writing that
+survives."""
 
 import csv
 import gzip
@@ -20,10 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from lire_nb import conversations
+from lire_nb import conversations, layouts, records
 from lire_nb.base import files
-from lire_nb import layouts
-from lire_nb import records
 from lire_nb.base.errors import ListError
 from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
 from lire_nb.records import make_record, validate_record
@@ -37,7 +36,9 @@ logging.getLogger("lire_nb.lists").setLevel(logging.ERROR)  # thousands of damag
 
 
 def real(path):
-    return pytest.mark.skipif(not path.exists(), reason=f"real data is not on this machine: shared/data/{path.name} is not part of the project")
+    return pytest.mark.skipif(not path.exists(),
+                              reason=f"real data is not on this machine: shared/data/{path.name} is not part of the "
+                                     "project")
 
 
 def write_jsonl(path, rows):
@@ -54,7 +55,8 @@ def quarantined(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# Real files ------------------------------------------------------------------------------------------------------------
+# Real files
+# ------------------------------------------------------------------------------------------------------------
 
 
 @real(HH)
@@ -67,10 +69,15 @@ def test_every_hh_pair_is_accounted_for(tmp_path):
     assert len(bad) == report.quarantined_rows < 0.01 * len(rows)
 
     # Oddities found here with string operations only, by another way than the reader's.
-    parted = {i for i, row in enumerate(rows) if row["chosen"].rpartition("\n\nAssistant:")[0] != row["rejected"].rpartition("\n\nAssistant:")[0]}
+    parted = {
+        i
+        for i, row in enumerate(rows)
+        if row["chosen"].rpartition("\n\nAssistant:")[0] != row["rejected"].rpartition("\n\nAssistant:")[0]
+    }
     assert set(bad) == parted and all("part before the last answer" in entry["reason"] for entry in bad.values())
     good = [row for i, row in enumerate(rows) if i not in bad]
-    empty = sum(row[name].endswith(("\n\nAssistant:", "\n\nAssistant: ")) for row in good for name in ("chosen", "rejected"))
+    empty = sum(row[name].endswith(("\n\nAssistant:", "\n\nAssistant: ")) for row in good
+                for name in ("chosen", "rejected"))
     turns = [re.findall(r"\n\n(Human|Assistant):", row["chosen"]) for row in good]
     assert report.empty_completions == empty
     assert report.oddities["one speaker twice in a row"] == sum(any(a == b for a, b in zip(t, t[1:])) for t in turns)
@@ -83,7 +90,8 @@ def test_every_hh_pair_is_accounted_for(tmp_path):
         for name, answer in zip(("chosen", "rejected"), record["completions"]):
             said = [*record["prompt"], {"role": "assistant", "content": answer}]
             glue = lambda text: text if not text or text[0].isspace() else f" {text}"  # noqa: E731
-            joined = "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}:{glue(turn['content'])}" for turn in said)
+            joined = "".join(f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}:{glue(turn['content'])}"
+                             for turn in said)
             assert joined == row[name] == layouts.join_transcript(said)
 
 
@@ -116,46 +124,61 @@ def test_real_lists_survive_the_round_trip(tmp_path, ending):
         assert exact(load_lists(to_rrhf(first, tmp_path / "rrhf.jsonl"))) == exact(first)
 
 
-# Layouts ---------------------------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------------------------
 
 USER = [{"role": "user", "content": "Hi"}]
 LAYOUTS = {
-    "rrhf": ({"query": "Hi", "responses": ["a", "b"], "scores": [0.5, None]}, "Hi", ["a", "b"], [0.5, None], ["unknown"] * 2),
-    "rrhf, a transcript": ({"query": "\n\nHuman: Hi\n\nAssistant:", "responses": ["a"], "scores": [1]}, USER, ["a"], [1.0], ["unknown"]),
+    "rrhf": ({"query": "Hi", "responses": ["a", "b"], "scores": [0.5, None]}, "Hi", ["a", "b"], [0.5, None],
+             ["unknown"] * 2),
+    "rrhf, a transcript": ({"query": "\n\nHuman: Hi\n\nAssistant:", "responses": ["a"], "scores": [1]}, USER, ["a"],
+                           [1.0], ["unknown"]),
     "distilabel": (
-        {"instruction": "Hi", "generations": ["a", "", "c"], "ratings": ["4", "N/A", float("nan")], "generation_models": ["m", "n", "o"]},
+        {"instruction": "Hi", "generations": ["a", "", "c"], "ratings": ["4", "N/A", float("nan")],
+         "generation_models": ["m", "n", "o"]},
         USER, ["a", "", "c"], [4.0, None, None], ["m", "n", "o"],
     ),
-    "distilabel, ratings in a string": ({"input": "Hi", "generations": ["a", "b"], "rating": "[9.0, 7.0]"}, "Hi", ["a", "b"], [9.0, 7.0], ["unknown"] * 2),
+    "distilabel, ratings in a string": ({"input": "Hi", "generations": ["a", "b"], "rating": "[9.0, 7.0]"}, "Hi",
+                                        ["a", "b"], [9.0, 7.0], ["unknown"] * 2),
     "ultrafeedback": (
         {"instruction": "Hi", "completions": [
             {"response": "a", "model": "m", "overall_score": 7.5, "fine-grained_score": 1.0},
             {"response": "b", "model": "n", "fine-grained_score": "2.5"},
-            {"response": "c", "model": "o", "annotations": {"truth": {"Rating": "4"}, "help": {"Rating": "3"}, "x": {"Rating": "N/A"}}},
+            {"response": "c", "model": "o",
+             "annotations": {"truth": {"Rating": "4"}, "help": {"Rating": "3"}, "x": {"Rating": "N/A"}}},
             {"response": "d"},
         ]},
         USER, ["a", "b", "c", "d"], [7.5, 2.5, 3.5, None], ["m", "n", "o", "unknown"],
     ),
-    "trl, strings": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Hi", ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
-    "trl, static": ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}, USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
+    "trl, strings": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "Hi", ["a", "b"], [1.0, 0.0],
+                     ["chosen", "rejected"]),
+    "trl, static": ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"}, USER, ["a", "b"],
+                    [1.0, 0.0], ["chosen", "rejected"]),
     "trl, messages": (
-        {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]},
+        {"prompt": USER, "chosen": [{"role": "assistant", "content": "a"}],
+         "rejected": [{"role": "assistant", "content": "b"}]},
         USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"],
     ),
     "trl, implicit prompt": (
-        {"chosen": [*USER, {"role": "assistant", "content": "a"}], "rejected": [*USER, {"role": "assistant", "content": "b"}]},
+        {"chosen": [*USER, {"role": "assistant", "content": "a"}],
+         "rejected": [*USER, {"role": "assistant", "content": "b"}]},
         USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"],
     ),
     "ultrafeedback_binarized": (
-        {"prompt": "Hi", "prompt_id": "p1", "chosen": [*USER, {"role": "assistant", "content": "a"}], "rejected": [*USER, {"role": "assistant", "content": "b"}], "score_chosen": 8.0},
+        {"prompt": "Hi", "prompt_id": "p1", "chosen": [*USER, {"role": "assistant", "content": "a"}],
+         "rejected": [*USER, {"role": "assistant", "content": "b"}], "score_chosen": 8.0},
         USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"],
     ),
-    "hh": ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, USER, ["a", "b"], [1.0, 0.0], ["chosen", "rejected"]),
+    "hh": ({"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}, USER, ["a", "b"],
+           [1.0, 0.0], ["chosen", "rejected"]),
     "tldr": (
-        {"info": {"id": "t3_x", "post": "It came back.", "title": "A cat", "subreddit": "cats"}, "summaries": [{"text": " Back.", "policy": "sup", "note": ""}, {"text": " Dog.", "policy": "ref", "note": "bad"}], "choice": 1, "worker": "w"},
+        {"info": {"id": "t3_x", "post": "It came back.", "title": "A cat", "subreddit": "cats"},
+         "summaries": [{"text": " Back.", "policy": "sup", "note": ""},
+                       {"text": " Dog.", "policy": "ref", "note": "bad"}], "choice": 1, "worker": "w"},
         "TITLE: A cat\n\nIt came back.", [" Back.", " Dog."], [0.0, 1.0], ["sup", "ref"],
     ),
-    "ranks": ({"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}, "Hi", ["a", "b", "c"], [0.5, 1.0, 0.0], ["unknown"] * 3),
+    "ranks": ({"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}, "Hi", ["a", "b", "c"],
+              [0.5, 1.0, 0.0], ["unknown"] * 3),
     "long": ({"prompt": "Hi", "response": "a", "score": "1.5", "model": "m"}, "Hi", ["a"], [1.5], ["m"]),
     "own, short": ({"prompt": "Hi", "completions": ["a"]}, "Hi", ["a"], [None], ["unknown"]),
 }
@@ -165,7 +188,8 @@ LAYOUTS = {
 def test_layout(name, tmp_path):
     row, prompt, completions, rewards, sources = LAYOUTS[name]
     (record,) = exact(load_lists(write_jsonl(tmp_path / "x.jsonl", [row])))
-    assert (record["prompt"], record["completions"], record["rewards"], record["sources"]) == (prompt, completions, rewards, sources)
+    assert (record["prompt"], record["completions"], record["rewards"],
+            record["sources"]) == (prompt, completions, rewards, sources)
     assert exact(load_lists([row])) == [record] == validated([record])
 
 
@@ -176,7 +200,8 @@ def validated(records):
 def test_columns_that_are_not_used_are_kept():
     row = LAYOUTS["tldr"][0]
     (record,) = load_lists([row])
-    assert record["id"] == "t3_x" and record["meta"] == {"info": {"subreddit": "cats"}, "notes": ["", "bad"], "worker": "w"}
+    assert record["id"] == "t3_x" and record["meta"] == {"info": {"subreddit": "cats"}, "notes": ["", "bad"],
+                                                         "worker": "w"}
     (record,) = load_lists([LAYOUTS["ultrafeedback_binarized"][0]])
     assert record["id"] == "p1" and record["meta"] == {"score_chosen": 8.0}
     (record,) = load_lists([LAYOUTS["ultrafeedback"][0]])
@@ -203,24 +228,33 @@ def test_hh_oddities_that_are_kept():
     data, report = load_lists([{"chosen": turns + "a", "rejected": turns + "a"}], return_report=True)
     assert data[0]["meta"] == {"transcripts": {"chosen": turns + "a", "rejected": turns + "a"}}
     assert set(report.oddities) == {
-        "one speaker twice in a row", "empty turn in the prompt", "chosen and rejected are equal", "transcript not exactly re-joinable (kept in meta)",
+        "one speaker twice in a row", "empty turn in the prompt", "chosen and rejected are equal",
+        "transcript not exactly re-joinable (kept in meta)",
     }
 
 
 def test_long_rows_are_grouped_wherever_they_stand(tmp_path):
-    frame = pd.DataFrame({"prompt": ["p", "q", "p", "q", "p"], "completion": list("abcde"), "reward": [1, 2, None, 4, 5], "lang": ["en", "en", "en", "en", "de"], "prompt_id": [7, 8, 7, 8, 7]})
+    frame = pd.DataFrame({"prompt": ["p", "q", "p", "q", "p"], "completion": list("abcde"),
+                          "reward": [1, 2, None, 4, 5], "lang": ["en", "en", "en", "en", "de"],
+                          "prompt_id": [7, 8, 7, 8, 7]})
     frame.to_csv(tmp_path / "x.csv", index=False)
     frame.to_parquet(tmp_path / "x.parquet")
     frame.to_json(tmp_path / "x.json", orient="records", indent=1)
     for ending in ("csv", "parquet", "json"):
         data, report = load_lists(tmp_path / f"x.{ending}", return_report=True)
         p, q = exact(data)
-        assert p["completions"] == ["a", "c", "e"] and p["rewards"] == [1.0, None, 5.0] and p["meta"] == {"lang": ["en", "en", "de"]} and p["id"] == "7"
+        assert (
+            p["completions"] == ["a", "c", "e"]
+            and p["rewards"] == [1.0, None, 5.0]
+            and p["meta"] == {"lang": ["en", "en", "de"]}
+            and p["id"] == "7"
+        )
         assert q["completions"] == ["b", "d"] and q["meta"] == {"lang": "en"} and report.rows == report.good_rows == 5 and report.lists == 2
 
 
 def test_long_rows_go_to_quarantine_one_by_one(tmp_path):
-    rows = [{"prompt": "p", "completion": "a", "reward": 1}, {"prompt": "p", "completion": None, "reward": 1}, {"prompt": "p", "completion": "b", "reward": "high"}, {"prompt": "p", "completion": "c", "reward": 0}]
+    rows = [{"prompt": "p", "completion": "a", "reward": 1}, {"prompt": "p", "completion": None, "reward": 1},
+            {"prompt": "p", "completion": "b", "reward": "high"}, {"prompt": "p", "completion": "c", "reward": 0}]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     data, report = load_lists(path, on_error="quarantine", return_report=True)
     assert data[0]["completions"] == ["a", "c"] and (report.good_rows, report.quarantined_rows) == (2, 2)
@@ -249,10 +283,12 @@ def test_ranks_against_scipy(ranks):
 
 
 def test_mapping_reaches_into_nested_columns():
-    row = {"q": {"text": "Hi", "lang": "en"}, "answers": [{"t": "a", "by": "m"}, {"t": "b", "by": "n"}], "m.x": ["3", 1], "n": 5, "other": float("nan")}
+    row = {"q": {"text": "Hi", "lang": "en"}, "answers": [{"t": "a", "by": "m"}, {"t": "b", "by": "n"}],
+           "m.x": ["3", 1], "n": 5, "other": float("nan")}
     mapping = {"prompt": "q.text", "completions": "answers.t", "sources": "answers.by", "rewards": "m.x", "id": "n"}
     (record,) = load_lists([row], mapping)
-    assert record == make_record("Hi", ["a", "b"], [3.0, 1.0], ["m", "n"], "5", {"q": row["q"], "answers": row["answers"], "other": None})
+    assert record == make_record("Hi", ["a", "b"], [3.0, 1.0], ["m", "n"], "5",
+                                 {"q": row["q"], "answers": row["answers"], "other": None})
     (record,) = load_lists([row], mapping | {"meta": ["n"]})
     assert record["meta"] == {"n": 5}
     flat = {"x": "Hi", "a1": "a", "a2": "b", "s1": 1, "s2": 0}
@@ -260,27 +296,34 @@ def test_mapping_reaches_into_nested_columns():
     assert record == make_record("Hi", ["a", "b"], [1, 0])
     (record,) = load_lists([{"h": "Hi", "good": "a", "bad": "b"}], {"prompt": "h", "chosen": "good", "rejected": "bad"})
     assert record["sources"] == ["chosen", "rejected"]
-    (record,) = load_lists([{"h": "Hi", "r": c, "help": i} for i, c in enumerate("ab")], {"prompt": "h", "completion": "r", "reward": "help"})
+    (record,) = load_lists([{"h": "Hi", "r": c, "help": i} for i, c in enumerate("ab")],
+                           {"prompt": "h", "completion": "r", "reward": "help"})
     assert record["completions"] == ["a", "b"] and record["rewards"] == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("mapping", [{"promt": "q"}, {"prompt": "nope", "completions": "a"}, {"prompt": 3}, {"completions": []}, {"prompt": "q"}])
+@pytest.mark.parametrize("mapping",
+                         [{"promt": "q"}, {"prompt": "nope", "completions": "a"}, {"prompt": 3}, {"completions": []},
+                          {"prompt": "q"}])
 def test_a_wrong_mapping_is_named(mapping):
     with pytest.raises(ListError) as caught:
         load_lists([{"q": "Hi", "a": ["x"]}], mapping)
     assert caught.value.allowed
 
 
-# Records ---------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------
 
 WORD = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 SOLID = WORD.filter(str.strip)
-CHAT = st.lists(st.fixed_dictionaries({"role": st.sampled_from(records.ROLES), "content": WORD}), min_size=1, max_size=3).filter(
+CHAT = st.lists(st.fixed_dictionaries({"role": st.sampled_from(records.ROLES), "content": WORD}), min_size=1,
+                max_size=3).filter(
     lambda messages: any(message["content"].strip() for message in messages)
 )
-PROMPT = SOLID | CHAT | st.sampled_from(["42", "null", '"x"', "[1]", "{}", "true", "\n\nHuman: a\n\nAssistant:", "\n\nHuman:a\n\nAssistant:"])
+PROMPT = SOLID | CHAT | st.sampled_from(["42", "null", '"x"', "[1]", "{}", "true", "\n\nHuman: a\n\nAssistant:",
+                                         "\n\nHuman:a\n\nAssistant:"])
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-JSON = st.recursive(st.none() | st.booleans() | WORD | FINITE | st.integers(-(2**63), 2**63 - 1), lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORD, inner, max_size=2), max_leaves=4)
+JSON = st.recursive(st.none() | st.booleans() | WORD | FINITE | st.integers(-(2**63), 2**63 - 1),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORD, inner, max_size=2), max_leaves=4)
 CANDIDATE = st.tuples(WORD, st.none() | FINITE, WORD)
 
 
@@ -306,15 +349,18 @@ def test_any_record_survives_every_round_trip(tmp_path, records):
 def test_ids_are_stable_across_processes():
     code = "from lire_nb.lists import prompt_id; print(prompt_id([{'role': 'user', 'content': 'ä'}]))"
     env = os.environ | {"PYTHONHASHSEED": "7"}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip() == records.prompt_id([{"content": "ä", "role": "user"}])
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                          check=True).stdout.strip() == records.prompt_id([{"content": "ä", "role": "user"}])
 
 
 def test_the_module_stands_alone():
     code = "import sys, lire_nb.lists; print([m for m in ('torch', 'transformers', 'matplotlib', 'lire_nb.losses') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"
 
 
-# Duplicates ------------------------------------------------------------------------------------------------------------
+# Duplicates
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_duplicates_follow_the_table(tmp_path, caplog):
@@ -332,11 +378,14 @@ def test_duplicates_follow_the_table(tmp_path, caplog):
     assert exact(load_lists(save_lists(data, tmp_path / "y.jsonl"))) == exact(data)
 
 
-# Damaged files ---------------------------------------------------------------------------------------------------------
-# Each damage takes a good row (a dict in our own layout) and a random source, and gives the bytes of its line and a verdict:
+# Damaged files
+# ---------------------------------------------------------------------------------------------------------
+# Each damage takes a good row (a dict in our own layout) and a random source, and gives the bytes of its line and a
+# verdict:
 # True = this is still good, False = this must be refused, None = anything but a crash.
 
-JUNK = st.sampled_from([None, True, 0, -1, 1.5, "", " ", "x", [], {}, [None], [[]], {"a": 1}, ["a", 1], [{"role": "user"}], [{"role": "nobody", "content": "x"}], {"role": "user", "content": "x"}])
+JUNK = st.sampled_from([None, True, 0, -1, 1.5, "", " ", "x", [], {}, [None], [[]], {"a": 1}, ["a", 1],
+                        [{"role": "user"}], [{"role": "nobody", "content": "x"}], {"role": "user", "content": "x"}])
 
 
 def encode(row):
@@ -365,14 +414,17 @@ def bad_utf8(row, draw):
 
 
 def bad_reward(row, draw):
-    text = draw(st.sampled_from(["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "1" + "0" * 5000, '"1"', "true", "[1]", "{}"]))
+    text = draw(st.sampled_from(["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "1" + "0" * 5000, '"1"',
+                                 "true", "[1]", "{}"]))
     return encode(row | {"rewards": ["@"] + row["rewards"][1:]}).replace(b'"@"', text.encode(), 1), False
 
 
 def empty_string(row, draw):
     where = draw(st.sampled_from(["id", "prompt", "completions", "sources"]))
     value = "" if isinstance(row[where], str) else [""] + row[where][1:]
-    return encode(row | {where: value}), where not in ("id", "prompt") if isinstance(row[where], list) or where == "id" else False
+    return encode(row | {where: value}), where not in ("id",
+                                                       "prompt") if isinstance(row[where],
+                                                                               list) or where == "id" else False
 
 
 def nested(row, draw):
@@ -383,7 +435,8 @@ def nested(row, draw):
 
 
 def not_an_object(row, draw):
-    return draw(st.sampled_from([b"1", b"null", b'"text"', b"[]", b"[{}]", b"true", b"\xff\xfe", b"{", b"}", b"\x00", b"{}", b'{"prompt": "x"}'])), False
+    return draw(st.sampled_from([b"1", b"null", b'"text"', b"[]", b"[{}]", b"true", b"\xff\xfe", b"{", b"}", b"\x00",
+                                 b"{}", b'{"prompt": "x"}'])), False
 
 
 def twice_the_key(row, draw):
@@ -400,9 +453,10 @@ def stray_byte(row, draw):
     return bytes(line), None
 
 
-DAMAGE = [cut, wrong_type, unequal, bad_utf8, bad_reward, empty_string, nested, not_an_object, twice_the_key, surrogate, stray_byte]
+DAMAGE = [cut, wrong_type, unequal, bad_utf8, bad_reward, empty_string, nested, not_an_object, twice_the_key, surrogate,
+          stray_byte]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
-files = 0  # damaged files written so far
+written = 0  # damaged files written so far
 
 
 @st.composite
@@ -411,7 +465,8 @@ def damaged_file(draw):
     lines, verdicts, expected, has_twin, copied = [], [], [], False, set()
     for i in range(draw(st.integers(1, 4))):
         size = draw(st.integers(1, 3))
-        row = make_record(f"{i}{draw(TEXT)}", [draw(TEXT) for _ in range(size)], [draw(st.integers(-3, 3)) for _ in range(size)], "s", id=f"id{i}")
+        row = make_record(f"{i}{draw(TEXT)}", [draw(TEXT) for _ in range(size)],
+                          [draw(st.integers(-3, 3)) for _ in range(size)], "s", id=f"id{i}")
         lines.append(encode(row))
         verdicts.append(True)
         expected.append(row)
@@ -455,13 +510,13 @@ def check(path, aside):
 @settings(max_examples=2_200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(damaged_file(), st.sampled_from(["jsonl", "jsonl", "jsonl.gz", "cut.jsonl.gz", "json"]), st.data())
 def damaged_files(folder, made, ending, data):
-    global files
+    global written
     lines, verdicts, expected, has_twin = made
     path, aside = folder / f"x.{ending}", folder / "aside.jsonl"
     content = b"[" + b",\n".join(lines) + b"]" if ending == "json" else b"\n".join(lines) + b"\n"
     content = gzip.compress(content, 1) if ending.endswith("gz") else content
     path.write_bytes(content[: data.draw(st.integers(3, len(content) - 1))] if ending == "cut.jsonl.gz" else content)
-    files += 1
+    written += 1
     records, report, bad = check(path, aside)
     if ending in ("jsonl", "jsonl.gz"):
         rows = [line for line in b"\n".join(lines).split(b"\n") if line.decode(errors="replace").strip()]
@@ -470,14 +525,17 @@ def damaged_files(folder, made, ending, data):
             refused = {entry["line"] for entry in bad}
             assert {i for i, verdict in enumerate(verdicts, 1) if verdict is False} <= refused
             kept = [row for row in expected if row is not None]
-            assert has_twin or [i for i, verdict in enumerate(verdicts, 1) if verdict] == sorted(set(range(1, len(lines) + 1)) - refused)
+            assert has_twin or [i for i,
+                                verdict in enumerate(verdicts, 1)
+                                if verdict] == sorted(set(range(1, len(lines) + 1)) - refused)
             assert has_twin or records == validated(kept)
-            assert all(entry["row"] == lines[entry["line"] - 1].decode(errors="backslashreplace").strip("\r\n") for entry in bad if entry["line"] > 1)
+            assert all(entry["row"] == lines[entry["line"] - 1].decode(errors="backslashreplace").strip("\r\n")
+                       for entry in bad if entry["line"] > 1)
 
 
 def test_damaged_files(tmp_path):
     damaged_files(tmp_path)
-    assert files >= 2_000
+    assert written >= 2_000
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -512,14 +570,17 @@ def test_layouts_with_wrong_values_never_crash(tmp_path):
     assert report.rows == len(rows) > 500 and bad and records
 
 
-NONSENSE = [None, True, 0, -1.5, 10**30, "", "x", "[1", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1], [1, 2], [{"role": "user"}], [{"role": "user", "content": "x"}], [{"text": 1}], [{"response": 1}], [{"response": "x", "annotations": 3}], {"post": 1}]
+NONSENSE = [None, True, 0, -1.5, 10**30, "", "x", "[1", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1], [1, 2],
+            [{"role": "user"}], [{"role": "user", "content": "x"}], [{"text": 1}], [{"response": 1}],
+            [{"response": "x", "annotations": 3}], {"post": 1}]
 
 
 def test_a_damaged_parquet_row_costs_one_row(tmp_path):
     records = [make_record(f"p{i}", ["a"]) for i in range(5)]
     prompts = pa.array(['"p0"', "{broken", '"p2"', '"p3"', '"p4"'])
     completions = pa.array([record["completions"] for record in records])
-    pq.write_table(pa.table({"prompt": pa.ExtensionArray.from_storage(pa.json_(), prompts), "completions": completions}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"prompt": pa.ExtensionArray.from_storage(pa.json_(), prompts),
+                             "completions": completions}), tmp_path / "x.parquet")
     data, report = load_lists(tmp_path / "x.parquet", on_error="quarantine", return_report=True)
     assert list(data["prompt"]) == ["p0", "p2", "p3", "p4"] and report.quarantined_rows == 1
 
@@ -544,7 +605,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
     assert len(load_lists(path, on_error="quarantine")) == 0
 
 
-@pytest.mark.parametrize("name, reason", [("missing.jsonl", "No such file"), ("folder.jsonl", "Is a directory"), ("x.txt", "unknown kind of file")])
+@pytest.mark.parametrize("name, reason",
+                         [("missing.jsonl", "No such file"), ("folder.jsonl", "Is a directory"),
+                          ("x.txt", "unknown kind of file")])
 def test_files_that_cannot_be_read(tmp_path, name, reason):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "x.txt").write_text("x")
@@ -560,11 +623,13 @@ def test_options_are_checked_at_once():
         iter_lists([{}], on_error="quarantine")
 
 
-# Writing ---------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def child(code, *args):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True,
+                          text=True)
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -647,7 +712,8 @@ def test_streaming_memory_does_not_grow(tmp_path):
     assert size > 50 and grown < 0.2 * size
 
 
-# Exports and description -----------------------------------------------------------------------------------------------
+# Exports and description
+# -----------------------------------------------------------------------------------------------
 
 
 def test_pairs_for_trl_come_back():
@@ -655,7 +721,8 @@ def test_pairs_for_trl_come_back():
     pairs = to_trl_pairs(records)
     assert pairs[0]["chosen"] == [{"role": "assistant", "content": "b"}] and pairs[0]["score_chosen"] == 0.9
     back = load_lists(pairs)
-    assert [r["prompt"] for r in back] == [r["prompt"] for r in records] and [r["completions"] for r in back] == [["b", "a"], ["d", "e"]]
+    assert [r["prompt"] for r in back] == [r["prompt"] for r in records] and [r["completions"]
+                                                                              for r in back] == [["b", "a"], ["d", "e"]]
     with pytest.raises(ListError, match="both string and message"):
         to_trl_pairs([*records, make_record("p", ["a", "b"], [1, 0])])
     with pytest.raises(ListError, match="pairs"):
@@ -666,10 +733,12 @@ def test_pairs_for_trl_come_back():
 def test_all_pairs_are_all_strict_pairs(rewards):
     record = make_record("p", [str(i) for i in range(len(rewards))], rewards)
     got = {(row["chosen"], row["rejected"]) for row in to_trl_pairs([record], pairs="all")}
-    assert got == {(str(i), str(j)) for i, a in enumerate(rewards) for j, b in enumerate(rewards) if None not in (a, b) and a > b}
+    assert got == {(str(i), str(j)) for i, a in enumerate(rewards) for j,
+                   b in enumerate(rewards) if None not in (a, b) and a > b}
     best = to_trl_pairs([record])
     known = [reward for reward in rewards if reward is not None]
-    assert [(row["score_chosen"], row["score_rejected"]) for row in best] == ([(max(known), min(known))] if len(set(known)) > 1 else [])
+    assert [(row["score_chosen"], row["score_rejected"]) for row in best] == ([(max(known), min(known))]
+                                                                              if len(set(known)) > 1 else [])
 
 
 class Letters:
@@ -683,13 +752,17 @@ class Letters:
 
 
 def test_the_description_counts_what_it_says():
-    records = [make_record("pp", ["aaaa", "b", "cc"], [1, 1, 0]), make_record(USER, ["a", ""], [2, 2]), make_record("q", ["a"], [5]), make_record("r", ["a", "b"])]
+    records = [make_record("pp", ["aaaa", "b", "cc"], [1, 1, 0]), make_record(USER, ["a", ""], [2, 2]),
+               make_record("q", ["a"], [5]), make_record("r", ["a", "b"])]
     table = conversations.describe_lists(records, Letters(), max_prompt_length=10, max_completion_length=1)["value"]
     expected = {
-        "lists": 4, "candidates": 8, "lists with M = 1": 1, "lists with M = 2": 2, "lists with M = 3": 1, "candidates scored": 6,
-        "lowest reward": 0, "highest reward": 5, "spread of rewards in a list, mean": 0.5, "lists with a tie": 2, "lists without signal": 3, "… because M = 1": 1,
+        "lists": 4, "candidates": 8, "lists with M = 1": 1, "lists with M = 2": 2, "lists with M = 3": 1,
+        "candidates scored": 6,
+        "lowest reward": 0, "highest reward": 5, "spread of rewards in a list, mean": 0.5, "lists with a tie": 2,
+        "lists without signal": 3, "… because M = 1": 1,
         "… because all are tied": 1, "… because fewer than two are scored": 1, "lists with an empty completion": 1,
-        "prompts longer than 10 tokens": 1, "completions longer than 1 tokens": 3, "completion tokens, largest": 4, "prompt tokens, largest": len("\n\nHuman: Hi\n\nAssistant:"),
+        "prompts longer than 10 tokens": 1, "completions longer than 1 tokens": 3, "completion tokens, largest": 4,
+        "prompt tokens, largest": len("\n\nHuman: Hi\n\nAssistant:"),
     }
     assert {name: table[name] for name in expected} == expected
     figure = conversations.plot_lists(records, Letters(), max_completion_length=1)
@@ -700,7 +773,12 @@ def test_the_description_counts_what_it_says():
 
 
 def test_merged_lists_hold_every_candidate_once():
-    pairs = [make_record("p", [a, b], [1, 0], ["chosen", "rejected"], id=a + b) for a, b in ("AB", "AC", "CB")] + [make_record("q", ["x"])]
+    pairs = [make_record("p", [a, b], [1, 0], ["chosen", "rejected"], id=a + b) for a,
+             b in ("AB", "AC", "CB")] + [make_record("q", ["x"])]
     first, second = records.merge_lists(pairs)
-    assert dict(zip(first["completions"], first["rewards"])) == {"A": 1.0, "B": 0.0, "C": 0.5} and first["id"] == "AB" and second == pairs[3]
+    assert (
+        dict(zip(first["completions"], first["rewards"])) == {"A": 1.0, "B": 0.0, "C": 0.5}
+        and first["id"] == "AB"
+        and second == pairs[3]
+    )
     assert [one["id"] for one in first["meta"]["merged"]] == ["AB", "AC", "CB"]

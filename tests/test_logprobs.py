@@ -5,37 +5,52 @@ import json
 import pytest
 import torch
 import transformers as tf
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
 from lire_nb.base.errors import LireError
 from lire_nb.logprobs import dataset_logps, list_logps, reference_logps, token_ratio
+from lire_nb.losses import lire_loss
 from lire_nb.path_check import check_paths
 from lire_nb.shared_prompt import ListCollator, token_logps, tokenize_list
-from lire_nb.losses import lire_loss
-from torch.testing import assert_close
 
 tf.logging.set_verbosity_error()
 VOCAB = 97
-BASE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
+BASE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
             bos_token_id=1, eos_token_id=2, pad_token_id=0)
 PLAIN = {k: v for k, v in BASE.items() if k not in ("num_key_value_heads", "head_dim")}
 GPT = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=96, bos_token_id=1, eos_token_id=2)
 SHARED = {
-    "llama": lambda: tf.LlamaConfig(**BASE), "llama-tied": lambda: tf.LlamaConfig(**BASE, tie_word_embeddings=True), "mistral-window": lambda: tf.MistralConfig(**BASE, sliding_window=5),
+    "llama": lambda: tf.LlamaConfig(**BASE), "llama-tied": lambda: tf.LlamaConfig(**BASE, tie_word_embeddings=True),
+    "mistral-window": lambda: tf.MistralConfig(**BASE, sliding_window=5),
     "mixtral": lambda: tf.MixtralConfig(**BASE, num_local_experts=4), "qwen2": lambda: tf.Qwen2Config(**BASE),
-    "qwen2-window": lambda: tf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1), "qwen3": lambda: tf.Qwen3Config(**BASE),
+    "qwen2-window": lambda: tf.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda: tf.Qwen3Config(**BASE),
     "gemma": lambda: tf.GemmaConfig(**BASE),
-    "gemma2": lambda: tf.Gemma2Config(**BASE, query_pre_attn_scalar=8, sliding_window=5, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
-    "gemma3": lambda: tf.Gemma3TextConfig(**BASE, query_pre_attn_scalar=8, sliding_window=5, sliding_window_pattern=2), "phi3": lambda: tf.Phi3Config(**BASE, sliding_window=6),
+    "gemma2": lambda: tf.Gemma2Config(**BASE, query_pre_attn_scalar=8, sliding_window=5, final_logit_softcapping=3.0,
+                                      attn_logit_softcapping=2.0),
+    "gemma3": lambda: tf.Gemma3TextConfig(**BASE, query_pre_attn_scalar=8, sliding_window=5, sliding_window_pattern=2),
+    "phi3": lambda: tf.Phi3Config(**BASE, sliding_window=6),
     "gpt2": lambda: tf.GPT2Config(**GPT), "gpt-neox": lambda: tf.GPTNeoXConfig(**PLAIN),
-    "opt": lambda: tf.OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96, word_embed_proj_dim=32, pad_token_id=0),
-    "stablelm": lambda: tf.StableLmConfig(**BASE), "cohere": lambda: tf.CohereConfig(**BASE, logit_scale=0.3), "cohere2": lambda: tf.Cohere2Config(**BASE, sliding_window=5, logit_scale=0.3),
-    "granite": lambda: tf.GraniteConfig(**BASE, logits_scaling=4.0), "olmo2": lambda: tf.Olmo2Config(**BASE), "starcoder2": lambda: tf.Starcoder2Config(**BASE, sliding_window=6),
+    "opt": lambda: tf.OPTConfig(vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2,
+                                num_attention_heads=4, max_position_embeddings=96, word_embed_proj_dim=32,
+                                pad_token_id=0),
+    "stablelm": lambda: tf.StableLmConfig(**BASE), "cohere": lambda: tf.CohereConfig(**BASE, logit_scale=0.3),
+    "cohere2": lambda: tf.Cohere2Config(**BASE, sliding_window=5, logit_scale=0.3),
+    "granite": lambda: tf.GraniteConfig(**BASE, logits_scaling=4.0), "olmo2": lambda: tf.Olmo2Config(**BASE),
+    "starcoder2": lambda: tf.Starcoder2Config(**BASE, sliding_window=6),
 }
 FALLBACK = {
-    "gpt-j": lambda: tf.GPTJConfig(**GPT, rotary_dim=4), "bloom": lambda: tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
-    "gpt-neo": lambda: tf.GPTNeoConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=96, window_size=4, attention_types=[[["global", "local"], 1]]),
+    "gpt-j": lambda: tf.GPTJConfig(**GPT, rotary_dim=4),
+    "bloom": lambda: tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "gpt-neo": lambda: tf.GPTNeoConfig(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4,
+                                       max_position_embeddings=96, window_size=4,
+                                       attention_types=[[["global", "local"], 1]]),
     "falcon": lambda: tf.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-    "codegen": lambda: tf.CodeGenConfig(**GPT, rotary_dim=4), "mpt": lambda: tf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=96),
+    "codegen": lambda: tf.CodeGenConfig(**GPT, rotary_dim=4),
+    "mpt": lambda: tf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=96),
     "mamba": lambda: tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
     "gpt-oss": lambda: tf.GptOssConfig(**BASE, num_local_experts=2, num_experts_per_tok=1, sliding_window=5),
     "lfm2": lambda: tf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
@@ -60,13 +75,15 @@ def lists_of(sizes, seed=0):
     "[(prompt length, completion lengths)] as tokenized lists of random tokens."
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(3, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
-    return [{"id": str(b), "prompt_ids": draw(p), "completion_ids": [draw(r) for r in rs], "rewards": torch.randn(len(rs), generator=generator).tolist()}
+    return [{"id": str(b), "prompt_ids": draw(p), "completion_ids": [draw(r) for r in rs],
+             "rewards": torch.randn(len(rs), generator=generator).tolist()}
             for b, (p, rs) in enumerate(sizes)]
 
 
 def one_by_one(model, lists):
     "The plain way: each candidate alone, full log-softmax."
-    table = torch.zeros(len(lists), max(len(one["completion_ids"]) for one in lists), dtype=torch.promote_types(model.dtype, torch.float32))
+    table = torch.zeros(len(lists), max(len(one["completion_ids"]) for one in lists),
+                        dtype=torch.promote_types(model.dtype, torch.float32))
     for b, one in enumerate(lists):
         for j, ids in enumerate(one["completion_ids"]):
             logp = model(torch.tensor([one["prompt_ids"] + ids])).logits[0].to(table.dtype).log_softmax(-1)
@@ -91,7 +108,8 @@ def assert_same(found, expected, rtol=1e-4):
             assert float((a - b).norm()) <= rtol * max(float(b.norm()), floor)
 
 
-SIZES = st.lists(st.tuples(st.integers(1, 16), st.lists(st.integers(1, 12), min_size=1, max_size=5)), min_size=1, max_size=3)
+SIZES = st.lists(st.tuples(st.integers(1, 16), st.lists(st.integers(1, 12), min_size=1, max_size=5)), min_size=1,
+                 max_size=3)
 MODELS: dict = {}
 
 
@@ -135,7 +153,8 @@ def test_both_attention_implementations(family, implementation):
     plain = loss_and_gradients(model, one_by_one(model, lists), batch)
     assert check_paths(model).shared
     assert_same(loss_and_gradients(model, list_logps(model, batch, impl="shared")[0], batch), plain)
-    assert_same(loss_and_gradients(model, list_logps(model, batch, impl="padded")[0], batch), plain)  # with our attention function in place
+    # with our attention function in place
+    assert_same(loss_and_gradients(model, list_logps(model, batch, impl="padded")[0], batch), plain)
     assert_same(loss_and_gradients(model, one_by_one(model, lists), batch), plain)
 
 
@@ -154,7 +173,8 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-        found = lire_loss(list_logps(model, batch, impl="shared")[0], batch["rewards"], batch["mask"], temperature=5.0).sum()
+        found = lire_loss(list_logps(model, batch, impl="shared")[0], batch["rewards"], batch["mask"],
+                          temperature=5.0).sum()
         found.backward()  # the reentrant kind knows no autograd.grad
         assert_same((found.detach(), [p.grad for p in model.parameters()]), plain)
     else:
@@ -164,7 +184,8 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["q_proj", "lm_head"]])
 def test_lora(targets):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny(SHARED["llama"]()), peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    model = peft.get_peft_model(tiny(SHARED["llama"]()),
+                                peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     lists = lists_of([(9, [3, 1, 9]), (2, [5])])
     batch = ListCollator()(lists)
     plain = loss_and_gradients(model, one_by_one(model, lists), batch)
@@ -239,14 +260,13 @@ def test_batch_order_and_company_change_nothing():
 
 
 def test_auto_shares_where_it_saves_tokens(monkeypatch):
-    from lire_nb import logprobs
     from lire_nb import shared_prompt
 
     model = tiny(SHARED["llama"]())
     taken = []
     original = shared_prompt.packed_rows
     check_paths(model)
-    monkeypatch.setattr(logprobs, "packed_rows", lambda batch: taken.append(1) or original(batch))
+    monkeypatch.setattr(shared_prompt, "packed_rows", lambda batch: taken.append(1) or original(batch))
     long, alone = ListCollator()(lists_of([(16, [3, 3, 3])])), ListCollator()(lists_of([(16, [3])]))
     assert token_ratio(long) > 2 and token_ratio(alone) == 1
     list_logps(model, long)
@@ -269,7 +289,8 @@ def test_per_token_values_add_up():
 @given(tokens=st.integers(1, 40), chunk=st.integers(1, 50), seed=st.integers(0, 9))
 def test_chunks_do_not_matter(tokens, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True) for shape in ((tokens, 6), (11, 6), (11,)))
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+                            for shape in ((tokens, 6), (11, 6), (11,)))
     targets = torch.randint(0, 11, (tokens,), generator=generator)
     bend = lambda x: torch.tanh(x / 2) * 2  # noqa: E731
     ours = token_logps(hidden, weight, targets, bias, chunk, bend)
@@ -291,15 +312,18 @@ class Letters:
 
 
 def records(n):
-    return [{"id": f"r{i}", "prompt": "abcdefgh"[: 2 + i % 6] + str(i), "completions": ["xy" * (1 + i % 3), "z"], "rewards": [1.0, 0.0], "sources": ["a", "b"], "meta": {}} for i in range(n)]
+    return [{"id": f"r{i}", "prompt": "abcdefgh"[: 2 + i % 6] + str(i), "completions": ["xy" * (1 + i % 3), "z"],
+             "rewards": [1.0, 0.0], "sources": ["a", "b"], "meta": {}} for i in range(n)]
 
 
 def test_reference_log_probs_do_not_depend_on_the_order_of_the_lists(tmp_path):
     model, lists = tiny(SHARED["llama"]()), records(23)
     shuffled = [lists[i] for i in torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()]
-    by_id = [dict(zip((r["id"] for r in some), dataset_logps(model, Letters(), some, batch_size=4))) for some in (lists, shuffled)]
+    by_id = [dict(zip((r["id"] for r in some), dataset_logps(model, Letters(), some, batch_size=4)))
+             for some in (lists, shuffled)]
     assert by_id[0] == by_id[1]
-    kept = [dict(zip((r["id"] for r in some), reference_logps(model, Letters(), some, tmp_path / str(k), batch_size=4))) for k, some in enumerate((lists, shuffled))]
+    kept = [dict(zip((r["id"] for r in some), reference_logps(model, Letters(), some, tmp_path / str(k), batch_size=4)))
+            for k, some in enumerate((lists, shuffled))]
     assert kept[0] == kept[1] == {k: v[0] for k, v in by_id[0].items()}
     files = [next((tmp_path / str(k)).iterdir()) for k in range(2)]
     assert files[0].name == files[1].name and files[0].read_bytes() == files[1].read_bytes()
@@ -307,19 +331,21 @@ def test_reference_log_probs_do_not_depend_on_the_order_of_the_lists(tmp_path):
 
 def test_an_edited_answer_is_computed_anew_and_the_rest_is_not(tmp_path, monkeypatch):
     from lire_nb import logprobs
-    from lire_nb import shared_prompt
 
     model, lists = tiny(SHARED["llama"]()), records(8)
     first = reference_logps(model, Letters(), lists, tmp_path)
     asked = []
     original = logprobs.dataset_logps
-    monkeypatch.setattr(logprobs, "dataset_logps", lambda m, t, some, **o: asked.extend(r["id"] for r in some) or original(m, t, some, **o))
+    monkeypatch.setattr(logprobs, "dataset_logps", lambda m, t, some,
+                        **o: asked.extend(r["id"] for r in some) or original(m, t, some, **o))
     lists[3] = lists[3] | {"completions": ["changed", "z"]}
     second = reference_logps(model, Letters(), lists, tmp_path)
     assert asked == ["r3"] and second[3] != first[3] and second[:3] == first[:3]
 
 
-@pytest.mark.parametrize(("limits", "kept"), [({"max_prompt_length": 3}, (3, 5)), ({"max_completion_length": 2}, (6, 2)), ({"context": 8}, (6, 2)), ({"context": 7, "max_prompt_length": 4}, (4, 3))])
+@pytest.mark.parametrize(("limits", "kept"),
+                         [({"max_prompt_length": 3}, (3, 5)), ({"max_completion_length": 2}, (6, 2)),
+                          ({"context": 8}, (6, 2)), ({"context": 7, "max_prompt_length": 4}, (4, 3))])
 def test_cuts_are_made_where_they_are_said(limits, kept):
     record = {"id": "r", "prompt": "abcdef", "completions": ["uvwx"], "rewards": [1.0]}
     whole, tokens = tokenize_list(record, Letters()), tokenize_list(record, Letters(), **limits)
@@ -330,8 +356,11 @@ def test_cuts_are_made_where_they_are_said(limits, kept):
 
 @pytest.mark.parametrize(("change", "limits", "words"), [
     ({"completions": [""], "meta": {"finish_reasons": ["length"]}}, {}, ["no token", "completions[0]", "'the-list'"]),
-    ({}, {"context": 6}, ["no room", "'the-list'", "6 tokens"]), ({}, {"max_completion_length": 0}, ["no room", "'the-list'"]), ({}, {"max_prompt_length": 0}, ["no room", "'the-list'"])])
+    ({}, {"context": 6}, ["no room", "'the-list'", "6 tokens"]),
+    ({}, {"max_completion_length": 0}, ["no room", "'the-list'"]),
+    ({}, {"max_prompt_length": 0}, ["no room", "'the-list'"])])
 def test_errors_name_the_record(change, limits, words):
     with pytest.raises(LireError) as e:
-        tokenize_list({"id": "the-list", "prompt": "abcdef", "completions": ["uvwx"], "rewards": [1.0]} | change, Letters(), **limits)
+        tokenize_list({"id": "the-list", "prompt": "abcdef", "completions": ["uvwx"], "rewards": [1.0]} | change,
+                      Letters(), **limits)
     assert all(word in str(e.value) for word in words), str(e.value)

@@ -18,9 +18,9 @@ from losses_oracle import ORACLES, candidates, probs
 from torch.testing import assert_close
 
 from lire_nb import rivals as losses
-from lire_nb.rivals import LOSSES as EVERY
 from lire_nb.losses import lire_loss, list_metrics, list_probs, scored_mask, transform_rewards
-from lire_nb.rivals import get_loss, LossSpec
+from lire_nb.rivals import LOSSES as EVERY
+from lire_nb.rivals import LossSpec, get_loss
 
 NAN, INF = float("nan"), float("inf")
 LOSSES = {name: EVERY[name] for name in ORACLES}  # those of 10_losses; test_rivals has the others
@@ -33,7 +33,8 @@ CONFIGS = [
     ("lire", {"temperature": 0.25, "reward_transform": "zscore", "length_normalize": True}),
     ("sft", {}),
     ("sft", {"sft_normalize": "sum"}),
-    *(("dpo", {"pairs": pairs, "variant": variant}) for pairs in ("best_worst", "all") for variant in ("sigmoid", "ipo", "hinge")),
+    *(("dpo", {"pairs": pairs, "variant": variant}) for pairs in ("best_worst", "all")
+      for variant in ("sigmoid", "ipo", "hinge")),
     ("dpo", {"beta": 0.5}),
     ("plackett_luce_dpo", {}),
     ("plackett_luce_dpo", {"beta": 0.5}),
@@ -49,11 +50,13 @@ IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'defaults'}
 
 
 def random_list(rng: random.Random):
-    "One list as plain Python: log-probs, rewards, reference log-probs, lengths. Every third has ties, every fifth may have unscored candidates, never all."
+    """One list as plain Python: log-probs, rewards, reference log-probs, lengths. Every third has ties, every fifth may
+    have unscored candidates, never all."""
     m = rng.randint(1, 8)
     centre = rng.uniform(-80, -10)
     logps = [rng.gauss(centre, 3) for _ in range(m)]
-    rewards = [rng.choice((-1.0, 0.0, 0.5, 2.0)) for _ in range(m)] if rng.random() < 1 / 3 else [rng.gauss(0, 1.5) for _ in range(m)]
+    rewards = [rng.choice((-1.0, 0.0, 0.5, 2.0))
+               for _ in range(m)] if rng.random() < 1 / 3 else [rng.gauss(0, 1.5) for _ in range(m)]
     if rng.random() < 1 / 5:
         scored = rng.randrange(m)
         rewards = [NAN if k != scored and rng.random() < 0.4 else r for k, r in enumerate(rewards)]
@@ -134,7 +137,8 @@ def test_metrics_agree_with_plain_python_and_scipy(seed):
         assert math.isclose(seen["best_weight"][b], sum(a for a, c in zip(p, r) if c == max(r)), rel_tol=1e-9)
         assert seen["no_signal"][b] == float(len(set(r)) < 2)
         tau = kendalltau(s, r).statistic if len(set(r)) > 1 else NAN
-        assert math.isclose(seen["kendall"][b], tau, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(tau) and math.isnan(seen["kendall"][b]))
+        assert math.isclose(seen["kendall"][b], tau, rel_tol=1e-9,
+                            abs_tol=1e-12) or (math.isnan(tau) and math.isnan(seen["kendall"][b]))
 
 
 def test_gradient_keeps_its_digits_where_P_has_settled():
@@ -164,7 +168,8 @@ def test_plackett_luce_keeps_its_digits_where_a_stage_is_nearly_certain():
 # ---------------------------------------------------------------- properties, from B = 1, M = 1 up
 @st.composite
 def batches(draw, min_m=1, max_m=6, scored=False):
-    "float64 tensors (logps, rewards, refs, lengths) and a mask; no garbage, nan for a missing reward, at least one scored in a list."
+    """float64 tensors (logps, rewards, refs, lengths) and a mask; no garbage, nan for a missing reward, at least one
+    scored in a list."""
     b, m = draw(st.integers(1, 4)), draw(st.integers(min_m, max_m))
     rng = random.Random(draw(st.integers(0, 2**32)))
 
@@ -224,20 +229,26 @@ def test_lire_identities(batch, shift, scale, T):
     expected = (p * rewards).sum(-1, keepdim=True)
     assert_close(grad, -p * (rewards - expected) / T, rtol=1e-9, atol=1e-12)
     # shift and scale of the rewards
-    shifted, shifted_grad = value_and_grad(lire_loss, logps, rewards + shift, mask, temperature=T, reward_transform="none")
+    shifted, shifted_grad = value_and_grad(lire_loss, logps, rewards + shift, mask, temperature=T,
+                                           reward_transform="none")
     assert_close(shifted, value - shift, rtol=1e-10, atol=1e-10)
     assert_close(shifted_grad, grad, rtol=1e-9, atol=1e-11 / T)
-    scaled, scaled_grad = value_and_grad(lire_loss, logps, rewards * scale, mask, temperature=T, reward_transform="none")
+    scaled, scaled_grad = value_and_grad(lire_loss, logps, rewards * scale, mask, temperature=T,
+                                         reward_transform="none")
     assert_close(scaled, value * scale, rtol=1e-9, atol=1e-11)
     assert_close(scaled_grad, grad * scale, rtol=1e-9, atol=1e-11)
     # the log-probs count only relative to each other
-    assert_close(lire_loss(logps + shift, rewards, mask, temperature=T, reward_transform="none"), value, rtol=1e-9, atol=1e-10 / T)
+    assert_close(lire_loss(logps + shift, rewards, mask, temperature=T, reward_transform="none"), value, rtol=1e-9,
+                 atol=1e-10 / T)
     # limits of T
     mean = (rewards * mask).sum(-1) / mask.sum(-1)
-    assert_close(lire_loss(logps, rewards, mask, temperature=1e12, reward_transform="none"), -mean, rtol=1e-9, atol=1e-9)
+    assert_close(lire_loss(logps, rewards, mask, temperature=1e12, reward_transform="none"), -mean, rtol=1e-9,
+                 atol=1e-9)
     top = logps.masked_fill(~mask, -INF).argmax(-1, keepdim=True)
-    assert_close(lire_loss(logps, rewards, mask, temperature=1e-9, reward_transform="none"), -rewards.gather(-1, top).squeeze(-1))
-    assert_close(list_probs(logps, mask, temperature=1e12), mask.double() / mask.sum(-1, keepdim=True), rtol=1e-9, atol=0)
+    assert_close(lire_loss(logps, rewards, mask, temperature=1e-9, reward_transform="none"),
+                 -rewards.gather(-1, top).squeeze(-1))
+    assert_close(list_probs(logps, mask, temperature=1e12), mask.double() / mask.sum(-1, keepdim=True), rtol=1e-9,
+                 atol=0)
 
 
 @pytest.mark.parametrize("how", TRANSFORMS)
@@ -274,7 +285,8 @@ def test_losses_match_the_values_worked_by_hand():
     sigmoid = 1 / (1 + math.e)  # σ(−1): a margin of −2 at T = 2
     assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="none").item(), -sigmoid)
     softmax = [math.e / (1 + math.e), 1 / (1 + math.e)]
-    assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="softmax").item(), -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
+    assert_close(lire_loss(logps, rewards, temperature=2.0, reward_transform="softmax").item(),
+                 -(sigmoid * softmax[0] + (1 - sigmoid) * softmax[1]))
     assert call("slic", logps, rewards, None, None)[0].item() == 3.0
     assert_close(call("dpo", logps, rewards, 0 * logps, None)[0].item(), math.log(1 + math.exp(0.2)))
 
@@ -295,7 +307,8 @@ def test_gradcheck(name, options):
     rng = random.Random(5)
     (logps, rewards, refs, lengths), mask, _ = pack([random_list(rng) for _ in range(6)], rng)
     logps = torch.where(mask, logps, 0.0).requires_grad_()
-    loss = partial(LOSSES[name].fn, rewards=rewards, mask=scored_mask(rewards, mask), ref_logps=refs, lengths=lengths, **options)
+    loss = partial(LOSSES[name].fn, rewards=rewards, mask=scored_mask(rewards, mask), ref_logps=refs, lengths=lengths,
+                   **options)
     assert torch.autograd.gradcheck(loss, (logps,), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
@@ -326,11 +339,13 @@ def test_nothing_overflows(name, options, dtype):
 def test_very_small_temperatures_and_huge_rewards():
     logps = torch.tensor([[-1e4, -3.0, -5.0]])
     assert list_probs(logps, temperature=1e-30).tolist() == [[0, 1, 0]]
-    assert list_probs(torch.tensor([[-1e4, -9999.0]]), temperature=1e-36).tolist() == [[0, 1]]  # the quotients alone would overflow
+    # the quotients alone would overflow
+    assert list_probs(torch.tensor([[-1e4, -9999.0]]), temperature=1e-36).tolist() == [[0, 1]]
     for how in TRANSFORMS:
         value, grad = value_and_grad(lire_loss, logps, torch.tensor([[1e30, -1e30, 0.0]]), reward_transform=how)
         assert value.isfinite().all() and grad.isfinite().all()
-    assert_close(transform_rewards(torch.tensor([[1e30, -1e30]]), reward_transform="zscore"), torch.tensor([[1.0, -1.0]]))
+    assert_close(transform_rewards(torch.tensor([[1e30, -1e30]]), reward_transform="zscore"),
+                 torch.tensor([[1.0, -1.0]]))
 
 
 def test_a_nan_log_prob_of_a_real_candidate_is_not_hidden():
@@ -426,8 +441,10 @@ X, R, L = torch.tensor([[-3.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor
         (lambda: lire_loss(X, R, ref_logps=X[:, :1]), ["ref_logps", "(1, 1)", "(1, 2)"]),
         (lambda: lire_loss(X.T, R.T, torch.tensor([[True], [False]])), ["mask[1]", "all False", "at least one"]),
         (lambda: list_probs(X, torch.zeros(1, 2, dtype=torch.bool)), ["mask[0]", "all False"]),
-        (lambda: lire_loss(X, torch.tensor([[1.0, INF]]), scored_mask(torch.tensor([[1.0, INF]]))), ["rewards[0, 1]", "inf", "finite"]),
-        (lambda: lire_loss(X.T, R.T * NAN, scored_mask(R.T * NAN)), ["mask[0]", "all False", "at least one", "leave out"]),
+        (lambda: lire_loss(X, torch.tensor([[1.0, INF]]), scored_mask(torch.tensor([[1.0, INF]]))),
+         ["rewards[0, 1]", "inf", "finite"]),
+        (lambda: lire_loss(X.T, R.T * NAN, scored_mask(R.T * NAN)),
+         ["mask[0]", "all False", "at least one", "leave out"]),
         (lambda: scored_mask([[1.0, NAN]]), ["rewards", "list", "torch.Tensor"]),
         (lambda: scored_mask(R[0]), ["rewards.shape", "(2,)", "(B, M)"]),
         (lambda: scored_mask(R, torch.tensor([True, True])), ["mask.shape", "(2,)", "(1, 2)", "like rewards"]),
@@ -435,17 +452,20 @@ X, R, L = torch.tensor([[-3.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor
         (lambda: scored_mask(R, torch.zeros(1, 2, dtype=torch.bool)), ["mask[0]", "all False"]),
         (lambda: transform_rewards(R[0]), ["rewards.shape", "(2,)", "(B, M)"]),
         (lambda: lire_loss(X, torch.tensor([[1e39, 0.0]], dtype=torch.float64)), ["rewards[0, 0]", "inf", "finite"]),
-        *((lambda T=T: lire_loss(X, R, temperature=T), ["temperature", repr(T), "> 0"]) for T in (0, -1.0, NAN, INF, "2", True)),
+        *((lambda T=T: lire_loss(X, R, temperature=T), ["temperature", repr(T), "> 0"])
+          for T in (0, -1.0, NAN, INF, "2", True)),
         (lambda: list_probs(X, temperature=0.0), ["temperature", "0.0", "> 0"]),
         (lambda: list_metrics(X, R, temperature=-1), ["temperature", "-1", "> 0"]),
-        (lambda: lire_loss(X, R, reward_transform="log"), ["reward_transform", "'log'", "'softmax', 'none', 'zscore', 'rank'"]),
+        (lambda: lire_loss(X, R, reward_transform="log"),
+         ["reward_transform", "'log'", "'softmax', 'none', 'zscore', 'rank'"]),
         (lambda: lire_loss(X, R, reward_transform=None), ["reward_transform", "None", "'softmax'"]),
         (lambda: transform_rewards(R, reward_transform="log"), ["reward_transform", "'log'", "'zscore'"]),
         (lambda: lire_loss(X, R, sft_weight=-0.1), ["sft_weight", "-0.1", "≥ 0"]),
         (lambda: lire_loss(X, R, sft_weight=1.0), ["lengths", "None", "token"]),
         (lambda: lire_loss(X, R, sft_normalize="mean"), ["sft_normalize", "'mean'", "'token', 'sum'"]),
         (lambda: lire_loss(X, R, length_normalize=True), ["lengths", "None"]),
-        (lambda: lire_loss(X, R, length_normalize=True, lengths=torch.tensor([[3, 0]])), ["lengths[0, 1]", "0", "at least 1"]),
+        (lambda: lire_loss(X, R, length_normalize=True, lengths=torch.tensor([[3, 0]])),
+         ["lengths[0, 1]", "0", "at least 1"]),
         (lambda: losses.sft_loss(X, R, sft_normalize="words", lengths=L), ["sft_normalize", "'words'", "'token'"]),
         (lambda: losses.dpo_loss(X, R), ["ref_logps", "None", "dpo_loss"]),
         (lambda: losses.dpo_loss(X, R, ref_logps=X, beta=0), ["beta", "0", "> 0"]),
@@ -466,7 +486,8 @@ def test_bad_input_names_argument_value_and_what_is_allowed(call_it, words):
 
 REWARD_READERS = {
     **{id_: partial(call, name, **options) for id_, (name, options) in zip(IDS, CONFIGS)},
-    **{f"transform-{how}": lambda logps, rewards, refs, lengths, mask=None, how=how: transform_rewards(rewards, mask, reward_transform=how) for how in TRANSFORMS},
+    **{f"transform-{how}": lambda logps, rewards, refs, lengths, mask=None,
+       how=how: transform_rewards(rewards, mask, reward_transform=how) for how in TRANSFORMS},
     "metrics": lambda logps, rewards, refs, lengths, mask=None: list_metrics(logps, rewards, mask),
 }
 
@@ -490,14 +511,16 @@ def test_scored_mask():
     mask = torch.tensor([[True, True, True, False], [True, False, True, False]])
     assert scored_mask(rewards).tolist() == [[True, False, True, False], [False, False, True, True]]
     assert scored_mask(rewards, mask).tolist() == [[True, False, True, False], [False, False, True, False]]
-    assert scored_mask(rewards[:, :2]).tolist() == [[True, False], [False, False]]  # nothing scored: the loss will name the row
+    # nothing scored: the loss will name the row
+    assert scored_mask(rewards[:, :2]).tolist() == [[True, False], [False, False]]
     assert scored_mask(torch.tensor([[1, 2]])).all()  # integers are never missing
 
 
 def test_module_needs_only_torch_and_the_standard_library():
     tree = ast.parse(inspect.getsource(losses))
     roots = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots |= {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+              for alias in node.names}
     assert roots - set(sys.stdlib_module_names) == {"torch"}
     subprocess.run([sys.executable, "-c", "from lire_nb.losses import *; lire_loss"], check=True)
 
@@ -509,7 +532,8 @@ def trl():
 
 
 class FixedLogps(torch.nn.Module):
-    "Stands where TRL expects a model with its fused head, and answers with given log-probs, spread over three completion tokens."
+    """Stands where TRL expects a model with its fused head, and answers with given log-probs, spread over three
+    completion tokens."""
 
     def __init__(self, logps):
         super().__init__()
@@ -518,14 +542,17 @@ class FixedLogps(torch.nn.Module):
     def forward(self, input_ids, **kwargs):
         share = self.logps.new_tensor([0.0, 0.5, 0.25, 0.25])  # the first predicted token still belongs to the prompt
         zeros = torch.zeros_like(self.logps[:, None] * share)
-        return SimpleNamespace(log_probs=self.logps[:, None] * share, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None)
+        return SimpleNamespace(log_probs=self.logps[:, None] * share, entropy=zeros, mean_logits=zeros,
+                               is_top1=zeros.bool(), aux_loss=None)
 
 
 @pytest.mark.parametrize(("variant", "beta"), [("sigmoid", 0.1), ("sigmoid", 0.5), ("hinge", 0.1)])
 def test_dpo_is_TRLs_loss_on_the_same_log_probs(trl, variant, beta):
-    "Drives the loss code of TRL's DPOTrainer, without a model, in float64: one pair at a time, as TRL averages over a batch."
+    """Drives the loss code of TRL's DPOTrainer, without a model, in float64: one pair at a time, as TRL averages over a
+    batch."""
     if "fused_lm_head" not in inspect.getsource(getattr(trl.DPOTrainer, "_compute_loss", FixedLogps)):
-        pytest.skip(f"trl {trl.__version__} takes its log-probs elsewhere; this comparison is written for 1.16, the next one for any")
+        pytest.skip(f"trl {trl.__version__} takes its log-probs elsewhere; this comparison is written for 1.16, the "
+                    "next one for any")
     def same(x):
         return x
 
@@ -535,15 +562,18 @@ def test_dpo_is_TRLs_loss_on_the_same_log_probs(trl, variant, beta):
         model = FixedLogps(torch.tensor(pair, dtype=torch.float64))
         trainer = object.__new__(trl.DPOTrainer)
         vars(trainer).update(
-            model=model, beta=beta, loss_types=[variant], loss_weights=[1.0], label_smoothing=0.0, use_weighting=False, ld_alpha=None,
+            model=model, beta=beta, loss_types=[variant], loss_weights=[1.0], label_smoothing=0.0, use_weighting=False,
+            ld_alpha=None,
             f_divergence_type="reverse_kl", precompute_ref_logps=True, aux_loss_enabled=False,
             _metrics=defaultdict(lambda: defaultdict(list)),
-            _total_train_tokens=0, _tp_size=1, accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+            _total_train_tokens=0, _tp_size=1,
+            accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
         )
         reference = torch.tensor(refs, dtype=torch.float64)
         inputs = {
             "input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long),
-            "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 2), "ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:],
+            "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 2), "ref_chosen_logps": reference[:1],
+            "ref_rejected_logps": reference[1:],
         }
         theirs = trainer.compute_loss(model, inputs)
         (their_grad,) = torch.autograd.grad(theirs, model.logps)
@@ -554,7 +584,8 @@ def test_dpo_is_TRLs_loss_on_the_same_log_probs(trl, variant, beta):
 
 
 def test_dpo_is_TRLs_loss_in_a_real_DPOTrainer(trl, tmp_path):
-    "A small random Llama as policy, another as reference: TRL's log-probs and loss against ours, in value and every parameter's gradient."
+    """A small random Llama as policy, another as reference: TRL's log-probs and loss against ours, in value and every
+    parameter's gradient."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -564,7 +595,8 @@ def test_dpo_is_TRLs_loss_in_a_real_DPOTrainer(trl, tmp_path):
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-    config = LlamaConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    config = LlamaConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2,
                          pad_token_id=0, eos_token_id=2, bos_token_id=None, initializer_range=0.5)
     policy, reference = [(torch.manual_seed(seed), LlamaForCausalLM(config))[1] for seed in (1, 2)]
     data = Dataset.from_list([
@@ -572,15 +604,18 @@ def test_dpo_is_TRLs_loss_in_a_real_DPOTrainer(trl, tmp_path):
         {"prompt": "do plants grow fast", "chosen": " slowly", "rejected": " in rich soil and water and light"},
         {"prompt": "how", "chosen": " in soil with light", "rejected": " water water water"},
     ])
-    args = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, report_to=[], beta=0.3, use_cpu=True, bf16=False)
-    trainer = trl.DPOTrainer(model=policy, ref_model=reference, args=args, train_dataset=data, processing_class=tokenizer)
+    args = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, report_to=[], beta=0.3, use_cpu=True,
+                         bf16=False)
+    trainer = trl.DPOTrainer(model=policy, ref_model=reference, args=args, train_dataset=data,
+                             processing_class=tokenizer)
     inputs = next(iter(trainer.get_train_dataloader()))
     policy.eval()
     theirs = trainer.compute_loss(policy, inputs)
     their_grads = torch.autograd.grad(theirs, list(policy.parameters()), allow_unused=True)
 
     def sequence_logps(model):
-        logits = LlamaForCausalLM.forward(model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits = LlamaForCausalLM.forward(model, input_ids=inputs["input_ids"],
+                                          attention_mask=inputs["attention_mask"]).logits
         tokens = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
         return (tokens * inputs["completion_mask"][:, 1:]).sum(-1).reshape(2, 3).T  # TRL: all chosen, then all rejected
 

@@ -13,12 +13,21 @@ from yardstick import import_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-EXPECTED = ["10_losses", "30_errors", "11_rivals", "12_records", "13_conversations", "34_tasks", "35_models", "36_identity", "14_sampling", "15_rewards", "16_shared_prompt", "26_settings", "24_temperature", "70_long_lists", "18_training", "48_memory", "19_enhancement",
-            "49_trl_online", "22_evaluation", "50_verdicts", "46_report", "47_bench", "37_versions", "40_experiments", "41_plans", "44_claims", "60_cli",
-            "90_dialogue", "90a_sentiment", "90b_summarization", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer", "97_cost", "91_losses",
-            "index"]
-DRAWN = [name for name in EXPECTED if name >= "20"]  # from data/results alone
-MODULES = [name.split("_", 1)[1] for name in EXPECTED if name != "index" and name < "20"]  # 20 and above export nothing
+EXPECTED = [
+    "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards", "16_shared_prompt",
+    "17_logprobs",
+    "18_training", "19_enhancement", "20_statistics", "21_preferences", "22_evaluation", "23_watching",
+    "24_temperature",
+    "25_path_check", "26_settings", "30_errors", "31_files", "32_layouts", "33_lists", "34_tasks", "35_models",
+    "36_identity",
+    "37_versions", "38_resume", "39_servers", "40_experiments", "41_plans", "42_runner", "43_results", "44_claims",
+    "45_figures",
+    "46_report", "47_bench", "48_memory", "49_trl_online", "50_verdicts", "51_chat", "52_sheets", "60_cli",
+    "70_long_lists",
+    "90_dialogue", "90a_sentiment", "90b_summarization", "91_losses", "92_candidates", "93_ablations", "94_rounds",
+    "95_overoptimization", "96_transfer", "97_cost", "index",
+]
+DRAWN = [name for name in EXPECTED if name >= "90"]  # from data/results alone
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HUB_OFFLINE": "1"}
 
 
@@ -39,16 +48,19 @@ def test_every_expected_notebook_is_there_and_no_other():
     assert not list((ROOT / "nbs").glob("**/.notest"))
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED[::-1] if name not in DRAWN])  # the long ones are later ones: they begin first
+# the long ones are later ones: they begin first
+@pytest.mark.parametrize("name", [name for name in EXPECTED[::-1] if name not in DRAWN])
 def test_notebook_runs(name, tmp_path):
-    """nbdev_test, forked from a process that has imported the libraries, runs the notebook, and a cell added at its end proves that the run came that far."""
+    """nbdev_test, forked from a process that has imported the libraries, runs the notebook, and a cell added at its end
+    proves that the run came that far."""
     nbs = tmp_path / "nbs"
     shutil.copytree(ROOT / "nbs", nbs, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for entry in ("settings.ini", "lire_nb", "data"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     notebook = json.loads((nbs / f"{name}.ipynb").read_text(encoding="utf-8"))
     witness = tmp_path / "reached"
-    notebook["cells"].append({"cell_type": "code", "id": "witness", "metadata": {}, "execution_count": None, "outputs": [],
+    notebook["cells"].append({"cell_type": "code", "id": "witness", "metadata": {}, "execution_count": None,
+                              "outputs": [],
                               "source": f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"})
     (nbs / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     done = warm.run(BIN / "nbdev_test", "--path", f"nbs/{name}.ipynb", "--n_workers", "0", cwd=tmp_path, env=ENV)
@@ -83,7 +95,8 @@ def again(tmp_path_factory) -> Path:
     for entry in ("settings.ini", "pyproject.toml", "setup.py", "README.md"):
         shutil.copy(ROOT / entry, copy / entry)
     for folder in ("nbs", "lire_nb"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(ROOT / folder, copy / folder,
+                        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for command in ("nbdev_export", "nbdev_clean"):
         done = run(command, cwd=copy)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -94,33 +107,44 @@ def test_modules_are_the_export_of_the_notebooks(again):
     files = sorted(p.name for p in (ROOT / "lire_nb").glob("*.py"))
     assert files == sorted(p.name for p in (again / "lire_nb").glob("*.py"))
     for name in files:
-        assert (ROOT / "lire_nb" / name).read_text() == (again / "lire_nb" / name).read_text(), f"lire_nb/{name} is not the export of its notebook: make export"
+        assert (ROOT / "lire_nb" / name).read_text() == (again / "lire_nb" / name).read_text(), (
+            f"lire_nb/{name} is not the export of its notebook: make export"
+        )
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_notebook_is_clean(again, name):
-    assert (ROOT / "nbs" / f"{name}.ipynb").read_text() == (again / "nbs" / f"{name}.ipynb").read_text(), f"nbs/{name}.ipynb is not clean: make export"
+    assert (ROOT / "nbs" / f"{name}.ipynb").read_text() == (again / "nbs" / f"{name}.ipynb").read_text(), (
+        f"nbs/{name}.ipynb is not clean: make export"
+    )
 
 
 def test_readme_is_the_index_notebook():
-    made = run("python", "-c", "import sys; sys.path.insert(0, '.ci'); import readme; sys.stdout.write(readme.readme())")
+    made = run("python", "-c",
+               "import sys; sys.path.insert(0, '.ci'); import readme; sys.stdout.write(readme.readme())")
     assert made.returncode == 0, made.stderr[-3000:]
     assert made.stdout == (ROOT / "README.md").read_text(encoding="utf-8"), "README.md is not the index notebook: make export"
 
 
 SECONDS = {}  # of the processor, for each notebook that is drawn from results
-IN_A_KERNEL = "import pandas as _pd\n_pd.set_option('display.max_columns', 20)"  # what pandas chooses for itself where it finds a kernel
+# what pandas chooses for itself where it finds a kernel
+IN_A_KERNEL = "import pandas as _pd\n_pd.set_option('display.max_columns', 20)"
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_notebook_runs_and_its_tables_follow_from_the_committed_results(name, tmp_path):
-    """The stored tables and sentences of a notebook are what its cells give now, run to the end in the shell of nbdev_test."""
+    """The stored tables and sentences of a notebook are what its cells give now, run to the end in the shell of
+    nbdev_test."""
     nbs = tmp_path / "nbs"
     nbs.mkdir()
     notebook, witness = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8")), tmp_path / "reached"
-    added = [{"cell_type": "code", "id": f"added-{k}", "metadata": {}, "execution_count": None, "outputs": [], "source": text}
-             for k, text in enumerate((IN_A_KERNEL, f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"))]
-    (nbs / f"{name}.ipynb").write_text(json.dumps({**notebook, "cells": [added[0], *notebook["cells"], added[1]]}), encoding="utf-8")
+    added = [{"cell_type": "code", "id": f"added-{k}", "metadata": {}, "execution_count": None, "outputs": [],
+              "source": text}
+             for k,
+             text in enumerate((IN_A_KERNEL,
+                                f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"))]
+    (nbs / f"{name}.ipynb").write_text(json.dumps({**notebook, "cells": [added[0], *notebook["cells"], added[1]]}),
+                                       encoding="utf-8")
     (tmp_path / "data").symlink_to(ROOT / "data")
     done = warm.run(BIN / "exec_nb", f"{name}.ipynb", "--dest", "run.ipynb", "--exc_stop", cwd=nbs, env=ENV)
     SECONDS[name] = done.seconds
@@ -134,7 +158,8 @@ def test_a_kernel_gives_what_the_notebooks_carry(tmp_path):
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "nbs" / "index.ipynb", tmp_path / "nbs")
     (tmp_path / "data").symlink_to(ROOT / "data")
-    done = run("jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--output", "run.ipynb", "nbs/index.ipynb", cwd=tmp_path)
+    done = run("jupyter", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--output", "run.ipynb",
+               "nbs/index.ipynb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     follows("index", outputs(tmp_path / "nbs" / "run.ipynb"))
 
@@ -148,7 +173,8 @@ def follows(name: str, again: list) -> None:
 
 def outputs(path: Path) -> list:
     """What the code cells show as text; pictures are drawn from the same values."""
-    return [[(o.get("text"), {k: v for k, v in o.get("data", {}).items() if k.startswith("text")}) for o in c["outputs"]]
+    return [[(o.get("text"), {k: v for k, v in o.get("data", {}).items() if k.startswith("text")})
+             for o in c["outputs"]]
             for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
 
 

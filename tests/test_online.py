@@ -1,4 +1,5 @@
-"""The online rival: the budget to the last completion, the same texts as in sampling, the same result for the same seed."""
+"""The online rival: the budget to the last completion, the same texts as in sampling, the same result for the same
+seed."""
 import json
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ from tiny_policy import make_start
 
 pytest.importorskip("trl", reason="needs the extra peers")
 
-from lire_nb.enhancement import self_enhance  # noqa: E402
 from lire_nb.base.errors import LireError  # noqa: E402
+from lire_nb.enhancement import self_enhance  # noqa: E402
+from lire_nb.lab.trl_online import OnlineReward, encode_prompts, generation_budget, train_online  # noqa: E402
 from lire_nb.models import load_policy  # noqa: E402
-from lire_nb.lab.trl_online import encode_prompts, generation_budget, OnlineReward, train_online  # noqa: E402
 from lire_nb.sampling import LocalSampler, SamplingSettings  # noqa: E402
 
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(6)]
@@ -45,20 +46,26 @@ class Counting:
         return [sum(c > "m" for c in text) / max(len(text), 1) for text in completions]
 
 
-@pytest.mark.parametrize("method, more", [("rloo", {}), ("grpo", {"beta": 0.02}), ("rloo", {"num_iterations": 2, "gradient_accumulation_steps": 3})])
+@pytest.mark.parametrize("method, more",
+                         [("rloo", {}), ("grpo", {"beta": 0.02}),
+                          ("rloo", {"num_iterations": 2, "gradient_accumulation_steps": 3})])
 def test_budget_improvement_and_records(start, tmp_path, method, more):
     reward = Counting()
-    folder = train_online(start, PROMPTS, reward, tmp_path / "run", method=method, generations=180, **{**RUN, "training": {"learning_rate": 0.03, **more}})
+    folder = train_online(start, PROMPTS, reward, tmp_path / "run", method=method, generations=180,
+                          **{**RUN, "training": {"learning_rate": 0.03, **more}})
     assert len(reward.asked) == 180 == json.loads((folder / "online.json").read_text())["scored"]
     assert {p for p, _ in reward.asked} == {p["prompt"] for p in PROMPTS}
     assert all(1 <= len(c) <= 6 for _, c in reward.asked), "no empty completion, none too long"
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, 31 if "num_iterations" not in more else 61))
-    assert all(row["seconds"] > 0 for row in log) and sum({"reward", "kl"} <= row.keys() for row in log) == 30, "one line of rewards for each step that sampled"
+    assert all(row["seconds"] > 0 for row in log) and sum({"reward", "kl"} <= row.keys() for row in log) == 30, (
+        "one line of rewards for each step that sampled"
+    )
     first, last = (sum(Counting()(*zip(*part))) / 60 for part in (reward.asked[:60], reward.asked[-60:]))
     assert last > first + 0.1, (first, last)
     load_policy(folder)
-    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "training.jsonl", "online.json"}
+    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json",
+                                                  "training.jsonl", "online.json"}
     assert not list(folder.glob("*.bin")) and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -66,7 +73,8 @@ def test_the_budget_is_that_of_self_enhancement(start, tmp_path):
     """Completions scored by two rounds, and by an online run of the same budget."""
     offline, online, twice = Counting(), Counting(), [*PROMPTS, PROMPTS[0]]
     training = {"max_steps": 1, "use_cpu": True, "bf16": False, "disable_tqdm": True}
-    self_enhance(start, twice, offline, tmp_path / "run", evolve=2, num_candidates=3, settings=SETTINGS, training=training, progress=False)
+    self_enhance(start, twice, offline, tmp_path / "run", evolve=2, num_candidates=3, settings=SETTINGS,
+                 training=training, progress=False)
     train_online(start, twice, online, tmp_path / "online", generations=generation_budget(twice, 2, 3), **RUN)
     assert len(offline.asked) == len(online.asked) == 36
 
@@ -95,14 +103,18 @@ def test_prompts_and_texts_are_those_of_sampling(start):
 
 def test_a_reward_that_fails_names_the_list_and_leaves_nothing(start, tmp_path):
     with pytest.raises(LireError, match="list 'p"):
-        train_online(start, PROMPTS, lambda prompts, completions: [float("nan")] * len(completions), tmp_path / "run", **RUN)
+        train_online(start, PROMPTS, lambda prompts, completions: [float("nan")] * len(completions), tmp_path / "run",
+                     **RUN)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"method": "ppo"}, "rloo or grpo"), ({"generations": 20}, "18 or 24"), ({"lists_per_step": 7}, "at most 6"), ({"num_candidates": 1}, "2 or more"),
-    ({"settings": SamplingSettings(temperature=0)}, "above 0"), ({"settings": SamplingSettings(stop=("x",))}, "no stop strings"),
-    ({"training": {"max_steps": 3}}, "generations"), ({"training": {"learning_rat": 3}}, "learning_rate"), ({"training": {"gradient_accumulation_steps": 4}}, "a divisor of 6")])
+    ({"method": "ppo"}, "rloo or grpo"), ({"generations": 20}, "18 or 24"), ({"lists_per_step": 7}, "at most 6"),
+    ({"num_candidates": 1}, "2 or more"),
+    ({"settings": SamplingSettings(temperature=0)}, "above 0"),
+    ({"settings": SamplingSettings(stop=("x",))}, "no stop strings"),
+    ({"training": {"max_steps": 3}}, "generations"), ({"training": {"learning_rat": 3}}, "learning_rate"),
+    ({"training": {"gradient_accumulation_steps": 4}}, "a divisor of 6")])
 def test_what_is_refused(start, tmp_path, change, word):
     with pytest.raises(LireError, match=word):
         train_online(start, PROMPTS, Counting(), tmp_path / "run", **{**RUN, **change})

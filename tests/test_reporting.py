@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lire_nb.lab import figures
-from lire_nb.lab import report
-from lire_nb.lab import results
-from lire_nb.base.errors import LireError
-from lire_nb.base.errors import in_markdown
+from lire_nb.base.errors import LireError, in_markdown
+from lire_nb.lab import figures, report, results
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "data" / "results" / "quickstart"
@@ -31,11 +28,13 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-FIGURES = ["before_after", "calibration-dialogue", "calibration-gold", "calibration-proxy", "frontier", "overoptimization", "reward_kl", "training", "win_matrix"]
+FIGURES = ["before_after", "calibration-dialogue", "calibration-gold", "calibration-proxy", "frontier",
+           "overoptimization", "reward_kl", "training", "win_matrix"]
 
 
 def test_report_writes_every_figure_as_png_and_svg(run):
-    assert sorted(p.name for p in (run / "figures").iterdir()) == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
+    assert sorted(p.name for p in (run / "figures").iterdir()) == sorted(f"{name}.{kind}" for name in FIGURES
+                                                                         for kind in ("png", "svg"))
     for path in (run / "figures").iterdir():
         head = path.read_bytes()
         assert head[:8] == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"<svg" in head and head.rstrip().endswith(b"</svg>")
@@ -89,12 +88,15 @@ addEventListener('message', e => {{ const out = document.createElement('script')
 def browse(run: Path, width: int, folder: Path) -> tuple[dict, str]:
     """The page in a frame of that width: (what a script in a copy of the page measured, the browser's log)."""
     page = (run / "report.html").read_text(encoding="utf-8")
-    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # it forbids scripts, and the probe is one
+    # it forbids scripts, and the probe is one
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     assert page.count("</body>") == 1
     (folder / "probe.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr", "--v=0", f"--window-size={width + 40},1000",
-               f"--user-data-dir={folder / 'profile'}", "--no-first-run", "--virtual-time-budget=20000", "--dump-dom", (folder / "frame.html").as_uri()]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+               "--enable-logging=stderr", "--v=0", f"--window-size={width + 40},1000",
+               f"--user-data-dir={folder / 'profile'}", "--no-first-run", "--virtual-time-budget=20000", "--dump-dom",
+               (folder / "frame.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<script type="application/json" id="found">(.*?)</script>', done.stdout, re.DOTALL)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
@@ -109,7 +111,8 @@ def test_page_in_a_browser(run, width, tmp_path):
     assert seen["scroll"] <= width, f"the page is {seen['scroll']} px wide"
     assert seen["small"] == []
     assert len(seen["images"]) == len(FIGURES)
-    for natural, shown, alt in seen["images"]:  # figures are drawn at 10 points and 110 dots an inch: letters of 15 px at their natural width
+    # figures are drawn at 10 points and 110 dots an inch: letters of 15 px at their natural width
+    for natural, shown, alt in seen["images"]:
         assert natural > 300 and 15 * shown / natural >= 12, (alt, natural, shown)
     assert all(len(alt) > 10 for *_, alt in seen["images"])
     assert seen["words"] > 2000
@@ -120,7 +123,9 @@ def test_page_in_a_browser(run, width, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page is not opened in a browser")
 def test_the_browser_check_can_fail(tmp_path):
     """A page with every fault: too wide, text too small, a broken picture, an error in the console."""
-    (tmp_path / "report.html").write_text("<!DOCTYPE html><html><body><div style='width:900px;font-size:9px'>small</div><img src='none.png' alt=''><script>console.error('oh no')</script></body></html>")
+    (tmp_path / "report.html").write_text("<!DOCTYPE html><html><body><div "
+                                          "style='width:900px;font-size:9px'>small</div><img src='none.png' "
+                                          "alt=''><script>console.error('oh no')</script></body></html>")
     seen, log = browse(tmp_path, 400, tmp_path)
     assert seen["scroll"] >= 900 and seen["small"] and seen["images"][0][0] == 0
     assert any("oh no" in line for line in log.splitlines() if "CONSOLE" in line)
@@ -162,12 +167,16 @@ def test_parting_does_not_depend_on_units():
 
 @pytest.mark.parametrize("after, kind", [(-0.25, "falls"), (0.0, "stalls")])
 def test_parting_point_from_the_log_of_a_trainer(after, kind):
-    """Means and standard errors instead of prompts: differences are not paired, so a known turn is found there or a little later, never before."""
+    """Means and standard errors instead of prompts: differences are not paired, so a known turn is found there or a
+    little later, never before."""
     found = []
     for seed in range(20):
         proxy, gold = curves(4, after, 300, seed)
-        history = [{"loss": 1.0, "step": 1}] + [{"step": 5 * k, "eval_proxy_reward": p.mean(), "eval_proxy_reward_se": p.std(ddof=1) / 300**0.5,
-                                                  "eval_gold_reward": g.mean(), "eval_gold_reward_se": g.std(ddof=1) / 300**0.5} for k, (p, g) in enumerate(zip(proxy, gold))]
+        history = [{"loss": 1.0, "step": 1}] + [{"step": 5 * k, "eval_proxy_reward": p.mean(),
+                                                 "eval_proxy_reward_se": p.std(ddof=1) / 300**0.5,
+                                                  "eval_gold_reward": g.mean(),
+                                                 "eval_gold_reward_se": g.std(ddof=1) / 300**0.5} for k,
+                                                (p, g) in enumerate(zip(proxy, gold))]
         frame = report.overoptimization_steps(history, 300)
         found += frame[frame["parts"] != ""][["position", "parts"]].values.tolist()
     assert len(found) == 20 and sum(abs(position - 20) <= 5 and what == kind for position, what in found) >= 18, found
@@ -190,7 +199,12 @@ def test_frontier_against_brute_force():
 def test_frontier_of_runs_carries_both_intervals(run):
     frame = figures.reward_kl_frontier({"a": run, "b": run}, judge="vader")
     assert list(frame["run"]) == ["a", "a", "b", "b"] and frame["frontier"].all()
-    assert ((frame["kl_low"] < frame["kl"]) & (frame["kl"] < frame["kl_high"]) & (frame["gain_low"] < frame["gain"]) & (frame["gain"] < frame["gain_high"])).all()
+    assert (
+        (frame["kl_low"] < frame["kl"])
+        & (frame["kl"] < frame["kl_high"])
+        & (frame["gain_low"] < frame["gain"])
+        & (frame["gain"] < frame["gain_high"])
+    ).all()
     with pytest.raises(LireError, match="no such judge.*gpt.*proxy, gold, vader"):
         figures.reward_kl_frontier([run], judge="gpt")
 
@@ -200,7 +214,8 @@ def test_worse_prompts_are_those_of_the_rows(run):
     for name in ("LIRE", "LIRE, round 2"):
         for judge in ("proxy", "gold", "vader"):
             found = report.explain_worse(systems, judge, name)
-            mean = {n: {r["id"]: sum(r["scores"][judge]) / len(r["scores"][judge]) for r in systems[n]} for n in ("start", name)}
+            mean = {n: {r["id"]: sum(r["scores"][judge]) / len(r["scores"][judge]) for r in systems[n]}
+                    for n in ("start", name)}
             change = {i: mean[name][i] - mean["start"][i] for i in mean["start"]}
             assert dict(found.prompts["change"]) == pytest.approx({i: c for i, c in change.items() if c < 0})
             assert list(found.prompts["change"]) == sorted(found.prompts["change"])
@@ -223,14 +238,16 @@ def test_nothing_got_worse():
 
 def test_calibration_against_a_plain_loop():
     rng = np.random.default_rng(1)
-    rows = [{"id": str(i), "grades": rng.integers(0, 4, 5).tolist(), "scores": rng.normal(0, 2, 5).tolist()} for i in range(30)]
+    rows = [{"id": str(i), "grades": rng.integers(0, 4, 5).tolist(), "scores": rng.normal(0, 2, 5).tolist()}
+            for i in range(30)]
     pairs = []
     for row in rows:
         for i in range(5):
             for j in range(i):
                 if row["grades"][i] != row["grades"][j]:
                     a, b = (i, j) if row["scores"][i] > row["scores"][j] else (j, i)
-                    pairs.append((1 / (1 + math.exp(row["scores"][b] - row["scores"][a])), row["grades"][a] > row["grades"][b]))
+                    pairs.append((1 / (1 + math.exp(row["scores"][b] - row["scores"][a])),
+                                  row["grades"][a] > row["grades"][b]))
     pairs.sort()
     found = report.calibration(rows, bins=5)
     assert found.pairs == len(pairs) and found.lists == 30 and found.bins["pairs"].sum() == len(pairs)
@@ -238,13 +255,16 @@ def test_calibration_against_a_plain_loop():
     for size, predicted, observed in found.bins[["pairs", "predicted", "observed"]].itertuples(index=False):
         part = pairs[start : start + int(size)]
         start += int(size)
-        assert predicted == pytest.approx(sum(p for p, _ in part) / size) and observed == pytest.approx(sum(r for _, r in part) / size)
+        assert predicted == pytest.approx(sum(p for p, _ in part) / size) and observed == pytest.approx(
+            sum(r for _, r in part) / size
+        )
         error += abs(predicted - observed) * size / len(pairs)
     assert found.error.value == pytest.approx(error) and found.accuracy.value == pytest.approx(sum(r for _, r in pairs) / len(pairs))
 
 
 def test_calibration_intervals_draw_lists_and_cover():
-    """Perfectly calibrated scores with lists of several pairs that share their luck: 95 % intervals hold the truth about that often, and those over pairs would not."""
+    """Perfectly calibrated scores with lists of several pairs that share their luck: 95 % intervals hold the truth
+    about that often, and those over pairs would not."""
     covered, total = 0, 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -252,7 +272,8 @@ def test_calibration_intervals_draw_lists_and_cover():
         for i in range(120):
             gap, flip = abs(rng.normal(0, 1.2)) + 0.05, rng.random()
             good = flip < 1 / (1 + math.exp(-gap))
-            rows.append({"id": str(i), "grades": [1.0, 0.0, 0.0, 0.0] if good else [0.0, 1.0, 1.0, 1.0], "scores": [gap, 0.0, 0.0, 0.0]})
+            rows.append({"id": str(i), "grades": [1.0, 0.0, 0.0, 0.0] if good else [0.0, 1.0, 1.0, 1.0],
+                         "scores": [gap, 0.0, 0.0, 0.0]})
         bins = report.calibration(rows, bins=3, resamples=400, seed=seed).bins
         covered += int(((bins["low"] <= bins["predicted"]) & (bins["predicted"] <= bins["high"])).sum())
         total += len(bins)
@@ -274,7 +295,8 @@ def test_win_matrix_shows_every_pair_with_its_interval(run):
     for i, x in enumerate(systems):
         for j, y in enumerate(systems):
             if i != j:
-                wins = [np.mean([(a > b) + (a == b) / 2 for a in p["scores"]["vader"] for b in q["scores"]["vader"]]) for p, q in zip(systems[x], systems[y])]
+                wins = [np.mean([(a > b) + (a == b) / 2 for a in p["scores"]["vader"] for b in q["scores"]["vader"]])
+                        for p, q in zip(systems[x], systems[y])]
                 rate, low, high = (int(n) for n in re.findall(r"(\d+)%", cells[(j, i)]))
                 assert abs(rate - 100 * np.mean(wins)) <= 0.5 + 1e-9 and low <= rate <= high and low < high
 
@@ -284,9 +306,12 @@ def test_unmeasured_kl_is_a_dash_and_no_picture(run, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("figures", "report.*"))
     rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    (again / "metrics.jsonl").write_text("".join(json.dumps(r | dict.fromkeys(("value", "low", "high")) if r["metric"] == "KL to start" else r) + "\n" for r in rows))
+    (again / "metrics.jsonl").write_text("".join(json.dumps(r | dict.fromkeys(("value", "low", "high"))
+                                                            if r["metric"] == "KL to start" else r) + "\n"
+                                                 for r in rows))
     for path in (again / "evaluation").iterdir():
-        lines = [json.loads(line) | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "stop": []}} for line in path.read_text().splitlines()]
+        lines = [json.loads(line) | {"sampling": {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "stop": []}}
+                 for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(r) + "\n" for r in lines))
     systems = results.read_systems(again)
     assert {name for name, _ in report._figures(again, systems)} == set(FIGURES) - {"reward_kl", "frontier"}

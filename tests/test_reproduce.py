@@ -13,23 +13,20 @@ import numpy as np
 import pytest
 from yardstick import import_seconds
 
-from lire_nb.lab import plans
-from lire_nb.lab import results
-from lire_nb.lab import runner
-from lire_nb.lab import claims
-from lire_nb.lab import results
 from lire_nb import statistics
+from lire_nb.base.errors import LireError
 from lire_nb.cli import main
+from lire_nb.lab import claims, plans, results, runner
 from lire_nb.lab.experiments import run_experiment
 from lire_nb.lab.plans import code_version
-from lire_nb.base.errors import LireError
 
 ROOT = Path(__file__).resolve().parents[1]
 LAPTOP = ROOT / "data" / "results"
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().split(b"\n") if line]
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().split(b"\n")
+            if line]
 
 
 def plain(result: dict) -> dict:
@@ -40,16 +37,19 @@ def plain(result: dict) -> dict:
 def smoke(tmp_path_factory):
     """Every table at the smoke scale, and the seconds of the processor that took: other tests may run beside."""
     folder, began = tmp_path_factory.mktemp("smoke"), time.process_time()
-    code = main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"), "--work", str(folder / "work")])
+    code = main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"), "--work",
+                 str(folder / "work")])
     assert code == 0
     return folder, time.process_time() - began
 
 
 def test_every_table_is_made_at_the_smoke_scale(smoke):
     folder, seconds = smoke
-    assert seconds < 50 * import_seconds()  # processor time of 63 experiments: 180 s where an import takes 3 to 4, 290 s where it takes 8
+    # processor time of 63 experiments: 180 s where an import takes 3 to 4, 290 s where it takes 8
+    assert seconds < 50 * import_seconds()
     done = runner.progress_rows(folder / "results", "smoke")
-    assert {row["table"]: (row["done"], row["more"]) for row in done} == {row["table"]: (row["planned"], False) for row in done}
+    assert {row["table"]: (row["done"], row["more"]) for row in done} == {row["table"]: (row["planned"], False)
+                                                                          for row in done}
     keys = [row["key"] for row in rows_of(folder / "results")]
     assert len(keys) == len(set(keys)) > 50
     for row in rows_of(folder / "results"):
@@ -59,7 +59,8 @@ def test_every_table_is_made_at_the_smoke_scale(smoke):
 def test_nothing_is_run_twice(smoke, capsys):
     folder, _ = smoke
     before = {p.name: p.read_bytes() for p in (folder / "results").iterdir()}
-    assert main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"), "--work", str(folder / "work")]) == 0
+    assert main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"), "--work",
+                 str(folder / "work")]) == 0
     assert "0 experiments run" in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in (folder / "results").iterdir()}
 
@@ -71,8 +72,10 @@ def test_two_numbers_come_out_again_in_an_empty_folder(smoke, tmp_path):
 
 
 def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path):
-    """SIGKILL for the command in the middle of its runs: its workers end with it, every row is whole, and the rest is as if nothing had happened."""
-    command = [sys.executable, "-m", "lire_nb.cli", "reproduce", "dialogue", "--scale", "smoke", "--seeds", "1", "--jobs", "2", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    """SIGKILL for the command in the middle of its runs: its workers end with it, every row is whole, and the rest is
+    as if nothing had happened."""
+    command = [sys.executable, "-m", "lire_nb.cli", "reproduce", "dialogue", "--scale", "smoke", "--seeds", "1",
+               "--jobs", "2", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     running = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, until = tmp_path / "results" / "dialogue.jsonl", time.monotonic() + 240
@@ -94,7 +97,8 @@ def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path):
     rows = rows_of(tmp_path / "results")
     assert f"{done} of {len(rows)} runs are there; {len(rows) - done} to go" in again.stdout
     uninterrupted = {row["key"]: plain(row["result"]) for row in rows_of(smoke[0] / "results")}
-    assert len(rows) == len({row["key"] for row in rows}) and all(plain(row["result"]) == uninterrupted[row["key"]] for row in rows)
+    assert len(rows) == len({row["key"] for row in rows}) and all(plain(row["result"]) == uninterrupted[row["key"]]
+                                                                  for row in rows)
 
 
 def _parent(process: Path) -> int:
@@ -107,12 +111,14 @@ def _parent(process: Path) -> int:
 def test_bad_input_is_one_line(tmp_path, capsys, smoke):
     import torch
 
-    cases = [(["poetry"], "unknown table"), (["dialogue", "--scale", "huge"], "unknown scale"), (["dialogue", "--seeds", "0"], "too few"), (["candidates", "--scale", "paper"], "paper's recipes"),
+    cases = [(["poetry"], "unknown table"), (["dialogue", "--scale", "huge"], "unknown scale"),
+             (["dialogue", "--seeds", "0"], "too few"), (["candidates", "--scale", "paper"], "paper's recipes"),
              (["cost"], "lire bench"), ([], "--list")]
     if not torch.cuda.is_available():
         cases += [(["dialogue", "--scale", "gpu"], "--scale laptop"), (["dialogue", "--scale", "paper"], "--dry-run")]
     for arguments, expected in cases:
-        assert main(["reproduce", *arguments, "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]) == 2
+        assert main(["reproduce", *arguments, "--results", str(tmp_path / "results"), "--work",
+                     str(tmp_path / "work")]) == 2
         said = capsys.readouterr()
         assert expected in said.err and said.err.count("\n") == 1, said.err
     assert not (tmp_path / "results").exists()
@@ -121,8 +127,10 @@ def test_bad_input_is_one_line(tmp_path, capsys, smoke):
 def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     for path in (smoke[0] / "results").iterdir():
-        (tmp_path / "results" / path.name).write_text(re.sub(r'"code": "[0-9a-f]{7}"', '"code": "0ld0ld0"', path.read_text()))
-    common = ["reproduce", "sentiment", "--scale", "smoke", "--jobs", "1", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+        (tmp_path / "results" / path.name).write_text(re.sub(r'"code": "[0-9a-f]{7}"', '"code": "0ld0ld0"',
+                                                             path.read_text()))
+    common = ["reproduce", "sentiment", "--scale", "smoke", "--jobs", "1", "--results", str(tmp_path / "results"),
+              "--work", str(tmp_path / "work")]
     assert main([*common, "--most", "0"]) == 0
     said = capsys.readouterr().out
     assert "0ld0ld0" in said and "--accept 0ld0ld0" in said
@@ -132,12 +140,14 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # one is missing
     assert main([*common, "--accept", "0ld0ld0"]) == 0
     assert "1 experiments run" in capsys.readouterr().out
-    assert [row["code"] for row in rows_of(tmp_path / "results") if row["table"] == "sentiment"].count(code_version("train")) == 1
+    assert [row["code"] for row in rows_of(tmp_path / "results")
+            if row["table"] == "sentiment"].count(code_version("train")) == 1
 
 
 def test_one_command_at_a_time_in_a_work_folder(tmp_path):
     code = f"import sys; from lire_nb import reproduce as R\nwith R._only_one({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(LireError, match="another lire reproduce"):
             runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path, jobs=1)
@@ -147,25 +157,34 @@ def test_one_command_at_a_time_in_a_work_folder(tmp_path):
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     good = plans.plan("sentiment", "smoke")[2]
     bad = plans.Run("sentiment", {**good.config, "kind": "guess"}, {"method": "start", "seed": 9})
-    monkeypatch.setattr(R, "plan", lambda *a, **k: [bad, good])
+    monkeypatch.setattr(runner, "plan", lambda *a, **k: [bad, good])
     said = []
     with pytest.raises(LireError, match="1 runs failed; 1 are kept"):
-        runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1, say=said.append)
-    assert [row["key"] for row in rows_of(tmp_path / "results")] == [good.key] and any("unknown kind" in line for line in said)
+        runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1,
+                         say=said.append)
+    assert [row["key"] for row in rows_of(tmp_path
+                                          / "results")] == [good.key] and any("unknown kind" in line for line in said)
 
 
 def test_a_worker_that_dies_is_said_and_the_others_go_on(tmp_path, monkeypatch):
     """A process that is killed, as by a machine out of memory, costs its own run only."""
-    monkeypatch.setattr(runner._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    monkeypatch.setattr(runner._Workers, "_start",
+                        lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE,
+                                                      stdout=subprocess.PIPE, text=True))
     runs, done = [plans.Run("toy", {"kind": "train", "seed": n}, {"seed": n}) for n in range(6)], []
-    failed = runner._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run, result: done.append(run.labels["seed"]))
-    assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run, _ in failed] == [3] and "its process ended" in failed[0][1]
+    failed = runner._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run,
+                                                         result: done.append(run.labels["seed"]))
+    assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run,
+                                                _ in failed] == [3] and "its process ended" in failed[0][1]
 
 
 def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
     changed = DYING.replace('"result": {}', '"result": {}, "code": "0ther"')
-    monkeypatch.setattr(runner._Workers, "_start", lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    failed = runner._Workers(1, 1, tmp_path / "log").map([plans.Run("toy", {"seed": 0})], tmp_path, lambda run, result: pytest.fail("taken"))
+    monkeypatch.setattr(runner._Workers, "_start",
+                        lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE,
+                                                      stdout=subprocess.PIPE, text=True))
+    failed = runner._Workers(1, 1, tmp_path / "log").map([plans.Run("toy", {"seed": 0})], tmp_path, lambda run,
+                                                         result: pytest.fail("taken"))
     assert "code was changed" in failed[0][1]
 
 
@@ -197,16 +216,21 @@ def invented(gold: dict, seeds: int = 3, prompts: int = 40):
     for labels, mean in gold.items():
         for seed in range(seeds):
             values = (base[seed] + mean + draw.normal(0, 0.1, prompts)).tolist()
-            rows.append({**dict(labels), "seed": seed, "key": f"{labels}{seed}", "table": "toy", "config": {"training": {"temperature": 20.0}},
-                         "result": {"ids": "same", "scores": {j: [[v] for v in values] for j in ("gold", "proxy")}, **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}}})
+            rows.append({**dict(labels), "seed": seed, "key": f"{labels}{seed}", "table": "toy",
+                         "config": {"training": {"temperature": 20.0}},
+                         "result": {"ids": "same", "scores": {j: [[v] for v in values] for j in ("gold", "proxy")},
+                                    **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}}})
     return claims.pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("dpo, seeds, expected", [(0.0, 3, "confirmed"), (1.0, 3, "refuted"), (0.5, 3, "open"), (0.0, 1, "open"), (None, 3, "open")])
+@pytest.mark.parametrize("dpo, seeds, expected",
+                         [(0.0, 3, "confirmed"), (1.0, 3, "refuted"), (0.5, 3, "open"), (0.0, 1, "open"),
+                          (None, 3, "open")])
 def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
     """LIRE at 0.5 against opponents below, above, as good, with one seed, and missing."""
-    means = {(("method", "start"),): 0.0, (("method", "lire"),): 0.5, (("method", "rrhf"),): 0.1, **({(("method", "dpo"),): dpo} if dpo is not None else {})}
-    monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means, seeds))
+    means = {(("method", "start"),): 0.0, (("method", "lire"),): 0.5, (("method", "rrhf"),): 0.1,
+             **({(("method", "dpo"),): dpo} if dpo is not None else {})}
+    monkeypatch.setattr(claims, "load_runs", lambda table, results: invented(means, seeds))
     try:
         text, decided = claims._against("toy", ("dpo", "rrhf"))(None)
     except claims.NotMeasured:
@@ -216,9 +240,11 @@ def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
 
 @pytest.mark.parametrize("worst, expected", [(0.0, "confirmed"), (-1.0, "refuted"), (-0.2, "open")])
 def test_a_setting_changes_little_or_not(monkeypatch, worst, expected):
-    means = {(("setting", "base"), ("value", ""), ("method", "lire")): 1.0, (("setting", ""), ("value", ""), ("method", "start")): 0.0,
-             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0) for t in plans.SCALES["laptop"]["temperatures"]}}
-    monkeypatch.setattr(T, "load_runs", lambda table, results: invented(means))
+    means = {(("setting", "base"), ("value", ""), ("method", "lire")): 1.0,
+             (("setting", ""), ("value", ""), ("method", "start")): 0.0,
+             **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0)
+                for t in plans.SCALES["laptop"]["temperatures"]}}
+    monkeypatch.setattr(claims, "load_runs", lambda table, results: invented(means))
     assert claims._temperature(None)[1] == expected
 
 
@@ -230,9 +256,11 @@ def test_every_claim_can_be_decided(smoke):
 
 def test_the_search_budget_is_the_same_for_every_method():
     assert {len(points) for points in plans.SEARCH.values()} == {3}
-    assert {tuple(sorted({p["learning_rate"] for p in points[:2]})) for points in plans.SEARCH.values()} == {(5e-5, 1e-4)}
+    assert {tuple(sorted({p["learning_rate"] for p in points[:2]}))
+            for points in plans.SEARCH.values()} == {(5e-5, 1e-4)}
     runs = [r for r in plans.plan("dialogue") if r.labels["stage"] == "search"]
-    assert {r.config["judge"]["split"] for r in runs} == {"validation"} and {tuple(r.config["judge"]["judges"]) for r in runs} == {("proxy",)}
+    assert {r.config["judge"]["split"] for r in runs} == {"validation"} and {tuple(r.config["judge"]["judges"])
+                                                                             for r in runs} == {("proxy",)}
 
 
 @pytest.mark.parametrize("task", ["sentiment", "dialogue", "summarization"])
@@ -241,7 +269,8 @@ def test_no_prompt_that_judges_is_trained_on(task):
     from lire_nb.tasks import load_task
 
     loaded, sizes = load_task(task), plans.SCALES["laptop"]["tasks"][task]
-    ids = {split: {p["id"] for p in prompts_of(loaded, split, count)} for split, count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
+    ids = {split: {p["id"] for p in prompts_of(loaded, split, count)} for split,
+           count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
     assert [len(v) for v in ids.values()] == [sizes["pool"], sizes["validation"], sizes["test"]]
     assert not ids["train"] & ids["validation"] and not ids["train"] & ids["test"] and not ids["validation"] & ids["test"]
     texts = {name: {c for r in reward_lists(loaded, name)[0] for c in r["completions"]} for name in ("proxy", "gold")}
@@ -264,7 +293,9 @@ def test_stored_rows_are_what_their_key_says():
 def test_intervals_cover_what_they_should():
     """Student's interval where only prompts or only seeds vary; the full count is in the notebook."""
     draw = np.random.default_rng(0)
-    hits = sum(i.low <= 0 <= i.high for i in (statistics.crossed_interval(draw.normal(size=(1, 40)) + draw.normal(0, 0.5, (3, 1)) + draw.normal(size=(3, 40))) for _ in range(400)))
+    hits = sum(i.low <= 0 <= i.high
+               for i in (statistics.crossed_interval(draw.normal(size=(1, 40)) + draw.normal(0, 0.5, (3, 1))
+                                                     + draw.normal(size=(3, 40))) for _ in range(400)))
     assert hits >= 0.9 * 400
 
 

@@ -18,7 +18,8 @@ from lire_nb.records import make_record
 from lire_nb.tasks import split_of
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-LISTS = [make_record("p0", ["a", "bb", "ccc"], id="zero"), make_record("p1", ["dddd"], id="one"), make_record("p2", ["e", "ff"], [None, 7.0], id="two")]
+LISTS = [make_record("p0", ["a", "bb", "ccc"], id="zero"), make_record("p1", ["dddd"], id="one"),
+         make_record("p2", ["e", "ff"], [None, 7.0], id="two")]
 
 
 def length(prompts, completions):
@@ -42,10 +43,13 @@ def raises_at(text):
     [
         (raises_at("dddd"), ["list 'one'", "raised RuntimeError", "no such text"]),
         (lambda p, c: [0.0] * (len(c) - ("ff" in c)), ["list 'two'", "wrong number of scores", "got 1", "allowed: 2"]),
-        (lambda p, c: [0.0] * (len(c) - (len(c) > 3)), ["3 lists from 'zero' to 'two'", "got 5", "allowed: 6"]),  # only the whole is wrong
+        # only the whole is wrong
+        (lambda p, c: [0.0] * (len(c) - (len(c) > 3)), ["3 lists from 'zero' to 'two'", "got 5", "allowed: 6"]),
         (lambda p, c: None, ["list 'zero'", "raised TypeError"]),
-        (lambda p, c: [float("inf") if x == "ff" else 0.0 for x in c], ["candidate 1 of list 'two'", "not finite", "got inf"]),
-        (lambda p, c: [None if x == "dddd" else 0.0 for x in c], ["candidate 0 of list 'one'", "not a number", "got None"]),
+        (lambda p, c: [float("inf") if x == "ff" else 0.0 for x in c],
+         ["candidate 1 of list 'two'", "not finite", "got inf"]),
+        (lambda p, c: [None if x == "dddd" else 0.0 for x in c],
+         ["candidate 0 of list 'one'", "not a number", "got None"]),
         (lambda p, c: [[0.0, 1.0]] * len(c), ["candidate 0 of list 'zero'", "not a number"]),
         (lambda p, c: torch.zeros(len(c), 2), ["candidate 0 of list 'zero'", "not a number"]),
     ],
@@ -63,10 +67,12 @@ def test_a_bad_answer_names_reward_and_list_and_changes_nothing(reward, words):
 
 def test_scores_go_where_they_belong():
     assert R.score_lists(LISTS, length)["rewards"][:] == [[1, 2, 3], [4], [1, 2]]
-    assert R.score_lists(LISTS, lambda p, c: torch.tensor(length(p, c)), only_missing=True)["rewards"][:] == [[1, 2, 3], [4], [1, 7]]
+    assert R.score_lists(LISTS, lambda p, c: torch.tensor(length(p, c)),
+                         only_missing=True)["rewards"][:] == [[1, 2, 3], [4], [1, 7]]
     assert R.score_lists(LISTS[2:], lambda p, c: [9.0], only_missing=True)["rewards"][:] == [[9, 7]]
     scored = [LISTS[1] | {"rewards": [3.0]}]
-    assert R.score_lists(scored, lambda p, c: pytest.fail("asked about nothing"), only_missing=True)["rewards"][:] == [[3.0]]
+    assert R.score_lists(scored, lambda p, c: pytest.fail("asked about nothing"),
+                         only_missing=True)["rewards"][:] == [[3.0]]
 
 
 # ---------------------------------------------------------------- a reward behind an address
@@ -126,9 +132,12 @@ def no_proxy(monkeypatch):
 
 
 def test_server_scores_in_order_with_bounded_requests():
-    lists = [make_record([{"role": "user", "content": f"q{i}"}], ["x" * (7 * i + j) for j in range(5)], id=str(i)) for i in range(12)]
+    lists = [make_record([{"role": "user", "content": f"q{i}"}], ["x" * (7 * i + j) for j in range(5)], id=str(i))
+             for i in range(12)]
     with Endpoint(slow=0.03) as end:
-        scored = R.score_lists(lists, R.ServerReward(end.url, batch_size=4, in_flight=3, headers={"Authorization": "Bearer k"}))
+        scored = R.score_lists(lists,
+                               R.ServerReward(end.url, batch_size=4, in_flight=3,
+                                              headers={"Authorization": "Bearer k"}))
     assert scored["rewards"][:] == [[7 * i + j for j in range(5)] for i in range(12)]
     assert 1 < end.most <= 3 and len(end.requests) == 15
     asked, headers = end.requests[0]
@@ -174,7 +183,8 @@ OK = {"rewards": [1.0, 2.0, 3.0]}
 def test_a_server_that_answers_nonsense_gives_one_clear_error(status, body, words, tries):
     lists = copy.deepcopy(LISTS[:1])
     with Endpoint({"always": (status, body, {"Location": "/elsewhere"} if status in (302, 307) else {})}) as end:
-        reward = R.ServerReward(end.url, name="far", retries=2, backoff=0.001, headers={"Authorization": "Bearer secret"})
+        reward = R.ServerReward(end.url, name="far", retries=2, backoff=0.001,
+                                headers={"Authorization": "Bearer secret"})
         with pytest.raises(LireError) as found:
             R.score_lists(lists, reward)
     message = str(found.value)
@@ -186,7 +196,8 @@ def test_a_server_that_answers_nonsense_gives_one_clear_error(status, body, word
 
 def test_the_list_of_a_failing_request_is_named_and_the_rest_is_not_asked():
     lists = [make_record(str(i), ["a", "b"], id=f"list-{i}") for i in range(50)]
-    with Endpoint({3: (200, b'{"rewards": [0.5, NaN]}', {})}, slow=0.02) as end, pytest.raises(LireError, match=r"list 'list-3'.*not a finite number"):
+    with Endpoint({3: (200, b'{"rewards": [0.5, NaN]}', {})},
+                  slow=0.02) as end, pytest.raises(LireError, match=r"list 'list-3'.*not a finite number"):
         R.score_lists(lists, R.ServerReward(end.url, batch_size=2, in_flight=1))
     assert len(end.requests) < 10
 
@@ -218,13 +229,15 @@ def gptj(tmp_path_factory):
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>", unk_token="<unk>")
-    config = GPTJConfig(vocab_size=16, n_positions=2048, n_embd=32, n_layer=3, n_head=4, rotary_dim=8, bos_token_id=0, eos_token_id=0)
+    config = GPTJConfig(vocab_size=16, n_positions=2048, n_embd=32, n_layer=3, n_head=4, rotary_dim=8, bos_token_id=0,
+                        eos_token_id=0)
     folder = tmp_path_factory.mktemp("backbone")
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
     model, head = GPTJForCausalLM(config).eval(), torch.randn(1, 32)
-    state = model.state_dict() | {"v_head.weight": head, "transformer.h.1.attn.masked_bias": torch.tensor(-1e9), "transformer.h.1.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    state = model.state_dict() | {"v_head.weight": head, "transformer.h.1.attn.masked_bias": torch.tensor(-1e9),
+                                  "transformer.h.1.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
 
     @torch.no_grad()
     def oracle(text: str) -> float:
@@ -299,7 +312,8 @@ class Boom:
         (lambda s: s.update({"v_head.weight": torch.zeros(1, 64)}), ["v_head.weight", "(1, 64)", "(1, 32)"]),
         (lambda s: s.update({"transformer.wte.weight": torch.zeros(8, 32)}), ["wte.weight", "(8, 32)", "(16, 32)"]),
         (lambda s: [s.pop(k) for k in list(s) if ".h.2." in k], ["missing", "transformer.h.2."]),
-        (lambda s: s.update({"transformer.h.3.ln_1.weight": torch.zeros(32)}), ["not part of this model", "h.3.ln_1.weight"]),
+        (lambda s: s.update({"transformer.h.3.ln_1.weight": torch.zeros(32)}),
+         ["not part of this model", "h.3.ln_1.weight"]),
         (lambda s: s.update({"note": "text"}), ["not a state dict"]),
         (lambda s: s.update({"note": Boom()}), ["more than tensors", "weights_only"]),
     ],
@@ -373,7 +387,8 @@ def test_reward_model_on_real_graded_lists(graded):
     """
     began = time.perf_counter()
     asked = []
-    model = R.train_reward_model(graded["train"][:160], max_length=64, lr=3e-4, batch_size=4, seed=0, name="alpaca", progress=False)
+    model = R.train_reward_model(graded["train"][:160], max_length=64, lr=3e-4, batch_size=4, seed=0, name="alpaca",
+                                 progress=False)
     spent = time.perf_counter() - began
 
     def noted(prompts, completions):
@@ -381,7 +396,8 @@ def test_reward_model_on_real_graded_lists(graded):
         return model(prompts, completions)
 
     own, longer = R.pair_accuracy(graded["test"], noted), R.pair_accuracy(graded["test"], R.longer_wins)
-    assert set(asked) == {r["prompt"] for r in graded["test"]} and not set(asked) & {r["prompt"] for r in graded["train"]}
+    assert set(asked) == {r["prompt"]
+                          for r in graded["test"]} and not set(asked) & {r["prompt"] for r in graded["train"]}
     assert own["lists"] == longer["lists"] == len(graded["test"]) and own["pairs"] == longer["pairs"] > 2500
     accuracy, low, high = over_prompts(own["per_list"])
     lead, lead_low, lead_high = over_prompts(np.subtract(own["per_list"], longer["per_list"]))

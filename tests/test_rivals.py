@@ -13,22 +13,26 @@ from test_losses import INF, NAN, FixedLogps, call, pack, random_list
 from torch.testing import assert_close
 
 from lire_nb.losses import lire_loss, list_metrics, scored_mask
-from lire_nb.rivals import get_loss, LOSSES
-from lire_nb.rivals import kto_loss, lipo_loss, offline_pg_loss, qrpo_loss, RIVALS
+from lire_nb.rivals import LOSSES, RIVALS, get_loss, kto_loss, lipo_loss, offline_pg_loss, qrpo_loss
 
 SCORES = ("sum", "token", "ratio", "token_ratio")
 CONFIGS = [
     *(("infonca", {"direction": d, "alpha": a}) for d in ("forward", "reverse") for a in (1.0, 3.0)),
-    *((name, {"score": s}) for name in ("infonca", "nca", "regression", "odpo", "kto", "apo", "dpo", "lire", "simpo") for s in SCORES),
+    *((name, {"score": s}) for name in ("infonca", "nca", "regression", "odpo", "kto", "apo", "dpo", "lire", "simpo")
+      for s in SCORES),
     ("nca", {"alpha": 0.5, "beta": 0.3}), ("regression", {"reward_transform": "zscore", "beta": 0.02}),
-    ("regression", {"huber": 0.7}), ("lipo", {"reward_transform": "rank"}), ("lipo", {"reward_transform": "minmax", "beta": 0.3}),
+    ("regression", {"huber": 0.7}), ("lipo", {"reward_transform": "rank"}),
+    ("lipo", {"reward_transform": "minmax", "beta": 0.3}),
     ("lipo", {"reward_transform": "rank", "weights": "equal"}),
     *(("offline_pg", {"variant": v, "score": s}) for v in ("clip", "topr", "asymre") for s in ("ratio", "token_ratio")),
-    ("offline_pg", {"clip": 0.3, "beta": 0.2, "score": "token_ratio"}), ("offline_pg", {"variant": "asymre", "delta": 0.0}),
+    ("offline_pg", {"clip": 0.3, "beta": 0.2, "score": "token_ratio"}),
+    ("offline_pg", {"variant": "asymre", "delta": 0.0}),
     ("awr", {}), ("awr", {"beta": 0.3, "score": "token"}), ("simpo", {"pairs": "all", "gamma": 0.3}),
-    ("odpo", {"pairs": "all", "variant": "linear", "alpha": 0.4}), ("odpo", {"pairs": "all"}), ("qrpo", {}), ("qrpo", {"beta": 0.05}),
+    ("odpo", {"pairs": "all", "variant": "linear", "alpha": 0.4}), ("odpo", {"pairs": "all"}), ("qrpo", {}),
+    ("qrpo", {"beta": 0.05}),
     ("swepo", {}), ("swepo", {"alpha": 0.2, "beta": 0.5}), ("kto", {"z": 1.5, "desirable_weight": 2.0}),
-    ("kto", {"threshold": 0.2, "undesirable_weight": 0.5}), ("apo", {"variant": "down"}), ("apo", {"variant": "down", "threshold": 0.3}),
+    ("kto", {"threshold": 0.2, "undesirable_weight": 0.5}), ("apo", {"variant": "down"}),
+    ("apo", {"variant": "down", "threshold": 0.3}),
     *(("plackett_luce_dpo", {"top_k": k, "rho": r}) for k in (1, 2, None) for r in (0.0, 0.3)),
     *(("dpo", {"variant": v, "score": "token_ratio"}) for v in ("ipo", "hinge")),
     *(("lire", {"temperature": "auto", "score": s, "reward_transform": "none"}) for s in SCORES),
@@ -79,7 +83,8 @@ def test_nothing_overflows(name, options, dtype):
 def test_one_candidate_and_tied_lists(name):
     "No preference comes from nothing. InfoNCA and NCA hold a tied list level, and say so on their cards."
     more = {"reward_transform": "rank"} if name == "lipo" else {"delta": 0.0} if name == "offline_pg" else {}
-    logps, refs, lengths = torch.tensor([[-3.0, -5.0, -4.0]]), torch.tensor([[-3.5, -4.0, -4.0]]), torch.tensor([[3, 4, 5]])
+    logps, refs, lengths = torch.tensor([[-3.0, -5.0, -4.0]]), torch.tensor([[-3.5, -4.0,
+                                                                              -4.0]]), torch.tensor([[3, 4, 5]])
     _, tied = call(name, logps, torch.full((1, 3), 0.3), refs, lengths, **more)
     if name in ("lipo", "simpo", "odpo", "swepo", "kto", "apo"):
         assert tied.tolist() == [[0, 0, 0]]
@@ -114,7 +119,8 @@ def test_every_rival_keeps_the_rules_of_all_losses():
     "One signature, a nan log-prob of a real candidate is seen, and rewards and reference are data."
     for name, spec in RIVALS.items():
         parameters = inspect.signature(spec.fn).parameters
-        assert list(parameters)[:3] == ["logps", "rewards", "mask"] and {"ref_logps", "lengths", "score"} <= set(parameters)
+        assert list(parameters)[:3] == ["logps", "rewards", "mask"] and {"ref_logps", "lengths",
+                                                                         "score"} <= set(parameters)
         assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
         more = {"reward_transform": "minmax"} if name == "lipo" else {"z": 0.0} if name == "kto" else {}
         logps, rewards = torch.tensor([[NAN, -1.0], [-2.0, -1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -142,18 +148,21 @@ def test_auto_temperature_is_the_spread_and_lists_without_one_teach_nothing():
     seen = list_metrics(logps, rewards, temperature="auto")
     assert_close(seen["expected_reward"], -value)
     # At the first step every ratio is zero; the unit is still that of the log-probs.
-    _, first = call("lire", logps[:1], rewards[:1], logps[:1], None, temperature="auto", score="ratio", reward_transform="none")
+    _, first = call("lire", logps[:1], rewards[:1], logps[:1], None, temperature="auto", score="ratio",
+                    reward_transform="none")
     assert first.abs().max() > 1e-3
 
 
 def test_kto_reads_the_other_lists_for_its_reference_point():
-    logps, refs = torch.tensor([[-3.0, -5.0], [-2.0, -1.0], [-9.0, -8.0]]), torch.tensor([[-4.0, -7.0], [-2.5, -3.0], [-8.0, -9.5]])
+    logps, refs = torch.tensor([[-3.0, -5.0], [-2.0, -1.0],
+                                [-9.0, -8.0]]), torch.tensor([[-4.0, -7.0], [-2.5, -3.0], [-8.0, -9.5]])
     rewards = torch.tensor([[1.0, 0.0]] * 3)
     together = kto_loss(logps, rewards, ref_logps=refs)
     for b in range(3):
         others = [k for k in range(3) if k != b]
         z = max(0.0, (logps - refs)[others].mean().item())
-        assert_close(together[b : b + 1], kto_loss(logps[b : b + 1], rewards[b : b + 1], ref_logps=refs[b : b + 1], z=z))
+        assert_close(together[b : b + 1],
+                     kto_loss(logps[b : b + 1], rewards[b : b + 1], ref_logps=refs[b : b + 1], z=z))
 
 
 def test_qrpo_reads_the_quantile_of_the_start_rewards():
@@ -185,15 +194,19 @@ def test_is_TRLs_loss_on_the_same_log_probs(theirs):
         model, trainer = FixedLogps(torch.tensor(pair, dtype=torch.float64)), object.__new__(trl.DPOTrainer)
         same = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
         vars(trainer).update(
-            model=model, beta=0.2, loss_types=[theirs], loss_weights=[1.0], label_smoothing=smoothing, use_weighting=False, ld_alpha=None,
+            model=model, beta=0.2, loss_types=[theirs], loss_weights=[1.0], label_smoothing=smoothing,
+            use_weighting=False, ld_alpha=None,
             f_divergence_type="reverse_kl", precompute_ref_logps=True, aux_loss_enabled=False,
             _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1, accelerator=same)
         reference = torch.tensor(refs, dtype=torch.float64)
-        inputs = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long),
-                  "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 2), "ref_chosen_logps": reference[:1], "ref_rejected_logps": reference[1:]}
+        inputs = {"input_ids": torch.zeros(2, 5, dtype=torch.long),
+                  "attention_mask": torch.ones(2, 5, dtype=torch.long),
+                  "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 2), "ref_chosen_logps": reference[:1],
+                  "ref_rejected_logps": reference[1:]}
         loss = trainer.compute_loss(model, inputs)
         (grad,) = torch.autograd.grad(loss, model.logps)
-        value, ours = call(name, model.logps[None], torch.tensor([[1.0, 0.0]]), reference[None], torch.tensor([[3, 3]]), beta=0.2, **options)
+        value, ours = call(name, model.logps[None], torch.tensor([[1.0, 0.0]]), reference[None], torch.tensor([[3, 3]]),
+                           beta=0.2, **options)
         # TRL keeps ε of EXO in float32.
         close = {"rtol": 1e-6, "atol": 1e-8} if theirs == "exo_pair" else {"rtol": 1e-10, "atol": 1e-12}
         assert_close(value[0], loss.detach(), **close)
@@ -204,10 +217,13 @@ def test_simpo_is_TRLs_loss_on_the_same_log_probs():
     pytest.importorskip("trl", reason="trl is not installed; it is in the peers extra")
     cpo = pytest.importorskip("trl.experimental.cpo", reason="this version of trl has no CPO trainer")
     trainer = object.__new__(cpo.CPOTrainer)
-    vars(trainer).update(loss_type="simpo", simpo_gamma=0.8, beta=2.5, alpha=0.0, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu"))
-    logps, lengths = torch.tensor([[-30.0, -44.0], [-20.0, -9.0]], dtype=torch.float64), torch.tensor([[20, 31], [9, 8]])
+    vars(trainer).update(loss_type="simpo", simpo_gamma=0.8, beta=2.5, alpha=0.0, label_smoothing=0.0,
+                         accelerator=SimpleNamespace(device="cpu"))
+    logps, lengths = torch.tensor([[-30.0, -44.0], [-20.0, -9.0]],
+                                  dtype=torch.float64), torch.tensor([[20, 31], [9, 8]])
     theirs = trainer.cpo_loss(*(logps / lengths).T)[0]
-    assert_close(LOSSES["simpo"].fn(logps, torch.tensor([[1.0, 0.0]] * 2), lengths=lengths, beta=2.5, gamma=0.8), theirs)
+    assert_close(LOSSES["simpo"].fn(logps, torch.tensor([[1.0, 0.0]] * 2), lengths=lengths, beta=2.5, gamma=0.8),
+                 theirs)
 
 
 def test_kto_is_TRLs_loss_on_the_same_log_probs():
@@ -219,11 +235,16 @@ def test_kto_is_TRLs_loss_on_the_same_log_probs():
         own, refs, other = (torch.tensor([rng.gauss(-60, 8) for _ in range(4)], dtype=torch.float64) for _ in range(3))
         model, trainer = FixedLogps(own), object.__new__(trl.KTOTrainer)
         vars(trainer).update(
-            model=model, beta=0.2, loss_type="kto", desirable_weight=1.0, undesirable_weight=1.3, precompute_ref_logps=True,
-            calculate_KL=True, aux_loss_enabled=False, _compute_kl_logps=lambda model, batch: other, _total_train_tokens=0, _tp_size=1,
-            _metrics=defaultdict(lambda: defaultdict(list)), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x))
-        inputs = {"input_ids": torch.zeros(4, 5, dtype=torch.long), "attention_mask": torch.ones(4, 5, dtype=torch.long),
-                  "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 4), "label": torch.tensor([True, False, True, False]),
+            model=model, beta=0.2, loss_type="kto", desirable_weight=1.0, undesirable_weight=1.3,
+            precompute_ref_logps=True,
+            calculate_KL=True, aux_loss_enabled=False, _compute_kl_logps=lambda model, batch: other,
+            _total_train_tokens=0, _tp_size=1,
+            _metrics=defaultdict(lambda: defaultdict(list)),
+            accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x))
+        inputs = {"input_ids": torch.zeros(4, 5, dtype=torch.long),
+                  "attention_mask": torch.ones(4, 5, dtype=torch.long),
+                  "completion_mask": torch.tensor([[0, 0, 1, 1, 1]] * 4),
+                  "label": torch.tensor([True, False, True, False]),
                   "ref_logps": refs, "ref_KL_logps": refs}
         loss = trainer._compute_loss(model, inputs, return_outputs=False)
         (grad,) = torch.autograd.grad(loss, model.logps)

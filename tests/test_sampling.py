@@ -1,4 +1,5 @@
-"""Sampling proved: the shared prompt against plain generation, the drawn tokens against the exact distribution, and a real server that is killed."""
+"""Sampling proved: the shared prompt against plain generation, the drawn tokens against the exact distribution, and a
+real server that is killed."""
 import contextlib
 import http.server
 import json
@@ -17,11 +18,10 @@ import transformers as tf
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lire_nb import sampling
-from lire_nb import servers
+from lire_nb import sampling, servers
 from lire_nb.base.errors import LireError
-from lire_nb.sampling import Completion, LocalSampler, sample_lists, SamplingSettings, ServerSampler
-from lire_nb.servers import run_requests, TryLater
+from lire_nb.sampling import Completion, LocalSampler, SamplingSettings, ServerSampler, sample_lists
+from lire_nb.servers import TryLater, run_requests
 
 sys.path.insert(0, os.path.dirname(__file__))
 from serving import Serve, free_port, need_server  # noqa: E402
@@ -34,21 +34,28 @@ def tiny_tokenizer():
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{c: i for i, c in enumerate(WORDS, 3)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>",
+                                      eos_token="<eos>")
 
 
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8,
              max_position_embeddings=256, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
     "Llama": lambda: tf.LlamaConfig(**SMALL),
-    "GPT-2": lambda: tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "GPT-2": lambda: tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+                                   initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "Qwen3": lambda: tf.Qwen3Config(**SMALL),
     "Mistral, window 6": lambda: tf.MistralConfig(**SMALL, sliding_window=6),
     "Gemma 2, window 5": lambda: tf.Gemma2Config(**SMALL, query_pre_attn_scalar=8, sliding_window=5),
-    "Gemma 3, window 5": lambda: tf.Gemma3TextConfig(**SMALL, query_pre_attn_scalar=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
-    "Bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-    "LFM2, convolutions": lambda: tf.Lfm2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}, layer_types=["conv", "full_attention"]),
-    "Mamba": lambda: tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "Gemma 3, window 5": lambda: tf.Gemma3TextConfig(**SMALL, query_pre_attn_scalar=8, sliding_window=5,
+                                                     layer_types=["sliding_attention", "full_attention"]),
+    "Bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3,
+                                    pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "LFM2, convolutions": lambda: tf.Lfm2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"},
+                                                layer_types=["conv", "full_attention"]),
+    "Mamba": lambda: tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8,
+                                    initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2),
 }
 SHARED = [name for name in FAMILIES if name not in ("Mamba", "LFM2, convolutions")]
 
@@ -83,14 +90,18 @@ def test_greedy_tokens_are_those_of_plain_generate(family):
     assert local.share_prompt
     for prompt, (first, second) in zip(PROMPTS, got):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(ids, do_sample=False, max_new_tokens=12, min_new_tokens=1, suppress_tokens=[0, 1, *range(len(WORDS) + 3, 64)], pad_token_id=0)[0, ids.shape[1] :].tolist()
+        out = model.generate(ids, do_sample=False, max_new_tokens=12, min_new_tokens=1,
+                             suppress_tokens=[0, 1, *range(len(WORDS) + 3, 64)],
+                             pad_token_id=0)[0, ids.shape[1] :].tolist()
         ended = out[-1] == 2
-        assert first == second == Completion(tokenizer.decode([t for t in out if t != 2]), "stop" if ended else "length")
+        assert first == second == Completion(tokenizer.decode([t for t in out if t != 2]),
+                                             "stop" if ended else "length")
 
 
 @pytest.mark.parametrize("family", SHARED)
 def test_probabilities_are_those_of_the_plain_model(family):
-    "Teacher-forced through the repeated, reordered cache, past every window; against one row at a time without a cache."
+    """Teacher-forced through the repeated, reordered cache, past every window; against one row at a time without a
+    cache."""
     model, tokenizer = tiny_model(family), tiny_tokenizer()
     rows = [tokenizer(p)["input_ids"] for p in PROMPTS]
     with torch.no_grad():
@@ -126,7 +137,8 @@ def test_a_model_without_a_shared_cache_falls_back_with_one_line(caplog):
 
 
 def test_a_model_that_counts_positions_wrongly_is_found_out():
-    "A GPT-2 that ignores position_ids would be silently wrong with left padding: the check sees it. (Rotary positions are relative and would not mind.)"
+    """A GPT-2 that ignores position_ids would be silently wrong with left padding: the check sees it. (Rotary positions
+    are relative and would not mind.)"""
     model = tiny_model("GPT-2")
     forward = model.transformer.forward
     model.transformer.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
@@ -160,17 +172,23 @@ def exact_next(scores, *, temperature=1.0, top_k=0, top_p=1.0, forbidden=UNWRITT
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 1.3, "top_k": 12}, {"top_k": 20, "top_p": 0.8}])
+@pytest.mark.parametrize("options",
+                         [{}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 1.3, "top_k": 12},
+                          {"top_k": 20, "top_p": 0.8}])
 def test_drawn_tokens_follow_the_exact_distribution(options, share):
-    "First and second token of 6,000 completions of one prompt; the second one's exact distribution is a mixture over the first."
+    """First and second token of 6,000 completions of one prompt; the second one's exact distribution is a mixture over
+    the first."""
     model, tokenizer, count = tiny_model(), tiny_tokenizer(), 6000
     ids = tokenizer("the fox")["input_ids"]
     with torch.no_grad():
-        first = exact_next(model(torch.tensor([ids])).logits[0, -1], **options, forbidden=(*UNWRITTEN, 2))  # one token at least
+        # one token at least
+        first = exact_next(model(torch.tensor([ids])).logits[0, -1], **options, forbidden=(*UNWRITTEN, 2))
         following = model(torch.tensor([[*ids, t] for t in range(64)])).logits[:, -1]
     # the end, where it is drawn first, is forbidden; after it nothing follows
     second = sum(p * exact_next(scores, **options) for p, scores in zip(first, following))
-    [drawn] = sampler(model, batch_size=count, share_prompt=share).sample(["the fox"], count, SamplingSettings(max_new_tokens=2, **options), 11)
+    [drawn] = sampler(model, batch_size=count, share_prompt=share).sample(["the fox"], count,
+                                                                          SamplingSettings(max_new_tokens=2, **options),
+                                                                          11)
     place = {c: i for i, c in enumerate(WORDS, 3)}
     for position, exact in enumerate((first, second)):
         seen = Counter(place[c.text[position]] if len(c.text) > position else 2 for c in drawn)
@@ -217,7 +235,8 @@ def test_the_callers_random_numbers_are_left_alone():
 def counted_rows(model):
     "How many rows went through the model, call by call."
     rows = []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    handle = model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])),
+                                             with_kwargs=True)
     yield rows
     handle.remove()
 
@@ -232,7 +251,8 @@ def test_rows_that_have_ended_leave_the_batch_and_change_nobody_else():
     alone = [[sampler(model, share_prompt=True).sample([p], 4, settings, 0)[0][j] for j in range(4)] for p in prompts]
     single = [sampler(model, share_prompt=False, batch_size=1).sample([p], 4, settings, 0)[0] for p in prompts]
     assert together == alone == single
-    assert rows[0] == 8 and rows[1] == 32 and rows == [rows[0], *sorted(rows[1:], reverse=True)] and len(set(rows[1:])) > 3
+    assert rows[0] == 8 and rows[1] == 32 and rows == [rows[0],
+                                                       *sorted(rows[1:], reverse=True)] and len(set(rows[1:])) > 3
     lengths = [len(c.text) + (c.finish_reason == "stop") for row in together for c in row]
     assert len({c.finish_reason for row in together for c in row}) == 2 or max(lengths) < 30
     assert sum(rows[1:]) < 0.7 * 32 * max(lengths)
@@ -287,7 +307,8 @@ def test_requests_in_flight_are_bounded_and_all_answered(tmp_path):
             running -= 1
         return n * n
 
-    answers = run_requests({str(n): n for n in range(100)}, ask, journal=tmp_path / "j.jsonl", max_in_flight=7, progress=False)
+    answers = run_requests({str(n): n for n in range(100)}, ask, journal=tmp_path / "j.jsonl", max_in_flight=7,
+                           progress=False)
     assert answers == {str(n): n * n for n in range(100)} and list(answers) == [str(n) for n in range(100)]
     assert most == 7 and len((tmp_path / "j.jsonl").read_text().splitlines()) == 100
 
@@ -303,7 +324,8 @@ def test_an_error_stops_the_run_and_keeps_what_was_answered(tmp_path):
 
     requests = {str(n): n for n in range(400)}
     with pytest.raises(LireError, match="refused"):
-        run_requests(requests, lambda n: time.sleep(0.01) or ask(n), journal=tmp_path / "j.jsonl", max_in_flight=4, progress=False)
+        run_requests(requests, lambda n: time.sleep(0.01) or ask(n), journal=tmp_path / "j.jsonl", max_in_flight=4,
+                     progress=False)
     kept = (tmp_path / "j.jsonl").read_text().splitlines()
     assert len(kept) == len(asked) - 1 < 60
     asked.clear()
@@ -319,7 +341,9 @@ def test_patience_ends_and_says_so(caplog):
         raise TryLater("nobody there")
 
     began = time.monotonic()
-    with caplog.at_level(logging.WARNING, logger="lire_nb"), pytest.raises(LireError, match="gave up: nobody there.*same command again"):
+    with caplog.at_level(logging.WARNING, logger="lire_nb"), pytest.raises(LireError,
+                                                                           match="gave up: nobody there.*same command "
+                                                                                 "again"):
         run_requests({"a": 1, "b": 2}, ask, patience=0.5, first_wait=0.05, progress=False)
     assert 0.1 < time.monotonic() - began < 3 and 4 <= len(calls) <= 30
     assert sum("trying again" in r.getMessage() for r in caplog.records) == 1  # once an outage, not once a request
@@ -329,7 +353,8 @@ def test_a_journal_with_a_foreign_line_and_a_busy_journal(tmp_path):
     (tmp_path / "j.jsonl").write_text('{"key": "a", "answer": 1}\nhello\n')
     with pytest.raises(LireError, match=r"j.jsonl:2: not a line of a journal; got .*remove this line"):
         servers.Journal(tmp_path / "j.jsonl")
-    with servers.Journal(tmp_path / "k.jsonl"), pytest.raises(LireError, match="k.jsonl: journal: in use by another process"):
+    with servers.Journal(tmp_path / "k.jsonl"), pytest.raises(LireError,
+                                                              match="k.jsonl: journal: in use by another process"):
         servers.Journal(tmp_path / "k.jsonl")
 
 
@@ -338,7 +363,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"key": "a", "answer": 1}\n' + torn.encode()[:-1])
     assert run_requests({"a": 0, "b": 0}, lambda _: 3, journal=path, progress=False) == {"a": 1, "b": 3}
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "a", "answer": 1}, {"key": "b", "answer": 3}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"key": "a", "answer": 1},
+                                                                            {"key": "b", "answer": 3}]
 
 
 # --- servers -------------------------------------------------------------------------------------------------------
@@ -352,7 +378,8 @@ class Pretend:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                known = {"/v1/models": {"data": [{"id": m, "owned_by": owner} for m in models]}, "/openapi.json": {"paths": dict.fromkeys(paths, {})}}
+                known = {"/v1/models": {"data": [{"id": m, "owned_by": owner} for m in models]},
+                         "/openapi.json": {"paths": dict.fromkeys(paths, {})}}
                 self.send(200 if self.path in known else 404, known.get(self.path, {}))
 
             def do_POST(self):
@@ -385,7 +412,8 @@ class Pretend:
 
 
 def completed(text, finish="stop", chat=False):
-    return 200, {"choices": [{"message": {"content": text}, "finish_reason": finish} if chat else {"text": text, "finish_reason": finish}]}
+    return 200, {"choices": [{"message": {"content": text}, "finish_reason": finish}
+                             if chat else {"text": text, "finish_reason": finish}]}
 
 
 FAST = dict(progress=False, patience=1.0, max_retries=1)
@@ -395,18 +423,26 @@ def test_text_is_completed_and_messages_are_chatted():
     pytest.importorskip("openai")
     messages = [{"role": "user", "content": "Hi"}]
     with Pretend(lambda path, body: completed(" yes\n\nHuman: no", chat="chat" in path)) as server:
-        lists = sample_lists(server.url, ["Say", messages], 2, settings=SamplingSettings(stop=("\n\nHuman:",), top_k=5), batch_size=64, **FAST)
-        assert [r["completions"] for r in lists] == [[" yes"] * 2] * 2 and lists[0]["meta"]["finish_reasons"] == ["stop", "stop"]
+        lists = sample_lists(server.url, ["Say", messages], 2, settings=SamplingSettings(stop=("\n\nHuman:",), top_k=5),
+                             batch_size=64, **FAST)
+        assert [r["completions"] for r in lists] == [[" yes"]
+                                                     * 2] * 2 and lists[0]["meta"]["finish_reasons"] == ["stop", "stop"]
         paths = Counter(path for path, *_ in server.received)
         assert paths == {"/v1/completions": 2, "/v1/chat/completions": 2}
         bodies = [body for _, body, _ in server.received]
-        assert all(b["model"] == "tiny" and b["stop"] == ["\n\nHuman:"] and b["top_k"] == 5 and b["max_tokens"] == 32 for b in bodies)
+        assert all(b["model"] == "tiny" and b["stop"] == ["\n\nHuman:"] and b["top_k"] == 5 and b["max_tokens"] == 32
+                   for b in bodies)
         assert len({b["seed"] for b in bodies}) == 4
         server.received.clear()
         ServerSampler(server.url, api="chat", **FAST).sample(["Say"], 1, SamplingSettings(), 0)
-        ServerSampler(server.url, api="completions", extra_body={"seed": None, "min_p": 0.1}, **FAST).sample([messages], 1, SamplingSettings(), 0)
+        ServerSampler(server.url, api="completions", extra_body={"seed": None, "min_p": 0.1},
+                      **FAST).sample([messages], 1, SamplingSettings(), 0)
         (chat, chat_body, _), (plain, plain_body, _) = server.received
-        assert chat.endswith("/chat/completions") and chat_body["messages"] == [{"role": "user", "content": "Say"}] and "top_k" not in chat_body
+        assert (
+            chat.endswith("/chat/completions")
+            and chat_body["messages"] == [{"role": "user", "content": "Say"}]
+            and "top_k" not in chat_body
+        )
         assert plain_body["prompt"] == "\n\nHuman: Hi\n\nAssistant:" and plain_body["min_p"] == 0.1 and "seed" not in plain_body
 
 
@@ -434,7 +470,8 @@ def test_a_full_server_is_waited_for():
     pytest.importorskip("openai")
     answers = iter([(429, {}), (503, {}), (500, {}), completed("x")])
     with Pretend(lambda path, body: next(answers)) as server:
-        [[c]] = ServerSampler(server.url, progress=False, patience=30, max_retries=1).sample(["Say"], 1, SamplingSettings(), 0)
+        [[c]] = ServerSampler(server.url, progress=False, patience=30,
+                              max_retries=1).sample(["Say"], 1, SamplingSettings(), 0)
         assert c == Completion("x", "stop") and len(server.received) == 4
 
 
@@ -460,10 +497,12 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
         (200, "<html>hello</html>"): ("not a completion", "<html>hello</html>", "/v1"),
         (200, '{"choices": []}'): ("not a completion", "choices"),
         (200, '{"choices": [{"text": 5, "finish_reason": "stop"}]}'): ("not a completion",),
-        (200, '{"choices": [{"text": "x", "finish_reason": "content_filter"}]}'): ("not a completion", "content_filter"),
+        (200, '{"choices": [{"text": "x", "finish_reason": "content_filter"}]}'): ("not a completion",
+                                                                                   "content_filter"),
     }.items():
         with Pretend(lambda path, body, reply=reply: reply) as server:
-            said(lambda: sample_lists(f"{server.url}#m", ["Say"], 2, journal=tmp_path / "j.jsonl", **FAST), server.url, *words)
+            said(lambda: sample_lists(f"{server.url}#m", ["Say"], 2, journal=tmp_path / "j.jsonl", **FAST), server.url,
+                 *words)
         assert not (tmp_path / "j.jsonl").read_bytes()
     with Pretend(lambda path, body: completed("x"), models=("a", "b")) as server:
         said(lambda: sample_lists(server.url, ["Say"], **FAST), "which model?", "a, b", "#MODEL")
@@ -499,7 +538,8 @@ def test_200_candidates_survive_a_killed_client_and_a_killed_server(tmp_path, mo
     asked, ask = Counter(), ServerSampler._ask
     with Serve(folder, threads=1, log=tmp_path / "server.log") as server:
         address = f"{server.url}#{server.model}"
-        client = subprocess.Popen([sys.executable, "-c", CLIENT, address, str(journal), *prompts], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        client = subprocess.Popen([sys.executable, "-c", CLIENT, address, str(journal), *prompts],
+                                  env={**os.environ, "HF_HUB_OFFLINE": "1"})
         try:
             wait_for(journal, 40, lambda: client.poll() is None)
         finally:
@@ -531,13 +571,16 @@ def test_200_candidates_survive_a_killed_client_and_a_killed_server(tmp_path, mo
         assert len(asked) == sum(asked.values()) == 200 - len(first)  # what the killed client had is not asked again
         assert [len(r["completions"]) for r in lists] == [4] * 50 and [r["prompt"] for r in lists] == prompts
         assert {reason for r in lists for reason in r["meta"]["finish_reasons"]} <= {"stop", "length"}
-        assert sum(len(set(r["completions"])) == 1 for r in lists) == 0  # it samples: the server's own default would be greedy, four times the same
+        # it samples: the server's own default would be greedy, four times the same
+        assert sum(len(set(r["completions"])) == 1 for r in lists) == 0
         asked.clear()
         again = sample_lists(address, prompts, 4, settings=settings, journal=journal, progress=False)
         assert not asked and again[:] == lists[:]
-        said(lambda: sample_lists(f"{server.url}#no-such-model", prompts[:1], 1, **FAST), "no-such-model", "name the model")
+        said(lambda: sample_lists(f"{server.url}#no-such-model", prompts[:1], 1, **FAST), "no-such-model",
+             "name the model")
         # greedily, the server writes what the same model writes here; the chat API applies the model's template
         greedy, messages = SamplingSettings(max_new_tokens=6, temperature=0), [{"role": "user", "content": "Say yes."}]
-        there, here = (sample_lists(policy, [prompts[0], messages], 1, settings=greedy, progress=False) for policy in (address, load_policy(folder, device="cpu")))
+        there, here = (sample_lists(policy, [prompts[0], messages], 1, settings=greedy, progress=False)
+                       for policy in (address, load_policy(folder, device="cpu")))
         assert there["completions"][0] == here["completions"][0]
         assert there["completions"][1][0].strip() == here["completions"][1][0].strip()

@@ -1,4 +1,5 @@
-"""The arithmetic of memory against models that are counted and measured, and the start files against accelerate and real processes."""
+"""The arithmetic of memory against models that are counted and measured, and the start files against accelerate and
+real processes."""
 import itertools
 import json
 import os
@@ -13,34 +14,47 @@ from safetensors.torch import load_file
 from tiny_policy import make_start
 from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
-from lire_nb.lab import memory as scale
 from lire_nb.base.errors import LireError
+from lire_nb.lab import memory as scale
+from lire_nb.lab.memory import (
+    batch_bytes,
+    count_parameters,
+    launch_command,
+    launch_plan,
+    lora_config,
+    memory_plan,
+    memory_table,
+    meta_model,
+    read_recipe,
+    step_settings,
+)
 from lire_nb.lists import save_lists
-from lire_nb.records import make_record
 from lire_nb.logprobs import list_logps
 from lire_nb.path_check import check_paths
+from lire_nb.records import make_record
 from lire_nb.shared_prompt import ListCollator
-from lire_nb.lab.memory import (
-    batch_bytes, count_parameters, launch_command, launch_plan, lora_config, memory_plan, memory_table, meta_model,
-    read_recipe, step_settings,
-)
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "data" / "configs"
-SMALL = LlamaConfig(vocab_size=500, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+SMALL = LlamaConfig(vocab_size=500, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2)
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
-LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=[1.0, -0.5, 0.25, 0.0, 0.7][: 2 + n % 4], id=f"film-{n:02}") for n in range(11)]
+LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=[1.0, -0.5, 0.25, 0.0, 0.7][: 2 + n % 4],
+                     id=f"film-{n:02}") for n in range(11)]
 
 
 # Counting.
 
 
-@pytest.mark.parametrize("config, known", [(LlamaConfig(), 6_738_415_616), (GPTJConfig(), 6_050_882_784), (GPT2Config(), 124_439_808)])
+@pytest.mark.parametrize("config, known",
+                         [(LlamaConfig(), 6_738_415_616), (GPTJConfig(), 6_050_882_784), (GPT2Config(), 124_439_808)])
 def test_parameters_on_paper(config, known):
     assert sum(p.numel() for p in meta_model(config).parameters()) == known == count_parameters(config)["base"]
 
 
-@pytest.mark.parametrize("config, rank, targets", [(LlamaConfig(), 64, ("q_proj", "v_proj")), (GPTJConfig(), 16, ("q_proj", "v_proj")), (SMALL, 4, ("q_proj", "k_proj", "down_proj"))])
+@pytest.mark.parametrize("config, rank, targets",
+                         [(LlamaConfig(), 64, ("q_proj", "v_proj")), (GPTJConfig(), 16, ("q_proj", "v_proj")),
+                          (SMALL, 4, ("q_proj", "k_proj", "down_proj"))])
 def test_adapters_as_peft_makes_them(config, rank, targets):
     from peft import get_peft_model
 
@@ -68,7 +82,8 @@ def test_resting_bytes_are_those_of_real_tensors(mode, dtype):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(input_ids=torch.arange(8)[None]).logits.float().sum().backward()
     optimizer.step()
-    real = {"weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+    real = {"weights": sum(p.nbytes for p in model.parameters()),
+            "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
             "optimizer": sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())}
     plan = memory_plan(SMALL, mode=mode, rank=4, dtype=dtype)
     assert real == {name: plan[name] for name in real} and plan["working"] == 0
@@ -85,8 +100,11 @@ def test_sharing_out():
     assert fsdp["working"] == 2 * (2 * counts["outside"] + 3 * counts["layer"])
     assert plan(sharding="fsdp", gpus=64)["total"] < fsdp["total"] < plan()["total"]
     assert plan(optimizer="sgd")["optimizer"] == 0
-    assert (plan()["start"], fsdp["start"], plan(sharding="fsdp", gpus=8, dtype="bfloat16")["start"]) == (0, 4 * n, 2 * n)
-    assert list(memory_table({"64 GPUs": plan(sharding="fsdp", gpus=64)})["card"]) == ["40 GB"], "the whole policy is there before it is shared out"
+    assert (plan()["start"], fsdp["start"],
+            plan(sharding="fsdp", gpus=8, dtype="bfloat16")["start"]) == (0, 4 * n, 2 * n)
+    assert list(memory_table({"64 GPUs": plan(sharding="fsdp", gpus=64)})["card"]) == ["40 GB"], (
+        "the whole policy is there before it is shared out"
+    )
 
 
 # Activations.
@@ -101,19 +119,24 @@ def saved_bytes(model, batch, path, autocast) -> int:
             seen[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autograd.graph.saved_tensors_hooks(pack,
+                                                  lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16,
+                                                                               enabled=autocast):
         list_logps(model, batch, impl=path)
     return sum(nbytes for nbytes, _ in seen.values())
 
 
-@pytest.mark.parametrize("mode, dtype, path", list(itertools.product(("full", "lora"), ("float32", "mixed", "bfloat16"), ("padded", "shared"))))
+@pytest.mark.parametrize("mode, dtype, path",
+                         list(itertools.product(("full", "lora"), ("float32", "mixed", "bfloat16"),
+                                                ("padded", "shared"))))
 def test_activations_are_what_autograd_keeps(mode, dtype, path):
     """Within 6 %, with and without checkpointing; weights that autocast copied are `working`."""
     from peft import get_peft_model
 
     ids = lambda n: torch.randint(1, 500, (n,)).tolist()  # noqa: E731
     size = {"lists": 3, "P": 120, "R": 40, "M": 4}
-    batch = ListCollator()([{"id": str(b), "prompt_ids": ids(120), "completion_ids": [ids(40) for _ in range(4)], "rewards": [0.0] * 4} for b in range(3)])
+    batch = ListCollator()([{"id": str(b), "prompt_ids": ids(120), "completion_ids": [ids(40) for _ in range(4)],
+                             "rewards": [0.0] * 4} for b in range(3)])
     for checkpointing in (False, True):
         model = AutoModelForCausalLM.from_config(SMALL, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         if mode == "lora":
@@ -122,7 +145,8 @@ def test_activations_are_what_autograd_keeps(mode, dtype, path):
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         check_paths(model.train())
-        planned = batch_bytes(SMALL, mode, dtype, path=path, gradient_checkpointing=checkpointing, **size)["activations"]
+        planned = batch_bytes(SMALL, mode, dtype, path=path, gradient_checkpointing=checkpointing,
+                              **size)["activations"]
         if checkpointing:  # the layer that is computed again is not there yet
             planned -= scale._layer_bytes(SMALL, mode, dtype, 3, 120, 40, 4, path)
         elif dtype == "mixed":
@@ -159,10 +183,12 @@ print(status('VmHWM') - before, memory_plan(config, dtype='float32', **size)['to
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux keeps for a process")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
+                    reason="needs the peak memory that Linux keeps for a process")
 def test_the_total_is_what_a_process_takes():
     """25 million parameters: 90 % of the 440 MB are weights, gradients and Adam; within a tenth."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", MEASURE], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
     if "Permission" in done.stderr:
         pytest.skip("the peak memory of a process cannot be reset here")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -173,8 +199,11 @@ def test_the_total_is_what_a_process_takes():
 # What is refused.
 
 
-@pytest.mark.parametrize("settings, word", [({"dtype": "int4"}, "float32"), ({"sharding": "zero3"}, "zero2"), ({"optimizer": "lion"}, "adamw"), ({"path": "packed"}, "padded"), ({"mode": "half"}, "lora"),
-                                            ({"gpus": 0}, "1 or more"), ({"M": 0}, "1 or more"), ({"mode": "lora", "targets": ("query",)}, "q_proj")])
+@pytest.mark.parametrize("settings, word",
+                         [({"dtype": "int4"}, "float32"), ({"sharding": "zero3"}, "zero2"),
+                          ({"optimizer": "lion"}, "adamw"), ({"path": "packed"}, "padded"), ({"mode": "half"}, "lora"),
+                                            ({"gpus": 0}, "1 or more"), ({"M": 0}, "1 or more"),
+                          ({"mode": "lora", "targets": ("query",)}, "q_proj")])
 def test_a_wrong_word_names_what_is_allowed(settings, word):
     with pytest.raises(LireError, match=word):
         memory_plan(SMALL, **settings)
@@ -214,14 +243,19 @@ def test_a_start_file_with_a_misspelt_key(tmp_path):
 def test_recipes_are_those_of_the_paper(name):
     recipe = read_recipe(CONFIGS / f"{name}.json")
     training = recipe["training"]
-    assert recipe["num_candidates"] == 6 and recipe["lora"] == {"rank": 64, "alpha": 8, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
-    assert (training["learning_rate"], training["weight_decay"], training["lr_scheduler_type"], training["warmup_steps"], training["num_train_epochs"]) == (2e-5, 0.0, "cosine", 0.03, 2)
+    assert recipe["num_candidates"] == 6 and recipe["lora"] == {"rank": 64, "alpha": 8, "dropout": 0.0,
+                                                                "targets": ["q_proj", "v_proj"]}
+    assert (training["learning_rate"], training["weight_decay"], training["lr_scheduler_type"],
+            training["warmup_steps"], training["num_train_epochs"]) == (2e-5, 0.0, "cosine", 0.03, 2)
     assert training["max_prompt_length"] + training["max_completion_length"] == 512
     command = launch_command(recipe, CONFIGS / "eight_gpus_zero2.yaml")
     assert "--set gradient_accumulation_steps=1" in command and "--set learning_rate=2e-05" in command
 
 
-@pytest.mark.parametrize("change, word", [({"training": {"learning_rat": 1}}, "learning_rat"), ({"training": {"reward_transform": "square"}}, "reward_transform"), ({"training": None}, "training")])
+@pytest.mark.parametrize("change, word",
+                         [({"training": {"learning_rat": 1}}, "learning_rat"),
+                          ({"training": {"reward_transform": "square"}}, "reward_transform"),
+                          ({"training": None}, "training")])
 def test_a_recipe_that_cannot_be_trained(tmp_path, change, word):
     recipe = {"policy": "p", "num_candidates": 6, "lists_per_step": 8, **change}
     (tmp_path / "recipe.json").write_text(json.dumps({k: v for k, v in recipe.items() if v is not None}))
@@ -248,7 +282,8 @@ def place(tmp_path_factory) -> Path:
 
 def started(place, *command) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=place, env=env, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -259,7 +294,9 @@ def one(place) -> Path:
     return place / "one"
 
 
-TRAIN = ["train", "--lists", "lists.jsonl", "--policy", "start", *(part for pair in ("learning_rate=5e-3", "max_steps=4", "bf16=false", "use_cpu=true") for part in ("--set", pair))]
+TRAIN = ["train", "--lists", "lists.jsonl", "--policy", "start",
+         *(part for pair in ("learning_rate=5e-3", "max_steps=4", "bf16=false", "use_cpu=true")
+           for part in ("--set", pair))]
 
 
 def farthest(a: Path, b: Path) -> float:
@@ -269,7 +306,8 @@ def farthest(a: Path, b: Path) -> float:
 
 
 def test_two_processes_by_the_start_file(place, one):
-    """`accelerate launch --config_file data/configs/two_cpu_processes.yaml -m lire_nb.cli train …`, unchanged, for lists that two cannot share evenly."""
+    """`accelerate launch --config_file data/configs/two_cpu_processes.yaml -m lire_nb.cli train …`, unchanged, for
+    lists that two cannot share evenly."""
     launch = ["accelerate.commands.launch", "--config_file", CONFIGS / "two_cpu_processes.yaml"]
     started(place, *launch, "-m", "lire_nb.cli", *TRAIN, "--out", "two", "--set", "per_device_train_batch_size=2")
     assert farthest(one, place / "two") < 1e-5 < farthest(one, place / "start")
@@ -279,7 +317,11 @@ def test_weights_that_are_shared_out(place, one):
     """FSDP2 on two processes: the weights of one, and on each process the bytes of the plan."""
     config = place / "fsdp.yaml"
     text = (CONFIGS / "eight_gpus_fsdp.yaml").read_text()
-    config.write_text(text.replace("num_processes: 8", "num_processes: 2\nmain_process_port: 0").replace("mixed_precision: bf16", "mixed_precision: 'no'").replace("use_cpu: false", "use_cpu: true"))
+    config.write_text(
+        text.replace("num_processes: 8", "num_processes: 2\nmain_process_port: 0")
+        .replace("mixed_precision: bf16", "mixed_precision: 'no'")
+        .replace("use_cpu: false", "use_cpu: true")
+    )
     started(place, "accelerate.commands.launch", "--config_file", config, HERE / "sharded_processes.py", place)
     assert farthest(one, place / "sharded") < 1e-5
     assert (place / "sharded-lora" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,5 @@
-"""Training that can be believed: layouts that should be equal are, and what goes wrong stops before the weights are touched."""
+"""Training that can be believed: layouts that should be equal are, and what goes wrong stops before the weights are
+touched."""
 import json
 import os
 import signal
@@ -11,17 +12,18 @@ import torch
 from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from lire_nb.enhancement import train_policy
 from lire_nb.base.errors import LireError
-from lire_nb.records import make_record
+from lire_nb.enhancement import train_policy
 from lire_nb.logprobs import dataset_logps
 from lire_nb.models import load_policy
-from lire_nb.resume import checkpoints, ExactTrainer, last_checkpoint, Stopped
+from lire_nb.records import make_record
+from lire_nb.resume import ExactTrainer, Stopped, checkpoints, last_checkpoint
 from lire_nb.training import LIREConfig, LIRETrainer, prepare_lists
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
-LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=[1.0, -0.5, 0.25, 0.0, 0.7][: 2 + n % 4], id=f"film-{n:02}") for n in range(11)]
+LISTS = [make_record(f"film {n} was", WORDS[: 2 + n % 4], rewards=[1.0, -0.5, 0.25, 0.0, 0.7][: 2 + n % 4],
+                     id=f"film-{n:02}") for n in range(11)]
 BASE = dict(learning_rate=5e-3, bf16=False, use_cpu=True, disable_tqdm=True, report_to="none", logging_steps=1)
 
 
@@ -44,7 +46,8 @@ def place(tmp_path_factory) -> Path:
 def trainer(policy, folder, lists=LISTS, eval_lists=None, **settings):
     options = {name: settings.pop(name) for name in ("callbacks", "peft_config", "ref_model") if name in settings}
     model, tokenizer = load_policy(policy)
-    return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), "save_strategy": "no", **BASE, **settings}), lists, eval_lists, processing_class=tokenizer, **options)
+    return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), "save_strategy": "no", **BASE, **settings}),
+                       lists, eval_lists, processing_class=tokenizer, **options)
 
 
 def flat(model) -> torch.Tensor:
@@ -54,7 +57,8 @@ def flat(model) -> torch.Tensor:
 def course(one) -> tuple[list[dict], torch.Tensor]:
     one.train()
     timed = ("runtime", "per_second", "preparation")
-    return [{k: v for k, v in h.items() if not any(t in k for t in timed)} for h in one.state.log_history if "total_flos" not in h], flat(one.model)
+    return [{k: v for k, v in h.items() if not any(t in k for t in timed)} for h in one.state.log_history
+            if "total_flos" not in h], flat(one.model)
 
 
 # Layouts that are equal.
@@ -66,7 +70,8 @@ def test_batch_times_accumulation(place, tmp_path, batch, accumulation):
     settings = dict(num_train_epochs=2, num_candidates=3, data_seed=3)
     size = batch * accumulation
     log, whole = course(trainer(place / "start", tmp_path, per_device_train_batch_size=size, **settings))
-    again, parts = course(trainer(place / "start", tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **settings))
+    again, parts = course(trainer(place / "start", tmp_path, per_device_train_batch_size=batch,
+                                  gradient_accumulation_steps=accumulation, **settings))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
     assert len(log) == len(again) and all(abs(a["loss"] - b["loss"]) < 1e-6 for a, b in zip(log, again))
 
@@ -75,7 +80,9 @@ def test_batch_times_accumulation(place, tmp_path, batch, accumulation):
 def test_both_paths_train_the_same_policy(place, tmp_path, loss_type):
     """Twenty steps by padding and by sharing the prompt: the losses and the weights stay together."""
     settings = dict(max_steps=20, num_train_epochs=99, loss_type=loss_type)
-    (padded, by_padding), (shared, by_sharing) = (course(trainer(place / "start", tmp_path, logps_impl=impl, **settings)) for impl in ("padded", "shared"))
+    (padded, by_padding), (shared,
+                           by_sharing) = (course(trainer(place / "start", tmp_path, logps_impl=impl, **settings))
+                                          for impl in ("padded", "shared"))
     start = flat(load_policy(place / "start")[0])
     assert len(padded) == len(shared) == 20 and all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(padded, shared))
     assert (by_sharing - by_padding).norm() < 1e-3 * (by_padding - start).norm()
@@ -88,9 +95,11 @@ def test_paths_are_checked_before_the_first_step(place, tmp_path, caplog):
     _, tokenizer = load_policy(place / "start")
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=96, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(LireError, match="logps_impl.*BloomForCausalLM"):
-        LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "logps_impl": "shared"}), LISTS, processing_class=tokenizer)
+        LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "logps_impl": "shared"}), LISTS,
+                    processing_class=tokenizer)
     assert "takes no position_ids" in caplog.text
-    LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "max_steps": 1, "save_strategy": "no"}), LISTS, processing_class=tokenizer).train()
+    LIRETrainer(bloom, LIREConfig(**{"output_dir": str(tmp_path), **BASE, "max_steps": 1, "save_strategy": "no"}),
+                LISTS, processing_class=tokenizer).train()
 
 
 def test_reference_log_probs_are_kept(place, tmp_path, monkeypatch):
@@ -122,10 +131,13 @@ def test_gradient_checkpointing_changes_nothing(place, tmp_path):
 def test_the_same_seed_gives_the_same_files(place, tmp_path):
     from peft import LoraConfig
 
-    for name, options in (("full", {}), ("lora", {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)})):
+    for name, options in (("full", {}),
+                          ("lora",
+                           {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)})):
         for k in (1, 2):
             torch.manual_seed(k)  # whatever was drawn before must not matter
-            train_policy(place / "start-dropout", LISTS, tmp_path / f"{name}-{k}", seed=5, max_steps=3, trainer_options=options, **BASE | {"report_to": "none"})
+            train_policy(place / "start-dropout", LISTS, tmp_path / f"{name}-{k}", seed=5, max_steps=3,
+                         trainer_options=options, **BASE | {"report_to": "none"})
         files = [{p.name: p.read_bytes() for p in (tmp_path / f"{name}-{k}").iterdir() if p.is_file()} for k in (1, 2)]
         assert files[0] == files[1] and ("adapter_model.safetensors" if options else "model.safetensors") in files[0]
         assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
@@ -134,7 +146,8 @@ def test_the_same_seed_gives_the_same_files(place, tmp_path):
 def test_a_merged_adapter_gives_the_same_logps(place, tmp_path):
     from peft import LoraConfig
 
-    one = trainer(place / "start", tmp_path, max_steps=4, learning_rate=5e-2, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    one = trainer(place / "start", tmp_path, max_steps=4, learning_rate=5e-2,
+                  peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     start = dataset_logps(one.model, one.processing_class, LISTS)
     one.train()
     adapted = dataset_logps(one.model, one.processing_class, LISTS)
@@ -147,15 +160,18 @@ def test_a_merged_adapter_gives_the_same_logps(place, tmp_path):
 @pytest.fixture(scope="module")
 def two(place) -> list[dict]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*command, str(HERE / "two_processes.py"), str(place)], env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run([*command, str(HERE / "two_processes.py"), str(place)], env=env, capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((place / f"rank-{n}.json").read_text()) for n in (0, 1)]
 
 
 def test_two_processes_give_what_one_gives(two, place, tmp_path):
     """Losses, metrics, weights over five steps, and an evaluation, of 11 lists that two processes cannot share evenly."""
-    one = trainer(place / "start", tmp_path, eval_lists=LISTS[:7], max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, per_device_eval_batch_size=2)
+    one = trainer(place / "start", tmp_path, eval_lists=LISTS[:7], max_steps=5, per_device_train_batch_size=2,
+                  gradient_accumulation_steps=2, per_device_eval_batch_size=2)
     log, weights = course(one)
     evaluated = one.evaluate()
     assert two[0]["course"] == two[1]["course"]
@@ -179,7 +195,8 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(two):
 
 
 def test_only_the_main_process_samples_and_scores(two):
-    assert [rank["enhanced"]["calls"] for rank in two] == [[12, 12], []] and all(rank["enhanced"]["whole"] for rank in two)
+    assert [rank["enhanced"]["calls"] for rank in two] == [[12, 12],
+                                                           []] and all(rank["enhanced"]["whole"] for rank in two)
 
 
 # As if it had never stopped.
@@ -201,8 +218,10 @@ class FailAt(TrainerCallback):
 LAYOUTS = {
     "accumulation": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=1),
     "log by epoch, evaluate by epoch": dict(save_steps=1, logging_strategy="epoch", eval_strategy="epoch"),
-    "length groups, drawn candidates": dict(save_steps=1, train_sampling_strategy="group_by_length", num_candidates=3, logging_steps=2),
-    "the best": dict(save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="eval_expected_reward", save_total_limit=1),
+    "length groups, drawn candidates": dict(save_steps=1, train_sampling_strategy="group_by_length", num_candidates=3,
+                                            logging_steps=2),
+    "the best": dict(save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
+                     metric_for_best_model="eval_expected_reward", save_total_limit=1),
     "ends within an epoch": dict(save_steps=1, max_steps=4),
     "reference": dict(save_steps=2, loss_type="dpo", optim="sgd"),
 }
@@ -211,7 +230,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resumed_anywhere_is_exact(place, tmp_path, name):
     """Fail at every step, go on from the last checkpoint: the same weights and the same log, with dropout."""
-    settings = {"save_strategy": "steps", "num_train_epochs": 2, "lr_scheduler_type": "linear", "eval_lists": LISTS[:3], **LAYOUTS[name]}
+    settings = {"save_strategy": "steps", "num_train_epochs": 2, "lr_scheduler_type": "linear", "eval_lists": LISTS[:3],
+                **LAYOUTS[name]}
     log, weights = course(trainer(place / "start-dropout", tmp_path / "whole", **settings))
     steps = max(h["step"] for h in log)
     assert steps >= 4
@@ -223,7 +243,8 @@ def test_resumed_anywhere_is_exact(place, tmp_path, name):
         there = last_checkpoint(folder)
         one.train(resume_from_checkpoint=str(there) if there else None)
         assert torch.equal(flat(one.model), weights), step
-        again = [{k: h[k] for k in h if "runtime" not in k and "per_second" not in k and "preparation" not in k} for h in one.state.log_history if "total_flos" not in h]
+        again = [{k: h[k] for k in h if "runtime" not in k and "per_second" not in k and "preparation" not in k}
+                 for h in one.state.log_history if "total_flos" not in h]
         assert again == log, step
 
 
@@ -240,16 +261,21 @@ def test_half_written_and_damaged_checkpoints_are_never_taken(place, tmp_path):
     settings = dict(save_strategy="steps", save_steps=1, max_steps=4)
     trainer(place / "start", tmp_path, **settings).train()
     names = {p.name for p in last_checkpoint(tmp_path).iterdir()}
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"} <= names and "training_args.bin" not in names
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+            "manifest.json"} <= names and "training_args.bin" not in names
     (tmp_path / "checkpoint-4" / "manifest.json").unlink()  # killed before the end
     content = (tmp_path / "checkpoint-3" / "optimizer.pt").read_bytes()
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(content[:100] + b"x" + content[101:])
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
     with pytest.raises(LireError, match="optimizer.pt is altered"):
         trainer(place / "start", tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert last_checkpoint(tmp_path, clean=True).name == "checkpoint-2" and [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
+    assert last_checkpoint(tmp_path, clean=True).name == "checkpoint-2" and [p.name for p in checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-1",
+    ]
     with pytest.raises(LireError, match="no whole checkpoint"):
-        trainer(place / "start", tmp_path, **settings | {"output_dir": str(tmp_path / "nothing")}).train(resume_from_checkpoint=True)
+        trainer(place / "start", tmp_path,
+                **settings | {"output_dir": str(tmp_path / "nothing")}).train(resume_from_checkpoint=True)
 
 
 def test_the_older_checkpoint_stays_until_the_newer_is_whole(place, tmp_path, monkeypatch):
@@ -273,7 +299,8 @@ def test_train_policy_goes_on_with_an_adapter_and_early_stopping(place, tmp_path
     """The state of a callback is part of the checkpoint."""
     from peft import LoraConfig
 
-    settings = {**BASE, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 4, "load_best_model_at_end": True, "metric_for_best_model": "eval_expected_reward",
+    settings = {**BASE, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 4,
+                "load_best_model_at_end": True, "metric_for_best_model": "eval_expected_reward",
                 "greater_is_better": False}
     options = {"eval_dataset": LISTS[:3]}
     for name, fail in (("whole", None), ("broken", 2)):
@@ -281,18 +308,23 @@ def test_train_policy_goes_on_with_an_adapter_and_early_stopping(place, tmp_path
         peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)}
         if fail:
             with pytest.raises(Failure):
-                train_policy(place / "start", LISTS, tmp_path / name, callbacks=callbacks(), trainer_options=options | peft, **settings)
+                train_policy(place / "start", LISTS, tmp_path / name, callbacks=callbacks(),
+                             trainer_options=options | peft, **settings)
             assert last_checkpoint(tmp_path / "broken.partial").name == "checkpoint-1"
         fail = None
-        train_policy(place / "start", LISTS, tmp_path / name, callbacks=callbacks(), trainer_options=options | peft, **settings)
+        train_policy(place / "start", LISTS, tmp_path / name, callbacks=callbacks(), trainer_options=options | peft,
+                     **settings)
     logs = [(tmp_path / name / "training.jsonl").read_text() for name in ("whole", "broken")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) < 12  # it did stop early
-    assert (tmp_path / "whole" / "adapter_model.safetensors").read_bytes() == (tmp_path / "broken" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "whole" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "broken" / "adapter_model.safetensors"
+    ).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_checkpoints_by_the_clock(place, tmp_path, monkeypatch):
-    one = trainer(place / "start", tmp_path, save_strategy="steps", save_steps=1000, save_minutes=1e-9, max_steps=2, num_train_epochs=1)
+    one = trainer(place / "start", tmp_path, save_strategy="steps", save_steps=1000, save_minutes=1e-9, max_steps=2,
+                  num_train_epochs=1)
     one.train()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
 
@@ -304,7 +336,8 @@ def test_sigterm_without_checkpoints_says_so(place, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="after step 1 of 3; no checkpoint") as stopped:
-        train_policy(place / "start", LISTS, tmp_path / "policy", callbacks=[Terminate()], max_steps=3, save_strategy="no", **BASE)
+        train_policy(place / "start", LISTS, tmp_path / "policy", callbacks=[Terminate()], max_steps=3,
+                     save_strategy="no", **BASE)
     assert stopped.value.code == 143 and list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is before
 
 
@@ -320,7 +353,8 @@ def test_what_is_not_finite_stops_before_the_weights(place, tmp_path, what):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             before["weights"] = flat(model).clone()
 
-    one = trainer(place / "start", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, callbacks=[Remember()])
+    one = trainer(place / "start", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                  num_train_epochs=2, callbacks=[Remember()])
     original, collate, met = one.list_losses, one.data_collator, []
 
     def list_losses(model, inputs):
@@ -328,7 +362,8 @@ def test_what_is_not_finite_stops_before_the_weights(place, tmp_path, what):
         met.extend(inputs["ids"])
         if what == "reward" or met.count("film-05") < 2:
             return losses, metrics
-        spoil = float("nan") if what == "loss" else ((losses.detach() - losses).sqrt() * 0).sum()  # the root of zero has an infinite slope
+        # the root of zero has an infinite slope
+        spoil = float("nan") if what == "loss" else ((losses.detach() - losses).sqrt() * 0).sum()
         return torch.stack([loss + spoil * (i == "film-05") for i, loss in zip(inputs["ids"], losses)]), metrics
 
     def spoilt_rewards(rows):
@@ -343,7 +378,11 @@ def test_what_is_not_finite_stops_before_the_weights(place, tmp_path, what):
         one.data_collator = spoilt_rewards
     with pytest.raises(LireError, match="film-05") as e:
         one.train()
-    assert torch.equal(before["weights"], flat(one.model)) and str(e.value).startswith(f"{what} of ") and len(str(e.value).splitlines()) == 1
+    assert (
+        torch.equal(before["weights"], flat(one.model))
+        and str(e.value).startswith(f"{what} of ")
+        and len(str(e.value).splitlines()) == 1
+    )
     assert one.state.global_step >= 3  # the second epoch
 
 
@@ -356,10 +395,12 @@ def test_a_reward_that_float32_cannot_hold_is_named(place, tmp_path):
 
 
 def test_length_groups_need_less_padding(place, tmp_path):
-    lists = [make_record("film " * (1 + 7 * (n % 4)), [" good" * (1 + n % 4), " bad"], rewards=[1.0, 0.0], id=f"{n:03}") for n in range(64)]
+    lists = [make_record("film " * (1 + 7 * (n % 4)), [" good" * (1 + n % 4), " bad"], rewards=[1.0, 0.0], id=f"{n:03}")
+             for n in range(64)]
 
     def padding(order):
-        one = trainer(place / "start", tmp_path, lists=lists, per_device_train_batch_size=8, train_sampling_strategy=order)
+        one = trainer(place / "start", tmp_path, lists=lists, per_device_train_batch_size=8,
+                      train_sampling_strategy=order)
         batches = list(one.get_train_dataloader())
         assert sorted(i for b in batches for i in b["ids"]) == [r["id"] for r in lists]
         return sum(int(b["prompt_ids"].numel() - b["prompt_lengths"].sum()) for b in batches)
@@ -370,7 +411,8 @@ def test_length_groups_need_less_padding(place, tmp_path):
 def test_workers_read_the_same_steps(place, tmp_path):
     """The epoch travels with the index, so that worker processes draw the same candidates."""
     def read(workers):
-        one = trainer(place / "start", tmp_path, num_candidates=2, dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0)
+        one = trainer(place / "start", tmp_path, num_candidates=2, dataloader_num_workers=workers,
+                      dataloader_persistent_workers=workers > 0)
         loader, steps = one.get_train_dataloader(), []
         for one._sampler.epoch in (0, 1):
             steps += [(b["ids"], b["rewards"].nan_to_num(9).tolist()) for b in loader]
@@ -381,14 +423,17 @@ def test_workers_read_the_same_steps(place, tmp_path):
 
 def test_evaluation_of_other_lists(place, tmp_path):
     """Raw lists, a dict of them, any prefix; fillers and the last smaller batch do not distort the mean."""
-    one = trainer(str(place / "start"), tmp_path, per_device_eval_batch_size=4, eval_lists={"a": LISTS[:6], "b": LISTS[6:]})
+    one = trainer(str(place / "start"), tmp_path, per_device_eval_batch_size=4,
+                  eval_lists={"a": LISTS[:6], "b": LISTS[6:]})
     prepared = prepare_lists(LISTS, one.processing_class, one.args)
     with torch.no_grad():
         losses = torch.cat([one.list_losses(one.model.eval(), one.data_collator([row]))[0] for row in prepared])
-    assert one.evaluate(LISTS, metric_key_prefix="held_out")["held_out_loss"] == pytest.approx(losses.mean().item(), abs=2e-6)
+    assert one.evaluate(LISTS,
+                        metric_key_prefix="held_out")["held_out_loss"] == pytest.approx(losses.mean().item(), abs=2e-6)
     assert one.evaluate()["eval_b_loss"] == pytest.approx(losses[6:].mean().item(), abs=2e-6)
     found = one.evaluate({"x": LISTS[:2], "y": prepared.select([2, 3])}, metric_key_prefix="test")
-    assert found["test_y_loss"] == pytest.approx(losses[2:4].mean().item(), abs=2e-6) and "test_x_expected_reward" in found
+    assert found["test_y_loss"] == pytest.approx(losses[2:4].mean().item(),
+                                                 abs=2e-6) and "test_x_expected_reward" in found
     one.train()
     assert not [k for h in one.state.log_history if "loss" in h for k in h if k.startswith(("eval_", "test_"))]
 
@@ -400,7 +445,8 @@ def test_late_lists_need_the_reference_model(place, tmp_path):
     given = trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2, ref_model=start, eval_lists=LISTS[:3])
     given.train()
     assert given.evaluate(LISTS[:3], metric_key_prefix="late")["late_loss"] == given.evaluate()["eval_loss"]
-    adapter = trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), eval_lists=LISTS[:3])
+    adapter = trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2,
+                      peft_config=LoraConfig(r=2, target_modules=["q_proj"]), eval_lists=LISTS[:3])
     adapter.train()
     assert adapter.evaluate(LISTS[:3], metric_key_prefix="late")["late_loss"] == adapter.evaluate()["eval_loss"]
     without = trainer(place / "start", tmp_path, loss_type="dpo", max_steps=2)
@@ -416,6 +462,8 @@ def test_a_path_and_bf16_and_callbacks(place, tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.append(logs.get("expected_reward"))
 
-    one = LIRETrainer(place / "start", LIREConfig(**{"output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 2, **BASE, "bf16": True}), LISTS, callbacks=[Count()])
+    one = LIRETrainer(place / "start",
+                      LIREConfig(**{"output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 2, **BASE,
+                                    "bf16": True}), LISTS, callbacks=[Count()])
     one.train()
     assert len([s for s in seen if s is not None]) >= 2 and one.args.bf16

@@ -14,7 +14,8 @@ def make_start(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, attention_dropout=dropout,
+        vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, attention_dropout=dropout,
         bos_token_id=0, eos_token_id=0, pad_token_id=0)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

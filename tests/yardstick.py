@@ -1,4 +1,5 @@
-"""How fast this machine is just now: limits on processor time are multiples of it, since machines differ twofold and more."""
+"""How fast this machine is just now: limits on processor time are multiples of it, since machines differ twofold and
+more."""
 import os
 import subprocess
 import sys

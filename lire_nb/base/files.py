@@ -43,11 +43,13 @@ def _chosen(path: Path, table: dict, what: str) -> Callable:
     for suffix, entry in table.items():
         if path.name.lower().endswith(suffix):
             return entry
-    raise ListError(f"unknown kind of file to {what}", file=path, field="path", value=path.name, allowed=", ".join(table), remedy="choose one of these endings")
+    raise ListError(f"unknown kind of file to {what}", file=path, field="path", value=path.name,
+                    allowed=", ".join(table), remedy="choose one of these endings")
 
 
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_sorted_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True).encode  # for meta: equal dicts, equal bytes
+# for meta: equal dicts, equal bytes
+_sorted_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True).encode
 
 # %% ../../nbs/31_files.ipynb #73a433af
 _BATCH = 2_000  # records that are in memory at once while a file is written
@@ -71,7 +73,8 @@ def _table_rows(table: pa.Table) -> Iterator[dict]:
 def _plain_rows(rows: Dataset | Iterable[dict]) -> Iterator[dict]:
     """The rows of a Dataset, or of any iterable, as plain Python values."""
     if isinstance(rows, (datasets.DatasetDict, datasets.IterableDatasetDict, dict)):
-        raise ListError("not one data set", value=list(rows), allowed="a Dataset or an iterable of dicts", remedy='choose a split: data["train"]')
+        raise ListError("not one data set", value=list(rows), allowed="a Dataset or an iterable of dicts",
+                        remedy='choose a split: data["train"]')
     if isinstance(rows, Dataset):
         for table in rows.with_format("arrow").iter(batch_size=1_000):
             yield from _table_rows(table)
@@ -111,7 +114,8 @@ def _check_text(value: Any, field: str) -> str:
 def data_path(
     name: str = "",  # of a file or folder in data/; empty: data/ itself
 ) -> Path:
-    "What this project wrote itself, wherever the command runs: data/ beside the package in a checkout, inside the package where it is installed."
+    """What this project wrote itself, wherever the command runs: data/ beside the package in a checkout, inside the
+    package where it is installed."""
     package = Path(importlib.util.find_spec("lire_nb").origin).parent
     checkout = package.parent / "data"
     return (checkout if (package.parent / "settings.ini").is_file() and checkout.is_dir() else package / "data") / name
@@ -171,7 +175,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase
         # An OSError that names another file, or is no matter of disks, belongs to the block and passes through.
         if error.errno not in _DISK or error.filename not in (None, str(temporary), *map(str, (path, *path.parents))):
             raise
-        raise ListError(f"cannot be written: {os.strerror(error.errno)}", file=path, remedy=_DISK[error.errno]) from error
+        raise ListError(f"cannot be written: {os.strerror(error.errno)}", file=path,
+                        remedy=_DISK[error.errno]) from error
     finally:
         with _ignored_errors():
             temporary.unlink(missing_ok=True)
@@ -215,7 +220,8 @@ def _bad_json(error: Exception) -> ListError:
 
 
 def _damaged(line: int, error: Exception) -> Row:
-    return Row(line, None, ListError(f"the file is damaged from here on ({error})", line=line, remedy="fetch the file again"))
+    return Row(line, None,
+               ListError(f"the file is damaged from here on ({error})", line=line, remedy="fetch the file again"))
 
 # %% ../../nbs/31_files.ipynb #25750635
 def _parse_line(line: int, raw: bytes) -> Row:
@@ -224,7 +230,8 @@ def _parse_line(line: int, raw: bytes) -> Row:
     try:
         text = raw.decode().strip("\r\n")
     except UnicodeDecodeError as error:
-        bad = ListError("not UTF-8", value=raw[error.start : error.start + 4], allowed="UTF-8", remedy="convert the file to UTF-8")
+        bad = ListError("not UTF-8", value=raw[error.start : error.start + 4], allowed="UTF-8",
+                        remedy="convert the file to UTF-8")
         return Row(line, raw.decode(errors="backslashreplace").strip("\r\n"), bad)
     if not text.strip():
         return Row(line, text, BLANK)
@@ -279,7 +286,8 @@ def _array_rows(text: str) -> Iterator[Row]:
         yield Row(line, text[start:end], value)
     if text[spot + 1 :].strip():
         line += text.count("\n", counted, spot)
-        yield Row(line, text[spot + 1 :], ListError("text after the end of the array", allowed="one array", remedy="remove it"))
+        yield Row(line, text[spot + 1 :],
+                  ListError("text after the end of the array", allowed="one array", remedy="remove it"))
 
 # %% ../../nbs/31_files.ipynb #e191751d
 _NAMES = {"None": None, "True": True, "False": False, "nan": math.nan, "inf": math.inf}
@@ -477,7 +485,8 @@ def _open(path: Path) -> io.IOBase:
 
 # %% ../../nbs/31_files.ipynb #1d3e1654
 def read_rows(source: str | os.PathLike | Dataset | Iterable[dict]) -> Iterator[Row]:
-    """Every row of a file (.jsonl, .ndjson, .json, .csv, each also .gz, .parquet) or of rows in memory, bad ones as `ListError`."""
+    """Every row of a file (.jsonl, .ndjson, .json, .csv, each also .gz, .parquet) or of rows in memory, bad ones as
+    `ListError`."""
     if not isinstance(source, (str, os.PathLike)):
         for num, row in enumerate(_plain_rows(source), 1):
             yield Row(num, None, row)
@@ -500,7 +509,8 @@ def disk_errors(folder: str | Path):
     except (OSError, SafetensorError) as e:
         if isinstance(e, OSError) and e.errno not in _DISK_ERRORS:
             raise
-        raise LireError(f"cannot be written: {e}", file=folder, remedy="free some space or choose another place; nothing half-written is left") from e
+        raise LireError(f"cannot be written: {e}", file=folder,
+                        remedy="free some space or choose another place; nothing half-written is left") from e
 
 # %% ../../nbs/31_files.ipynb #7ce462a9
 @contextmanager
@@ -528,7 +538,9 @@ def sweep_drafts(
 ) -> list[Path]:  # what was deleted
     "Delete what killed processes left half-written; drafts of another running process stay."
     found = list(Path(folder).rglob(".*")) if within else list(Path(folder).glob(".*"))
-    stale = [p for p in found if p.name.startswith(start) and ((m := _DRAFT.fullmatch(p.name)) and not _runs(int(m["process"])) or within and _TEMPORARY.fullmatch(p.name))]
+    stale = [p for p in found if p.name.startswith(start)
+             and ((m := _DRAFT.fullmatch(p.name)) and not _runs(int(m["process"])) or within
+                  and _TEMPORARY.fullmatch(p.name))]
     for path in stale:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return [*stale, *(sweep_locks(folder) if within else [])]
@@ -566,7 +578,8 @@ def take_lock(
 
 # %% ../../nbs/31_files.ipynb #e815003c
 def free_lock(lock: filelock.BaseFileLock) -> None:
-    "Let a lock go; its file is removed while it is held: whoever waits for it sees that it is gone and opens a new one."
+    """Let a lock go; its file is removed while it is held: whoever waits for it sees that it is gone and opens a new
+    one."""
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
@@ -602,9 +615,11 @@ def one_writer(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path, wait)
     except filelock.Timeout as e:
-        raise LireError(f"{what} is at work there", file=target, field="writer", allowed="one at a time", remedy="wait for it, stop it, or give another place") from e
+        raise LireError(f"{what} is at work there", file=target, field="writer", allowed="one at a time",
+                        remedy="wait for it, stop it, or give another place") from e
     except OSError as e:
-        raise LireError(f"cannot be created ({e.strerror})", field="run folder" if inside else "output", value=str(target), allowed="a place that can be written",
+        raise LireError(f"cannot be created ({e.strerror})", field="run folder" if inside else "output",
+                        value=str(target), allowed="a place that can be written",
                         remedy="choose another place") from e
     _HELD[key] = threading.get_ident()
     try:

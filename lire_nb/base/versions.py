@@ -23,7 +23,8 @@ class Module(NamedTuple):
     "The top level of a source file."
     name: str
     defined: dict[str, list[ast.stmt]]  # name -> the statements that make or change it
-    imported: dict[str, tuple[str, str | None]]  # name -> (module, name there or None for the module itself); of this package without its name
+    # name -> (module, name there or None for the module itself); of this package without its name
+    imported: dict[str, tuple[str, str | None]]
     outside: dict[str, str]  # name -> what it is in another package
     effects: list[ast.stmt]  # statements that belong to no name
 
@@ -40,7 +41,8 @@ def read_module(
             inside, outside = _imports(statement, package, module.name)
             module.imported.update(inside), module.outside.update(outside)
         elif not _is_docstring(statement) and not _is_script(statement):
-            names = _defined(statement) or {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and n.id in module.defined}
+            names = _defined(statement) or {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)
+                                            and n.id in module.defined}
             for name in names:
                 module.defined.setdefault(name, []).append(statement)
             if not names:
@@ -79,7 +81,9 @@ def _defined(statement: ast.stmt) -> set[str]:
         targets = statement.targets if hasattr(statement, "targets") else [statement.target]
         return {n for target in targets for n in _bases(target)}
     return {n for field in ("body", "orelse", "finalbody", "handlers") for part in getattr(statement, field, [])
-            for n in (_defined(part) if not isinstance(part, ast.ExceptHandler) else {m for s in part.body for m in _defined(s)})}
+            for n in (_defined(part) if not isinstance(part,
+                                                       ast.ExceptHandler) else {m for s in part.body
+                                                                                for m in _defined(s)})}
 
 # %% ../../nbs/37_versions.ipynb #694f91c9
 def _bases(target: ast.expr) -> set[str]:
@@ -97,7 +101,8 @@ def _is_docstring(statement: ast.AST) -> bool:
 # %% ../../nbs/37_versions.ipynb #29713c49
 def _is_script(statement: ast.stmt) -> bool:
     "if __name__ == …"
-    return isinstance(statement, ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(statement.test))
+    return isinstance(statement,
+                      ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(statement.test))
 
 # %% ../../nbs/37_versions.ipynb #3c892513
 class Package:
@@ -105,7 +110,8 @@ class Package:
 
     def __init__(self, folder: str | Path):
         self.folder, self.found = Path(folder), {}
-        paths = {".".join(p.relative_to(self.folder).with_suffix("").parts): p for p in sorted(self.folder.rglob("*.py"))}
+        paths = {".".join(p.relative_to(self.folder).with_suffix("").parts): p
+                 for p in sorted(self.folder.rglob("*.py"))}
         self.modules = {name: read_module(path, self.folder.name, name) for name, path in paths.items()}
 
     def resolve(self, module: str, name: str) -> tuple[str, str | None] | None:
@@ -142,7 +148,9 @@ class Package:
         if (module, name) not in self.found:
             looks = [_Look(self, module, statement) for statement in self.modules[module].defined[name]]
             own = _hash("".join(sorted(look.text for look in looks)))
-            self.found[module, name] = own, {k: v for look in looks for k, v in look.inside.items()}, {k: v for look in looks for k, v in look.outside.items()}
+            self.found[module, name] = own, {k: v for look in looks for k,
+                                             v in look.inside.items()}, {k: v for look in looks for k,
+                                                                         v in look.outside.items()}
         return self.found[module, name]
 
     def reached(self, roots: Iterable[tuple[str, str]], without: Iterable[str] = ()) -> dict[tuple[str, str], str]:
@@ -158,7 +166,9 @@ class Package:
             if place in hashes or place[1] in without:
                 continue
             own, inside, outside = self.look(*place)
-            aims = [f"{name}>{self.look(*aim)[0]}" for name, aim in inside.items() if aim[1] not in without] + [f"{name}>{what}" for name, what in outside.items()]
+            aims = [f"{name}>{self.look(*aim)[0]}" for name,
+                    aim in inside.items() if aim[1] not in without] + [f"{name}>{what}" for name,
+                                                                       what in outside.items()]
             hashes[place] = _hash(own + "".join(sorted(aims)))
             todo += inside.values()
         return hashes
@@ -200,10 +210,12 @@ class _Look(ast.NodeTransformer):
     def _aim(self, node: ast.expr):
         "Where a name or a chain of attributes of modules leads."
         if isinstance(node, ast.Name):
-            return self.local.get(node.id) or (self.package.resolve(self.module, node.id) if node.id in self.names else None)
+            return self.local.get(node.id) or (self.package.resolve(self.module, node.id)
+                                               if node.id in self.names else None)
         if isinstance(node, ast.Attribute):
             base = self._aim(node.value)
-            return self.package.imported("" if base[0] == "__init__" else base[0], node.attr) if base and base[1] is None else None
+            return self.package.imported("" if base[0] == "__init__" else base[0],
+                                         node.attr) if base and base[1] is None else None
         return None
 
     def visit_Attribute(self, node):
@@ -218,7 +230,8 @@ class _Look(ast.NodeTransformer):
     def visit_Name(self, node):
         aim = self._aim(node)
         if aim and aim[1] is None:  # a module as a value: everything in it may be used
-            self.inside.update({name: (aim[0], name) for name in self.package.modules[aim[0]].defined} if aim[0] in self.package.modules else {})
+            self.inside.update({name: (aim[0], name) for name in self.package.modules[aim[0]].defined}
+                               if aim[0] in self.package.modules else {})
         return ast.Name(aim[1], node.ctx) if aim and aim[1] else node
 
     def visit_Import(self, node):
@@ -229,7 +242,9 @@ class _Look(ast.NodeTransformer):
         return None if node.level or (node.module or "").split(".")[0] == self.package.folder.name else node
 
     def generic_visit(self, node):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.body and _is_docstring(node.body[0]):
+        if isinstance(node,
+                      (ast.FunctionDef, ast.AsyncFunctionDef,
+                       ast.ClassDef)) and node.body and _is_docstring(node.body[0]):
             node.body = node.body[1:]
         return super().generic_visit(node)
 
@@ -248,7 +263,9 @@ def _global_names(statement: ast.stmt) -> set[str]:
 def _dump(node) -> str:
     "A tree as text: types and non-empty fields."
     if isinstance(node, ast.AST):
-        fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []) and name not in ("ctx", "kind", "type_comment"))
+        fields = ((name, value) for name,
+                  value in ast.iter_fields(node) if value not in (None, [])
+                  and name not in ("ctx", "kind", "type_comment"))
         return f"{type(node).__name__}({','.join(f'{name}={_dump(value)}' for name, value in fields)})"
     return f"[{','.join(map(_dump, node))}]" if isinstance(node, list) else f"{type(node).__name__}:{node!r}"
 
@@ -272,11 +289,13 @@ def definitions(
         inside = (m for m in package.modules if f".{m}".endswith(f".{where}".rstrip(".")))
         holders = [m for m in inside if alone in package.modules[m].defined]
         if len(holders) != 1:
-            raise LireError("not one definition", field="names", value=name, allowed="a name that one module of the package defines", remedy="write it as module.name")
+            raise LireError("not one definition", field="names", value=name,
+                            allowed="a name that one module of the package defines", remedy="write it as module.name")
         roots.append((holders[0], alone))
     return package.reached(roots, without)
 
 # %% ../../nbs/37_versions.ipynb #2fa88e8f
-def version(*names: str, package: Package | str | Path | None = None, without: Iterable[str] = ()) -> str:  # 7 hex digits
+# 7 hex digits
+def version(*names: str, package: Package | str | Path | None = None, without: Iterable[str] = ()) -> str:
     "One hash for everything that can be reached from some names."
     return _hash("".join(sorted(set(definitions(names, package, without).values()))))[:7]

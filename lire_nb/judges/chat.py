@@ -53,7 +53,8 @@ class ChatJudge:
         temperature: float = 0.0,
         max_tokens: int = 300,
         extra_body: dict | None = None,  # fields to send besides; None as a value takes a field away
-        cache: str | Path | None = None,  # a JSONL file that keeps the replies; None: nothing is kept from one call to the next
+        # a JSONL file that keeps the replies; None: nothing is kept from one call to the next
+        cache: str | Path | None = None,
         max_in_flight: int = 8,
         timeout: float = 300.0,  # seconds for one reply
         patience: float = 300.0,  # seconds that an unanswered request is asked again
@@ -63,11 +64,15 @@ class ChatJudge:
     ):
         _check_template(template)
         if max_tokens < 1 or temperature < 0:
-            raise LireError("out of range", field="max_tokens, temperature", value=(max_tokens, temperature), allowed="1 or more, 0 or more", remedy="change this setting")
+            raise LireError("out of range", field="max_tokens, temperature", value=(max_tokens, temperature),
+                            allowed="1 or more, 0 or more", remedy="change this setting")
         self.template, self.criterion, self.parse, self.model, self.name = template, criterion, parse, model, name or Path(model).name
-        self.body = {k: v for k, v in {"temperature": temperature, "max_tokens": max_tokens, **(extra_body or {})}.items() if v is not None}
+        self.body = {k: v for k,
+                     v in {"temperature": temperature, "max_tokens": max_tokens, **(extra_body or {})}.items()
+                     if v is not None}
         self.server = ServerSampler(base_url, model, api_key=api_key, timeout=timeout)
-        self.running = dict(journal=cache, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries, progress=progress)
+        self.running = dict(journal=cache, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries,
+                            progress=progress)
         self.cost, self.lock, self.connected, self.served = Cost(), threading.RLock(), False, False
 
     def __repr__(self) -> str:
@@ -75,11 +80,13 @@ class ChatJudge:
 
     def identity(self) -> dict:
         "What its verdicts depend on, as for a reply; the address is no part of it."
-        return {"model": self.model, "template": list(self.template), "criterion": self.criterion, "body": self.body, "parse": self.parse}
+        return {"model": self.model, "template": list(self.template), "criterion": self.criterion, "body": self.body,
+                "parse": self.parse}
 
     def compare(self, shown: list[tuple[str, str, str]]) -> list[Comparison]:
         "One comparison for every (prompt, first, second)."
-        replies = self.ask([fill_template(self.template, prompt=p, first=a, second=b, criterion=self.criterion) for p, a, b in shown])
+        replies = self.ask([fill_template(self.template, prompt=p, first=a, second=b, criterion=self.criterion) for p,
+                            a, b in shown])
         compared = [self._comparison(r) for r in replies]
         self.cost.failures += sum(c.verdict is None for c in compared)
         return compared
@@ -99,9 +106,11 @@ class ChatJudge:
         conversations: list[list[dict]],  # messages
     ) -> list[dict]:  # text, finish_reason, prompt_tokens, completion_tokens, or refused
         "The replies; only what the cache lacks is sent, and each question once."
-        keys, began, before = [self.key(c) for c in conversations], time.perf_counter(), self.cost.requests + self.cost.refused
+        keys, began, before = [self.key(c)
+                               for c in conversations], time.perf_counter(), self.cost.requests + self.cost.refused
         try:
-            replies = run_requests(dict(zip(keys, conversations)), self._ask, desc=f"judging: {self.name}", **self.running)
+            replies = run_requests(dict(zip(keys, conversations)), self._ask, desc=f"judging: {self.name}",
+                                   **self.running)
         finally:
             self.cost.seconds += time.perf_counter() - began
         self.cost.from_cache += len(keys) - (self.cost.requests + self.cost.refused - before)
@@ -134,8 +143,10 @@ class ChatJudge:
                 self.server._http(self.server.client.get, "/models")
             except TryLater as e:
                 if getattr(e.__cause__, "status_code", None) is None:
-                    raise LireError(str(e), field="judge", value=self.server.base_url, allowed="the address of a running server",
-                                    remedy="start it (transformers serve FOLDER), or check host and port; what is in the cache is not asked again") from e
+                    raise LireError(str(e), field="judge", value=self.server.base_url,
+                                    allowed="the address of a running server",
+                                    remedy="start it (transformers serve FOLDER), or check host and port; what is in "
+                                           "the cache is not asked again") from e
             except LireError:
                 pass  # it lists no models, but it is there
             self.connected = True
@@ -149,15 +160,19 @@ class ChatJudge:
         return self.served
 
     def _post(self, messages: list[dict]) -> dict:
-        text = self.server._http(self.server.client.post, "/chat/completions", body={"model": self.model, "messages": messages, **self.body})
+        text = self.server._http(self.server.client.post, "/chat/completions",
+                                 body={"model": self.model, "messages": messages, **self.body})
         try:
             answer = json.loads(text)
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             return {"text": (choice["message"]["content"] or "") + "", "finish_reason": choice.get("finish_reason"),
-                    "prompt_tokens": int(usage.get("prompt_tokens") or 0), "completion_tokens": int(usage.get("completion_tokens") or 0)}
+                    "prompt_tokens": int(usage.get("prompt_tokens") or 0),
+                    "completion_tokens": int(usage.get("completion_tokens") or 0)}
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise LireError("the answer is no chat completion", field=f"server {self.server.base_url}", value=text, allowed="JSON with choices[0].message.content",
-                            remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), and see the server's log") from e
+            raise LireError("the answer is no chat completion", field=f"server {self.server.base_url}", value=text,
+                            allowed="JSON with choices[0].message.content",
+                            remedy="check that this is the address of an OpenAI-compatible API (it usually ends in "
+                                   "/v1), and see the server's log") from e
 
     def _count(self, **found: int) -> None:
         with self.lock:

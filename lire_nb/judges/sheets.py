@@ -37,11 +37,13 @@ def make_sheets(
     seed: int = 0,
     key: str | Path | None = None,  # default: folder/key.json
 ) -> list[Path]:  # the sheets
-    "Write blinded, shuffled sheets and their key; sheets that are there already are left as they are, if they belong to the same key."
+    """Write blinded, shuffled sheets and their key; sheets that are there already are left as they are, if they belong
+    to the same key."""
     folder, names = Path(folder), [slug(j) for j in judges]
     key = Path(key or folder / "key.json")
     if "" in names or len(set(names)) < len(names) or not 1 <= overlap <= len(names):
-        raise LireError("do not fit", field="judges, overlap", value=(list(judges), overlap), allowed="judges whose names differ in letters and digits, 1 ≤ overlap ≤ their number",
+        raise LireError("do not fit", field="judges, overlap", value=(list(judges), overlap),
+                        allowed="judges whose names differ in letters and digits, 1 ≤ overlap ≤ their number",
                         remedy="rename a judge, or lower overlap")
     dealt = _deal(make_pairs(systems, samples), list(judges), overlap, seed)
     content = {"seed": seed, "items": {code: _key_entry(*entry) for code, entry in dealt.items()}}
@@ -49,18 +51,22 @@ def make_sheets(
     sheets = [folder / "sheets" / f"{name}.csv" for name in names]
     if key.exists() or any(s.exists() for s in sheets):
         if not (key.exists() and _read_key(key)["run"] == run and all(s.exists() for s in sheets)):
-            raise LireError("sheets of another run are there already", file=key, field="folder", allowed="a new folder, or the same systems, judges, overlap, samples and seed", remedy="choose another folder")
+            raise LireError("sheets of another run are there already", file=key, field="folder",
+                            allowed="a new folder, or the same systems, judges, overlap, samples and seed",
+                            remedy="choose another folder")
         return sheets
     for sheet, judge in zip(sheets, judges):
         _write_sheet(sheet, [{"run": run, "item": code, **_cells(pair, order), "verdict": "", "comment": ""}
-                             for code, (who, pair, order) in dealt.items() if who == judge and pair.answer_a != pair.answer_b])
+                             for code,
+                             (who, pair, order) in dealt.items() if who == judge and pair.answer_a != pair.answer_b])
     with atomic_write(key) as f:
         json.dump({"run": run, **content}, f, ensure_ascii=False, indent=1)
     return sheets
 
 # %% ../../nbs/52_sheets.ipynb #23597091
 def _deal(pairs: list[Pair], judges: list[str], overlap: int, seed: int) -> dict[str, tuple]:
-    "code -> (judge, pair, order): every pair to the `overlap` judges with the shortest stacks, sides balanced for each judge."
+    """code -> (judge, pair, order): every pair to the `overlap` judges with the shortest stacks, sides balanced for
+    each judge."""
     rng, stacks = random.Random(f"sheets {seed}"), {j: [] for j in judges}
     for pair in rng.sample(pairs, len(pairs)):
         for judge in sorted(judges, key=lambda j: (len(stacks[j]), rng.random()))[:overlap]:
@@ -79,7 +85,8 @@ def _digest(value) -> str:
 
 
 def _key_entry(judge: str, pair: Pair, order: str) -> dict:
-    return {"judge": judge, "id": pair.id, "sample": pair.sample, "system_a": pair.system_a, "system_b": pair.system_b, "order": order, "identical": pair.answer_a == pair.answer_b,
+    return {"judge": judge, "id": pair.id, "sample": pair.sample, "system_a": pair.system_a, "system_b": pair.system_b,
+            "order": order, "identical": pair.answer_a == pair.answer_b,
             "text": _text_digest(_cells(pair, order))}
 
 
@@ -89,7 +96,8 @@ def _cells(pair: Pair, order: str) -> dict[str, str]:
 
 # %% ../../nbs/52_sheets.ipynb #d7be0b75
 def _text_digest(row: dict) -> str:
-    return _digest([" ".join(row[c].split()).lstrip("' ") for c in ("prompt", "first", "second")])  # spreadsheets change line ends, and eat the apostrophe
+    # spreadsheets change line ends, and eat the apostrophe
+    return _digest([" ".join(row[c].split()).lstrip("' ") for c in ("prompt", "first", "second")])
 
 
 def _write_sheet(path: Path, rows: list[dict]) -> None:
@@ -108,17 +116,20 @@ def _read_sheet(path: Path) -> list[tuple[int, dict]]:
     except OSError as e:
         raise LireError(f"cannot be read: {e.strerror}", file=path, field="sheet", remedy="check the path") from e
     except UnicodeDecodeError as e:
-        raise LireError("not UTF-8", file=path, field="sheet", allowed="CSV in UTF-8", remedy="save it again as 'CSV UTF-8'") from e
+        raise LireError("not UTF-8", file=path, field="sheet", allowed="CSV in UTF-8",
+                        remedy="save it again as 'CSV UTF-8'") from e
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     missing = [c for c in COLUMNS[:-1] if c not in (reader.fieldnames or ())]
     if missing:
-        raise LireError(f"no column {', '.join(missing)}", file=path, line=1, field="sheet", value=reader.fieldnames, allowed=f"the columns {', '.join(COLUMNS)}, separated by commas",
+        raise LireError(f"no column {', '.join(missing)}", file=path, line=1, field="sheet", value=reader.fieldnames,
+                        allowed=f"the columns {', '.join(COLUMNS)}, separated by commas",
                         remedy="save the sheet as comma-separated CSV with its first line unchanged")
     rows, line = [], 2
     for row in reader:
         extra = row.pop(None, None)
         if extra:
-            raise LireError("more cells than columns", file=path, line=line, field="sheet", value=extra, allowed=f"{len(reader.fieldnames)} cells", remedy="quote texts with commas in them")
+            raise LireError("more cells than columns", file=path, line=line, field="sheet", value=extra,
+                            allowed=f"{len(reader.fieldnames)} cells", remedy="quote texts with commas in them")
         rows.append((line, {c: row.get(c) or "" for c in COLUMNS}))
         line = reader.line_num + 1
     return rows
@@ -129,10 +140,12 @@ def _read_key(path: Path) -> dict:
         key = json.loads(path.read_text(encoding="utf-8"))
         sound = key["run"] == _digest({k: v for k, v in key.items() if k != "run"})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise LireError(f"cannot be read as a key: {e.strerror if isinstance(e, OSError) else type(e).__name__}", file=path, field="key", allowed="the key.json that make_sheets wrote",
+        raise LireError(f"cannot be read as a key: {e.strerror if isinstance(e, OSError) else type(e).__name__}",
+                        file=path, field="key", allowed="the key.json that make_sheets wrote",
                         remedy="give its path: key=…") from e
     if not sound:
-        raise LireError("was changed after it was written: its hash does not fit", file=path, field="key", allowed="the key.json that make_sheets wrote", remedy="fetch the original")
+        raise LireError("was changed after it was written: its hash does not fit", file=path, field="key",
+                        allowed="the key.json that make_sheets wrote", remedy="fetch the original")
     return key
 
 # %% ../../nbs/52_sheets.ipynb #3cc657cc
@@ -143,16 +156,20 @@ class SheetWidget:
         try:
             import ipywidgets as widgets
         except ImportError as e:
-            raise LireError("ipywidgets is not installed", field="sheet", allowed="a spreadsheet program, or ipywidgets", remedy="pip install 'lire_nb[evaluation]'") from e
+            raise LireError("ipywidgets is not installed", field="sheet",
+                            allowed="a spreadsheet program, or ipywidgets",
+                            remedy="pip install 'lire_nb[evaluation]'") from e
         self.path, self.rows = Path(path), [row for _, row in _read_sheet(Path(path))]
         self.prompt, self.first, self.second, self.progress = (widgets.HTML() for _ in range(4))
         self.buttons = {name: widgets.Button(description=label) for name, label in
-                        (("first", "First is better"), ("tie", "Tie"), ("second", "Second is better"), ("back", "Back"), ("skip", "Skip"))}
+                        (("first", "First is better"), ("tie", "Tie"), ("second", "Second is better"), ("back", "Back"),
+                         ("skip", "Skip"))}
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self.press(name))
         half = widgets.Layout(width="48%")
         self.first.layout = self.second.layout = half
-        self.view = widgets.VBox([self.progress, self.prompt, widgets.HBox([self.first, self.second]), widgets.HBox(list(self.buttons.values()))])
+        self.view = widgets.VBox([self.progress, self.prompt, widgets.HBox([self.first, self.second]),
+                                  widgets.HBox(list(self.buttons.values()))])
         self.position = self._next_open(0)
         self._show()
 
@@ -173,7 +190,13 @@ class SheetWidget:
     def _show(self) -> None:
         done, finished = sum(bool(r["verdict"].strip()) for r in self.rows), self.position >= len(self.rows)
         row = {"prompt": "", "first": "", "second": "", "verdict": ""} if finished else self.rows[self.position]
-        self.progress.value = f"{done} of {len(self.rows)} judged" + ("; this was the last one" if finished else f"; verdict so far: {in_html(row['verdict'])}" if row["verdict"] else "")
+        self.progress.value = f"{done} of {len(self.rows)} judged" + (
+            "; this was the last one"
+            if finished
+            else f"; verdict so far: {in_html(row['verdict'])}"
+            if row["verdict"]
+            else ""
+        )
         for box, title in ((self.prompt, "prompt"), (self.first, "first"), (self.second, "second")):
             box.value = "" if finished else f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>"
         for name, button in self.buttons.items():
@@ -190,13 +213,20 @@ def check_sheets(
 ) -> tuple[list[dict], list[LireError]]:  # verdict records, and everything that is wrong
     "Read the sheets and list all their problems."
     alone = isinstance(sheets, (str, os.PathLike))
-    paths = sorted(Path(sheets, "sheets").glob("*.csv")) if alone and Path(sheets).is_dir() else [Path(s) for s in ([sheets] if alone else sheets)]
+    paths = (
+        sorted(Path(sheets, "sheets").glob("*.csv"))
+        if alone and Path(sheets).is_dir()
+        else [Path(s) for s in ([sheets] if alone else sheets)]
+    )
     if not paths or (key is None and not (alone and Path(sheets).is_dir())):
-        raise LireError("no sheet" if not paths else "no key", field="sheets" if not paths else "key", value=str(sheets), allowed="the folder given to make_sheets, or sheets and key=", remedy="check the path")
+        raise LireError("no sheet" if not paths else "no key", field="sheets" if not paths else "key",
+                        value=str(sheets), allowed="the folder given to make_sheets, or sheets and key=",
+                        remedy="check the path")
     key = _read_key(Path(key or Path(sheets, "key.json")))
     words, problems, verdicts = {**{v: v for v in VERDICTS}, **(mapping or {})}, [], {}
     if set(words.values()) != set(VERDICTS):
-        raise LireError("unknown verdict", field="mapping", value=mapping, allowed=f"values {', '.join(VERDICTS)}", remedy="map each notation to one of them")
+        raise LireError("unknown verdict", field="mapping", value=mapping, allowed=f"values {', '.join(VERDICTS)}",
+                        remedy="map each notation to one of them")
     for path in paths:
         for line, row in _read_sheet(path):
             problem = _row_problem(row, key, words, verdicts)
@@ -204,7 +234,8 @@ def check_sheets(
                 problems.append(LireError(**problem).at(str(path), line))
             else:
                 verdicts[row["item"]] = row["verdict"].strip().lower()
-    return [_sheet_verdict(code, entry, words.get(verdicts.get(code, ""))) for code, entry in key["items"].items()], problems
+    return [_sheet_verdict(code, entry, words.get(verdicts.get(code, ""))) for code,
+            entry in key["items"].items()], problems
 
 # %% ../../nbs/52_sheets.ipynb #912fc0d7
 def _row_problem(row: dict, key: dict, words: dict, verdicts: dict) -> dict | None:
@@ -212,18 +243,24 @@ def _row_problem(row: dict, key: dict, words: dict, verdicts: dict) -> dict | No
     entry = key["items"].get(row["item"])
     sides = [c for c in ("prompt", "first", "second") if not row[c].strip()]
     if row["run"] != key["run"]:
-        return dict(reason="a sheet of another run", field="run", value=row["run"], allowed=key["run"], remedy="use the key that was written with this sheet")
+        return dict(reason="a sheet of another run", field="run", value=row["run"], allowed=key["run"],
+                    remedy="use the key that was written with this sheet")
     if entry is None or entry["identical"]:
-        return dict(reason="an item that the key does not know", field="item", value=row["item"], allowed="the items of this run", remedy="restore the item's code")
+        return dict(reason="an item that the key does not know", field="item", value=row["item"],
+                    allowed="the items of this run", remedy="restore the item's code")
     if sides:
-        return dict(reason="a side is missing", field=sides[0], value=row["item"], allowed="the texts as they were handed out", remedy="restore the sheet's texts")
+        return dict(reason="a side is missing", field=sides[0], value=row["item"],
+                    allowed="the texts as they were handed out", remedy="restore the sheet's texts")
     if _text_digest(row) != entry["text"]:
-        return dict(reason="the texts are not those of this item", field="item", value=row["item"], allowed="the texts as they were handed out",
+        return dict(reason="the texts are not those of this item", field="item", value=row["item"],
+                    allowed="the texts as they were handed out",
                     remedy="restore the sheet's texts; were single columns sorted?")
     if row["item"] in verdicts:
-        return dict(reason=f"more than one verdict by {entry['judge']!r} for one item", field="item", value=row["item"], allowed="each item once", remedy="keep one of the rows")
+        return dict(reason=f"more than one verdict by {entry['judge']!r} for one item", field="item", value=row["item"],
+                    allowed="each item once", remedy="keep one of the rows")
     if row["verdict"].strip() and row["verdict"].strip().lower() not in words:
-        return dict(reason="not a verdict", field="verdict", value=row["verdict"], allowed=f"{', '.join(words)}, or empty", remedy='say what it means, e.g. mapping={"draw": "tie"}')
+        return dict(reason="not a verdict", field="verdict", value=row["verdict"],
+                    allowed=f"{', '.join(words)}, or empty", remedy='say what it means, e.g. mapping={"draw": "tie"}')
     return None
 
 # %% ../../nbs/52_sheets.ipynb #53a54d04

@@ -50,23 +50,27 @@ class Pair(NamedTuple):
 
     def shown(self, order: str) -> tuple[str, str, str]:  # "ab" or "ba"
         "Prompt, first and second answer."
-        return (self.prompt, self.answer_a, self.answer_b) if order == "ab" else (self.prompt, self.answer_b, self.answer_a)
+        return (self.prompt, self.answer_a, self.answer_b) if order == "ab" else (self.prompt, self.answer_b,
+                                                                                  self.answer_a)
 
 # %% ../../nbs/50_verdicts.ipynb #f9622fbb
 def make_pairs(
-    systems: dict[str, str | Path | Iterable[dict]],  # name -> rows with id, prompt, completions, or their .jsonl file; the start first
+    # name -> rows with id, prompt, completions, or their .jsonl file; the start first
+    systems: dict[str, str | Path | Iterable[dict]],
     samples: int = 1,  # how many samples of a prompt are compared: number k of one system with number k of the other
 ) -> list[Pair]:  # for every two systems; system_a is the later one, so a win rate above a half means progress
     "The pairs of all systems; raises `LireError` when they did not answer the same prompts."
     if len(systems) < 2 or samples < 1:
-        raise LireError("nothing to compare", field="systems, samples", value=(list(systems), samples), allowed="two systems or more, one sample or more", remedy="name another system")
+        raise LireError("nothing to compare", field="systems, samples", value=(list(systems), samples),
+                        allowed="two systems or more, one sample or more", remedy="name another system")
     rows = {name: _rows_by_id(name, r) for name, r in systems.items()}
     pairs = []
     for old, new in itertools.combinations(rows, 2):
         _check_same_prompts(old, rows[old], new, rows[new])
         for id, row in rows[new].items():
             answers = zip(row["completions"][:samples], rows[old][id]["completions"][:samples])
-            pairs += [Pair(id, k, render_prompt(row["prompt"]).strip(), _text(a), _text(b), new, old) for k, (a, b) in enumerate(answers)]
+            pairs += [Pair(id, k, render_prompt(row["prompt"]).strip(), _text(a), _text(b), new, old) for k,
+                      (a, b) in enumerate(answers)]
     return pairs
 
 # %% ../../nbs/50_verdicts.ipynb #33d45c4e
@@ -85,24 +89,30 @@ def _rows_by_id(name: str, rows) -> dict[str, dict]:
         missing = [f for f in ("id", "prompt", "completions") if not row.value.get(f)]
         if missing or row.value["id"] in found:
             reason = f"no {missing[0]}" if missing else "the same id twice"
-            raise LireError(reason, file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}", value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
+            raise LireError(reason, file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}",
+                            value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
                             remedy="take the rows that evaluation.judge_policy gives")
         found[row.value["id"]] = row.value
     return found
 
 # %% ../../nbs/50_verdicts.ipynb #059f5dce
 def _check_same_prompts(old: str, old_rows: dict, new: str, new_rows: dict) -> None:
-    other = [id for id in {**old_rows, **new_rows} if old_rows.get(id, {}).get("prompt") != new_rows.get(id, {}).get("prompt")]
+    other = [id for id in {**old_rows, **new_rows}
+             if old_rows.get(id, {}).get("prompt") != new_rows.get(id, {}).get("prompt")]
     if other or not old_rows:
-        raise LireError(f"{len(other)} prompts are not the same in both", field=f"rows of {old!r} and {new!r}", value=other[:3], allowed="the same prompts under the same ids",
+        raise LireError(f"{len(other)} prompts are not the same in both", field=f"rows of {old!r} and {new!r}",
+                        value=other[:3], allowed="the same prompts under the same ids",
                         remedy="evaluate both systems on the same prompts")
 
 # %% ../../nbs/50_verdicts.ipynb #995f7e7c
 CRITERION = "Judge which answer serves the person better: whether it does what was asked, whether it is true, and whether it is kind and safe. Length alone is no merit."
 TEMPLATE = (
-    {"role": "system", "content": "You compare two answers to the same request. {criterion} The order in which the answers are shown says nothing about them."},
+    {"role": "system",
+     "content": "You compare two answers to the same request. {criterion} The order in which the answers are shown "
+                "says nothing about them."},
     {"role": "user", "content": "The request:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\n"
-                                "Which answer is better? Give your reasons in two or three sentences. Then end with a line that holds nothing but the verdict: A, B or tie."},
+                                "Which answer is better? Give your reasons in two or three sentences. Then end with a "
+                                "line that holds nothing but the verdict: A, B or tie."},
 )
 _FIELDS = re.compile(r"\{(prompt|first|second|criterion)\}")
 
@@ -122,7 +132,8 @@ def _check_template(template) -> None:
         text = ""
     missing = [f for f in ("{prompt}", "{first}", "{second}") if f not in text]
     if missing:
-        raise LireError(f"does not show {', '.join(missing)}", field="template", value=template, allowed='messages {"role", "content"} that hold {prompt}, {first} and {second}',
+        raise LireError(f"does not show {', '.join(missing)}", field="template", value=template,
+                        allowed='messages {"role", "content"} that hold {prompt}, {first} and {second}',
                         remedy="start from judging.TEMPLATE")
 
 # %% ../../nbs/50_verdicts.ipynb #77c24e43
@@ -149,12 +160,16 @@ def read_comparison(reply: str, parse: Callable = parse_verdict) -> Comparison:
     "A reply with its verdict, or with the reason why it has none."
     verdict = parse(reply)
     if verdict is not None and verdict not in VERDICTS:
-        raise LireError("gave an unknown verdict", field="parse", value=verdict, allowed=f"{', '.join(VERDICTS)} or None", remedy="translate the judge's words in the parse function")
-    return Comparison(verdict, reply, None if verdict else "no verdict in the last line" if reply.strip() else "an empty reply")
+        raise LireError("gave an unknown verdict", field="parse", value=verdict,
+                        allowed=f"{', '.join(VERDICTS)} or None",
+                        remedy="translate the judge's words in the parse function")
+    return Comparison(verdict, reply,
+                      None if verdict else "no verdict in the last line" if reply.strip() else "an empty reply")
 
 # %% ../../nbs/50_verdicts.ipynb #46b6e1ff
 class FunctionJudge:
-    "A function (prompt, first, second) → reply as a judge; the last line of a reply is A or first, B or second, or tie."
+    """A function (prompt, first, second) → reply as a judge; the last line of a reply is A or first, B or second, or
+    tie."""
 
     def __init__(self, function: Callable[[str, str, str], str], name: str | None = None):
         self.function, self.name = function, name or getattr(function, "__name__", "function")
@@ -174,7 +189,8 @@ def judge_pairs(
     systems: dict,  # name -> rows or file; see `make_pairs`
     *,
     samples: int = 1,
-) -> list[dict]:  # id, sample, system_a, system_b, judge, order, verdict, preference (of system_a: 1, 0.5, 0, null), raw, failure, asked
+# id, sample, system_a, system_b, judge, order, verdict, preference (of system_a: 1, 0.5, 0, null), raw, failure, asked
+) -> list[dict]:
     "Have all pairs judged in both orders; raises `LireError` when not one reply is a verdict."
     judge = judge if hasattr(judge, "compare") else FunctionJudge(judge)
     asked = [(pair, order) for pair in make_pairs(systems, samples) for order in ("ab", "ba")]
@@ -187,20 +203,25 @@ def judge_pairs(
             field=f"judge {judge.name!r}",
             value=(failed[0].raw or "")[-60:],
             allowed="a last line that is A, B or tie; of a function also first or second",
-            remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able judge",
+            remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a more able "
+                   "judge",
         )
     if failed:
-        logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared), dict(Counter(c.failure for c in failed)))
+        logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared),
+                       dict(Counter(c.failure for c in failed)))
     replies = iter(compared)
-    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None) for pair, order in asked]
+    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None) for pair,
+            order in asked]
 
 # %% ../../nbs/50_verdicts.ipynb #8abf23ca
 def _verdict(pair: Pair, order: str, judge: str, said: Comparison | None) -> dict:
     "A verdict record; None: identical answers, not shown."
     comparison = said or Comparison("tie", None)
     value = VERDICTS.get(comparison.verdict)
-    return {"id": pair.id, "sample": pair.sample, "system_a": pair.system_a, "system_b": pair.system_b, "judge": judge, "order": order, "verdict": comparison.verdict,
-            "preference": 1 - value if value is not None and order == "ba" else value, "raw": comparison.raw, "failure": comparison.failure, "asked": said is not None}
+    return {"id": pair.id, "sample": pair.sample, "system_a": pair.system_a, "system_b": pair.system_b, "judge": judge,
+            "order": order, "verdict": comparison.verdict,
+            "preference": 1 - value if value is not None and order == "ba" else value, "raw": comparison.raw,
+            "failure": comparison.failure, "asked": said is not None}
 
 # %% ../../nbs/50_verdicts.ipynb #2542c563
 @dataclass(frozen=True)
@@ -210,7 +231,8 @@ class JudgedPrompts:
     against: str
     ids: list[str]
     preferences: list[float]  # for `system`: 1 won, 0.5 tie, 0 lost; between them means over samples and judges
-    flips: list[float]  # share of the prompt's pairs that flipped; empty where pairs were shown in one order only, as to people
+    # share of the prompt's pairs that flipped; empty where pairs were shown in one order only, as to people
+    flips: list[float]
     first: list[float]  # what the answer shown first got; prompts with nothing but identical answers are absent
     counts: dict  # pairs, flipped, identical, failed, prompts_left_out, and failures by reason
 
@@ -231,7 +253,8 @@ def verdicts_to_preferences(
 ) -> JudgedPrompts:
     "One preference a prompt, with flips, position bias and failures counted."
     if failures not in ("drop", "tie"):
-        raise LireError("unknown choice", field="failures", value=failures, allowed="drop, tie", remedy="choose one of them")
+        raise LireError("unknown choice", field="failures", value=failures, allowed="drop, tie",
+                        remedy="choose one of them")
     verdicts, system, against = _select(verdicts, system, against)
     groups = list(_resolve(verdicts))
     kept = [g for g in groups if g.value is not None or failures == "tie"]
@@ -241,9 +264,11 @@ def verdicts_to_preferences(
         flips = _by_prompt(whole, lambda g: float(g.flipped))
     first = _by_prompt(whole, lambda g: g.first)
     reasons = Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None)
-    counts = {"pairs": len(groups), "flipped": sum(g.flipped for g in whole), "identical": sum(not g.asked for g in groups), "failed": sum(g.value is None for g in groups),
+    counts = {"pairs": len(groups), "flipped": sum(g.flipped for g in whole),
+              "identical": sum(not g.asked for g in groups), "failed": sum(g.value is None for g in groups),
               "prompts_left_out": len({v["id"] for v in verdicts}) - len(values), "failures": dict(reasons)}
-    return JudgedPrompts(system, against, list(values), list(values.values()), list(flips.values()), list(first.values()), counts)
+    return JudgedPrompts(system, against, list(values), list(values.values()), list(flips.values()),
+                         list(first.values()), counts)
 
 # %% ../../nbs/50_verdicts.ipynb #f54717ed
 class _Group(NamedTuple):
@@ -262,12 +287,16 @@ def _resolve(verdicts: list[dict]) -> Iterator[_Group]:
     groups = defaultdict(list)
     for v in verdicts:
         groups[v["judge"], v["id"], v["sample"]].append(v)
-    widest = {judge: max(len(g) for k, g in groups.items() if k[0] == judge) for judge in {k[0] for k in groups}}  # people see one order, chat models both
+    # people see one order, chat models both
+    widest = {judge: max(len(g) for k, g in groups.items() if k[0] == judge) for judge in {k[0] for k in groups}}
     for key, group in groups.items():
         orders = sorted(v["order"] for v in group)
         if len(set(orders)) < len(orders) or len(orders) < widest[key[0]]:
-            raise LireError("more than one verdict for a pair in one order" if len(set(orders)) < len(orders) else "a side is missing: judged in one order only",
-                            field="verdicts", value=(*key, *orders), allowed="every judge sees a pair once, or every pair in both orders", remedy="look for a file that was read twice or cut off")
+            raise LireError("more than one verdict for a pair in one order"
+                            if len(set(orders)) < len(orders) else "a side is missing: judged in one order only",
+                            field="verdicts", value=(*key, *orders),
+                            allowed="every judge sees a pair once, or every pair in both orders",
+                            remedy="look for a file that was read twice or cut off")
         values = [v["preference"] for v in group]
         flipped = len(set(values)) > 1
         failed = None in values
@@ -289,19 +318,24 @@ def _select(verdicts: Iterable[dict], system: str | None, against: str | None) -
     present = list(dict.fromkeys((v["system_a"], v["system_b"]) for v in verdicts))
     wanted = [p for p in present if (system is None or system in p) and (against is None or against in p)]
     if len({frozenset(p) for p in wanted}) != 1 or (system is not None and system == against):
-        raise LireError("not exactly one pair of systems" if verdicts else "no verdict", field="verdicts", value=[" / ".join(p) for p in wanted or present][:6],
-                        allowed="the verdicts on two systems", remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
+        raise LireError("not exactly one pair of systems" if verdicts else "no verdict", field="verdicts",
+                        value=[" / ".join(p) for p in wanted or present][:6],
+                        allowed="the verdicts on two systems",
+                        remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
     system = system or next(name for name in wanted[0] if name != against)
     against = next(name for name in wanted[0] if name != system)
     chosen = [v for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
-    turned = [v if v["system_a"] == system or v["preference"] is None else {**v, "preference": 1 - v["preference"]} for v in chosen]
+    turned = [v if v["system_a"] == system or v["preference"] is None else {**v, "preference": 1 - v["preference"]}
+              for v in chosen]
     return turned, system, against
 
 # %% ../../nbs/50_verdicts.ipynb #666ef12a
 # Where the known layouts keep what we need: a plain table, and AlpacaEval's annotation files.
 VERDICT_LAYOUTS = (
-    {"id": "prompt_id", "system": "model", "baseline": "baseline", "preference": "preference", "length": "model_chars", "baseline_length": "baseline_chars"},
-    {"prompt": "instruction", "system": "generator_2", "baseline": "generator_1", "preference": "preference", "answer": "output_2", "baseline_answer": "output_1"},
+    {"id": "prompt_id", "system": "model", "baseline": "baseline", "preference": "preference", "length": "model_chars",
+     "baseline_length": "baseline_chars"},
+    {"prompt": "instruction", "system": "generator_2", "baseline": "generator_1", "preference": "preference",
+     "answer": "output_2", "baseline_answer": "output_1"},
 )
 
 # %% ../../nbs/50_verdicts.ipynb #c24d00fe
@@ -321,9 +355,11 @@ class VerdictReport:
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.good_rows} verdicts from {self.rows} rows"
-        counts = {"blank lines": self.blank_lines, "not judged": self.not_judged, **{f"{system} without a row": n for system, n in self.missing.items()}}
+        counts = {"blank lines": self.blank_lines, "not judged": self.not_judged,
+                  **{f"{system} without a row": n for system, n in self.missing.items()}}
         text += "".join(f"; {name}: {count}" for name, count in counts.items() if count)
-        return text + (f"; quarantined rows: {self.quarantined_rows} ({'; '.join(f'{r}: {n}' for r, n in self.reasons.items())})" if self.reasons else "")
+        return text + (f"; quarantined rows: {self.quarantined_rows} "
+                       f"({'; '.join(f'{r}: {n}' for r, n in self.reasons.items())})" if self.reasons else "")
 
 # %% ../../nbs/50_verdicts.ipynb #0a00a46f
 def read_preference(
@@ -331,7 +367,8 @@ def read_preference(
     scale: tuple[float, float] = (1, 2),  # baseline wins … system wins; a tie is in the middle
     values: dict | None = None,  # foreign verdict -> a number on the scale, or None for "not judged"
 ) -> float | None:  # 0 … 1; None where there is no verdict
-    "A verdict as a share won by the system; raises `LireError` for what is neither a number on the scale nor explained by `values`."
+    """A verdict as a share won by the system; raises `LireError` for what is neither a number on the scale nor
+    explained by `values`."""
     low, high = scale
     explained = {_plain_value(k): v for k, v in (values or {}).items()}
     value = explained.get(_plain_value(value), value)
@@ -339,11 +376,14 @@ def read_preference(
     if plain is None:
         return None
     if not isinstance(plain, float):
-        raise LireError("a verdict in a foreign notation", field="preference", value=value, allowed=f"a number, {low} … {high}",
+        raise LireError("a verdict in a foreign notation", field="preference", value=value,
+                        allowed=f"a number, {low} … {high}",
                         remedy=f"say what it means: values={{{value!r}: {(low + high) / 2:g}}} makes it a tie")
     if not low <= plain <= high:
-        raise LireError("a preference out of range", field="preference", value=value, allowed=f"{low} … {high}, {(low + high) / 2:g} for a tie",
-                        remedy=f"give the file's scale=(lost, won), or say what this value means: values={{{value!r}: …}}")
+        raise LireError("a preference out of range", field="preference", value=value,
+                        allowed=f"{low} … {high}, {(low + high) / 2:g} for a tie",
+                        remedy=f"give the file's scale=(lost, won), or say what this value means: values={{{value!r}: "
+                               f"…}}")
     return (plain - low) / (high - low)
 
 # %% ../../nbs/50_verdicts.ipynb #2a661c0d
@@ -361,20 +401,24 @@ def _plain_value(value) -> float | str | bool | None:
 def load_verdicts(
     source,  # file (.jsonl, .json, .csv, .parquet) or rows in memory
     *,
-    mapping: dict | None = None,  # id, system, baseline, preference, length, baseline_length (or prompt, answer, baseline_answer as texts) -> column
+    # id, system, baseline, preference, length, baseline_length (or prompt, answer, baseline_answer as texts) -> column
+    mapping: dict | None = None,
     scale: tuple[float, float] = (1, 2),
     values: dict | None = None,  # see `read_preference`
     ids: Iterable[str] | None = None,  # the prompts that exist; default: whatever the file has
     on_error: str = "raise",  # or "quarantine"
     quarantine: str | Path | None = None,  # default: <file>.quarantine.jsonl
     return_report: bool = False,
-) -> list[dict]:  # id, system, baseline, preference (0 … 1 or None), length, baseline_length; with return_report a pair with the report
+# id, system, baseline, preference (0 … 1 or None), length, baseline_length; with return_report a pair with the report
+) -> list[dict]:
     "Verdicts of systems against a baseline, one a prompt; raises `LireError` for a row that cannot be trusted."
     file = str(source) if isinstance(source, (str, Path)) else None
     if on_error not in ("raise", "quarantine") or (on_error == "quarantine" and not (quarantine or file)):
-        raise LireError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"', remedy="for rows in memory give quarantine=, the file that bad rows go to")
+        raise LireError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"',
+                        remedy="for rows in memory give quarantine=, the file that bad rows go to")
     report, known, groups = VerdictReport(file or "memory"), None if ids is None else set(map(str, ids)), {}
-    with _Errors(report, file, Path(quarantine or f"{file}.quarantine.jsonl") if on_error == "quarantine" else None) as errors:
+    with _Errors(report, file,
+                 Path(quarantine or f"{file}.quarantine.jsonl") if on_error == "quarantine" else None) as errors:
         def refuse(row: Row, error: LireError) -> None:
             errors.add(row, error)
             report.reasons[error.reason] += 1
@@ -386,7 +430,8 @@ def load_verdicts(
                 _take_verdict(row, mapping, scale, values, known, groups, refuse, on_error == "raise")
         verdicts = [found for found in map(lambda rows: _only_one(rows, refuse), groups.values()) if found]
     if not report.rows:
-        raise LireError("no rows", file=file, field="verdicts", allowed="one row or more", remedy="check that the file is complete")
+        raise LireError("no rows", file=file, field="verdicts", allowed="one row or more",
+                        remedy="check that the file is complete")
     report.good_rows, report.not_judged = len(verdicts), sum(v["preference"] is None for v in verdicts)
     report.missing = _missing(verdicts, known)
     logger.log(logging.WARNING if report.quarantined_rows else logging.INFO, "%s", report)
@@ -400,7 +445,9 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
             raise row.value
         verdict = _read_verdict(row.value, mapping, scale, values)
         if known is not None and verdict["id"] not in known:
-            raise LireError("an unknown prompt", field="id", value=verdict["id"], allowed=f"one of the {len(known)} prompts given", remedy="correct the id, or give the ids of this table's prompts")
+            raise LireError("an unknown prompt", field="id", value=verdict["id"],
+                            allowed=f"one of the {len(known)} prompts given",
+                            remedy="correct the id, or give the ids of this table's prompts")
         same = groups.setdefault((verdict["system"], verdict["baseline"], verdict["id"]), [])
         same.append((row, verdict))
         if at_once and len(same) > 1:
@@ -412,27 +459,39 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
 def _read_verdict(row, mapping, scale, values) -> dict:
     "One row in our words."
     if not isinstance(row, dict):
-        raise LireError("not a record", field="row", value=row, allowed="columns with names", remedy="write one object a line, or a table with a header")
+        raise LireError("not a record", field="row", value=row, allowed="columns with names",
+                        remedy="write one object a line, or a table with a header")
     columns = _columns(row, mapping)
     get = lambda name: row.get(columns[name]) if name in columns else None  # noqa: E731
     for side in ("id" if "id" in columns else "prompt", "system", "baseline"):
         if get(side) in (None, ""):
-            raise LireError("a missing side", field=columns.get(side, side), value=get(side), allowed="a prompt, a system and a baseline in every row", remedy="say in the row what was compared; a constant can be added as a column")
-    lengths = {side: _length(get(side), get(text), columns.get(side)) for side, text in (("length", "answer"), ("baseline_length", "baseline_answer"))}
+            raise LireError("a missing side", field=columns.get(side, side), value=get(side),
+                            allowed="a prompt, a system and a baseline in every row",
+                            remedy="say in the row what was compared; a constant can be added as a column")
+    lengths = {side: _length(get(side), get(text), columns.get(side)) for side,
+               text in (("length", "answer"), ("baseline_length", "baseline_answer"))}
     name = get("id") if "id" in columns else prompt_id(get("prompt"))
-    return {"id": str(name), "system": str(get("system")), "baseline": str(get("baseline")), "preference": read_preference(get("preference"), scale, values), **lengths}
+    return {"id": str(name), "system": str(get("system")), "baseline": str(get("baseline")),
+            "preference": read_preference(get("preference"), scale, values), **lengths}
 
 # %% ../../nbs/50_verdicts.ipynb #c0d367ae
 def _columns(row: dict, mapping: dict | None) -> dict[str, str]:
-    "Where this row keeps what we need; a column that is named and not there must not look like verdicts that nobody gave."
-    columns = mapping or next((layout for layout in VERDICT_LAYOUTS if {layout["system"], layout["preference"]} <= row.keys()), None)
+    """Where this row keeps what we need; a column that is named and not there must not look like verdicts that nobody
+    gave."""
+    columns = mapping or next((layout for layout in VERDICT_LAYOUTS
+                               if {layout["system"], layout["preference"]} <= row.keys()), None)
     if columns is None:
-        raise LireError("not a known layout of verdicts", field="columns", value=list(row), allowed=" or ".join(", ".join(layout.values()) for layout in VERDICT_LAYOUTS),
+        raise LireError("not a known layout of verdicts", field="columns", value=list(row),
+                        allowed=" or ".join(", ".join(layout.values()) for layout in VERDICT_LAYOUTS),
                         remedy="give mapping={'id': …, 'system': …, 'baseline': …, 'preference': …}")
     known = {name for layout in VERDICT_LAYOUTS for name in layout}
-    wrong = [name for name in columns if name not in known] + [f"{name}={column}" for name, column in columns.items() if column not in row and "length" not in name and "answer" not in name]
+    wrong = [name for name in columns if name not in known] + [f"{name}={column}" for name,
+                                                               column in columns.items() if column not in row
+                                                               and "length" not in name and "answer" not in name]
     if wrong or "preference" not in columns:
-        raise LireError("the mapping does not fit the columns", field="mapping", value=wrong or list(columns), allowed=f"{', '.join(sorted(known))} → one of {', '.join(map(str, row))}", remedy="correct these entries; preference is needed")
+        raise LireError("the mapping does not fit the columns", field="mapping", value=wrong or list(columns),
+                        allowed=f"{', '.join(sorted(known))} → one of {', '.join(map(str, row))}",
+                        remedy="correct these entries; preference is needed")
     return columns
 
 # %% ../../nbs/50_verdicts.ipynb #32ca4bbc
@@ -442,14 +501,16 @@ def _length(number, text, column) -> float | None:
         return float(len(text))
     plain = _plain_value(number)
     if plain is not None and not (isinstance(plain, float) and 0 <= plain < math.inf):
-        raise LireError("not a length", field=column, value=number, allowed="a number of characters, or nothing", remedy="correct it or leave it empty")
+        raise LireError("not a length", field=column, value=number, allowed="a number of characters, or nothing",
+                        remedy="correct it or leave it empty")
     return plain
 
 # %% ../../nbs/50_verdicts.ipynb #41698ef0
 def _several(same: list) -> LireError:
     row, verdict = same[-1]
     lines = ", ".join(str(r.line) for r, _ in same)
-    return LireError("more than one verdict for a prompt", field="id", value=verdict["id"], allowed=f"one verdict of {verdict['system']!r} against {verdict['baseline']!r}",
+    return LireError("more than one verdict for a prompt", field="id", value=verdict["id"],
+                     allowed=f"one verdict of {verdict['system']!r} against {verdict['baseline']!r}",
                      remedy=f"keep one of the rows {lines}, or average them before")
 
 # %% ../../nbs/50_verdicts.ipynb #e3c1ac33
@@ -488,7 +549,8 @@ def verdict_table(
     for g in _resolve(verdicts):
         if g.asked and g.value is not None:
             said[g.judge].append(g)
-    columns = {judge: {id: (np.sign(mean - 0.5) + 1) / 2 for id, mean in _by_prompt(groups, lambda g: g.value).items()} for judge, groups in said.items()}
+    columns = {judge: {id: (np.sign(mean - 0.5) + 1) / 2 for id, mean in _by_prompt(groups, lambda g: g.value).items()}
+               for judge, groups in said.items()}
     return pd.DataFrame(columns, index=list(dict.fromkeys(v["id"] for v in verdicts)), dtype=float).dropna(how="all")
 
 # %% ../../nbs/50_verdicts.ipynb #70663b52
@@ -502,12 +564,15 @@ def agreement(
     "Agreement of all judges, and of every two."
     table = verdict_table([v for one in verdicts for v in one], system, against)
     if table.shape[1] < 2:
-        raise LireError("only one judge", field="verdicts", value=list(table), allowed="two judges or more", remedy="add the verdicts of another judge, under another name")
+        raise LireError("only one judge", field="verdicts", value=list(table), allowed="two judges or more",
+                        remedy="add the verdicts of another judge, under another name")
     share, alphas, shared = (pd.DataFrame(np.nan, index=table.columns, columns=table.columns) for _ in range(3))
     for one, two in itertools.product(table, repeat=2):
         both = table[[one, two]].dropna().to_numpy()
         shared.loc[one, two] = len(both)
         if len(both):
             share.loc[one, two] = (both[:, 0] == both[:, -1]).mean()
-            alphas.loc[one, two] = 1.0 if one == two else judge_agreement({one: both[:, 0], two: both[:, 1]}, level=level, resamples=1).value
-    return Agreement(judge_agreement({j: table[j] for j in table}, level=level, **options), share, alphas, shared.astype(int))
+            alphas.loc[one, two] = 1.0 if one == two else judge_agreement({one: both[:, 0], two: both[:, 1]},
+                                                                          level=level, resamples=1).value
+    return Agreement(judge_agreement({j: table[j] for j in table}, level=level, **options), share, alphas,
+                     shared.astype(int))

@@ -62,7 +62,8 @@ def authors_logps(
     ids = rows["input_ids"]
     logits = model(input_ids=ids, attention_mask=rows["attention_mask"], use_cache=False).logits
     logps = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    counted = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, rows["index"], True).view_as(ids)[:, :-1]
+    counted = torch.zeros(ids.numel(), dtype=torch.bool,
+                          device=ids.device).index_fill(0, rows["index"], True).view_as(ids)[:, :-1]
     sums = (logps * counted).sum(1)
     return sums.new_zeros(batch["mask"].shape).index_put((batch["list_index"], batch["candidate_index"]), sums)
 
@@ -107,7 +108,8 @@ def forward_flops(
 ) -> float:
     "Multiply-adds of one forward pass, times two."
     P, R, M = point.P, point.R, point.M
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None)
+                                          or config.hidden_size // config.num_attention_heads)
     pairs = P * (P + 1) / 2 + M * (R * P + R * (R + 1) / 2) if way == "shared" else M * (P + R) * (P + R + 1) / 2
     head_rows = M * (P + R) if way == "authors" else M * R
     per_list = point.tokens(way) / point.lists * layer_parameters + pairs * 2 * width * config.num_hidden_layers + head_rows * config.hidden_size * config.vocab_size
@@ -147,7 +149,8 @@ def spread(seconds: list[float]) -> dict:  # seconds, low, high
 _HEAPS = {
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
     "matrices": ("mm", "linear", "matmul", "gemm"),
-    "moving and casting": ("copy", "_to_copy", "cat", "index", "clone", "gather", "scatter", "contiguous", "zero_", "fill_", "embedding"),
+    "moving and casting": ("copy", "_to_copy", "cat", "index", "clone", "gather", "scatter", "contiguous", "zero_",
+                           "fill_", "embedding"),
 }
 
 # %% ../../nbs/47_bench.ipynb #d9ba76e5
@@ -163,7 +166,8 @@ def profile_step(
         gradient_step(model, batch, way)
     heaps = dict.fromkeys([*_HEAPS, "everything else"], 0.0)
     for event in profile.key_averages():
-        heap = next((heap for heap, parts in _HEAPS.items() if any(part in event.key for part in parts)), "everything else")
+        heap = next((heap for heap, parts in _HEAPS.items() if any(part in event.key for part in parts)),
+                    "everything else")
         heaps[heap] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     return heaps
 
@@ -175,10 +179,16 @@ def peak_growth(
 ) -> float | None:  # bytes; None where the system does not tell
     "Peak memory of a gradient step above that of the loaded model, in a process of its own."
     code = "import json, sys; from lire_nb.bench import Point, _peak_growth; policy, point, way = json.loads(sys.argv[1]); print(json.dumps(_peak_growth(policy, Point(**point), way)))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([str(policy), asdict(point), way])], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([str(policy), asdict(point), way])],
+                          capture_output=True, text=True)
     if done.returncode:
-        raise LireError(f"the process that measures memory failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}", field="point", value=asdict(point),
-                        allowed="lists that fit into memory", remedy="choose smaller lists, or leave memory out")
+        raise LireError(
+            f"the process that measures memory failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}",
+            field="point",
+            value=asdict(point),
+            allowed="lists that fit into memory",
+            remedy="choose smaller lists, or leave memory out",
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 # %% ../../nbs/47_bench.ipynb #e74c3cce
@@ -218,16 +228,19 @@ def trl_steps(
     texts: list[tuple[str, str, str]],  # prompt, chosen, rejected
     folder: str | Path,  # for the trainer's files
 ) -> tuple[dict[str, Callable[[], None]], Point]:  # one gradient step of each way, and the batch's sizes (means)
-    "DPO steps by TRL and by our paths over the same tokens; raises `LireError` without trl, or where the losses differ."
+    """DPO steps by TRL and by our paths over the same tokens; raises `LireError` without trl, or where the losses
+    differ."""
     try:
         import trl
         from datasets import Dataset
     except ImportError as e:
-        raise LireError("trl is not installed", field="trl", allowed="the extra 'peers'", remedy="pip install 'lire_nb[peers]'") from e
+        raise LireError("trl is not installed", field="trl", allowed="the extra 'peers'",
+                        remedy="pip install 'lire_nb[peers]'") from e
     theirs, tokenizer = load_policy(policy, dtype=torch.float32)
     ours, _ = load_policy(policy, dtype=torch.float32)  # TRL changes the forward pass of the model it gets
     device = next(theirs.parameters()).device
-    args = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(texts), report_to=[], precompute_ref_log_probs=True, gradient_checkpointing=False,
+    args = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(texts), report_to=[],
+                         precompute_ref_log_probs=True, gradient_checkpointing=False,
                          bf16=has_bf16(device.type), use_cpu=device.type == "cpu", max_length=None, disable_tqdm=True)
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t)) for t in texts])
     trainer = trl.DPOTrainer(model=theirs, args=args, train_dataset=data, processing_class=tokenizer)
@@ -245,7 +258,8 @@ def trl_steps(
 
     losses = {way: float(loss_of(way, half=False).detach()) for way in ("trl", "padded", "shared")}
     if max(losses.values()) - min(losses.values()) > 1e-3:
-        raise LireError(f"the ways disagree: {losses}", field="loss", allowed="the same loss in float32, within 0.001", remedy="the installed trl computes another loss: leave --peers out")
+        raise LireError(f"the ways disagree: {losses}", field="loss", allowed="the same loss in float32, within 0.001",
+                        remedy="the installed trl computes another loss: leave --peers out")
 
     def step(way):
         for model in (theirs, ours):
@@ -262,13 +276,16 @@ def _our_pairs(inputs: dict) -> tuple[dict, torch.Tensor]:
     half = len(inputs["input_ids"]) // 2
     lists = []
     for b in range(half):
-        rows = [(inputs["input_ids"][r], inputs["attention_mask"][r].bool(), inputs["completion_mask"][r].bool()) for r in (b, b + half)]
+        rows = [(inputs["input_ids"][r], inputs["attention_mask"][r].bool(), inputs["completion_mask"][r].bool())
+                for r in (b, b + half)]
         prompt, = {tuple(ids[real & ~done].tolist()) for ids, real, done in rows}
-        lists.append({"id": str(b), "prompt_ids": list(prompt), "completion_ids": [ids[done].tolist() for ids, _, done in rows], "rewards": [1.0, 0.0]})
+        lists.append({"id": str(b), "prompt_ids": list(prompt),
+                      "completion_ids": [ids[done].tolist() for ids, _, done in rows], "rewards": [1.0, 0.0]})
     return ListCollator()(lists), torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], 1)
 
 # %% ../../nbs/47_bench.ipynb #826ad6bb
-GRID = (Point(192, 48, 6, 2), Point(512, 64, 8, 1), Point(32, 64, 4, 4), Point(192, 48, 2, 2), Point(192, 48, 4, 1), Point(192, 48, 8, 1),
+GRID = (Point(192, 48, 6, 2), Point(512, 64, 8, 1), Point(32, 64, 4, 4), Point(192, 48, 2, 2), Point(192, 48, 4, 1),
+        Point(192, 48, 8, 1),
         Point(32, 64, 8, 1), Point(256, 64, 8, 1), Point(8, 64, 4, 2))
 
 # %% ../../nbs/47_bench.ipynb #25042295
@@ -289,17 +306,21 @@ def bench_point(
     for way in ways:
         flops = forward_flops(model.config, count, point, way)
         limit = forward_flops(model.config, count, point, "authors") / flops
-        row = {"way": way, "loss": loss, **asdict(point), **spread(seconds[way]), "runs": seconds[way], "tokens_per_second": point.lists * point.M * (point.P + point.R) / statistics.median(seconds[way]),
-               "flop_limit": limit, "profile": profile_step(model, batch, way), "peak_bytes": peak_growth(policy, point, way) if memory else None}
+        row = {"way": way, "loss": loss, **asdict(point), **spread(seconds[way]), "runs": seconds[way],
+               "tokens_per_second": point.lists * point.M * (point.P + point.R) / statistics.median(seconds[way]),
+               "flop_limit": limit, "profile": profile_step(model, batch, way),
+               "peak_bytes": peak_growth(policy, point, way) if memory else None}
         if "authors" in seconds:
             ratios = [a / b for a, b in zip(seconds["authors"], seconds[way])]
-            row |= {"speedup": statistics.median(seconds["authors"]) / statistics.median(seconds[way]), "speedup_low": min(ratios), "speedup_high": max(ratios)}
+            row |= {"speedup": statistics.median(seconds["authors"]) / statistics.median(seconds[way]),
+                    "speedup_low": min(ratios), "speedup_high": max(ratios)}
         rows.append(row)
     model.zero_grad(set_to_none=True)
     return rows
 
 # %% ../../nbs/47_bench.ipynb #fef9494a
-def review_pairs(policy: str | Path, prompt_tokens: int = 192, tokens: int = 48, pairs: int = 4) -> list[tuple[str, str, str]]:
+def review_pairs(policy: str | Path, prompt_tokens: int = 192, tokens: int = 48,
+                 pairs: int = 4) -> list[tuple[str, str, str]]:
     "Prompt, chosen and rejected from the text of film reviews, cut to about so many tokens each."
     tokenizer = load_tokenizer(policy)
     texts = [" ".join(r["completions"][0] for r in load_task("sentiment").reward_lists["test"])]
@@ -336,15 +357,18 @@ def bench_long(
     points = {Point(prompt, completion, m): "long, in parts" if n else first for n, m in enumerate(candidates)}
     batches = {point: bench_batch(point, model.config.vocab_size, device=device) for point in points}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    steps = {point: lambda point=point, way=way: gradient_step(model, batches[point], way) for point, way in points.items()}
+    steps = {point: lambda point=point, way=way: gradient_step(model, batches[point], way) for point,
+             way in points.items()}
     seconds, rows = interleaved(steps, repeats, clock), []
     one = [s / next(iter(points)).M for s in next(iter(seconds.values()))]
     for point, way in points.items():
         ratios = [s / point.M / base for s, base in zip(seconds[point], one)]
         peaks = [peak_growth(policy, point, way) for _ in range(min(repeats, 3) if memory else 0)]
         known = [peak for peak in peaks if peak is not None]
-        rows.append({"way": way, **asdict(point), **spread(seconds[point]), "runs": seconds[point], "clock": clock.__name__,
-                     "at_once": point.M if way == first else AT_ONCE, "ratio": statistics.median(ratios), "ratios": ratios,
+        rows.append({"way": way, **asdict(point), **spread(seconds[point]), "runs": seconds[point],
+                     "clock": clock.__name__,
+                     "at_once": point.M if way == first else AT_ONCE, "ratio": statistics.median(ratios),
+                     "ratios": ratios,
                      "peak_bytes": statistics.median(known) if known else None, "peaks": peaks})
     model.zero_grad(set_to_none=True)
     return rows

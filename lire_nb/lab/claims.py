@@ -95,7 +95,9 @@ def _written_texts(results):
     runs = load_runs("dialogue", results)
     systems, own = systems_of(runs), final_runs(runs, stage="reason", change="own candidates only")
     seeds = _seeds(systems["LIRE"], own)
-    more, ratio = difference(systems["LIRE"], own, unit=spread_of(systems["start"])), [start_perplexity(r).value for r in (systems["LIRE"], own, systems["start"])]
+    more, ratio = difference(systems["LIRE"], own,
+                             unit=spread_of(systems["start"])), [start_perplexity(r).value
+                                                                 for r in (systems["LIRE"], own, systems["start"])]
     return f"gold reward with minus without them {shown(more)}; perplexity under the start {ratio[0]:.0f} and {ratio[1]:.0f}, of the start's own texts {ratio[2]:.0f}{_note(seeds)}", verdict([more], seeds)
 
 # %% ../../nbs/44_claims.ipynb #2599f118
@@ -112,7 +114,10 @@ def _more_candidates(budget: str):
         runs, sizes = load_runs("candidates", results), SCALES["laptop"]["sizes"]
         low, high = (_of_size(runs, "lire", m, budget) for m in (sizes[0], sizes[-1]))
         seeds = _seeds(low, high)
-        more, steps = difference(high, low, unit=spread_of(_start_of(runs))), [int(r["prompts"].iloc[0]) // SCALES["laptop"]["batch"] for r in (low, high)]
+        more, steps = (
+            difference(high, low, unit=spread_of(_start_of(runs))),
+            [int(r["prompts"].iloc[0]) // SCALES["laptop"]["batch"] for r in (low, high)],
+        )
         return f"gold reward at M = {sizes[-1]} ({steps[1]} steps) minus M = {sizes[0]} ({steps[0]} steps): {shown(more)}{_note(seeds)}", verdict([more], seeds)
 
     return measure
@@ -125,7 +130,8 @@ def _weak_when_small(results):
     for other in ("pro", "rrhf"):
         parts = [_of_size(runs, m, M) for M in (sizes[0], sizes[-1]) for m in ("lire", other)]
         seeds.append(_seeds(*parts))
-        small, large = (values_of(_paired(*pair)[0], "gold") - values_of(_paired(*pair)[1], "gold") for pair in (parts[:2], parts[2:]))
+        small, large = (values_of(_paired(*pair)[0], "gold") - values_of(_paired(*pair)[1], "gold")
+                        for pair in (parts[:2], parts[2:]))
         found[NAMES[other]] = crossed_interval((small - large) / unit)
         found[f"{NAMES[other]} at M = {sizes[0]} alone"] = crossed_interval(small / unit)
     text = f"how far behind LIRE at M = {sizes[0]}, less how far at M = {sizes[-1]}: {_listed(found)}{_note(min(seeds))}"
@@ -155,17 +161,21 @@ def _temperature(results):
 # %% ../../nbs/44_claims.ipynb #f548093a
 def _list_or_values(results):
     runs = load_runs("ablations", results)
-    whole, ranks, pair = _ablated(runs, "reward_transform", "none"), _ablated(runs, "reward_transform", "rank"), _ablated(runs, "pair", "values")
+    whole, ranks, pair = _ablated(runs, "reward_transform", "none"), _ablated(runs, "reward_transform",
+                                                                              "rank"), _ablated(runs, "pair", "values")
     seeds, unit = _seeds(whole, ranks, pair), spread_of(_start_of(runs))
-    found = {"the list (against its best and worst alone)": difference(whole, pair, unit=unit), "the values (against ranks)": difference(whole, ranks, unit=unit)}
+    found = {"the list (against its best and worst alone)": difference(whole, pair, unit=unit),
+             "the values (against ranks)": difference(whole, ranks, unit=unit)}
     return f"gold reward gained by {_listed(found)}{_note(seeds)}", verdict(list(found.values()), seeds)
 
 # %% ../../nbs/44_claims.ipynb #68a40781
 def _prevents(results):
     runs = load_runs("overoptimization", results)
-    courses = {name: points_of(final_runs(runs, method="lire", sft_weight=a)) for name, a in (("with", 1.0), ("without", 0.0))}
+    courses = {name: points_of(final_runs(runs, method="lire", sft_weight=a)) for name,
+               a in (("with", 1.0), ("without", 0.0))}
     seeds, unit = _seeds(*(points[0][1] for points in courses.values())), spread_of(courses["without"][0][1])
-    gains = {judge: {name: gain(points[-1][1], points[0][1], judge) for name, points in courses.items()} for judge in ("gold", "proxy")}
+    gains = {judge: {name: gain(points[-1][1], points[0][1], judge) for name, points in courses.items()}
+             for judge in ("gold", "proxy")}
     since = {name: _since_best(points) / unit for name, points in courses.items()}
     falls = {name: crossed_interval(values) for name, values in since.items()}
     text = f"after {courses['without'][-1][0]} steps gold has gained {_listed(gains['gold'])}, proxy {_listed(gains['proxy'])}; gold since its best point {_listed(falls)}{_note(seeds)}"
@@ -175,7 +185,8 @@ def _prevents(results):
 
 # %% ../../nbs/44_claims.ipynb #7b4fa4a1
 def _since_best(points) -> np.ndarray:
-    "(S, N) gold reward at the end minus that of the point with the best mean; chosen on the same prompts, so it looks a little worse than it is."
+    """(S, N) gold reward at the end minus that of the point with the best mean; chosen on the same prompts, so it looks
+    a little worse than it is."""
     best = max(points, key=lambda p: values_of(p[1], "gold").mean())[1]
     return values_of(points[-1][1], "gold") - values_of(best, "gold")
 
@@ -184,7 +195,8 @@ def _rounds_rise(results):
     runs = load_runs("self_enhancement", results)
     rounds = [(0, _start_of(runs)), *points_of(final_runs(runs, method="lire", pool="replace"))]
     seeds, unit = _seeds(*(r for _, r in rounds)), spread_of(rounds[0][1])
-    rises = {f"round {b[0]} over {a[0] or 'the start'}": difference(b[1], a[1], unit=unit) for a, b in zip(rounds, rounds[1:])}
+    rises = {f"round {b[0]} over {a[0] or 'the start'}": difference(b[1], a[1], unit=unit) for a,
+             b in zip(rounds, rounds[1:])}
     return f"gold reward of {_listed(rises)}{_note(seeds)}", verdict(list(rises.values()), seeds)
 
 
@@ -221,11 +233,14 @@ CLAIMS: list[tuple[str, str, str, Callable]] = [  # claim, who says it, notebook
     ("LIRE improves on the start, summarization", "paper", "21_summarization", _over_start("summarization")),
     ("LIRE improves on the start, sentiment", "ours", "20a_sentiment", _over_start("sentiment")),
     ("LIRE beats DPO, RRHF and PRO, dialogue", "paper", "20_dialogue", _against("dialogue", ("dpo", "rrhf", "pro"))),
-    ("LIRE beats DPO, RRHF and PRO, summarization", "paper", "21_summarization", _against("summarization", ("dpo", "rrhf", "pro"))),
+    ("LIRE beats DPO, RRHF and PRO, summarization", "paper", "21_summarization",
+     _against("summarization", ("dpo", "rrhf", "pro"))),
     ("LIRE beats DPO, RRHF and PRO, sentiment", "ours", "20a_sentiment", _against("sentiment", ("dpo", "rrhf", "pro"))),
-    ("LIRE beats Plackett–Luce DPO and SLiC, sentiment", "reviewers ask", "20a_sentiment", _against("sentiment", ("plackett_luce_dpo", "slic"))),
+    ("LIRE beats Plackett–Luce DPO and SLiC, sentiment", "reviewers ask", "20a_sentiment",
+     _against("sentiment", ("plackett_luce_dpo", "slic"))),
     ("lists gain by the written texts in them, dialogue", "authors' code has them", "20_dialogue", _written_texts),
-    ("without a reference model LIRE stays as near to the start as DPO with one, dialogue", "reviewers ask", "20_dialogue", _as_near("dialogue")),
+    ("without a reference model LIRE stays as near to the start as DPO with one, dialogue", "reviewers ask",
+     "20_dialogue", _as_near("dialogue")),
     ("the same, sentiment", "reviewers ask", "20a_sentiment", _as_near("sentiment")),
     ("LIRE gains with M, at equal prompts", "paper", "22_candidates", _more_candidates("prompts")),
     ("LIRE gains with M, at equal completions", "reviewers ask", "22_candidates", _more_candidates("completions")),
@@ -247,14 +262,16 @@ def _link(notebook: str) -> str:
 def verdict_table(
     results: str | Path | None = None,  # folder of the rows; default: `reproduce.results_folder()`
 ) -> pd.DataFrame:  # claim, said by, measurement, verdict, notebook
-    "Every claim with what was measured here, differences in standard deviations of the start's reward; open where something was not yet."
+    """Every claim with what was measured here, differences in standard deviations of the start's reward; open where
+    something was not yet."""
     store, rows = results if isinstance(results, Results) else Results(results), []
     for claim, who, notebook, measure in CLAIMS:
         try:
             found, decided = measure(store)
         except (LireError, KeyError, IndexError, NotMeasured):  # a part of it has no rows yet
             found, decided = "not measured yet", "open"
-        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided, "notebook": _link(notebook)})
+        rows.append({"claim": claim, "said by": who, "measurement, 95 % interval": found, "verdict": decided,
+                     "notebook": _link(notebook)})
     return pd.DataFrame(rows).set_index("claim")
 
 # %% ../../nbs/44_claims.ipynb #53119411
@@ -267,8 +284,10 @@ def paper_table(
     rows = pd.read_csv(path)
     mine = rows[rows["table"] == table]
     if mine.empty:
-        raise LireError("not in the file", file=path.name, field="table", value=table, allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
-    wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(), columns=mine["metric"].unique())
+        raise LireError("not in the file", file=path.name, field="table", value=table,
+                        allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
+    wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(),
+                                                                                columns=mine["metric"].unique())
     return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")
 
 # %% ../../nbs/44_claims.ipynb #670ca594
@@ -278,7 +297,8 @@ def beside_paper(
     path: str | Path | None = None,  # default: data/paper_tables.csv
 ) -> pd.DataFrame:  # paper's numbers and ours, by system
     "The paper's table with ours beside it; systems that only one of them has keep empty cells."
-    ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])), "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
+    ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])),
+                   "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
                    "ours: perplexity": f"{start_perplexity(runs).value:.1f}"} for name, runs in systems.items()}
     theirs = paper_table(table, path).add_prefix("paper: ")
     order = [*theirs.index, *(n for n in systems if n not in theirs.index)]
@@ -298,7 +318,9 @@ def summary_table(
         for name, runs in systems.items():
             if name != "start":
                 up, won, kl = gain(runs, systems["start"]), wins(runs, systems["start"]), values_of(runs, "kl").mean()
-                columns.setdefault(task, {})[name] = f"{shown(up)}, wins {won.value:.0%}, KL {kl:.1f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+                columns.setdefault(task, {})[name] = f"{shown(up)}, wins {won.value:.0%}, KL {kl:.1f}" + (
+                    f" ({len(runs)} seeds)" if len(runs) > 1 else ""
+                )
     order = [n for n in NAMES.values() if any(n in column for column in columns.values())]
     return pd.DataFrame(columns).reindex(order).fillna("").rename_axis("method")
 
@@ -310,15 +332,19 @@ def verdict_text(
     "The verdicts of one notebook as a list."
     table = verdict_table(results)
     mine = table[[notebook in cell for cell in table["notebook"]]]
-    return "\n".join(f"- **{row['verdict']}** ({row['said by']}): {claim}. Measured: {row['measurement, 95 % interval']}." for claim, row in mine.iterrows())
+    return "\n".join(f"- **{row['verdict']}** ({row['said by']}): {claim}. Measured: "
+                     f"{row['measurement, 95 % interval']}." for claim, row in mine.iterrows())
 
 # %% ../../nbs/44_claims.ipynb #813cd3a0
 def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
     "Held-out accuracy of the judges of a table."
     rows = []
     for _, run in runs[runs["stage"] == "reward"].iterrows():
-        found, half = run["result"], 1.96 * (run["result"]["accuracy"] * (1 - run["result"]["accuracy"]) / run["result"]["lists"]) ** 0.5
-        rows.append({"judge": run["method"], "lists it learned from": found["trained_on"], "held-out pairs": found["pairs"], "held-out lists": found["lists"], "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
+        found, half = run["result"], 1.96 * (run["result"]["accuracy"] * (1 - run["result"]["accuracy"])
+                                             / run["result"]["lists"]) ** 0.5
+        rows.append({"judge": run["method"], "lists it learned from": found["trained_on"],
+                     "held-out pairs": found["pairs"], "held-out lists": found["lists"],
+                     "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
     return pd.DataFrame(rows).set_index("judge")
 
 # %% ../../nbs/44_claims.ipynb #e158d17b
@@ -329,5 +355,6 @@ def sample_text(
     "A completion of every system for one prompt, seed 0."
     example = lambda runs: runs["result"].iloc[0]["examples"][which]  # noqa: E731
     first = example(next(iter(systems.values())))["prompt"]
-    texts = {"prompt": first if isinstance(first, str) else first[-1]["content"], **{name: example(runs)["completion"] for name, runs in systems.items()}}
+    texts = {"prompt": first if isinstance(first, str) else first[-1]["content"],
+             **{name: example(runs)["completion"] for name, runs in systems.items()}}
     return "\n".join(f"- *{in_markdown(name)}*: {in_markdown(text)}" for name, text in texts.items())

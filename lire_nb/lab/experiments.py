@@ -63,7 +63,8 @@ def stand_in(
 ) -> Path:
     "A random model of the same class, small."
     config = AutoConfig.from_pretrained(resolve_model(name))
-    smaller = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16} | smaller
+    smaller = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "num_key_value_heads": 1, "head_dim": 16} | smaller
     config.update({k: v for k, v in smaller.items() if hasattr(config, k)})
     with torch.random.fork_rng([]), quiet_transformers():
         torch.manual_seed(seed)
@@ -74,7 +75,8 @@ def stand_in(
 # %% ../../nbs/40_experiments.ipynb #b834d402
 def _policy(name: str, work: Path) -> str:
     "A policy's name or folder; the stand-in is made where it is missing."
-    return str(_shared(work, "policies", {"stand-in": "smollm2"}, lambda draft: stand_in("smollm2", draft), "stand_in")) if name == "tiny" else name
+    return str(_shared(work, "policies", {"stand-in": "smollm2"}, lambda draft: stand_in("smollm2", draft),
+                       "stand_in")) if name == "tiny" else name
 
 # %% ../../nbs/40_experiments.ipynb #0c6db823
 _loaded = cache(load_task)  # reading 25,000 reviews takes seconds
@@ -111,7 +113,9 @@ def _make_reward(draft: Path, spec: dict) -> None:
 
 # %% ../../nbs/40_experiments.ipynb #89068126
 def reward_folder(
-    spec: dict,  # task, name, backbone, lists and check (None: all) to learn from and to be checked on, epochs, batch_size, max_length, seed
+    # task, name, backbone, lists and check (None: all) to learn from and to be checked on, epochs, batch_size,
+    # max_length, seed
+    spec: dict,
     work: Path,
 ) -> Path:
     "The trained reward model of a spec, with its held-out accuracy in held_out.json."
@@ -148,9 +152,11 @@ def prompts_of(
     count: int,
 ) -> list[dict]:
     "Prompts of a split; raises `LireError` when the task has too few."
-    known = {"train": task.prompts["train"], "validation": task.prompts["validation"] + task.prompts["train"][::-1], "test": task.prompts["test"][::-1]}
+    known = {"train": task.prompts["train"], "validation": task.prompts["validation"] + task.prompts["train"][::-1],
+             "test": task.prompts["test"][::-1]}
     if count > len(known[split]):
-        raise LireError("too few prompts", field=f"{task.name}:{split}", value=count, allowed=f"at most {len(known[split])}", remedy="ask for fewer")
+        raise LireError("too few prompts", field=f"{task.name}:{split}", value=count,
+                        allowed=f"at most {len(known[split])}", remedy="ask for fewer")
     return known[split][:count]
 
 # %% ../../nbs/40_experiments.ipynb #a5e31db1
@@ -160,7 +166,9 @@ def given_candidates(
     most: int,  # tokens
 ) -> list[tuple[str, str]]:  # (completion, source): the best and the worst, or nothing
     "The best and the worst of a list's texts of at most `most` tokens."
-    short = [j for j, text in enumerate(record["completions"]) if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
+    short = [j for j,
+             text in enumerate(record["completions"])
+             if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
     if len(short) < 2:
         return []
     best, worst = max(short, key=lambda j: record["rewards"][j]), min(short, key=lambda j: record["rewards"][j])
@@ -171,7 +179,8 @@ def _make_lists(draft: Path, config: dict, work: Path) -> None:
     source, task = config["source"], _task(config, config["source"]["task"])
     prompts = prompts_of(task, "train", source["prompts"])
     policy = load_policy(_policy(source["policy"], work), dtype=compute_dtype())
-    lists = sample_lists(policy, prompts, source["sampled"], settings=SamplingSettings(max_new_tokens=source["tokens"]), seed=source["seed"],
+    lists = sample_lists(policy, prompts, source["sampled"], settings=SamplingSettings(max_new_tokens=source["tokens"]),
+                         seed=source["seed"],
                          max_prompt_length=task.max_prompt_length, progress=False)
     if source["given"]:
         graded = {r["id"]: r for r in task.reward_lists["train"]}
@@ -185,7 +194,9 @@ def _with_given(record: dict, given: list[tuple[str, str]]) -> dict:
         return record
     texts, sources = zip(*given)
     facts = {name: value for name, value in record["meta"].items() if name not in candidate_columns(record)}
-    return merge_candidates([record, make_record(record["prompt"], texts, sources=sources, id=record["id"], meta=facts)], once=False)
+    return merge_candidates([record,
+                             make_record(record["prompt"], texts, sources=sources, id=record["id"], meta=facts)],
+                            once=False)
 
 
 def _proxy_of(config: dict) -> dict:
@@ -197,7 +208,8 @@ def _proxy_of(config: dict) -> dict:
 def source_lists(config: dict, work: Path) -> list[dict]:
     "The scored lists of a source, for all experiments with the same source and rewards."
     spec = {k: config[k] for k in ("source", "paths") if k in config} | {"rewards": _proxy_of(config)}
-    return list(load_lists(_shared(work, "lists", spec, lambda draft: _make_lists(draft, config, work), "_make_lists") / "lists.jsonl"))
+    return list(load_lists(_shared(work, "lists", spec, lambda draft: _make_lists(draft, config, work),
+                                   "_make_lists") / "lists.jsonl"))
 
 # %% ../../nbs/40_experiments.ipynb #0387f9c3
 def take_candidates(
@@ -209,16 +221,19 @@ def take_candidates(
 ) -> list[dict]:
     "Fewer prompts, and of each the chosen candidates; raises `LireError` when there are too few."
     if how not in ("first", "ragged", "extremes"):
-        raise LireError("unknown rule", field="take", value=how, allowed="first, ragged or extremes", remedy="choose one of these")
+        raise LireError("unknown rule", field="take", value=how, allowed="first, ragged or extremes",
+                        remedy="choose one of these")
     own = [sum(s.startswith("policy") for s in r["sources"]) for r in lists[:prompts]]
     if prompts > len(lists) or sampled > min(own):
-        raise LireError("too few", field="take", value=f"{prompts} prompts × {sampled} candidates", allowed=f"at most {len(lists)} × {min(own)}", remedy="sample more")
+        raise LireError("too few", field="take", value=f"{prompts} prompts × {sampled} candidates",
+                        allowed=f"at most {len(lists)} × {min(own)}", remedy="sample more")
     counts = ragged_lengths(prompts, sampled, min(own), seed) if how == "ragged" else [sampled] * prompts
     chosen = []
     for record, count, total in zip(lists, counts, own):
         keep = [*range(count), *range(total, len(record["completions"]))]
         if how == "extremes":
-            keep = sorted({max(keep, key=lambda j: record["rewards"][j]), min(keep, key=lambda j: record["rewards"][j])})
+            keep = sorted({max(keep, key=lambda j: record["rewards"][j]),
+                           min(keep, key=lambda j: record["rewards"][j])})
         chosen.append(select_candidates(record, keep))
     return chosen
 
@@ -239,10 +254,12 @@ _KEPT = ("tokens", "logps", "start_logps")
 def compact(
     rows: list[dict],  # of `judge_policy`
     examples: int = 2,
-) -> dict:  # ids, scores, tokens, logps, start_logps, ended, examples: a list for each prompt, in it a value for each sample
+# ids, scores, tokens, logps, start_logps, ended, examples: a list for each prompt, in it a value for each sample
+) -> dict:
     "A judged policy as columns."
     scores = {judge: [[round(s, 4) for s in r["scores"][judge]] for r in rows] for judge in rows[0]["scores"]}
-    return {"ids": config_key([r["id"] for r in rows]), "scores": scores, **{name: [[round(v, 3) for v in r[name]] for r in rows] for name in _KEPT},
+    return {"ids": config_key([r["id"] for r in rows]), "scores": scores,
+            **{name: [[round(v, 3) for v in r[name]] for r in rows] for name in _KEPT},
             "ended": [[int(x != "length") for x in r["finish_reasons"]] for r in rows],
             "examples": [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows[:examples]]}
 
@@ -252,19 +269,25 @@ def expand(
 ) -> list[dict]:  # rows as of `judge_policy`, the samples of all seeds together
     "Columns as rows again; raises `LireError` when the prompts differ."
     if len({r["ids"] for r in results}) != 1:
-        raise LireError("not the same prompts", field="results", value=sorted({r["ids"] for r in results}), allowed="results of one set of prompts", remedy="join seeds of one configuration only")
+        raise LireError("not the same prompts", field="results", value=sorted({r["ids"] for r in results}),
+                        allowed="results of one set of prompts", remedy="join seeds of one configuration only")
     joined = lambda columns: [[v for part in parts for v in part] for parts in zip(*columns)]  # noqa: E731
     scores = {judge: joined(r["scores"][judge] for r in results) for judge in results[0]["scores"]}
     columns = {name: joined(r[name] for r in results) for name in (*_KEPT, "ended")}
-    return [{"id": str(i), "scores": {judge: values[i] for judge, values in scores.items()}, **{name: columns[name][i] for name in _KEPT},
-             "finish_reasons": ["stop" if e else "length" for e in columns["ended"][i]], "sampling": None} for i in range(len(columns["tokens"]))]
+    return [{"id": str(i), "scores": {judge: values[i] for judge, values in scores.items()},
+             **{name: columns[name][i] for name in _KEPT},
+             "finish_reasons": ["stop" if e else "length" for e in columns["ended"][i]], "sampling": None}
+            for i in range(len(columns["tokens"]))]
 
 # %% ../../nbs/40_experiments.ipynb #8878e637
 def _judge(policy, config: dict, work: Path, start=None) -> dict:
     judge = config["judge"]
     task = _task(config, judge["task"])
-    rows = judge_policy(policy, prompts_of(task, judge["split"], judge["prompts"]), judges_of(config, judge["task"], work), start=start or _policy(config["source"]["policy"], work),
-                        num_samples=judge["samples"], settings=SamplingSettings(max_new_tokens=judge["tokens"]), seed=derive_seed(config["seed"], "judge"),
+    rows = judge_policy(policy, prompts_of(task, judge["split"], judge["prompts"]),
+                        judges_of(config, judge["task"], work),
+                        start=start or _policy(config["source"]["policy"], work),
+                        num_samples=judge["samples"], settings=SamplingSettings(max_new_tokens=judge["tokens"]),
+                        seed=derive_seed(config["seed"], "judge"),
                         max_prompt_length=task.max_prompt_length, progress=False)
     return compact(rows)
 
@@ -272,7 +295,8 @@ def _judge(policy, config: dict, work: Path, start=None) -> dict:
 def _settings(config: dict) -> dict:
     "For LIREConfig: lengths of the task, nothing on the screen, no checkpoint that a run of minutes needs."
     longest = max(config["source"]["tokens"], config["source"]["given"]) + 1
-    lengths = {"max_prompt_length": _task(config, config["source"]["task"]).max_prompt_length, "max_completion_length": longest}
+    lengths = {"max_prompt_length": _task(config, config["source"]["task"]).max_prompt_length,
+               "max_completion_length": longest}
     return {**lengths, "disable_tqdm": True, "logging_strategy": "no", **config["training"]}
 
 
@@ -285,13 +309,15 @@ def _trained(config: dict, work: Path) -> str:
     "The folder of the trained policy; one that is kept from before is used again."
     if config["method"] == "start":
         return _policy(config["source"]["policy"], work)
-    parts = {k: config[k] for k in ("source", "take", "training", "seed", "paths", "lora") if k in config} | {"rewards": _proxy_of(config)}
+    parts = {k: config[k] for k in ("source", "take", "training", "seed", "paths", "lora")
+             if k in config} | {"rewards": _proxy_of(config)}
     folder = Path(work) / "trained" / f"{config_key(parts)}-{_made_by('_trained')}"
     options = {"trainer_options": {"peft_config": _lora(config["lora"])}} if config.get("lora") else {}
     with _locked(folder) if _alone() else nullcontext():
         if folder.exists():
             return str(folder)
-        train_policy(_policy(config["source"]["policy"], work), trained_lists(config, work), folder, seed=config["seed"], **options, **_settings(config))
+        train_policy(_policy(config["source"]["policy"], work), trained_lists(config, work), folder,
+                     seed=config["seed"], **options, **_settings(config))
     return str(folder)
 
 # %% ../../nbs/40_experiments.ipynb #0d7009f7
@@ -313,7 +339,8 @@ def _train(config: dict, work: Path, keep: bool) -> dict:
     result = _judge(folder, config, work)
     if config["method"] != "start" and not keep and _alone():
         shutil.rmtree(folder, ignore_errors=True)
-    return {**result, "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
+    return {**result,
+            "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
 
 # %% ../../nbs/40_experiments.ipynb #8879a47f
 class _Course(TrainerCallback):
@@ -331,12 +358,14 @@ class _Course(TrainerCallback):
             self._point(state.global_step, model, processing_class, args)
 
     def _point(self, step, model, tokenizer, args) -> None:
-        with undisturbed(model), torch.no_grad(), torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=bool(args.bf16)):
+        with undisturbed(model), torch.no_grad(), torch.autocast(next(model.parameters()).device.type,
+                                                                 dtype=torch.bfloat16, enabled=bool(args.bf16)):
             self.points.append({"step": step, **_judge((model, tokenizer), self.config, self.work, start=self.start)})
 
 # %% ../../nbs/40_experiments.ipynb #a0219612
 def _course(config: dict, work: Path, keep: bool) -> dict:
-    args = LIREConfig(output_dir=str(Path(work) / "course"), seed=config["seed"], save_strategy="no", report_to="none", **_settings(config))
+    args = LIREConfig(output_dir=str(Path(work) / "course"), seed=config["seed"], save_strategy="no", report_to="none",
+                      **_settings(config))
     model, tokenizer = load_policy(_policy(config["source"]["policy"], work))
     course = _Course(config, work)
     with quiet_transformers():
@@ -348,8 +377,10 @@ def _enhance(config: dict, work: Path, keep: bool) -> dict:
     run, task, source = Path(work) / "runs" / f"{config_key(config)}-{_made_by('_enhance')}", _task(config, config["source"]["task"]), config["source"]
     prompts = prompts_of(task, "train", source["prompts"])
     proxy = judges_of({**config, "judge": {"judges": ["proxy"]}}, source["task"], work)["proxy"]
-    policies = self_enhance(_policy(source["policy"], work), prompts, proxy, run, evolve=config["evolve"], iterate=config["iterate"], num_candidates=source["sampled"], pool=config["pool"],
-                            settings=SamplingSettings(max_new_tokens=source["tokens"]), training=_settings(config), seed=config["seed"], progress=False)
+    policies = self_enhance(_policy(source["policy"], work), prompts, proxy, run, evolve=config["evolve"],
+                            iterate=config["iterate"], num_candidates=source["sampled"], pool=config["pool"],
+                            settings=SamplingSettings(max_new_tokens=source["tokens"]), training=_settings(config),
+                            seed=config["seed"], progress=False)
     rounds = [_judge(policy, config, work) for policy in policies]
     if not keep:
         shutil.rmtree(run, ignore_errors=True)
@@ -362,8 +393,10 @@ def _online(config: dict, work: Path, keep: bool) -> dict:
     source, folder = config["source"], Path(work) / "trained" / f"{config_key(config)}-{_made_by('_online')}"
     prompts = prompts_of(_task(config, source["task"]), "train", source["prompts"])
     proxy = judges_of({**config, "judge": {"judges": ["proxy"]}}, source["task"], work)["proxy"]
-    train_online(_policy(source["policy"], work), prompts, proxy, folder, method=config["method"], num_candidates=source["sampled"], generations=config["generations"],
-                 lists_per_step=config["lists_per_step"], settings=SamplingSettings(max_new_tokens=source["tokens"]), training=config["training"], seed=config["seed"], progress=False)
+    train_online(_policy(source["policy"], work), prompts, proxy, folder, method=config["method"],
+                 num_candidates=source["sampled"], generations=config["generations"],
+                 lists_per_step=config["lists_per_step"], settings=SamplingSettings(max_new_tokens=source["tokens"]),
+                 training=config["training"], seed=config["seed"], progress=False)
     result = _judge(folder, config, work)
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
@@ -371,10 +404,12 @@ def _online(config: dict, work: Path, keep: bool) -> dict:
 
 # %% ../../nbs/40_experiments.ipynb #e32ba3c3
 def _reward(config: dict, work: Path, keep: bool) -> dict:
-    return json.loads((reward_folder(reward_spec(config, config["task"], config["name"]), work) / "held_out.json").read_text())
+    return json.loads((reward_folder(reward_spec(config, config["task"], config["name"]),
+                                     work) / "held_out.json").read_text())
 
 # %% ../../nbs/40_experiments.ipynb #f8868526
-KINDS: dict[str, Callable[[dict, Path, bool], dict]] = {"train": _train, "course": _course, "enhance": _enhance, "online": _online, "reward": _reward}
+KINDS: dict[str, Callable[[dict, Path, bool], dict]] = {"train": _train, "course": _course, "enhance": _enhance,
+                                                        "online": _online, "reward": _reward}
 
 # %% ../../nbs/40_experiments.ipynb #76395860
 def run_experiment(
@@ -382,9 +417,11 @@ def run_experiment(
     work: str | Path,  # a folder for what experiments share; may be deleted at any time
     keep: bool = False,  # keep the trained policy there, for an experiment that judges it elsewhere
 ) -> dict:  # the result, as JSON
-    "Run one experiment. On a CPU it uses the number of threads that its configuration names, so that two runs add in the same order."
+    """Run one experiment. On a CPU it uses the number of threads that its configuration names, so that two runs add in
+    the same order."""
     if config.get("kind") not in KINDS:
-        raise LireError("unknown kind", field="kind", value=config.get("kind"), allowed=", ".join(KINDS), remedy="choose one of these")
+        raise LireError("unknown kind", field="kind", value=config.get("kind"), allowed=", ".join(KINDS),
+                        remedy="choose one of these")
     threads, began = torch.get_num_threads(), time.monotonic()
     try:
         if config.get("threads"):

@@ -46,9 +46,11 @@ def figure_style():
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a matplotlibrc of the current folder or of a user decides nothing here
         matplotlib.rcParams.update({
-            "figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+            "figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.spines.top": False,
+            "axes.spines.right": False,
             "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False,
-            "axes.prop_cycle": matplotlib.cycler(color=COLORS), "svg.hashsalt": "lire", "figure.constrained_layout.use": True,
+            "axes.prop_cycle": matplotlib.cycler(color=COLORS), "svg.hashsalt": "lire",
+            "figure.constrained_layout.use": True,
         })
         yield
 
@@ -75,13 +77,15 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     paths = [Path(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         with figure_style(), atomic_write(path, "wb") as f:
-            figure.savefig(f, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+            figure.savefig(f, format=path.suffix[1:],
+                           metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
     return paths
 
 # %% ../../nbs/45_figures.ipynb #4d2d1f97
 def plot_training(run: str | Path):
     "Expected reward of the lists over the optimizer steps of all rounds: the reward that training saw."
-    logs = [read_jsonl(p) for p in sorted(Path(run).glob("round-*/policy/training.jsonl"), key=lambda p: int(p.parts[-3].split("-")[1]))]
+    logs = [read_jsonl(p) for p in sorted(Path(run).glob("round-*/policy/training.jsonl"),
+                                          key=lambda p: int(p.parts[-3].split("-")[1]))]
     with figure_style():
         figure, axis = _axes(6.4, 3.4)
         start = 0
@@ -96,7 +100,8 @@ def plot_training(run: str | Path):
             axis.fill_between(steps, window.mean() - error, window.mean() + error, color=color, alpha=0.15, lw=0)
             axis.plot(steps, window.mean(), color=color, lw=2, label=f"round {number}")
             start += len(log)
-        axis.set(xlabel="optimizer step", ylabel="expected reward of a list, Σ P·R", title="Training: its reward under the policy's own weights")
+        axis.set(xlabel="optimizer step", ylabel="expected reward of a list, Σ P·R",
+                 title="Training: its reward under the policy's own weights")
         axis.legend()
     return figure
 
@@ -110,7 +115,8 @@ def independent_judge(systems: dict[str, list[dict]]) -> str:
 def prompt_means(rows: list[dict], judge: str) -> np.ndarray:
     "(N,) mean score of each prompt's samples; raises `LireError` for a judge that did not score them."
     if judge not in rows[0]["scores"]:
-        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]), remedy="name one that scored this evaluation")
+        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]),
+                        remedy="name one that scored this evaluation")
     return np.array([np.mean(r["scores"][judge]) for r in rows])
 
 # %% ../../nbs/45_figures.ipynb #a2e37765
@@ -126,8 +132,10 @@ def plot_before_after(run: str | Path, judge: str | None = None, system: str | N
         figure, axis = _axes(4.8, 4.8)
         axis.plot(ends, ends, color="0.6", lw=1, zorder=1)
         axis.scatter(before, after, s=18, color=np.where(after >= before, COLORS[0], COLORS[3]), alpha=0.7, lw=0)
-        axis.errorbar([x], [y], xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], color="black", lw=2, capsize=3, ls="none", label="mean, 95 % intervals")
-        axis.set(xlabel=in_figure(f"{judge} reward, {start}"), ylabel=in_figure(f"{judge} reward, {system}"), title=f"{(after > before).sum()} prompts better, {(after < before).sum()} worse")
+        axis.errorbar([x], [y], xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], color="black", lw=2, capsize=3,
+                      ls="none", label="mean, 95 % intervals")
+        axis.set(xlabel=in_figure(f"{judge} reward, {start}"), ylabel=in_figure(f"{judge} reward, {system}"),
+                 title=f"{(after > before).sum()} prompts better, {(after < before).sum()} worse")
         axis.set_aspect("equal")
         axis.legend(loc="lower right")
     return figure
@@ -137,7 +145,8 @@ _MARKERS = "osD^vP*Xh<>p"
 
 # %% ../../nbs/45_figures.ipynb #f5b0721f
 def plot_reward_kl(run: str | Path):
-    "Gain over the start policy against KL to it, for every judge, in units of the start policy's spread over prompts; lines join the rounds of one course."
+    """Gain over the start policy against KL to it, for every judge, in units of the start policy's spread over prompts;
+    lines join the rounds of one course."""
     metrics, systems, courses = read_metrics(run), read_systems(run), read_records(run).courses
     start = next(iter(systems))
     kl = metrics[metrics["metric"] == "KL to start"].dropna(subset="value").set_index("system")
@@ -147,9 +156,12 @@ def plot_reward_kl(run: str | Path):
         figure, axis = _axes(7.2, 3.8)
         for color, (judge, part) in zip(COLORS * len(gains), gains.groupby("judge", sort=False)):
             spread = prompt_means(systems[start], judge).std(ddof=1) or 1.0
-            found = {r.system: (kl.loc[r.system], r.value / spread, r.low / spread, r.high / spread) for r in part.itertuples()}
+            found = {r.system: (kl.loc[r.system], r.value / spread, r.low / spread, r.high / spread)
+                     for r in part.itertuples()}
             for name, (k, value, low, high) in found.items():
-                axis.errorbar([k.value], [value], xerr=[[k.value - k.low], [k.high - k.value]], yerr=[[value - low], [high - value]], marker=marks[name], ms=5, capsize=2, lw=1.5, color=color)
+                axis.errorbar([k.value], [value], xerr=[[k.value - k.low], [k.high - k.value]],
+                              yerr=[[value - low], [high - value]], marker=marks[name], ms=5, capsize=2, lw=1.5,
+                              color=color)
             places = {start: (0.0, 0.0), **{name: (k.value, value) for name, (k, value, *_) in found.items()}}
             for course in courses:
                 axis.plot(*zip(*[places[name] for name in course if name in places]), color=color, lw=1.5)
@@ -157,7 +169,8 @@ def plot_reward_kl(run: str | Path):
         for name, mark in marks.items():
             axis.plot([], [], color="0.3", marker=mark, ms=5, ls="none", label=in_figure(name))
         axis.axhline(0, color="0.6", lw=1)
-        axis.set(xlabel="KL to the start policy, nats a completion", ylabel="gain, standard deviations of the start", title="Reward against distance, 95 % intervals")
+        axis.set(xlabel="KL to the start policy, nats a completion", ylabel="gain, standard deviations of the start",
+                 title="Reward against distance, 95 % intervals")
         axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -174,13 +187,19 @@ def reward_kl_frontier(
         judges = list(metrics["judge"].dropna().unique())
         chosen = judge or next((j for j in ("gold", *judges) if j in judges and j != "proxy"), judges[0])
         if chosen not in judges:
-            raise LireError("no such judge", file=run, field="judge", value=chosen, allowed=", ".join(judges), remedy="name a judge that all runs have")
+            raise LireError("no such judge", file=run, field="judge", value=chosen, allowed=", ".join(judges),
+                            remedy="name a judge that all runs have")
         kl = metrics[metrics["metric"] == "KL to start"].dropna(subset="value").set_index("system")
-        for r in metrics[(metrics["metric"] == "reward difference") & (metrics["judge"] == chosen) & metrics["system"].isin(kl.index)].itertuples():
+        for r in metrics[
+            (metrics["metric"] == "reward difference") & (metrics["judge"] == chosen) & metrics["system"].isin(kl.index)
+        ].itertuples():
             k = kl.loc[r.system]
-            points.append({"run": name, "system": r.system, "kl": k.value, "kl_low": k.low, "kl_high": k.high, "gain": r.value, "gain_low": r.low, "gain_high": r.high})
+            points.append({"run": name, "system": r.system, "kl": k.value, "kl_low": k.low, "kl_high": k.high,
+                           "gain": r.value, "gain_low": r.low, "gain_high": r.high})
     if not points:
-        raise LireError("no trained system with a KL", field="runs", value=list(runs), allowed="runs with a start, another system, and plain samples", remedy="evaluate at temperature 1 without top-p and top-k")
+        raise LireError("no trained system with a KL", field="runs", value=list(runs),
+                        allowed="runs with a start, another system, and plain samples",
+                        remedy="evaluate at temperature 1 without top-p and top-k")
     frame = pd.DataFrame(points).assign(frontier=non_dominated([p["kl"] for p in points], [p["gain"] for p in points]))
     frame.attrs["judge"] = chosen
     return frame
@@ -198,12 +217,17 @@ def plot_reward_kl_frontier(points: pd.DataFrame):
         figure, axis = _axes(6.4, 4.0)
         for color, (run, part) in zip(COLORS * len(points), points.groupby("run", sort=False)):
             for marker, p in zip("osD^vP*X" * len(part), part.itertuples()):
-                axis.errorbar([p.kl], [p.gain], xerr=[[p.kl - p.kl_low], [p.kl_high - p.kl]], yerr=[[p.gain - p.gain_low], [p.gain_high - p.gain]], color=color, marker=marker,
-                              ms=6, capsize=2, lw=1.2, ls="none", mfc=color if p.frontier else "white", label=in_figure(f"{run}: {p.system}"), zorder=3)
+                axis.errorbar([p.kl], [p.gain], xerr=[[p.kl - p.kl_low], [p.kl_high - p.kl]],
+                              yerr=[[p.gain - p.gain_low], [p.gain_high - p.gain]], color=color, marker=marker,
+                              ms=6, capsize=2, lw=1.2, ls="none", mfc=color if p.frontier else "white",
+                              label=in_figure(f"{run}: {p.system}"), zorder=3)
         best = points[points["frontier"]].sort_values("kl")
-        x, y = [0.0, *best["kl"], points["kl_high"].max()], [0.0, *best["gain"], best["gain"].max() if len(best) else 0.0]
+        x, y = [0.0, *best["kl"], points["kl_high"].max()], [0.0, *best["gain"],
+                                                             best["gain"].max() if len(best) else 0.0]
         axis.step(x, y, where="post", color="0.4", lw=1.2, ls="--", label="frontier", zorder=2)
-        axis.set(xlabel="KL to the start policy, nats a completion", ylabel=in_figure(f"gain of {points.attrs.get('judge', 'the')} reward"), title="Reward-KL frontier, 95 % intervals")
+        axis.set(xlabel="KL to the start policy, nats a completion",
+                 ylabel=in_figure(f"gain of {points.attrs.get('judge', 'the')} reward"),
+                 title="Reward-KL frontier, 95 % intervals")
         axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -212,7 +236,8 @@ def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None =
     "Heat map of win rates, the row against the column, with the interval in each cell."
     systems = run if isinstance(run, dict) else read_systems(run)
     judge = judge or independent_judge(systems)
-    cells = {(c["system"], c["opponent"]): Interval(c["win_rate"], c["low"], c["high"], c["method"]) for c in win_matrix(systems, [judge])}
+    cells = {(c["system"], c["opponent"]): Interval(c["win_rate"], c["low"], c["high"], c["method"])
+             for c in win_matrix(systems, [judge])}
     return draw_win_matrix(list(systems), cells, f"Row wins against column, judge: {judge}")
 
 # %% ../../nbs/45_figures.ipynb #529c0e40
@@ -229,7 +254,8 @@ def draw_win_matrix(
             i, j = names.index(system), names.index(opponent)
             rates[i, j] = found.value
             dark = np.dot(colors(found.value)[:3], (0.299, 0.587, 0.114)) < 0.5  # luminance of the cell
-            axis.text(j, i, f"{found.value:.0%}\n[{found.low:.0%}, {found.high:.0%}]", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            axis.text(j, i, f"{found.value:.0%}\n[{found.low:.0%}, {found.high:.0%}]", ha="center", va="center",
+                      fontsize=9, color="white" if dark else "black")
         image = axis.imshow(rates, cmap=colors, vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(names)), [_wrapped(n) for n in names])
         axis.set_yticks(range(len(names)), [_wrapped(n) for n in names])
@@ -265,7 +291,8 @@ def plot_gains(
     judges: tuple[str, ...] = ("gold", "proxy"),
     title: str = "Gain over the start policy",
 ) -> Figure:
-    "A row for every system, a bar for every judge, in standard deviations of the start's rewards; a system of one seed is hollow."
+    """A row for every system, a bar for every judge, in standard deviations of the start's rewards; a system of one
+    seed is hollow."""
     names = [n for n in systems if n != start]
     with figure_style():
         figure, axes = _axes(6.4, 1.2 + 0.42 * len(names))
@@ -273,10 +300,13 @@ def plot_gains(
             found = [gain(systems[n], systems[start], judge) for n in names]
             y = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.28
             for place, name, f in zip(y, names, found):
-                axes.errorbar([f.value], [place], xerr=[[f.value - f.low], [f.high - f.value]], fmt="so"[judge == "gold"], color=COLORS[k], capsize=3, mfc=_face(systems[name], COLORS[k]))
+                axes.errorbar([f.value], [place], xerr=[[f.value - f.low], [f.high - f.value]],
+                              fmt="so"[judge == "gold"], color=COLORS[k], capsize=3,
+                              mfc=_face(systems[name], COLORS[k]))
             axes.plot([], [], "so"[judge == "gold"], color=COLORS[k], label=in_figure(judge))
         axes.axvline(0, color="0.6", lw=1)
-        axes.set(yticks=range(len(names)), xlabel="standard deviations of the start's reward, 95 % intervals", title=in_figure(title), ylim=(len(names) - 0.5, -0.5))
+        axes.set(yticks=range(len(names)), xlabel="standard deviations of the start's reward, 95 % intervals",
+                 title=in_figure(title), ylim=(len(names) - 0.5, -0.5))
         axes.set_yticklabels([_seeded(name, systems) for name in names])
         axes.legend(title="judge", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
@@ -294,7 +324,8 @@ def plot_frontier(
     groups: dict[str, str] | None = None,  # system -> its group, drawn in one color; default: each its own
     title: str = "Gain against distance from the start, 95 % intervals",
 ) -> Figure:
-    "Gold gain over KL; the dashed line joins the systems that no other beats in both, among those with all seeds. A system of one seed is hollow; bars of one and two seeds are over prompts alone."
+    """Gold gain over KL; the dashed line joins the systems that no other beats in both, among those with all seeds. A
+    system of one seed is hollow; bars of one and two seeds are over prompts alone."""
     names = [n for n in systems if n != start]
     gains = [_bar(gain_values(systems[n], systems[start], judge)) for n in names]
     moved = [_bar(values_of(systems[n], "kl")) for n in names]
@@ -309,14 +340,17 @@ def plot_frontier(
         for n, g, m in zip(names, gains, moved):
             group = groups[n]
             label = None if group in seen else in_figure(group) if group != n else _seeded(n, systems)
-            axes.errorbar([m.value], [g.value], xerr=[[m.value - m.low], [m.high - m.value]], yerr=[[g.value - g.low], [g.high - g.value]], color=colors[group], marker=marks[group], ms=6,
+            axes.errorbar([m.value], [g.value], xerr=[[m.value - m.low], [m.high - m.value]],
+                          yerr=[[g.value - g.low], [g.high - g.value]], color=colors[group], marker=marks[group], ms=6,
                           capsize=2, lw=1.1, mfc=_face(systems[n], colors[group]), ls="none", label=label)
             seen.add(group)
         places = [(m.value, g.value) for n, g, m in zip(names, gains, moved) if n in whole]
         line = sorted(p for p, top in zip(places, non_dominated(*map(list, zip(*places)))) if top) if places else []
-        axes.step([0, *(x for x, _ in line)], [0, *(y for _, y in line)], where="post", color="0.5", ls="--", lw=1.1, label="frontier")
+        axes.step([0, *(x for x, _ in line)], [0, *(y for _, y in line)], where="post", color="0.5", ls="--", lw=1.1,
+                  label="frontier")
         axes.axhline(0, color="0.8", lw=1)
-        axes.set(xlabel="KL to the start policy, nats a completion", ylabel=in_figure(f"{judge} gain, standard deviations of the start"), title=in_figure(title))
+        axes.set(xlabel="KL to the start policy, nats a completion",
+                 ylabel=in_figure(f"{judge} gain, standard deviations of the start"), title=in_figure(title))
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -326,9 +360,11 @@ def plot_matrix(
     judge: str = "gold",
 ) -> Figure:
     "Share of comparisons that every system wins against every other with the same seeds: the numbers of the table."
-    cells = {(a, b): wins(systems[a], systems[b], judge) for a in systems for b in systems if a != b and set(systems[a]["seed"]) & set(systems[b]["seed"])}
+    cells = {(a, b): wins(systems[a], systems[b], judge) for a in systems for b in systems if a != b
+             and set(systems[a]["seed"]) & set(systems[b]["seed"])}
     names = {n: _seeded(n, systems) for n in systems}
-    return draw_win_matrix(list(names.values()), {(names[a], names[b]): found for (a, b), found in cells.items()}, f"Row wins against column, judge: {judge}")
+    return draw_win_matrix(list(names.values()), {(names[a], names[b]): found for (a, b), found in cells.items()},
+                           f"Row wins against column, judge: {judge}")
 
 # %% ../../nbs/45_figures.ipynb #d024c62b
 class Line(NamedTuple):
@@ -342,13 +378,16 @@ def along(
     parts: dict[float, pd.DataFrame],  # position -> runs
     values: Callable[[pd.DataFrame], np.ndarray],  # of some runs: (S, N)
 ) -> Line:
-    "A line over the seeds that all positions have; below five seeds the intervals are over prompts, and the seeds are shown as dots."
+    """A line over the seeds that all positions have; below five seeds the intervals are over prompts, and the seeds are
+    shown as dots."""
     seeds = set.intersection(*(set(runs["seed"]) for runs in parts.values()))
     if not seeds:
-        raise LireError("no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()}, allowed="runs with the same seeds", remedy="leave out the positions without them")
+        raise LireError("no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()},
+                        allowed="runs with the same seeds", remedy="leave out the positions without them")
     found = {x: values(runs[runs["seed"].isin(seeds)]) for x, runs in parts.items()}
     means = {x: v if len(seeds) > 4 else v.mean(0, keepdims=True) for x, v in found.items()}
-    return Line({x: crossed_interval(v) for x, v in means.items()}, {x: v.mean(1).tolist() for x, v in found.items()}, len(seeds))
+    return Line({x: crossed_interval(v) for x, v in means.items()}, {x: v.mean(1).tolist() for x, v in found.items()},
+                len(seeds))
 
 # %% ../../nbs/45_figures.ipynb #56fde6e9
 def plot_lines(
@@ -359,16 +398,21 @@ def plot_lines(
     log: bool = False,
     flat: dict[str, Interval] | None = None,  # values without a position, drawn as bands
 ) -> Figure:
-    "Values along a number: bars for prompts (for both from five seeds on), a dot for each seed; a line of one seed is hollow."
+    """Values along a number: bars for prompts (for both from five seeds on), a dot for each seed; a line of one seed is
+    hollow."""
     ticks = sorted({x for line in lines.values() for x in line.points})
-    counted = log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9  # a few positions that all lines share
+    # a few positions that all lines share
+    counted = log or all(float(t).is_integer() for t in ticks) and len(ticks) < 9
     with figure_style():
         figure, axes = _axes(7.2, 3.8)
         for n, (color, (name, line)) in enumerate(zip(COLORS * 3, lines.items())):
             aside = 0.01 * (n - (len(lines) - 1) / 2) * counted  # of the width, so that bars do not hide each other
-            x, y = [t * (ticks[-1] / ticks[0]) ** aside if log else t + (ticks[-1] - ticks[0]) * aside for t in line.points], list(line.points.values())
+            x, y = [t * (ticks[-1] / ticks[0]) ** aside if log else t + (ticks[-1] - ticks[0]) * aside
+                    for t in line.points], list(line.points.values())
             label = in_figure(f"{name} ({line.seeds} seed{'s' * (line.seeds > 1)})")
-            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]], color=color, marker="o", ms=5, capsize=3, mfc=color if line.seeds > 1 else "white", label=label)
+            axes.errorbar(x, [v.value for v in y], yerr=[[v.value - v.low for v in y], [v.high - v.value for v in y]],
+                          color=color, marker="o", ms=5, capsize=3, mfc=color if line.seeds > 1 else "white",
+                          label=label)
             for place, values in zip(x, line.dots.values() if line.seeds > 1 else ()):
                 axes.plot([place] * len(values), values, ls="none", marker=".", ms=4, color=color, alpha=0.6)
         for color, (name, value) in zip(COLORS[len(lines):] + COLORS, (flat or {}).items()):

@@ -29,7 +29,8 @@ from ..training import LIREConfig
 MODELS = {
     "llama-7b": LlamaConfig(),  # the sizes of Alpaca-7B, which has one more row for its padding token
     "gpt-j-6b": GPTJConfig(),  # the paper's reward model
-    "smollm2": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
+    "smollm2": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                           num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
 }
 
 # %% ../../nbs/48_memory.ipynb #91ff5b9b
@@ -63,12 +64,15 @@ def count_parameters(
     rank: int = 64,  # of LoRA
     targets: tuple[str, ...] = PAPER_TARGETS,  # of LoRA: names of linear layers
 ) -> dict[str, int]:
-    "Parameters: base, adapter, trained; of the linear layers inside the decoder layers, of one decoder layer, and of what is outside of all."
+    """Parameters: base, adapter, trained; of the linear layers inside the decoder layers, of one decoder layer, and of
+    what is outside of all."""
     if mode not in ("full", "lora", "score"):
-        raise LireError("unknown mode", field="mode", value=mode, allowed="full, lora or score", remedy="choose one of these")
+        raise LireError("unknown mode", field="mode", value=mode, allowed="full, lora or score",
+                        remedy="choose one of these")
     lm = meta_model(model, scalar_head=mode == "score")
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    layers = next(m for m in lm.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == lm.config.num_hidden_layers)
+    layers = next(m for m in lm.modules() if isinstance(m, torch.nn.ModuleList)
+                  and len(m) == lm.config.num_hidden_layers)
     adapter = _adapter_parameters(lm, rank, targets) if mode == "lora" else 0
     linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
     return {"base": size(lm), "adapter": adapter, "trained": {"full": size(lm), "lora": adapter, "score": 0}[mode],
@@ -79,7 +83,8 @@ def _adapter_parameters(lm, rank: int, targets) -> int:
     found = [m for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and name.split(".")[-1] in targets]
     if not found:
         names = sorted({name.split(".")[-1] for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise LireError("no such layer", field="targets", value=list(targets), allowed=", ".join(names), remedy="name linear layers of this model")
+        raise LireError("no such layer", field="targets", value=list(targets), allowed=", ".join(names),
+                        remedy="name linear layers of this model")
     return sum(rank * (m.in_features + m.out_features) for m in found)
 
 # %% ../../nbs/48_memory.ipynb #259a1d42
@@ -94,7 +99,8 @@ def resting_bytes(
     sharding: str = "none",
     gpus: int = 1,
 ) -> dict[str, int]:
-    "Bytes for each GPU of weights, gradients and optimizer states, and of what computing adds to the weights (`working`)."
+    """Bytes for each GPU of weights, gradients and optimizer states, and of what computing adds to the weights
+    (`working`)."""
     base, adapter, trained = counts["base"], counts["adapter"], counts["trained"]
     states, share = OPTIMIZERS[optimizer], lambda n: -(-n // gpus)
     rest, compute = 2 if dtype == "bfloat16" else 4, 4 if dtype == "float32" else 2
@@ -102,11 +108,15 @@ def resting_bytes(
     weights, gradients, optimizer_bytes = rest * base + own * adapter, own * trained, own * states * trained
     if sharding == "zero2":
         weights, gradients = compute * (base + adapter), compute * trained
-        return {"weights": weights, "working": 0, "gradients": share(gradients), "optimizer": share(4 * (1 + states) * trained)}
+        return {"weights": weights, "working": 0, "gradients": share(gradients),
+                "optimizer": share(4 * (1 + states) * trained)}
     if sharding == "fsdp":
-        gathered = counts["outside"] + 2 * counts["layer"] + (counts["outside"] + counts["layer"] if trained == base else 0)
-        return {"weights": share(weights), "working": compute * gathered, "gradients": share(gradients), "optimizer": share(optimizer_bytes)}
-    return {"weights": weights, "working": 2 * (counts["linear"] + adapter) if dtype == "mixed" else 0, "gradients": gradients * (1 if gpus == 1 else 2), "optimizer": optimizer_bytes}
+        gathered = counts["outside"] + 2 * counts["layer"] + (counts["outside"] + counts["layer"]
+                                                              if trained == base else 0)
+        return {"weights": share(weights), "working": compute * gathered, "gradients": share(gradients),
+                "optimizer": share(optimizer_bytes)}
+    return {"weights": weights, "working": 2 * (counts["linear"] + adapter) if dtype == "mixed" else 0,
+            "gradients": gradients * (1 if gpus == 1 else 2), "optimizer": optimizer_bytes}
 
 # %% ../../nbs/48_memory.ipynb #0df2e7a6
 def _layer_bytes(config, mode: str, dtype: str, lists: int, P: int, R: int, M: int, path: str) -> int:
@@ -120,7 +130,8 @@ def _layer_bytes(config, mode: str, dtype: str, lists: int, P: int, R: int, M: i
     if dtype == "float32":
         return 4 * plain
     norms = 4 if dtype == "mixed" and full else 2  # elements of the norms that stay in float32
-    copies = {("mixed", True): 3, ("mixed", False): 1, ("bfloat16", True): 0, ("bfloat16", False): 3}[dtype, full]  # inputs that several linear layers read
+    # inputs that several linear layers read
+    copies = {("mixed", True): 3, ("mixed", False): 1, ("bfloat16", True): 0, ("bfloat16", False): 3}[dtype, full]
     return 4 * tokens * norms * h + 2 * (plain + tokens * (copies - norms) * h)
 
 # %% ../../nbs/48_memory.ipynb #2d7d0677
@@ -143,8 +154,10 @@ def batch_bytes(
         return {"activations": (4 if dtype == "float32" else 2) * lists * M * (P + R) * 12 * h, "logits": 0}
     layer = _layer_bytes(config, mode, dtype, lists, P, R, M, path)
     kept = config.num_hidden_layers * tokens * h * wide + layer if gradient_checkpointing else config.num_hidden_layers * layer
-    ends = (4 + (wide if mode == "full" else 0)) * tokens * h + wide * lists * M * R * h  # the last norm; the hidden states that predict
-    return {"activations": kept + ends, "logits": 4 * 4 * CHUNK * config.vocab_size}  # logits, their exponentials, two gradients
+    # the last norm; the hidden states that predict
+    ends = (4 + (wide if mode == "full" else 0)) * tokens * h + wide * lists * M * R * h
+    # logits, their exponentials, two gradients
+    return {"activations": kept + ends, "logits": 4 * 4 * CHUNK * config.vocab_size}
 
 # %% ../../nbs/48_memory.ipynb #4dad8f25
 def memory_plan(
@@ -163,12 +176,16 @@ def memory_plan(
     M: int = 6,  # candidates
     path: str = "shared",  # or "padded"
     gradient_checkpointing: bool = False,
-) -> dict[str, int]:  # bytes for each GPU: weights, working, gradients, optimizer, activations, logits, their total; start
-    "What a GPU must hold; no weight is loaded. Formulas: this notebook. Raises `LireError` for an unknown word or a number below 1."
-    words = {"dtype": (dtype, DTYPES), "optimizer": (optimizer, tuple(OPTIMIZERS)), "sharding": (sharding, SHARDINGS), "path": (path, ("shared", "padded"))}
+# bytes for each GPU: weights, working, gradients, optimizer, activations, logits, their total; start
+) -> dict[str, int]:
+    """What a GPU must hold; no weight is loaded. Formulas: this notebook. Raises `LireError` for an unknown word or a
+    number below 1."""
+    words = {"dtype": (dtype, DTYPES), "optimizer": (optimizer, tuple(OPTIMIZERS)), "sharding": (sharding, SHARDINGS),
+             "path": (path, ("shared", "padded"))}
     for field, (value, allowed) in words.items():
         if value not in allowed:
-            raise LireError("unknown", field=field, value=value, allowed=" or ".join(allowed), remedy="choose one of these")
+            raise LireError("unknown", field=field, value=value, allowed=" or ".join(allowed),
+                            remedy="choose one of these")
     numbers = {"gpus": gpus, "lists": lists, "P": P, "R": R, "M": M, "rank": rank}
     for field, value in numbers.items():
         if value < 1:
@@ -177,7 +194,8 @@ def memory_plan(
     start = (2 if dtype == "bfloat16" else 4) * (counts["base"] + counts["adapter"]) if sharding != "none" else 0
     if sharding == "zero2":  # DeepSpeed casts the policy
         dtype = "float32" if dtype == "float32" else "bfloat16"
-    plan = {**resting_bytes(counts, dtype, optimizer, sharding, gpus), **batch_bytes(model, mode, dtype, lists, P, R, M, path, gradient_checkpointing)}
+    plan = {**resting_bytes(counts, dtype, optimizer, sharding, gpus),
+            **batch_bytes(model, mode, dtype, lists, P, R, M, path, gradient_checkpointing)}
     return {**plan, "total": sum(plan.values()), "start": start}
 
 # %% ../../nbs/48_memory.ipynb #fc7b926c
@@ -188,8 +206,10 @@ def memory_table(
     plans: dict[str, dict[str, int]],  # name -> plan
 ) -> pd.DataFrame:
     "Plans as a table in GiB, with the smallest usual card that holds total and start, and a tenth more."
-    table = pd.DataFrame({name: {part: round(n / 2**30, 2) for part, n in plan.items()} for name, plan in plans.items()}).T
-    table["card"] = [next((f"{c} GB" for c in CARDS if 1.1 * max(plan["total"], plan["start"]) <= c * 1e9), "none") for plan in plans.values()]
+    table = pd.DataFrame({name: {part: round(n / 2**30, 2) for part, n in plan.items()} for name,
+                          plan in plans.items()}).T
+    table["card"] = [next((f"{c} GB" for c in CARDS if 1.1 * max(plan["total"], plan["start"]) <= c * 1e9), "none")
+                     for plan in plans.values()]
     return table
 
 # %% ../../nbs/48_memory.ipynb #7895003f
@@ -200,12 +220,15 @@ def launch_plan(
     try:
         config = load_config_from_file(str(file))
     except (OSError, ValueError) as e:
-        raise LireError(f"not a configuration of accelerate: {str(e).splitlines()[0]}", file=file, allowed="a YAML file as in data/configs", remedy="start from one of those") from e
+        raise LireError(f"not a configuration of accelerate: {str(e).splitlines()[0]}", file=file,
+                        allowed="a YAML file as in data/configs", remedy="start from one of those") from e
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     stage = (config.deepspeed_config or {}).get("zero_stage")
     if kind == "DEEPSPEED" and stage != 2:
-        raise LireError("not planned for", file=file, field="zero_stage", value=stage, allowed="2", remedy="use eight_gpus_zero2.yaml, or FSDP to share out the weights as well")
-    return {"processes": config.num_processes, "machines": config.num_machines, "sharding": {"FSDP": "fsdp", "DEEPSPEED": "zero2"}.get(kind, "none")}
+        raise LireError("not planned for", file=file, field="zero_stage", value=stage, allowed="2",
+                        remedy="use eight_gpus_zero2.yaml, or FSDP to share out the weights as well")
+    return {"processes": config.num_processes, "machines": config.num_machines,
+            "sharding": {"FSDP": "fsdp", "DEEPSPEED": "zero2"}.get(kind, "none")}
 
 # %% ../../nbs/48_memory.ipynb #a8ac04fc
 def step_settings(
@@ -215,7 +238,9 @@ def step_settings(
 ) -> dict[str, int]:  # per_device_train_batch_size, gradient_accumulation_steps
     "The same optimizer step on any number of processes; raises `LireError` where it cannot be divided."
     if processes < 1 or most < 1 or lists_per_step < 1 or lists_per_step % processes:
-        raise LireError("cannot be divided", field="lists_per_step", value=lists_per_step, allowed=f"a multiple of the {processes} processes", remedy="change the number of processes or the size of a step")
+        raise LireError("cannot be divided", field="lists_per_step", value=lists_per_step,
+                        allowed=f"a multiple of the {processes} processes",
+                        remedy="change the number of processes or the size of a step")
     each = lists_per_step // processes
     batch = max(b for b in range(1, most + 1) if each % b == 0)
     return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": each // batch}
@@ -231,7 +256,9 @@ def read_recipe(
         raise LireError(f"cannot be read: {e}", file=file, remedy="start from data/configs/paper_hh.json") from e
     missing = [name for name in ("policy", "num_candidates", "lists_per_step", "training") if name not in recipe]
     if missing:
-        raise LireError("not a recipe", file=file, field=", ".join(missing), allowed="policy, num_candidates, lists_per_step, training, and lora for an adapter", remedy="add what is missing")
+        raise LireError("not a recipe", file=file, field=", ".join(missing),
+                        allowed="policy, num_candidates, lists_per_step, training, and lora for an adapter",
+                        remedy="add what is missing")
     try:
         LIREConfig(**{"output_dir": "unused", "report_to": "none", **recipe["training"]})
     except (TypeError, ValueError) as e:
@@ -247,8 +274,11 @@ def launch_command(
 ) -> str:
     "The line that trains this recipe with this start file."
     settings = {**recipe["training"], **step_settings(launch_plan(config)["processes"], recipe["lists_per_step"])}
-    pairs = [f"--set {name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
-    return " ".join(["accelerate launch --config_file", shlex.quote(str(config)), "-m lire_nb.cli train --lists", lists, "--policy", shlex.quote(recipe["policy"]), "--out", out, *pairs, *_lora_options(recipe.get("lora"))])
+    pairs = [f"--set {name}={value if isinstance(value, str) else json.dumps(value)}" for name,
+             value in settings.items()]
+    return " ".join(["accelerate launch --config_file", shlex.quote(str(config)), "-m lire_nb.cli train --lists", lists,
+                     "--policy", shlex.quote(recipe["policy"]), "--out", out, *pairs,
+                     *_lora_options(recipe.get("lora"))])
 
 # %% ../../nbs/48_memory.ipynb #cd162109
 def _lora_options(lora: dict | None) -> list[str]:
@@ -265,5 +295,7 @@ def lora_config(
     try:
         from peft import LoraConfig
     except ImportError as e:
-        raise LireError("not installed", field="lora", value="peft", allowed="the package peft installed", remedy="pip install 'lire_nb[lora]'") from e
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+        raise LireError("not installed", field="lora", value="peft", allowed="the package peft installed",
+                        remedy="pip install 'lire_nb[lora]'") from e
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
+                      task_type="CAUSAL_LM")

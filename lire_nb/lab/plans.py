@@ -29,39 +29,55 @@ _GRADED = {"lists": None, "epochs": 3, "batch_size": 8, "max_length": 160, "seed
 # %% ../../nbs/41_plans.ipynb #5ba8c63e
 SCALES: dict[str, dict] = {
     "smoke": {
-        "about": "a random policy, a few prompts: whether every step works; no figure means anything", "policy": "tiny", "backbone": "minilm", "seeds": 1, "points": 1, "threads": 1,
+        "about": "a random policy, a few prompts: whether every step works; no figure means anything", "policy": "tiny",
+        "backbone": "minilm", "seeds": 1, "points": 1, "threads": 1,
         "epochs": 1, "batch": 2, "rounds": 2, "course_epochs": 2,
         "tasks": {
-            "sentiment": {"pool": 6, "sampled": 3, "prompts": 4, "candidates": 2, "tokens": 5, "given": 0, "validation": 3, "test": 4, "samples": 1, "reward": {**_FILMS, "lists": 16, "check": 8}},
-            "dialogue": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
-            "summarization": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16, "validation": 3, "test": 4, "samples": 1, "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
+            "sentiment": {"pool": 6, "sampled": 3, "prompts": 4, "candidates": 2, "tokens": 5, "given": 0,
+                          "validation": 3, "test": 4, "samples": 1, "reward": {**_FILMS, "lists": 16, "check": 8}},
+            "dialogue": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16,
+                         "validation": 3, "test": 4, "samples": 1,
+                         "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
+            "summarization": {"pool": 4, "sampled": 2, "prompts": 4, "candidates": 2, "tokens": 5, "given": 16,
+                              "validation": 3, "test": 4, "samples": 1,
+                              "reward": {**_GRADED, "lists": 4, "epochs": 1, "max_length": 64, "check": 2}},
         },
-        "sizes": (2, 3), "temperatures": (50.0,), "transferred": ("lire",), "losses": ("lire_anchored", "infonca", "lipo"),
+        "sizes": (2, 3), "temperatures": (50.0,), "transferred": ("lire",),
+        "losses": ("lire_anchored", "infonca", "lipo"),
     },
     "laptop": {
-        "about": "SmolLM2-135M on two processor cores", "policy": "smollm2", "backbone": "minilm", "seeds": 3, "points": 3, "threads": 1, "epochs": 1, "batch": 2, "rounds": 3, "course_epochs": 6,
+        "about": "SmolLM2-135M on two processor cores", "policy": "smollm2", "backbone": "minilm", "seeds": 3,
+        "points": 3, "threads": 1, "epochs": 1, "batch": 2, "rounds": 3, "course_epochs": 6,
         "tasks": {
-            "sentiment": {"pool": 128, "sampled": 8, "prompts": 64, "candidates": 4, "tokens": 24, "given": 0, "validation": 48, "test": 96, "samples": 1, "reward": _FILMS},
-            "dialogue": {"pool": 64, "sampled": 4, "prompts": 64, "candidates": 4, "tokens": 32, "given": 48, "validation": 48, "test": 56, "samples": 2, "reward": _GRADED},
-            "summarization": {"pool": 48, "sampled": 4, "prompts": 48, "candidates": 4, "tokens": 32, "given": 48, "validation": 40, "test": 64, "samples": 1, "reward": {**_GRADED, "max_length": 256}},
+            "sentiment": {"pool": 128, "sampled": 8, "prompts": 64, "candidates": 4, "tokens": 24, "given": 0,
+                          "validation": 48, "test": 96, "samples": 1, "reward": _FILMS},
+            "dialogue": {"pool": 64, "sampled": 4, "prompts": 64, "candidates": 4, "tokens": 32, "given": 48,
+                         "validation": 48, "test": 56, "samples": 2, "reward": _GRADED},
+            "summarization": {"pool": 48, "sampled": 4, "prompts": 48, "candidates": 4, "tokens": 32, "given": 48,
+                              "validation": 40, "test": 64, "samples": 1, "reward": {**_GRADED, "max_length": 256}},
         },
-        "sizes": (2, 3, 4, 6, 8), "temperatures": (2.0, 5.0, 10.0, 20.0, 50.0, 200.0), "transferred": ("sft", "dpo", "lire"),
+        "sizes": (2, 3, 4, 6, 8), "temperatures": (2.0, 5.0, 10.0, 20.0, 50.0, 200.0),
+        "transferred": ("sft", "dpo", "lire"),
     },
 }
 
 # %% ../../nbs/41_plans.ipynb #a139eeb2
 def _larger(scale: dict, policy: str, gigabytes: int, **tasks) -> dict:
-    return {**scale, "about": f"{policy} on one accelerator", "policy": policy, "threads": None, "batch": 8, "epochs": 2, "accelerator": gigabytes,
+    return {**scale, "about": f"{policy} on one accelerator", "policy": policy, "threads": None, "batch": 8,
+            "epochs": 2, "accelerator": gigabytes,
             "tasks": {name: {**scale["tasks"][name], **sizes} for name, sizes in tasks.items()}}
 SCALES["gpu"] = _larger(
-    SCALES["laptop"], "HuggingFaceTB/SmolLM2-1.7B-Instruct", 40, sentiment={"pool": 1024, "prompts": 512, "tokens": 48, "validation": 128, "test": 512},
-    dialogue={"pool": 96, "prompts": 96, "tokens": 96, "given": 128}, summarization={"pool": 96, "prompts": 96, "tokens": 64, "given": 80})
+    SCALES["laptop"], "HuggingFaceTB/SmolLM2-1.7B-Instruct", 40,
+    sentiment={"pool": 1024, "prompts": 512, "tokens": 48, "validation": 128, "test": 512},
+    dialogue={"pool": 96, "prompts": 96, "tokens": 96, "given": 128},
+    summarization={"pool": 96, "prompts": 96, "tokens": 64, "given": 80})
 
 # %% ../../nbs/41_plans.ipynb #6eb8c9e5
 GRIDS: dict[str, dict] = tomllib.loads(data_path("grids.toml").read_text(encoding="utf-8"))  # method -> name, points …
 NAMES = {"start": "start", **{method: grid["name"] for method, grid in GRIDS.items()}}
 SEARCH: dict[str, list[dict]] = {method: grid["points"] for method, grid in GRIDS.items() if grid.get("paper")}
-CORE = ("sft", "dpo", "rrhf", "pro", "lire")  # with all seeds on every task; the others have one seed on the graded tasks
+# with all seeds on every task; the others have one seed on the graded tasks
+CORE = ("sft", "dpo", "rrhf", "pro", "lire")
 
 # %% ../../nbs/41_plans.ipynb #d89982d8
 def grid_settings(
@@ -74,7 +90,8 @@ def grid_settings(
 
 # %% ../../nbs/41_plans.ipynb #f4207df4
 MADE = ("train", "course", "enhance", "online", "reward")  # the kinds of experiment; `experiments.KINDS` runs them
-_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by")  # say what a result is called, not what it is
+# say what a result is called, not what it is
+_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by")
 
 
 def config_key(
@@ -82,7 +99,8 @@ def config_key(
 ) -> str:  # 12 hex digits
     "The name of a configuration, with the content of what it only names: a policy's folder, a loss of one's own."
     outside = _outside(config)
-    return hashlib.sha256(json.dumps([config, outside] if outside else config, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([config, outside] if outside else config,
+                                     sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/41_plans.ipynb #08077085
 def _outside(value, name: str = "") -> list:
@@ -93,7 +111,9 @@ def _outside(value, name: str = "") -> list:
         return [found for k in sorted(value) for found in _outside(value[k], k)]
     if isinstance(value, (list, tuple)):
         return [found for v in value for found in _outside(v, name)]
-    folder = isinstance(value, str) and (name in ("policy", "backbone") and value not in (*MODEL_ASSETS, "tiny") or name == "name" and os.sep in value) and Path(value).is_dir()
+    folder = isinstance(value,
+                        str) and (name in ("policy", "backbone") and value not in (*MODEL_ASSETS, "tiny")
+                                  or name == "name" and os.sep in value) and Path(value).is_dir()
     if folder:
         from lire_nb.identity import policy_identity
 
@@ -165,10 +185,14 @@ def experiment(
     wanted = {"prompts": sizes["prompts"], "sampled": sizes["candidates"], "how": "first", **(take or {})}
     return {
         "kind": kind, "method": method, "seed": seed, "threads": scale["threads"],
-        "source": {"task": task, "policy": scale["policy"], "prompts": sizes["pool"], "sampled": sizes["sampled"], "tokens": sizes["tokens"], "given": sizes["given"], "seed": seed},
-        "rewards": {name: {"backbone": scale["backbone"], **scale["tasks"][name]["reward"]} for name in sorted({task, judge or task})},
+        "source": {"task": task, "policy": scale["policy"], "prompts": sizes["pool"], "sampled": sizes["sampled"],
+                   "tokens": sizes["tokens"], "given": sizes["given"], "seed": seed},
+        "rewards": {name: {"backbone": scale["backbone"], **scale["tasks"][name]["reward"]}
+                    for name in sorted({task, judge or task})},
         "take": wanted, "training": training,
-        "judge": {"task": judge or task, "split": split, "prompts": judged["validation" if split == "validation" else "test"], "samples": 1 if split == "validation" else judged["samples"],
+        "judge": {"task": judge or task, "split": split,
+                  "prompts": judged["validation" if split == "validation" else "test"],
+                  "samples": 1 if split == "validation" else judged["samples"],
                   "tokens": judged["tokens"], "judges": ["proxy"] if split == "validation" else _judges(judge or task)},
         **more,
     }
@@ -187,7 +211,8 @@ def search(task: str, method: str, scale: dict, find: Find) -> tuple[list[Run], 
     points = SEARCH[method][: scale["points"]]
     if len(points) == 1:
         return [], points[0]
-    runs = [Run(task, experiment(scale, task, method, 0, p, split="validation"), {"stage": "search", "method": method, "point": i, "seed": 0}) for i, p in enumerate(points)]
+    runs = [Run(task, experiment(scale, task, method, 0, p, split="validation"),
+                {"stage": "search", "method": method, "point": i, "seed": 0}) for i, p in enumerate(points)]
     results = [find(r.config) for r in runs]
     if any(r is None for r in results):
         return runs, None
@@ -196,18 +221,21 @@ def search(task: str, method: str, scale: dict, find: Find) -> tuple[list[Run], 
 # %% ../../nbs/41_plans.ipynb #418bb77d
 def _reward_runs(task: str, scale: dict) -> list[Run]:
     spec = {task: {"backbone": scale["backbone"], **scale["tasks"][task]["reward"]}}
-    return [Run(task, {"kind": "reward", "task": task, "name": name, "rewards": spec, "threads": scale["threads"]}, {"stage": "reward", "method": name}) for name in ("proxy", "gold")]
+    return [Run(task, {"kind": "reward", "task": task, "name": name, "rewards": spec, "threads": scale["threads"]},
+                {"stage": "reward", "method": name}) for name in ("proxy", "gold")]
 
 # %% ../../nbs/41_plans.ipynb #f5a41356
 def _methods_plan(task: str, scale: dict, seeds: int, find: Find) -> list[Run]:
     "Every method on one task."
     runs = _reward_runs(task, scale)
-    runs += [Run(task, experiment(scale, task, "start", seed), {"stage": "final", "method": "start", "seed": seed}) for seed in range(seeds)]
+    runs += [Run(task, experiment(scale, task, "start", seed), {"stage": "final", "method": "start", "seed": seed})
+             for seed in range(seeds)]
     for method in SEARCH:
         tried, best = search(task, method, scale, find)
         runs += tried
         for seed in range(seeds if best and (task == "sentiment" or method in CORE) else min(seeds, 1) if best else 0):
-            runs.append(Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed}, keep=method in scale["transferred"]))
+            runs.append(Run(task, experiment(scale, task, method, seed, best),
+                            {"stage": "final", "method": method, "seed": seed}, keep=method in scale["transferred"]))
         if method == "lire" and best and task != "sentiment":  # sentiment has a table of ablations
             runs += [r for seed in range(seeds) for r in _reasons(scale, task, seed, best)]
     return runs
@@ -223,7 +251,8 @@ def _reasons(scale: dict, task: str, seed: int, best: dict) -> list[Run]:
     warm, half = run("T = 100", {"temperature": 100.0}), {"learning_rate": best["learning_rate"] / 2}
     if task == "summarization":
         return [warm]
-    return [run("own candidates only", {}, given=False), run("supervised term, α = 1", {"sft_weight": 1.0}), warm, run("half the learning rate", half)]
+    return [run("own candidates only", {}, given=False), run("supervised term, α = 1", {"sft_weight": 1.0}), warm,
+            run("half the learning rate", half)]
 
 # %% ../../nbs/41_plans.ipynb #6d2cd9f1
 def _candidates_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
@@ -241,16 +270,21 @@ def _candidates_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
             for budget, prompts in (("prompts", sizes["prompts"]), ("completions", min(total // M, sizes["pool"]))):
                 if few and budget == "completions":
                     continue
-                runs += [Run("candidates", experiment(scale, "sentiment", method, seed, best, take={"prompts": prompts, "sampled": M}),
-                             {"method": method, "M": M, "budget": budget, "prompts": prompts, "seed": seed}) for seed in range(seeds)]
+                runs += [Run("candidates",
+                             experiment(scale, "sentiment", method, seed, best,
+                                        take={"prompts": prompts, "sampled": M}),
+                             {"method": method, "M": M, "budget": budget, "prompts": prompts, "seed": seed})
+                         for seed in range(seeds)]
         if not few:
             runs += [Run("candidates", experiment(scale, "sentiment", method, seed, best, take={"how": "ragged"}),
-                         {"method": method, "M": "ragged", "budget": "prompts", "prompts": sizes["prompts"], "seed": seed}) for seed in range(seeds)]
+                         {"method": method, "M": "ragged", "budget": "prompts", "prompts": sizes["prompts"],
+                          "seed": seed}) for seed in range(seeds)]
     return runs + _starts(scale, seeds)
 
 # %% ../../nbs/41_plans.ipynb #55d23605
 def _starts(scale: dict, seeds: int, table: str = "sentiment") -> list[Run]:
-    return [Run(table, experiment(scale, table, "start", seed), {"stage": "final", "method": "start", "seed": seed}) for seed in range(seeds)]
+    return [Run(table, experiment(scale, table, "start", seed), {"stage": "final", "method": "start", "seed": seed})
+            for seed in range(seeds)]
 
 # %% ../../nbs/41_plans.ipynb #e631848c
 def _ablations_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
@@ -260,15 +294,21 @@ def _ablations_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
         return runs
     tokens = scale["tasks"]["sentiment"]["tokens"]
     changes = [("base", "", {}, {}), *(("temperature", T, {"temperature": T}, {}) for T in scale["temperatures"]),
-               *(("reward_transform", t, {"reward_transform": t}, {}) for t in ("softmax", "none", "zscore", "rank")), *(("sft_weight", a, {"sft_weight": a}, {}) for a in (0.1, 1.0)),
-               ("length_normalize", True, {"length_normalize": True, "temperature": best["temperature"] / tokens}, {}), ("pair", "values", {"reward_transform": "none"}, {"how": "extremes"}),
-               ("pair", "order", {"reward_transform": "rank"}, {"how": "extremes"})]  # z-scores of two are always the same two numbers
+               *(("reward_transform", t, {"reward_transform": t}, {}) for t in ("softmax", "none", "zscore", "rank")),
+               *(("sft_weight", a, {"sft_weight": a}, {}) for a in (0.1, 1.0)),
+               ("length_normalize", True, {"length_normalize": True, "temperature": best["temperature"] / tokens}, {}),
+               ("pair", "values", {"reward_transform": "none"}, {"how": "extremes"}),
+               # z-scores of two are always the same two numbers
+               ("pair", "order", {"reward_transform": "rank"}, {"how": "extremes"})]
     for setting, value, change, take in changes:
-        runs += [Run("ablations", experiment(scale, "sentiment", "lire", seed, {**best, **change}, take=take), {"setting": setting, "value": value, "method": "lire", "seed": seed}) for seed in range(seeds)]
+        runs += [Run("ablations", experiment(scale, "sentiment", "lire", seed, {**best, **change}, take=take),
+                     {"setting": setting, "value": value, "method": "lire", "seed": seed}) for seed in range(seeds)]
     for method in ("dpo", "plackett_luce_dpo"):
         tried, other = search("sentiment", method, scale, find)
         runs += tried
-        runs += [Run("sentiment", experiment(scale, "sentiment", method, seed, other), {"setting": "loss", "value": method, "method": method, "seed": seed}) for seed in range(seeds if other else 0)]
+        runs += [Run("sentiment", experiment(scale, "sentiment", method, seed, other),
+                     {"setting": "loss", "value": method, "method": method, "seed": seed})
+                 for seed in range(seeds if other else 0)]
     return runs + _starts(scale, seeds)
 
 # %% ../../nbs/41_plans.ipynb #5e67af79
@@ -282,15 +322,19 @@ def _enhancement_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
         return {**made, "source": {**made["source"], "prompts": sizes["prompts"], "sampled": sizes["candidates"]}}
 
     for pool in ("replace", "keep") if best else ():
-        runs += [Run("self_enhancement", config(seed, "lire", kind="enhance", evolve=rounds, iterate=1, pool=pool), {"method": "lire", "pool": pool, "seed": seed}) for seed in range(seeds)]
-    online = [{**config(0, "rloo", kind="online", generations=rounds * sizes["prompts"] * sizes["candidates"], lists_per_step=scale["batch"], split=split), "training": {"learning_rate": rate}}
+        runs += [Run("self_enhancement", config(seed, "lire", kind="enhance", evolve=rounds, iterate=1, pool=pool),
+                     {"method": "lire", "pool": pool, "seed": seed}) for seed in range(seeds)]
+    online = [{**config(0, "rloo", kind="online", generations=rounds * sizes["prompts"] * sizes["candidates"],
+                        lists_per_step=scale["batch"], split=split), "training": {"learning_rate": rate}}
               for split, rate in (("validation", 1e-5), ("validation", 3e-5))][: scale["points"]]
     tried = [Run("self_enhancement", c, {"stage": "search", "method": "rloo", "seed": 0}) for c in online]
     results = [find(r.config) for r in tried]
     runs += tried
     if all(results):
         rate = max(zip((mean_score(r, "proxy") for r in results), online), key=lambda pair: pair[0])[1]["training"]
-        runs += [Run("self_enhancement", {**config(seed, "rloo", kind="online", generations=online[0]["generations"], lists_per_step=scale["batch"]), "training": rate},
+        runs += [Run("self_enhancement",
+                     {**config(seed, "rloo", kind="online", generations=online[0]["generations"],
+                               lists_per_step=scale["batch"]), "training": rate},
                      {"method": "rloo", "pool": "online", "seed": seed}) for seed in range(seeds)]
     return runs + _starts(scale, seeds)
 
@@ -303,9 +347,11 @@ def _course_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
         tried, best = search("sentiment", method, scale, find)
         runs += tried
         for seed in range(seeds if best else 0):
-            made = experiment(scale, "sentiment", method, seed, {**best, **extra, "num_train_epochs": scale["course_epochs"]}, kind="course", every=every)
+            made = experiment(scale, "sentiment", method, seed,
+                              {**best, **extra, "num_train_epochs": scale["course_epochs"]}, kind="course", every=every)
             made["judge"] = {**made["judge"], "prompts": max(2, sizes["test"] // 2)}
-            runs.append(Run("overoptimization", made, {"method": method, "sft_weight": extra.get("sft_weight"), "seed": seed}))
+            runs.append(Run("overoptimization", made,
+                            {"method": method, "sft_weight": extra.get("sft_weight"), "seed": seed}))
     return runs
 
 # %% ../../nbs/41_plans.ipynb #f5c64887
@@ -318,9 +364,11 @@ def _transfer_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
             tried, best = search(task, method, scale, find)
             runs += tried
             for seed in range((seeds if method == "lire" else min(seeds, 1)) if best else 0):
-                own = Run(task, experiment(scale, task, method, seed, best), {"stage": "final", "method": method, "seed": seed, "task": task, "judged": task}, keep=True)
+                own = Run(task, experiment(scale, task, method, seed, best),
+                          {"stage": "final", "method": method, "seed": seed, "task": task, "judged": task}, keep=True)
                 runs.append(own)
-                runs += [Run("transfer", experiment(scale, task, method, seed, best, judge=other), {"method": method, "task": task, "judged": other, "seed": seed}, keep=True)
+                runs += [Run("transfer", experiment(scale, task, method, seed, best, judge=other),
+                             {"method": method, "task": task, "judged": other, "seed": seed}, keep=True)
                          for other in scale["tasks"] if other != task]
     return runs
 
@@ -344,13 +392,17 @@ class Table:
 
 # %% ../../nbs/41_plans.ipynb #666ee7c9
 TABLES: dict[str, Table] = {
-    "sentiment": Table("LIRE beats pairwise and list-wise baselines", "20a_sentiment", lambda *a: _methods_plan("sentiment", *a)),
-    "dialogue": Table("LIRE beats pairwise and list-wise baselines in dialogue", "20_dialogue", lambda *a: _methods_plan("dialogue", *a)),
+    "sentiment": Table("LIRE beats pairwise and list-wise baselines", "20a_sentiment",
+                       lambda *a: _methods_plan("sentiment", *a)),
+    "dialogue": Table("LIRE beats pairwise and list-wise baselines in dialogue", "20_dialogue",
+                      lambda *a: _methods_plan("dialogue", *a)),
     "candidates": Table("LIRE gains with M", "22_candidates", _candidates_plan),
     "ablations": Table("T matters little; the supervised term is optional", "23_ablations", _ablations_plan),
-    "self_enhancement": Table("the reward rises with every round and its variance falls", "24_self_enhancement", _enhancement_plan),
+    "self_enhancement": Table("the reward rises with every round and its variance falls", "24_self_enhancement",
+                              _enhancement_plan),
     "overoptimization": Table("a supervised term prevents over-optimization", "25_overoptimization", _course_plan),
-    "summarization": Table("LIRE beats pairwise and list-wise baselines in summarization", "21_summarization", lambda *a: _methods_plan("summarization", *a)),
+    "summarization": Table("LIRE beats pairwise and list-wise baselines in summarization", "21_summarization",
+                           lambda *a: _methods_plan("summarization", *a)),
     "transfer": Table("the gain carries over to other prompts", "26_transfer", _transfer_plan),
     "losses": Table("gain and distance of every loss, one seed", "28_losses", _losses_plan),
 }
@@ -371,5 +423,6 @@ def plan(
 def table_of(name: str) -> Table:
     "A table by its name; raises `LireError` for an unknown one."
     if name not in TABLES:
-        raise LireError("unknown table", field="NAME", value=name, allowed=", ".join([*TABLES, "cost"]), remedy="lire reproduce --list shows what each one is")
+        raise LireError("unknown table", field="NAME", value=name, allowed=", ".join([*TABLES, "cost"]),
+                        remedy="lire reproduce --list shows what each one is")
     return TABLES[name]

@@ -31,8 +31,10 @@ from .results import _json, read_jsonl, read_metrics, read_records, read_systems
 from ..statistics import FEW, has_kl, Interval, paired_difference, wilson_interval
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb
-_COLUMNS = [("reward", "{} reward"), ("reward difference", "{} gain"), ("win rate", "{} win rate"), ("KL to start", "KL to start"),
-            ("log-ratio to start", "log-ratio to start"), ("KL a token", "KL a token"), ("perplexity under start", "perplexity"), ("tokens", "tokens")]
+_COLUMNS = [("reward", "{} reward"), ("reward difference", "{} gain"), ("win rate", "{} win rate"),
+            ("KL to start", "KL to start"),
+            ("log-ratio to start", "log-ratio to start"), ("KL a token", "KL a token"),
+            ("perplexity under start", "perplexity"), ("tokens", "tokens")]
 
 # %% ../../nbs/46_report.ipynb #88307528
 def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +45,8 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
             if part["value"].isna().all():
                 continue
             name = title.format(judge)
-            table[name] = {r.system: f"{_two(r.value)} [{_two(r.low)}, {_two(r.high)}]" for r in part.itertuples() if pd.notna(r.value)}
+            table[name] = {r.system: f"{_two(r.value)} [{_two(r.low)}, {_two(r.high)}]" for r in part.itertuples()
+                           if pd.notna(r.value)}
     frame = pd.DataFrame(table).reindex(metrics["system"].unique()).fillna("–")
     return frame.rename_axis("system")
 
@@ -59,8 +62,10 @@ def markdown_table(
 ) -> str:
     "A table as GitHub Markdown; names and cells are shown letter by letter."
     columns = list(table.columns)
-    cells = [[v if c in markup else in_markdown(v) for c, v in zip(columns, row)] for row in table.astype(object).values.tolist()]
-    rows = [[in_markdown(table.index.name or ""), *map(in_markdown, columns)], ["---"] * (len(columns) + 1), *([in_markdown(i), *map(str, r)] for i, r in zip(table.index, cells))]
+    cells = [[v if c in markup else in_markdown(v) for c, v in zip(columns, row)]
+             for row in table.astype(object).values.tolist()]
+    rows = [[in_markdown(table.index.name or ""), *map(in_markdown, columns)], ["---"] * (len(columns) + 1),
+            *([in_markdown(i), *map(str, r)] for i, r in zip(table.index, cells))]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 # %% ../../nbs/46_report.ipynb #e0764b23
@@ -91,14 +96,17 @@ def explain_worse(
     worse = table["change"] < 0
     table["reasons"] = [", ".join(reasons.columns[row]) or "none of these" for row in reasons.to_numpy()]
     reasons["none of these"] = ~reasons.any(axis=1)
-    shares = {name: {**_share("worse", told[worse]), **_share("others", told[~worse])} for name, told in reasons.items()}
-    return Worse(table[worse].sort_values("change"), pd.DataFrame.from_dict(shares, orient="index").rename_axis("reason"))
+    shares = {name: {**_share("worse", told[worse]), **_share("others", told[~worse])} for name,
+              told in reasons.items()}
+    return Worse(table[worse].sort_values("change"),
+                 pd.DataFrame.from_dict(shares, orient="index").rename_axis("reason"))
 
 # %% ../../nbs/46_report.ipynb #699785d0
 def _changes(old: list[dict], new: list[dict], judge: str) -> pd.DataFrame:
     "One prompt a row: reward before and after, length, KL."
     if [r["id"] for r in old] != [r["id"] for r in new]:
-        raise LireError("not the same prompts in the same order", field="systems", allowed="rows of one evaluation", remedy="evaluate both on the same prompts")
+        raise LireError("not the same prompts in the same order", field="systems", allowed="rows of one evaluation",
+                        remedy="evaluate both on the same prompts")
     last = [r["prompt"] if isinstance(r["prompt"], str) else r["prompt"][-1]["content"] for r in new]
     before, after = prompt_means(old, judge), prompt_means(new, judge)
     table = {"prompt": last, "change": after - before, "before": before, "after": after}
@@ -110,7 +118,8 @@ def _changes(old: list[dict], new: list[dict], judge: str) -> pd.DataFrame:
 
 # %% ../../nbs/46_report.ipynb #4ef6c51b
 def _sampling_variance(rows: list[dict], judge: str) -> float:
-    "Variance of a prompt's mean when its samples are drawn again, pooled over prompts; infinite when nobody has two samples."
+    """Variance of a prompt's mean when its samples are drawn again, pooled over prompts; infinite when nobody has two
+    samples."""
     scores = [r["scores"][judge] for r in rows if len(r["scores"][judge]) > 1]
     return float(np.mean([np.var(s, ddof=1) / len(s) for s in scores])) if scores else np.inf
 
@@ -150,7 +159,8 @@ def parting_point(
 
 # %% ../../nbs/46_report.ipynb #09552a48
 def _parting(points: int, bounds) -> tuple[int, str] | None:
-    "The rule; `bounds(k)`: lower bounds of the rise after k of proxy, gold and their gap, and gold's upper bounds, one for each later point."
+    """The rule; `bounds(k)`: lower bounds of the rise after k of proxy, gold and their gap, and gold's upper bounds,
+    one for each later point."""
     for k in range(points - 1):
         low_proxy, low_gold, low_gap, high_gold = bounds(k)
         if (low_gold <= 0).all() and ((low_proxy > 0) & (low_gap > 0)).any():
@@ -162,12 +172,16 @@ def overoptimization(
     systems: dict[str, list[dict]],  # points of training in order: rounds, steps, systems; the first is the start
     proxy: str = "proxy",
     gold: str | None = None,  # default: the independent judge
-    positions: dict[str, float] | None = None,  # where each stands on the axis, e.g. its step or KL; default: 0, 1, 2, …
+    # where each stands on the axis, e.g. its step or KL; default: 0, 1, 2, …
+    positions: dict[str, float] | None = None,
 ) -> pd.DataFrame:  # system, position, proxy, proxy_low, proxy_high, gold, gold_low, gold_high, parts
-    "Gains of proxy and gold over the start, in its standard deviations, paired; `parts` says 'falls' or 'stalls' at the parting point."
+    """Gains of proxy and gold over the start, in its standard deviations, paired; `parts` says 'falls' or 'stalls' at
+    the parting point."""
     gold = gold or independent_judge(systems)
     if len(systems) < 2 or gold == proxy:
-        raise LireError("nothing to compare", field="systems", value=(list(systems), proxy, gold), allowed="two systems or more, and two judges", remedy="evaluate with a second judge: lire evaluate --judge gold=…")
+        raise LireError("nothing to compare", field="systems", value=(list(systems), proxy, gold),
+                        allowed="two systems or more, and two judges",
+                        remedy="evaluate with a second judge: lire evaluate --judge gold=…")
     values = {judge: np.array([prompt_means(rows, judge) for rows in systems.values()]) for judge in (proxy, gold)}
     rows = [{"system": name, "position": (positions or {}).get(name, number)} for number, name in enumerate(systems)]
     for title, judge in (("proxy", proxy), ("gold", gold)):
@@ -184,18 +198,23 @@ def overoptimization(
 
 # %% ../../nbs/46_report.ipynb #b98dd473
 def overoptimization_steps(
-    history: list[dict],  # a trainer's log, with the eval_<judge>_reward and eval_<judge>_reward_se of `evaluation.EvaluationCallback`
+    # a trainer's log, with the eval_<judge>_reward and eval_<judge>_reward_se of `evaluation.EvaluationCallback`
+    history: list[dict],
     prompts: int,  # held-out prompts behind each of them
     proxy: str = "proxy",
     gold: str = "gold",
 ) -> pd.DataFrame:  # as from `overoptimization`, the position is the step
-    "The same along the steps of one training. A log has means and standard errors only, so differences are not paired: wider intervals, later findings."
+    """The same along the steps of one training. A log has means and standard errors only, so differences are not
+    paired: wider intervals, later findings."""
     names = [f"eval_{judge}_reward" for judge in (proxy, gold)]
     log = [h for h in history if all(n in h and f"{n}_se" in h for n in names)]
     if len(log) < 2:
-        raise LireError("too few evaluations in the log", field="history", value=len(log), allowed=f"two records or more with {', '.join(names)} and their _se", remedy="train with an EvaluationCallback that has both judges")
+        raise LireError("too few evaluations in the log", field="history", value=len(log),
+                        allowed=f"two records or more with {', '.join(names)} and their _se",
+                        remedy="train with an EvaluationCallback that has both judges")
     mean, error = (np.array([[h[n + end] for h in log] for n in names]) for end in ("", "_se"))  # (2, K)
-    unit, student = error[:, :1] * prompts**0.5, stats.t.ppf(0.975, prompts - 1)  # the start's standard deviation; 1.96 for many prompts
+    # the start's standard deviation; 1.96 for many prompts
+    unit, student = error[:, :1] * prompts**0.5, stats.t.ppf(0.975, prompts - 1)
     mean, error = mean / np.where(unit > 0, unit, 1.0), error / np.where(unit > 0, unit, 1.0)
 
     def bounds(k):
@@ -205,7 +224,8 @@ def overoptimization_steps(
     parting = _parting(len(log), bounds)
     frame = pd.DataFrame({"system": [f"step {h['step']}" for h in log], "position": [h["step"] for h in log]})
     for i, title in enumerate(("proxy", "gold")):
-        gain, wide = mean[i] - mean[i, 0], np.where(np.arange(len(log)) > 0, student * np.hypot(error[i], error[i, 0]), 0.0)
+        gain, wide = mean[i] - mean[i, 0], np.where(np.arange(len(log)) > 0, student * np.hypot(error[i], error[i, 0]),
+                                                    0.0)
         frame[title], frame[f"{title}_low"], frame[f"{title}_high"] = gain, gain - wide, gain + wide
     frame["parts"] = [parting[1] if parting and parting[0] == k else "" for k in range(len(log))]
     frame.attrs["judges"] = (proxy, gold)
@@ -221,14 +241,17 @@ def plot_overoptimization(frame: pd.DataFrame, xlabel: str | None = None):
         figure, axis = _axes(6.4, 3.8 if xlabel or len(x) <= 5 else 4.6)
         for title, color, marker, side in (("proxy", COLORS[0], "o", -1), ("gold", COLORS[1], "s", 1)):
             y, low, high = (frame[title + part].to_numpy() for part in ("", "_low", "_high"))
-            axis.errorbar(x + side * shift, y, yerr=(y - low, high - y), color=color, marker=marker, ms=5, lw=1.8, capsize=3, label=in_figure(f"{names[title]} reward"))
+            axis.errorbar(x + side * shift, y, yerr=(y - low, high - y), color=color, marker=marker, ms=5, lw=1.8,
+                          capsize=3, label=in_figure(f"{names[title]} reward"))
         for row in frame[frame["parts"] != ""].itertuples():
-            axis.axvline(row.position, color="0.3", ls="--", lw=1.2, label=in_figure(f"they part: {names['gold']} {row.parts}"))
+            axis.axvline(row.position, color="0.3", ls="--", lw=1.2,
+                         label=in_figure(f"they part: {names['gold']} {row.parts}"))
         axis.axhline(0, color="0.6", lw=1)
         if xlabel is None:
             slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(x) > 5 else {}
             axis.set_xticks(x, [in_figure(name) if slanted else _wrapped(name) for name in frame["system"]], **slanted)
-        axis.set(xlabel=in_figure(xlabel or ""), ylabel="gain, standard deviations of the start", title="Over-optimization: proxy against independent reward, 95 % intervals")
+        axis.set(xlabel=in_figure(xlabel or ""), ylabel="gain, standard deviations of the start",
+                 title="Over-optimization: proxy against independent reward, 95 % intervals")
         axis.legend(loc="best")
     return figure
 
@@ -254,29 +277,39 @@ def calibration(
     owner, confidence, right = _graded_pairs(rows)
     lists = int(owner[-1]) + 1 if len(owner) else 0
     if lists < 2 or len(owner) < 2 * bins:
-        raise LireError("too few pairs", field="rows", value=len(owner), allowed=f"two lists and {2 * bins} pairs with different grades", remedy="give more held-out lists, or fewer bins")
+        raise LireError("too few pairs", field="rows", value=len(owner),
+                        allowed=f"two lists and {2 * bins} pairs with different grades",
+                        remedy="give more held-out lists, or fewer bins")
     rank = np.argsort(np.argsort(confidence, kind="stable"), kind="stable")
     place = rank * bins // len(confidence)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(lists, np.full(lists, 1 / lists), resamples)[:, owner]  # (resamples, pairs): whole lists are drawn
+    # (resamples, pairs): whole lists are drawn
+    weights = rng.multinomial(lists, np.full(lists, 1 / lists), resamples)[:, owner]
     member = np.eye(bins)[place]
     count = np.maximum(weights @ member, 1e-9)
     observed, predicted = (weights * right) @ member / count, (weights * confidence) @ member / count
-    ends = np.array([0.025, 0.975]) if lists >= FEW else np.full(2, np.nan)  # a bootstrap over fewer lists does not cover
+    # a bootstrap over fewer lists does not cover
+    ends = np.array([0.025, 0.975]) if lists >= FEW else np.full(2, np.nan)
     low, high = _quantiles(observed, ends)
     sizes = member.sum(0)
     mean_confidence, mean_right = (x @ member / sizes for x in (confidence, right))
-    table = pd.DataFrame({"predicted": mean_confidence, "observed": mean_right, "low": low, "high": high, "pairs": sizes.astype(int)})
-    perfect = (rng.random((resamples, len(owner))) < confidence) @ member / sizes  # outcomes with exactly the stated probabilities
+    table = pd.DataFrame({"predicted": mean_confidence, "observed": mean_right, "low": low, "high": high,
+                          "pairs": sizes.astype(int)})
+    # outcomes with exactly the stated probabilities
+    perfect = (rng.random((resamples, len(owner))) < confidence) @ member / sizes
     method = "bootstrap" if lists >= FEW else None
-    error = Interval(_distance(mean_right, mean_confidence, sizes), *_quantiles(_distance(observed, predicted, count), ends).tolist(), method)
-    accuracy = Interval(right.mean().item(), *_quantiles((weights * right).sum(1) / weights.sum(1), ends).tolist(), method)
-    return Calibration(table, error, float(_distance(perfect, mean_confidence, sizes).mean()), accuracy, len(owner), lists)
+    error = Interval(_distance(mean_right, mean_confidence, sizes),
+                     *_quantiles(_distance(observed, predicted, count), ends).tolist(), method)
+    accuracy = Interval(right.mean().item(), *_quantiles((weights * right).sum(1) / weights.sum(1), ends).tolist(),
+                        method)
+    return Calibration(table, error, float(_distance(perfect, mean_confidence, sizes).mean()), accuracy, len(owner),
+                       lists)
 
 # %% ../../nbs/46_report.ipynb #fa0d9286
 def _quantiles(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     "Quantiles over the first axis, NaN where the ends are."
-    return np.full((len(ends), *values.shape[1:]), np.nan) if np.isnan(ends).any() else np.quantile(values, ends, axis=0)
+    return np.full((len(ends), *values.shape[1:]),
+                   np.nan) if np.isnan(ends).any() else np.quantile(values, ends, axis=0)
 
 
 def _distance(observed: np.ndarray, predicted: np.ndarray, pairs: np.ndarray):
@@ -285,13 +318,16 @@ def _distance(observed: np.ndarray, predicted: np.ndarray, pairs: np.ndarray):
 
 # %% ../../nbs/46_report.ipynb #666e2b6e
 def _graded_pairs(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "(P,) number of the list, confidence 0.5 … 1 in the favorite, and whether it is the better one (equal scores: a half)."
+    """(P,) number of the list, confidence 0.5 … 1 in the favorite, and whether it is the better one (equal scores: a
+    half)."""
     pairs, number = [], 0
     for row in rows:
         grades, scores = row["grades"], row["scores"]
         if len(grades) != len(scores):
-            raise LireError("unequal numbers", field=f"row {row.get('id')!r}", value=(len(grades), len(scores)), allowed="one score a grade", remedy="write the file with rewards.graded_scores")
-        own = [(scores[i] - scores[j], grades[i] - grades[j]) for i in range(len(grades)) for j in range(i) if grades[i] != grades[j]]
+            raise LireError("unequal numbers", field=f"row {row.get('id')!r}", value=(len(grades), len(scores)),
+                            allowed="one score a grade", remedy="write the file with rewards.graded_scores")
+        own = [(scores[i] - scores[j], grades[i] - grades[j]) for i in range(len(grades)) for j in range(i)
+               if grades[i] != grades[j]]
         pairs += [(number, 1 / (1 + np.exp(-abs(s))), (np.sign(s * g) + 1) / 2) for s, g in own]
         number += bool(own)
     owner, confidence, right = (np.array(x) for x in zip(*pairs)) if pairs else (np.array([]),) * 3
@@ -306,9 +342,12 @@ def plot_calibration(rows: list[dict], name: str = "reward model", bins: int = 8
         figure = Figure(figsize=(4.8, 5.2))
         axis, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axis.plot([0.5, 1], [0.5, 1], color="0.6", lw=1, label="calibrated")
-        axis.errorbar(table["predicted"], table["observed"], yerr=(table["observed"] - table["low"], table["high"] - table["observed"]), color=COLORS[0], marker="o", ms=5, capsize=3, lw=1.5, label=in_figure(name))
+        axis.errorbar(table["predicted"], table["observed"],
+                      yerr=(table["observed"] - table["low"], table["high"] - table["observed"]), color=COLORS[0],
+                      marker="o", ms=5, capsize=3, lw=1.5, label=in_figure(name))
         floor = np.nanmin([table["low"].min(), table["observed"].min()])
-        said = f"{found.error.value:.3f}" + (f" [{found.error.low:.3f}, {found.error.high:.3f}]" if found.error.method else f", no interval from fewer than {FEW} lists")
+        said = f"{found.error.value:.3f}" + (f" [{found.error.low:.3f}, {found.error.high:.3f}]"
+                                             if found.error.method else f", no interval from fewer than {FEW} lists")
         axis.set(ylabel="share of pairs it was right", xlim=(0.48, 1.02), ylim=(min(0.45, floor - 0.03), 1.02),
                  title=f"{found.pairs} pairs of {found.lists} held-out lists\nexpected calibration error {said}")
         axis.legend(loc="upper left")
@@ -319,7 +358,8 @@ def plot_calibration(rows: list[dict], name: str = "reward model", bins: int = 8
 
 # %% ../../nbs/46_report.ipynb #a27b9d02
 def pick_samples(systems: dict[str, list[dict]], judge: str | None = None) -> pd.DataFrame:
-    "Best, median and worst prompt by the change of reward from the first system to the last, with the first sample of every system."
+    """Best, median and worst prompt by the change of reward from the first system to the last, with the first sample of
+    every system."""
     names, judge = list(systems), judge or independent_judge(systems)
     change = [sum(b["scores"][judge]) / len(b["scores"][judge]) - sum(a["scores"][judge]) / len(a["scores"][judge])
               for a, b in zip(systems[names[0]], systems[names[-1]])]
@@ -328,7 +368,8 @@ def pick_samples(systems: dict[str, list[dict]], judge: str | None = None) -> pd
     for title, i in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0])):
         prompt = systems[names[0]][i]["prompt"]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        answers = {n: f"{systems[n][i]['completions'][0].strip()} ({judge} {systems[n][i]['scores'][judge][0]:.2f})" for n in names}
+        answers = {n: f"{systems[n][i]['completions'][0].strip()} ({judge} {systems[n][i]['scores'][judge][0]:.2f})"
+                   for n in names}
         rows.append({"change": f"{title}: {change[i]:+.2f}", "prompt": text, **answers})
     return pd.DataFrame(rows).set_index("change")
 
@@ -342,8 +383,10 @@ def findings(
 ) -> list[str]:  # plain text
     "The result of a run in a few sentences; of its training only what the records know."
     systems = list(metrics["system"].unique())
-    pick = lambda system, metric, judge=None: metrics[(metrics["system"] == system) & (metrics["metric"] == metric)  # noqa: E731
-                                                      & (metrics["judge"].isna() if judge is None else metrics["judge"] == judge)].iloc[0]
+    pick = lambda system, metric, judge=None: metrics[(metrics["system"]
+                                                       == system) & (metrics["metric"] == metric)  # noqa: E731
+                                                      & (metrics["judge"].isna()
+                                                         if judge is None else metrics["judge"] == judge)].iloc[0]
     judges = [j for j in metrics["judge"].dropna().unique()]
     lines = []
     for system in systems[1:]:
@@ -351,7 +394,8 @@ def findings(
         for judge in judges:
             gain, won = pick(system, "reward difference", judge), pick(system, "win rate", judge)
             word = "up" if gain.low > 0 else "down" if gain.high < 0 else "not clearly changed"
-            parts.append(f"{judge} {word} by {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}], win rate {won.value:.0%} [{won.low:.0%}, {won.high:.0%}]")
+            parts.append(f"{judge} {word} by {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}], win rate "
+                         f"{won.value:.0%} [{won.low:.0%}, {won.high:.0%}]")
         kl = pick(system, "KL to start")
         distance = "KL not measured" if pd.isna(kl.value) else f"KL {kl.value:.1f} nats [{kl.low:.1f}, {kl.high:.1f}]"
         lines.append(f"{system} against {systems[0]}: {'; '.join(parts)}; {distance}.")
@@ -373,7 +417,8 @@ def _known(metrics: pd.DataFrame, records: Records) -> str:
     if "method" not in metrics and prompts < FEW:
         text += f" Below {FEW} prompts bootstrap intervals are too narrow: evaluate again for others."
     rewards = {records.rewards.get(system) for system in trained}
-    return text + (f" Training saw the {rewards.pop()} reward only." if len(rewards) == 1 and None not in rewards else "")
+    return text + (f" Training saw the {rewards.pop()} reward only." if len(rewards) == 1
+                   and None not in rewards else "")
 
 # %% ../../nbs/46_report.ipynb #bd5b2ebc
 def _has_training(run: Path) -> bool:
@@ -392,18 +437,22 @@ def _has_rivals(run: Path) -> bool:
 # %% ../../nbs/46_report.ipynb #a1e8b44c
 def _has_kl(run: Path) -> bool:
     metrics = read_metrics(run)
-    return metrics[(metrics["metric"] == "KL to start") & (metrics["system"] != metrics["system"].iloc[0])]["value"].notna().any()
+    return metrics[(metrics["metric"]
+                    == "KL to start") & (metrics["system"] != metrics["system"].iloc[0])]["value"].notna().any()
 
 
 def _courses(run: Path, systems: dict[str, list[dict]]) -> list[dict[str, list[dict]]]:
     "The rows of every recorded course that begins at the start policy: only these may be joined by a line."
     start = next(iter(systems))
-    return [{name: systems[name] for name in course} for course in read_records(run).courses if course[0] == start and len(course) > 1]
+    return [{name: systems[name] for name in course} for course in read_records(run).courses if course[0] == start
+            and len(course) > 1]
 
 # %% ../../nbs/46_report.ipynb #37655413
 def markdown_samples(samples: pd.DataFrame) -> str:
     "Samples as Markdown, one block a prompt."
-    blocks = [f"**{in_markdown(change)}** — {in_markdown(row['prompt'])} …\n\n" + "\n".join(f"- *{in_markdown(name)}*: … {in_markdown(text)}" for name, text in row.items() if name != "prompt")
+    blocks = [f"**{in_markdown(change)}** — {in_markdown(row['prompt'])} …\n\n"
+              + "\n".join(f"- *{in_markdown(name)}*: … {in_markdown(text)}" for name,
+                          text in row.items() if name != "prompt")
               for change, row in samples.iterrows()]
     return "\n\n".join(blocks) + "\n"
 
@@ -412,10 +461,12 @@ def worse_tables(worse: Worse, most: int = 10) -> tuple[pd.DataFrame, pd.DataFra
     "The reasons and the worst prompts of `explain_worse` as two tables of text."
     cell = lambda r, name: "–" if np.isnan(r[name]) else f"{r[name]:.0%} [{r[name + ' low']:.0%}, {r[name + ' high']:.0%}]"  # noqa: E731
     columns = (("of those that got worse", "worse"), ("of the others", "others"))
-    shares = pd.DataFrame({title: [cell(r, name) for _, r in worse.reasons.iterrows()] for title, name in columns}, index=worse.reasons.index)
+    shares = pd.DataFrame({title: [cell(r, name) for _, r in worse.reasons.iterrows()] for title, name in columns},
+                          index=worse.reasons.index)
     top = worse.prompts.head(most)
     proxy = top.get("proxy change", pd.Series(np.nan, top.index))
-    table = pd.DataFrame({"change": top["change"].map("{:+.2f}".format), "proxy change": proxy.map("{:+.2f}".format).replace("+nan", "–"),
+    table = pd.DataFrame({"change": top["change"].map("{:+.2f}".format),
+                          "proxy change": proxy.map("{:+.2f}".format).replace("+nan", "–"),
                           "tokens": [f"{a:.0f} → {b:.0f}" for a, b in zip(top["tokens before"], top["tokens"])],
                           "KL": top["KL"].map("{:.1f}".format).replace("nan", "–"), "reasons": top["reasons"]})
     return shares, table.set_axis(pd.Index([one_line(p, 90) for p in top["prompt"]], name="prompt"))
@@ -467,7 +518,8 @@ def _html(kind: str, content) -> str:
         return _html_table(content)
     if kind == "samples":
         return "\n".join(f"<p><b>{in_html(change)}</b> — {in_html(one_line(row['prompt']))} …</p><ul>"
-                         + "".join(f"<li><i>{in_html(name)}</i>: … {in_html(one_line(text))}</li>" for name, text in row.items() if name != "prompt") + "</ul>"
+                         + "".join(f"<li><i>{in_html(name)}</i>: … {in_html(one_line(text))}</li>" for name,
+                                   text in row.items() if name != "prompt") + "</ul>"
                          for change, row in content.iterrows())
     return f"<{kind}>{in_html(content)}</{kind}>"
 
@@ -485,11 +537,14 @@ def report(
     run = Path(run_folder)
     metrics, systems = read_metrics(run), read_systems(run)
     table, worse, samples = results_table(metrics), explain_worse(systems), pick_samples(systems)
-    texts = {"table.csv": _csv(table), "table.md": markdown_table(table), "samples.md": markdown_samples(samples), "worse.csv": _csv(worse.prompts), "worse_reasons.csv": _csv(worse.reasons)}
+    texts = {"table.csv": _csv(table), "table.md": markdown_table(table), "samples.md": markdown_samples(samples),
+             "worse.csv": _csv(worse.prompts), "worse_reasons.csv": _csv(worse.reasons)}
     figures = dict(_figures(run, systems))
     for name, figure in figures.items():
         save_figure(figure, run / "figures", name)
-    texts["report.html"] = _PAGE.format(body="\n".join(_html(kind, content) for kind, content in _parts(run, metrics, systems, table, worse, samples, figures)))
+    texts["report.html"] = _PAGE.format(body="\n".join(_html(kind, content) for kind,
+                                                       content in _parts(run, metrics, systems, table, worse, samples,
+                                                                         figures)))
     for name, text in texts.items():
         with atomic_write(run / name) as f:
             f.write(text)
@@ -519,7 +574,8 @@ def _figures(run: Path, systems: dict[str, list[dict]]):
         yield f"calibration-{slug(name)}", plot_calibration(rows, name)
 
 # %% ../../nbs/46_report.ipynb #9ef0f6ab
-def _parts(run: Path, metrics: pd.DataFrame, systems: dict, table: pd.DataFrame, worse: Worse, samples: pd.DataFrame, figures: dict[str, Figure]):
+def _parts(run: Path, metrics: pd.DataFrame, systems: dict, table: pd.DataFrame, worse: Worse, samples: pd.DataFrame,
+           figures: dict[str, Figure]):
     "Kind and content of every part of the page, in order; a section whose files are not there is left out."
     yield "h1", "LIRE: what this run found"
     yield "list", findings(metrics, read_records(run))
@@ -558,7 +614,8 @@ def _worse_parts(worse: Worse):
     if worse.prompts.empty:
         yield "p", "No prompt got worse."
         return
-    yield "p", ("The share of each reason among the prompts that got worse, beside its share among the others, with 95 % intervals. Reasons overlap. "
+    yield "p", ("The share of each reason among the prompts that got worse, beside its share among the others, with "
+                "95 % intervals. Reasons overlap. "
                 "A reason explains something where the first share is clearly the larger. Below, the worst ten.")
     yield "p", f"{len(worse.prompts)} prompts got worse."
     yield from (("table", table) for table in worse_tables(worse))

@@ -31,9 +31,11 @@ def code_of(config: dict) -> str:
 
 
 def results_folder(scale: str = "laptop") -> Path:
-    "Where rows are written: data/results in a checkout; else, and for the smoke scale, which means nothing, below runs/ of the current folder."
+    """Where rows are written: data/results in a checkout; else, and for the smoke scale, which means nothing, below
+    runs/ of the current folder."""
     own = data_path("results")
-    return Path("runs", "reproduce", scale, "results") if scale == "smoke" or (own.parents[1] / "__init__.py").is_file() else own
+    return Path("runs", "reproduce", scale,
+                "results") if scale == "smoke" or (own.parents[1] / "__init__.py").is_file() else own
 
 # %% ../../nbs/43_results.ipynb #6d3e7157
 class Results:
@@ -42,11 +44,19 @@ class Results:
     def __init__(
         self,
         folder: str | Path | None = None,  # where rows are written; default: `results_folder()`
-        codes: Iterable[str] | None = None,  # the code versions that count; None: any, the newest row of a configuration
+        # the code versions that count; None: any, the newest row of a configuration
+        codes: Iterable[str] | None = None,
         current: bool = False,  # the version of this code counts, for every kind its own
     ):
-        self.folder, self.codes, self.current, self.rows, self.others = Path(results_folder() if folder is None else folder), codes and set(codes), current, {}, {}
-        shipped = [] if folder is not None or self.folder == data_path("results") else [data_path("results")]  # an installed package brings its rows along
+        self.folder, self.codes, self.current, self.rows, self.others = (
+            Path(results_folder() if folder is None else folder),
+            codes and set(codes),
+            current,
+            {},
+            {},
+        )
+        # an installed package brings its rows along
+        shipped = [] if folder is not None or self.folder == data_path("results") else [data_path("results")]
         for path in [p for place in [*shipped, self.folder] for p in sorted(place.glob("*.jsonl"))]:
             for line in path.read_bytes().split(b"\n"):
                 try:
@@ -72,7 +82,8 @@ class Results:
 
     def append(self, run: Run, result: dict, about: dict) -> dict:
         "Write one row at the end of the table's file."
-        row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels, "config": run.config, "result": result}
+        row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels,
+               "config": run.config, "result": result}
         if _is_main():
             path = self.folder / f"{run.table}.jsonl"
             with one_writer(path, wait=True, inside=False), open(path, "ab+") as f:
@@ -99,9 +110,11 @@ def read_jsonl(path: str | Path) -> list[dict]:
         with open(path, encoding="utf-8") as f:
             return [json.loads(line) for line in f if line.strip()]
     except ValueError as e:
-        raise LireError("a line that is no JSON", file=path, field="run", allowed="the files as the run left them", remedy="fetch the file again, or evaluate again") from e
+        raise LireError("a line that is no JSON", file=path, field="run", allowed="the files as the run left them",
+                        remedy="fetch the file again, or evaluate again") from e
     except FileNotFoundError as e:
-        raise LireError("no such file", file=path, field="run", allowed="the folder of a finished run", remedy="run the evaluation first, or check the folder's name") from e
+        raise LireError("no such file", file=path, field="run", allowed="the folder of a finished run",
+                        remedy="run the evaluation first, or check the folder's name") from e
 
 # %% ../../nbs/43_results.ipynb #86cd31de
 def read_metrics(run: str | Path) -> pd.DataFrame:
@@ -117,7 +130,8 @@ def read_systems(run: str | Path) -> dict[str, list[dict]]:
 # %% ../../nbs/43_results.ipynb #5bf52fc0
 class Records(NamedTuple):
     "What the files of a run and of its policies say; what they do not say is absent."
-    courses: list[list[str]]  # systems that are rounds of one training, in order, the start policy first where it began there
+    # systems that are rounds of one training, in order, the start policy first where it began there
+    courses: list[list[str]]
     seen: dict[str, int]  # trained system -> how many of the judged prompts it was trained on
     rewards: dict[str, str]  # trained system -> the judge that is the reward it was trained on
 
@@ -126,8 +140,10 @@ def read_records(run: str | Path) -> Records:
     "What is recorded of the systems of a run: rounds, training prompts, training rewards."
     run, found, rounds = Path(run), Records([], {}, {}), {}
     config, names = _json(run / "config.json") or {}, list(read_metrics(run)["system"].unique())
-    whole = {"eval_prompts", "rounds", "task"} <= config.keys()  # `lire quickstart`: prompts of another split, the proxy is the reward
-    policies = {name: run / f"round-{k}" / "policy" for k, name in enumerate(names) if k} if whole else config.get("systems")
+    # `lire quickstart`: prompts of another split, the proxy is the reward
+    whole = {"eval_prompts", "rounds", "task"} <= config.keys()
+    policies = {name: run / f"round-{k}" / "policy" for k,
+                name in enumerate(names) if k} if whole else config.get("systems")
     for name, policy in _object(policies).items():
         place = re.fullmatch(r"round-(\d+)", Path(str(policy)).parent.name)
         if name not in names[1:] or not place or not Path(policy).is_dir():
@@ -140,9 +156,12 @@ def read_records(run: str | Path) -> Records:
         if trained is not None or whole:
             judged = [_prompt_key(r["prompt"]) for r in read_jsonl(run / "evaluation" / f"{slug(name)}.jsonl")]
             found.seen[name] = sum(p in (trained or ()) for p in judged)
-        judges = [j for j, identity in _object(config.get("judges")).items() if made.get("reward") is not None and identity == made["reward"]]
+        judges = [j for j,
+                  identity in _object(config.get("judges")).items() if made.get("reward") is not None
+                  and identity == made["reward"]]
         found.rewards.update({name: (["proxy"] if whole else judges)[0]} if whole or judges else {})
-    found.courses.extend([system for _, group in sorted(course.items()) for system in group] for course in rounds.values())
+    found.courses.extend([system for _, group in sorted(course.items()) for system in group]
+                         for course in rounds.values())
     return found
 
 # %% ../../nbs/43_results.ipynb #a99d17b4
@@ -180,12 +199,17 @@ def load_runs(
     "The stored runs of a table; raises `LireError` when there is none."
     store = results if isinstance(results, Results) else Results(results)
     runs = plan(table, scale, find=store.find)
-    rows = [{**run.labels, "table": run.table, **{k: store.rows[run.key].get(k) for k in ("key", "config", "result", "code", "date", "machine")}} for run in runs if run.key in store.rows]
+    rows = [{**run.labels, "table": run.table,
+             **{k: store.rows[run.key].get(k) for k in ("key", "config", "result", "code", "date", "machine")}}
+            for run in runs if run.key in store.rows]
     if not rows:
-        raise LireError("no result yet", field="table", value=table, allowed=f"a table with rows in {Path(store.folder).name}/", remedy=f"lire reproduce {table} --scale {scale}")
+        raise LireError("no result yet", field="table", value=table,
+                        allowed=f"a table with rows in {Path(store.folder).name}/",
+                        remedy=f"lire reproduce {table} --scale {scale}")
     frame = pd.DataFrame(rows)
     keys = {run.key for run in runs}
-    frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])), "unresolved": bool(_unresolved(runs, store))}
+    frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])),
+                   "unresolved": bool(_unresolved(runs, store))}
     return frame
 
 # %% ../../nbs/43_results.ipynb #351ab106
@@ -199,7 +223,8 @@ def about_runs(
 ) -> str:  # Markdown
     "One line: how many runs, what made them, when and where, and what is missing."
     frame_attrs, frame = frame.attrs, frame.drop_duplicates("key")
-    machines = sorted({f"{m['cores']} cores of {m['processor']}, torch {m['torch']}, transformers {m['transformers']}" for m in frame["machine"] if isinstance(m, dict)})
+    machines = sorted({f"{m['cores']} cores of {m['processor']}, torch {m['torch']}, transformers {m['transformers']}"
+                       for m in frame["machine"] if isinstance(m, dict)})
     minutes = sum(r["seconds"]["total"] for r in frame["result"]) / 60
     dates, codes = sorted(set(frame["date"])), sorted(set(frame["code"]))
     days = dates[0] if len(dates) == 1 else f"{dates[0]} … {dates[-1]}"
@@ -216,7 +241,8 @@ def final_runs(
     **labels,  # e.g. method="lire"
 ) -> pd.DataFrame:  # one row a seed, in the order of the seeds
     "The judged runs of one system."
-    rows = frame[~frame["stage"].isin(["search"] if "stage" in labels else ["search", "reason"])] if "stage" in frame else frame
+    rows = frame[~frame["stage"].isin(["search"]
+                                      if "stage" in labels else ["search", "reason"])] if "stage" in frame else frame
     for name, value in labels.items():
         rows = rows.loc[np.array([v == value for v in rows[name]], bool)]  # also where no row is left
     return rows.drop_duplicates("key").sort_values("seed")
@@ -252,7 +278,9 @@ def _paired(new: pd.DataFrame, old: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     pair = tuple(runs[runs["seed"].isin(seeds)] for runs in (new, old))
     ids = {r["ids"] for runs in pair for r in runs["result"]}
     if not seeds or len(ids) != 1:
-        raise LireError("cannot be compared", field="systems", value=f"{len(seeds)} common seeds, {len(ids)} sets of prompts", allowed="a common seed and the same prompts", remedy="run both with the same seeds")
+        raise LireError("cannot be compared", field="systems",
+                        value=f"{len(seeds)} common seeds, {len(ids)} sets of prompts",
+                        allowed="a common seed and the same prompts", remedy="run both with the same seeds")
     return pair
 
 # %% ../../nbs/43_results.ipynb #454193a8
@@ -279,7 +307,8 @@ def gain_values(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") ->
 
 # %% ../../nbs/43_results.ipynb #3ab02ba0
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
-    "Share of comparisons won against `old` with the same seed, ties a half; Wilson's interval where all prompts of all seeds say the same."
+    """Share of comparisons won against `old` with the same seed, ties a half; Wilson's interval where all prompts of
+    all seeds say the same."""
     a, b = _paired(new, old)
     values = np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])])
     if np.ptp(values) == 0:
@@ -291,12 +320,14 @@ def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
 def distance(runs: pd.DataFrame) -> Interval:
     "Mean KL to the start policy in nats a completion; no lower than zero."
     found = crossed_interval(values_of(runs, "kl"))
-    return Interval(found.value, max(found.low, min(found.value, 0.0)), found.high, found.method)  # an estimate from samples may itself lie below zero
+    # an estimate from samples may itself lie below zero
+    return Interval(found.value, max(found.low, min(found.value, 0.0)), found.high, found.method)
 
 
 def start_perplexity(runs: pd.DataFrame) -> Interval:
     "Perplexity of the completions under the start policy."
-    logps, tokens = (np.array([[np.sum(v) for v in r[name]] for r in runs["result"]]) for name in ("start_logps", "tokens"))
+    logps, tokens = (np.array([[np.sum(v) for v in r[name]] for r in runs["result"]])
+                     for name in ("start_logps", "tokens"))
     total = lambda x, r, c: np.einsum("ds,sn,dn->d", r, x, c)  # noqa: E731
     return crossed_bootstrap(logps.shape, lambda r, c: np.exp(-total(logps, r, c) / total(tokens, r, c)))
 
@@ -328,7 +359,9 @@ def system_table(
         for judge in judges:
             row[f"{judge} gain"] = "" if name == start else shown(gain(runs, base, judge))
         own = "" if name == start or len(runs) < 2 else "±{:.2f}".format(np.std([difference(a, b, judges[0], spread_of(base, judges[0])).value for a, b in _by_seed(*_paired(runs, base))], ddof=1))
-        row |= {"between seeds": own, f"{judges[0]} win rate": "" if name == start else shown(wins(runs, base, judges[0]), ".0%"), "KL, nats": "" if name == start else shown(distance(runs), ".1f"),
+        row |= {"between seeds": own,
+                f"{judges[0]} win rate": "" if name == start else shown(wins(runs, base, judges[0]), ".0%"),
+                "KL, nats": "" if name == start else shown(distance(runs), ".1f"),
                 "perplexity": shown(start_perplexity(runs), ".1f"), "tokens": f"{values_of(runs, 'tokens').mean():.1f}"}
         rows.append(row)
     return pd.DataFrame(rows).set_index("system")
@@ -348,11 +381,17 @@ def search_table(
         values = [np.array([np.mean(s) for s in r["scores"]["proxy"]]) for r in part["result"]]
         scores = [v.mean() for v in values]
         for (_, run), score, own in zip(part.iterrows(), scores, values):
-            settings = {k: v for k, v in run["config"]["training"].items() if k in ("learning_rate", "beta", "temperature", "loss_kwargs")}
+            settings = {k: v for k,
+                        v in run["config"]["training"].items()
+                        if k in ("learning_rate", "beta", "temperature", "loss_kwargs")}
             settings |= settings.pop("loss_kwargs", {})
-            rows.append({"method": NAMES.get(method, method.upper()), "settings": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()), "validation proxy reward": f"{score:.2f} ± {own.std(ddof=1) / len(own) ** 0.5:.2f}",
+            rows.append({"method": NAMES.get(method, method.upper()),
+                         "settings": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings.items()),
+                         "validation proxy reward": f"{score:.2f} ± {own.std(ddof=1) / len(own) ** 0.5:.2f}",
                          "taken": "✓" if score == max(scores) else ""})
-    return pd.DataFrame(rows, columns=["method", "settings", "validation proxy reward", "taken"]).set_index(["method", "settings"])
+    return pd.DataFrame(rows,
+                        columns=["method", "settings", "validation proxy reward",
+                                 "taken"]).set_index(["method", "settings"])
 
 # %% ../../nbs/43_results.ipynb #850a2f42
 def points_of(

@@ -65,14 +65,17 @@ class _Workers:
     "Processes that run experiments side by side."
 
     def __init__(self, count: int, threads: int | None, log: Path):
-        path = os.pathsep.join([str(Path(importlib.util.find_spec("lire_nb").origin).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])  # this package, wherever it was found
-        env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        path = os.pathsep.join([str(Path(importlib.util.find_spec("lire_nb").origin).parents[1]),
+                                *filter(None, [os.environ.get("PYTHONPATH")])])  # this package, wherever it was found
+        env = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1",
+               **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.log = open(log, "a")
         self.count, self.env = count, env
 
     def _start(self) -> subprocess.Popen:
         command = [sys.executable, "-P", "-c", "from lire_nb.reproduce import _worker; _worker()"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=self.env)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+                                env=self.env)
 
     def _ask(self, process: subprocess.Popen, run: Run, work: Path) -> dict:
         "The answer of a worker: a result with its code, or an error."
@@ -88,7 +91,8 @@ class _Workers:
         changed = answer.get("code", code_of(run.config)) != code_of(run.config)
         return {"error": "the code was changed while this command ran; start it again"} if changed else answer
 
-    def map(self, runs: list[Run], work: Path, done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:  # what failed, and why
+    def map(self, runs: list[Run], work: Path,
+            done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:  # what failed, and why
         "Every run on the next free worker; `done` is called in this process, one at a time."
         todo, lock, failed, broken = list(runs), threading.Lock(), [], []
 
@@ -131,7 +135,8 @@ def _only_one(work: Path):
 
 def _check_scale(scale: str) -> None:
     if scale not in (*SCALES, "paper"):
-        raise LireError("unknown scale", field="--scale", value=scale, allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
+        raise LireError("unknown scale", field="--scale", value=scale, allowed=", ".join([*SCALES, "paper"]),
+                        remedy="choose one of these")
 
 # %% ../../nbs/42_runner.ipynb #fe970b25
 def _check_hardware(name: str, scale: dict) -> None:
@@ -140,8 +145,10 @@ def _check_hardware(name: str, scale: dict) -> None:
     if wanted := scale.get("accelerator"):
         there = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
         if there < wanted:
-            raise LireError("this machine has not what the scale needs", field="--scale", value=name, allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
-                            remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its first batch with stand-ins")
+            raise LireError("this machine has not what the scale needs", field="--scale", value=name,
+                            allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
+                            remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its "
+                                   "first batch with stand-ins")
 
 # %% ../../nbs/42_runner.ipynb #9a179f14
 def _check_recipe(names, policy, reward, configs) -> None:
@@ -150,7 +157,8 @@ def _check_recipe(names, policy, reward, configs) -> None:
         recipe = _recipe(name, configs)
         for option, value in (("--policy", policy or recipe["policy"]), ("--reward", reward or recipe["reward"])):
             if " " in value:
-                raise LireError("must be given for the paper's scale", field=option, value=value, allowed="a folder or hub id", remedy=f"{option} FOLDER")
+                raise LireError("must be given for the paper's scale", field=option, value=value,
+                                allowed="a folder or hub id", remedy=f"{option} FOLDER")
 
 # %% ../../nbs/42_runner.ipynb #bed6d3ba
 RECIPES = {"dialogue": "paper_hh.json", "summarization": "paper_tldr.json"}
@@ -173,18 +181,21 @@ def reproduce(
     reward: str | None = None,  # of the paper's scale: weights with a scalar head, folder or hub id
     configs: str | Path | None = None,  # the recipes of the paper's scale; default: data/configs
 ) -> int:  # how many experiments were run
-    "Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what is left."
+    """Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what
+    is left."""
     _check_scale(scale)
     names, configs = list(names), Path(configs or data_path("configs"))
     results = Path(results_folder(scale) if results is None else results)
     for option, value in (("--policy", policy), ("--reward", reward)):
         if value and scale != "paper":
-            raise LireError("is used at the scale of the paper only", field=option, value=value, allowed="nothing at the other scales, which say their policies and rewards themselves",
+            raise LireError("is used at the scale of the paper only", field=option, value=value,
+                            allowed="nothing at the other scales, which say their policies and rewards themselves",
                             remedy=f"leave {option} out, or give --scale paper")
     for name in names:
         table_of(name) if scale != "paper" else _recipe(name, configs)
     if seeds is not None and seeds < 1:
-        raise LireError("too few", field="--seeds", value=seeds, allowed="1 or more", remedy="leave it out for the scale's own number")
+        raise LireError("too few", field="--seeds", value=seeds, allowed="1 or more",
+                        remedy="leave it out for the scale's own number")
     size = SCALES.get(scale, PAPER)
     _check_hardware(scale, size)
     if scale == "paper":
@@ -201,7 +212,8 @@ def reproduce(
 
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
-        return _run_missing(planned, size["threads"], results, work, jobs, accept, about or {"date": time.strftime("%Y-%m-%d")}, say, most)
+        return _run_missing(planned, size["threads"], results, work, jobs, accept,
+                            about or {"date": time.strftime("%Y-%m-%d")}, say, most)
 
 # %% ../../nbs/42_runner.ipynb #8b0878b2
 def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
@@ -219,7 +231,8 @@ def _counting(folder: Path, accept: str | None, say) -> Results:
     store = Results(folder, (accept or "").split(","), current=True)
     if store.others:
         codes = sorted({r["code"] for r in store.others.values()})
-        say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count; --accept {','.join(codes)} lets them")
+        say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count; --accept {','.join(codes)} "
+            "lets them")
     return store
 
 # %% ../../nbs/42_runner.ipynb #4a3ccb47
@@ -229,13 +242,16 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
     workers = _Workers(jobs, threads, work / "workers.log") if jobs > 1 else None
     while True:
         planned = plan_of(store.find)
-        missing = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed), key=lambda r: r.labels.get("stage") != "reward")
+        missing = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed),
+                         key=lambda r: r.labels.get("stage") != "reward")
         todo = missing[: None if most is None else max(0, most - count)]
         if not todo:
             break
         only = f", of which {len(todo)} now" if len(todo) < len(missing) else ""
         there = sum(key in store.rows for key in planned)
-        say(f"{there} of {len(planned)} runs are there; {len(planned) - there - sum(key in failed for key in planned)} to go{only}, {min(jobs, len(todo))} at a time")
+        say(f"{there} of {len(planned)} runs are there; "
+            f"{len(planned) - there - sum(key in failed for key in planned)} to go{only}, {min(jobs, len(todo))} at a "
+            "time")
         began, before = time.monotonic(), count
 
         def done(run: Run, result: dict) -> None:
@@ -243,7 +259,8 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
             count += 1
             row = store.append(run, result, about)
             left = (time.monotonic() - began) / (count - before) * (len(todo) - count + before) / 60
-            say(f"{run.table:16} {' '.join(f'{k}={v}' for k, v in run.labels.items() if v not in (None, ''))}   {row['result']['seconds']['total']:.0f} s   about {left:.0f} min left")
+            say(f"{run.table:16} {' '.join(f'{k}={v}' for k, v in run.labels.items() if v not in (None, ''))}   "
+                f"{row['result']['seconds']['total']:.0f} s   about {left:.0f} min left")
 
         if workers:
             failed |= {run.key: why for run, why in workers.map(todo, work, done)}
@@ -258,7 +275,8 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
     for key, why in failed.items():
         say(f"not done: {planned[key].table} {planned[key].labels}: {why}")
     if failed:
-        raise LireError(f"{len(failed)} runs failed; {count} are kept", field="reproduce", value=next(iter(failed.values())), remedy="mend the cause and start the same command again")
+        raise LireError(f"{len(failed)} runs failed; {count} are kept", field="reproduce",
+                        value=next(iter(failed.values())), remedy="mend the cause and start the same command again")
     return count
 
 # %% ../../nbs/42_runner.ipynb #2ee60d1f
@@ -266,17 +284,24 @@ def progress_rows(
     results: str | Path | None = None,  # default: `results_folder(scale)`
     scale: str = "laptop",
     seeds: int | None = None,
-) -> list[dict]:  # table, done, planned, more (whether searches must end before the rest is known), other (rows of other code), minutes, notebook, claim
+# table, done, planned, more (whether searches must end before the rest is known), other (rows of other code), minutes,
+# notebook, claim
+) -> list[dict]:
     "How far every table is; raises `LireError` for an unknown scale."
     _check_scale(scale)
-    store, rows = Results(results if results is not None or scale != "smoke" else results_folder(scale), current=True), []
+    store, rows = Results(results if results is not None or scale != "smoke" else results_folder(scale),
+                          current=True), []
     for name, table in TABLES.items():
         if scale == "paper" and name not in RECIPES:
             continue
-        runs = _distinct(paper_plan(name, seeds=seeds or 1) if scale == "paper" else plan(name, scale, seeds, store.find))
+        runs = _distinct(paper_plan(name, seeds=seeds or 1)
+                         if scale == "paper" else plan(name, scale, seeds, store.find))
         done = [store.rows[k] for k in runs if k in store.rows]
         open_search = any(r.labels.get("stage") == "search" and k not in store.rows for k, r in runs.items())
-        rows.append({"table": name, "done": len(done), "planned": len(runs), "more": open_search, "other": sum(k in store.others and k not in store.rows for k in runs), "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60), "notebook": table.notebook, "claim": table.claim})
+        rows.append({"table": name, "done": len(done), "planned": len(runs), "more": open_search,
+                     "other": sum(k in store.others and k not in store.rows for k in runs),
+                     "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60),
+                     "notebook": table.notebook, "claim": table.claim})
     return rows
 
 # %% ../../nbs/42_runner.ipynb #b0fa610c
@@ -288,7 +313,8 @@ def _recipe(table: str, configs: str | Path | None = None) -> dict:
 
     table_of(table)
     if table not in RECIPES:
-        raise LireError("not in the paper's recipes", field="NAME", value=table, allowed=", ".join(RECIPES), remedy="--scale laptop has every table")
+        raise LireError("not in the paper's recipes", field="NAME", value=table, allowed=", ".join(RECIPES),
+                        remedy="--scale laptop has every table")
     return read_recipe(Path(configs or data_path("configs")) / RECIPES[table])
 
 # %% ../../nbs/42_runner.ipynb #6dc31908
@@ -299,25 +325,37 @@ def paper_plan(
     seeds: int = 1,
     reward: str | None = None,  # the proxy: weights with a scalar head; default: what the recipe says
 ) -> list[Run]:
-    "The configurations of the paper's recipe, one for each method and seed; raises `LireError` for a table without one."
+    """The configurations of the paper's recipe, one for each method and seed; raises `LireError` for a table without
+    one."""
     recipe = _recipe(table, configs)
     from lire_nb.lab.memory import step_settings
 
     recipe |= {k: v for k, v in (("policy", policy), ("reward", reward)) if v}
     training, tokens = recipe["training"], recipe["sampling"]["max_new_tokens"]
-    published = {"name": recipe["reward"], "backbone": "EleutherAI/gpt-j-6B"} if "gptj" in recipe["reward"] else {"name": recipe["reward"]}
-    shared = {k: v for k, v in training.items() if k not in ("loss_type", "temperature", "reward_transform", "sft_weight")}
-    own = {"lire": {k: training[k] for k in ("temperature", "reward_transform", "sft_weight")}, "dpo": {"beta": 0.1}, "plackett_luce_dpo": {"beta": 0.1}, "slic": {"loss_kwargs": {"margin": 1.0}}}
+    published = {"name": recipe["reward"],
+                 "backbone": "EleutherAI/gpt-j-6B"} if "gptj" in recipe["reward"] else {"name": recipe["reward"]}
+    shared = {k: v for k,
+              v in training.items() if k not in ("loss_type", "temperature", "reward_transform", "sft_weight")}
+    own = {"lire": {k: training[k] for k in ("temperature", "reward_transform", "sft_weight")}, "dpo": {"beta": 0.1},
+           "plackett_luce_dpo": {"beta": 0.1}, "slic": {"loss_kwargs": {"margin": 1.0}}}
     runs = []
     for method in ("start", *SEARCH):
         for seed in range(seeds):
             config = {
-                "kind": "train", "method": method, "seed": seed, "threads": None, "paths": {table: HUB[table]}, "lora": recipe["lora"],
-                "source": {"task": table, "policy": recipe["policy"], "prompts": 20000, "sampled": recipe["num_candidates"] - 2, "tokens": tokens, "given": training["max_completion_length"], "seed": seed},
-                "rewards": {"published": {"proxy": published}, table: {"backbone": "microsoft/deberta-v3-large", "lists": None, "check": 2000, "epochs": 1, "batch_size": 32, "max_length": 512, "seed": 0}},
+                "kind": "train", "method": method, "seed": seed, "threads": None, "paths": {table: HUB[table]},
+                "lora": recipe["lora"],
+                "source": {"task": table, "policy": recipe["policy"], "prompts": 20000,
+                           "sampled": recipe["num_candidates"] - 2, "tokens": tokens,
+                           "given": training["max_completion_length"], "seed": seed},
+                "rewards": {"published": {"proxy": published},
+                            table: {"backbone": "microsoft/deberta-v3-large", "lists": None, "check": 2000, "epochs": 1,
+                                    "batch_size": 32, "max_length": 512, "seed": 0}},
                 "take": {"prompts": 20000, "sampled": recipe["num_candidates"] - 2, "how": "first"},
-                "training": {} if method == "start" else {**shared, **own.get(method, {}), "loss_type": method, **step_settings(int(os.environ.get("WORLD_SIZE", 1)), recipe["lists_per_step"])},
-                "judge": {"task": table, "split": "test", "prompts": 512, "samples": 2, "tokens": tokens, "judges": ["proxy", "gold"]},
+                "training": {} if method == "start" else {**shared, **own.get(method, {}), "loss_type": method,
+                                                          **step_settings(int(os.environ.get("WORLD_SIZE", 1)),
+                                                                          recipe["lists_per_step"])},
+                "judge": {"task": table, "split": "test", "prompts": 512, "samples": 2, "tokens": tokens,
+                          "judges": ["proxy", "gold"]},
             }
             runs.append(Run(f"{table}-paper", config, {"stage": "final", "method": method, "seed": seed}))
     return runs
@@ -333,7 +371,8 @@ def reward_stand_in(folder: str | Path, seed: int = 0) -> Path:
 
     tokenizer = load_tokenizer("smollm2")
     tokenizer.chat_template = None  # its turns end with the token at which the head reads
-    config = GPTJConfig(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = GPTJConfig(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, rotary_dim=8,
+                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         ScalarHead(GPTJModel(config), tokenizer.eos_token_id).save_pretrained(folder)
@@ -354,11 +393,14 @@ def dry_run(
         work = Path(work or own)
         policy, reward = stand_in("smollm2", work / "policy"), reward_stand_in(work / "reward")
         for run in runs[1:]:
-            config = {k: v for k, v in run.config.items() if k != "paths"}  # the project's own lists instead of the hub's
-            config["source"] = {**config["source"], "policy": str(policy), "prompts": 2, "tokens": min(16, config["source"]["tokens"])}
+            # the project's own lists instead of the hub's
+            config = {k: v for k, v in run.config.items() if k != "paths"}
+            config["source"] = {**config["source"], "policy": str(policy), "prompts": 2,
+                                "tokens": min(16, config["source"]["tokens"])}
             config["rewards"] = {"published": {"proxy": {"name": str(reward)}}}
             config["take"] = {**config["take"], "prompts": 2}
-            rows.append({"method": NAMES[run.labels["method"]], **_first_batch(config, trained_lists(config, work), policy, work)})
+            rows.append({"method": NAMES[run.labels["method"]],
+                         **_first_batch(config, trained_lists(config, work), policy, work)})
     return rows
 
 # %% ../../nbs/42_runner.ipynb #b7dfd233
@@ -378,4 +420,5 @@ def _first_batch(config: dict, lists: list[dict], policy: Path, work: Path) -> d
         with torch.no_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, batch)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return {"candidates": len(lists[0]["completions"]), "sources": len(set(lists[0]["sources"])), "trained parameters": trained, "loss": round(float(loss), 4)}
+    return {"candidates": len(lists[0]["completions"]), "sources": len(set(lists[0]["sources"])),
+            "trained parameters": trained, "loss": round(float(loss), 4)}

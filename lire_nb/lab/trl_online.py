@@ -55,12 +55,16 @@ def _steps(prompts: list, num_candidates: int, generations: int, lists_per_step:
     "Steps that sample `generations` completions; raises `LireError` where they are not whole steps."
     each = lists_per_step * num_candidates
     if num_candidates < 2 or lists_per_step < 1:
-        raise LireError("nothing to compare", field="num_candidates, lists_per_step", value=(num_candidates, lists_per_step), allowed="2 or more, 1 or more", remedy="raise it")
+        raise LireError("nothing to compare", field="num_candidates, lists_per_step",
+                        value=(num_candidates, lists_per_step), allowed="2 or more, 1 or more", remedy="raise it")
     if len(prompts) < lists_per_step:
-        raise LireError("fewer prompts than a step takes", field="lists_per_step", value=lists_per_step, allowed=f"at most {len(prompts)}", remedy="lower it, or give more prompts")
+        raise LireError("fewer prompts than a step takes", field="lists_per_step", value=lists_per_step,
+                        allowed=f"at most {len(prompts)}", remedy="lower it, or give more prompts")
     if generations < each or generations % each:
         near = sorted({max(1, generations // each) * each, (generations // each + 1) * each})
-        raise LireError("not whole steps", field="generations", value=generations, allowed=f"a multiple of {each} (lists_per_step × num_candidates), such as {' or '.join(map(str, near))}",
+        raise LireError("not whole steps", field="generations", value=generations,
+                        allowed=f"a multiple of {each} (lists_per_step × num_candidates), such as "
+                                f"{' or '.join(map(str, near))}",
                         remedy="change it, or lists_per_step")
     return generations // each
 
@@ -68,16 +72,19 @@ def _steps(prompts: list, num_candidates: int, generations: int, lists_per_step:
 class OnlineReward:
     "A reward as TRL calls one: completion ids in, rewards out; counts what was scored."
 
-    def __init__(self, reward: Reward, records: list[dict], encoded: dict[str, list[int]], tokenizer, num_candidates: int):
+    def __init__(self, reward: Reward, records: list[dict], encoded: dict[str, list[int]], tokenizer,
+                 num_candidates: int):
         self.reward, self.records, self.encoded, self.tokenizer, self.num_candidates = reward, records, encoded, tokenizer, num_candidates
         self.scored, self.__name__ = 0, "reward"
 
     def __call__(self, prompts, completions, completion_ids, index, **_):
-        texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer) for i, ids in zip(index, completion_ids, strict=True)]
+        texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer) for i,
+                 ids in zip(index, completion_ids, strict=True)]
         lists, M = [], self.num_candidates
         for start in range(0, len(texts), M):
             record = self.records[index[start]]
-            lists.append(make_record(record["prompt"], texts[start : start + M], sources="policy:online", id=record["id"], meta=record.get("meta")))
+            lists.append(make_record(record["prompt"], texts[start : start + M], sources="policy:online",
+                                     id=record["id"], meta=record.get("meta")))
         scores = [r for one in score_lists(lists, self.reward) for r in one["rewards"]]
         self.scored += len(scores)
         return scores
@@ -103,7 +110,9 @@ def encode_prompts(
 def _reading(trainer_class, encoded: dict[str, list[int]]):
     "The trainer class, with the prompts' tokens from here."
     if not hasattr(trainer_class, "_tokenize_prompts"):
-        raise LireError("another version", field="trl", value=importlib.metadata.version("trl"), allowed="one whose trainers have _tokenize_prompts, such as 1.16", remedy="pip install 'trl==1.16.0'")
+        raise LireError("another version", field="trl", value=importlib.metadata.version("trl"),
+                        allowed="one whose trainers have _tokenize_prompts, such as 1.16",
+                        remedy="pip install 'trl==1.16.0'")
 
     class Reading(trainer_class):
         def _tokenize_prompts(self, prompts):
@@ -113,8 +122,10 @@ def _reading(trainer_class, encoded: dict[str, list[int]]):
 
 # %% ../../nbs/49_trl_online.ipynb #26e682a2
 _OURS = {  # settings of TRL that follow from arguments of `train_online`
-    "num_generations": "num_candidates", "max_steps": "generations", "num_train_epochs": "generations", "per_device_train_batch_size": "lists_per_step", "generation_batch_size": "lists_per_step",
-    "steps_per_generation": "lists_per_step", "max_completion_length": "settings", "temperature": "settings", "top_p": "settings", "top_k": "settings", "generation_kwargs": "settings",
+    "num_generations": "num_candidates", "max_steps": "generations", "num_train_epochs": "generations",
+         "per_device_train_batch_size": "lists_per_step", "generation_batch_size": "lists_per_step",
+    "steps_per_generation": "lists_per_step", "max_completion_length": "settings", "temperature": "settings",
+         "top_p": "settings", "top_k": "settings", "generation_kwargs": "settings",
     "seed": "seed", "output_dir": "folder", "use_vllm": "policy",
 }
 
@@ -122,27 +133,34 @@ _OURS = {  # settings of TRL that follow from arguments of `train_online`
 def _trl(method: str):
     "TRL's configuration and trainer class."
     if method not in METHODS:
-        raise LireError("unknown method", field="method", value=method, allowed=" or ".join(METHODS), remedy="choose one of these")
+        raise LireError("unknown method", field="method", value=method, allowed=" or ".join(METHODS),
+                        remedy="choose one of these")
     try:
         import trl
     except ImportError as e:
-        raise LireError("not installed", field="method", value=method, allowed="the package trl installed", remedy="pip install 'lire_nb[peers]'") from e
+        raise LireError("not installed", field="method", value=method, allowed="the package trl installed",
+                        remedy="pip install 'lire_nb[peers]'") from e
     return tuple(getattr(trl, name) for name in METHODS[method])
 
 # %% ../../nbs/49_trl_online.ipynb #552be1fe
 def _check_online(config_class, settings: SamplingSettings, training: dict) -> None:
     if settings.temperature == 0 or settings.stop:
-        raise LireError("not possible online", field="settings", value={"temperature": settings.temperature, "stop": settings.stop}, allowed="a temperature above 0, no stop strings",
+        raise LireError("not possible online", field="settings",
+                        value={"temperature": settings.temperature, "stop": settings.stop},
+                        allowed="a temperature above 0, no stop strings",
                         remedy="sample with temperature 1; let the reward cut the text if it must")
     known = [f.name for f in fields(config_class)]
     for name in training:
         if name in _OURS:
-            raise LireError("decided elsewhere", field=f"training: {name}", value=training[name], allowed=f"the argument {_OURS[name]}", remedy=f"give {_OURS[name]}= to train_online")
+            raise LireError("decided elsewhere", field=f"training: {name}", value=training[name],
+                            allowed=f"the argument {_OURS[name]}", remedy=f"give {_OURS[name]}= to train_online")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or ["learning_rate", "beta"]
-            raise LireError("unknown setting", field=f"training: {name}", allowed=f"a field of {config_class.__name__}", remedy=f"did you mean {' or '.join(near)}?")
+            raise LireError("unknown setting", field=f"training: {name}", allowed=f"a field of {config_class.__name__}",
+                            remedy=f"did you mean {' or '.join(near)}?")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise LireError("more than one process", field="WORLD_SIZE", value=os.environ["WORLD_SIZE"], allowed="1", remedy="start it without accelerate launch or torchrun")
+        raise LireError("more than one process", field="WORLD_SIZE", value=os.environ["WORLD_SIZE"], allowed="1",
+                        remedy="start it without accelerate launch or torchrun")
 
 # %% ../../nbs/49_trl_online.ipynb #d96c1d42
 def online_settings(
@@ -158,13 +176,18 @@ def online_settings(
     cpu = not torch.accelerator.is_available()
     parts, each = training.get("gradient_accumulation_steps", 1), lists_per_step * num_candidates
     if each % parts:
-        raise LireError("cannot be divided", field="training: gradient_accumulation_steps", value=parts, allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
+        raise LireError("cannot be divided", field="training: gradient_accumulation_steps", value=parts,
+                        allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
     never = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
-    same = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0, "bf16": has_bf16("cpu" if cpu else None), "use_cpu": cpu,
-            "gradient_checkpointing": False, "disable_dropout": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    sampling = {"max_completion_length": settings.max_new_tokens, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
+    same = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
+            "bf16": has_bf16("cpu" if cpu else None), "use_cpu": cpu,
+            "gradient_checkpointing": False, "disable_dropout": True, "logging_steps": 1, "save_strategy": "no",
+            "report_to": "none", "disable_tqdm": True}
+    sampling = {"max_completion_length": settings.max_new_tokens, "temperature": settings.temperature,
+                "top_p": settings.top_p, "top_k": settings.top_k,
                 "generation_kwargs": {"min_new_tokens": 1, **({"suppress_tokens": never} if never else {})}}
-    budget = {"max_steps": steps * training.get("num_iterations", 1), "per_device_train_batch_size": each // parts, "num_generations": num_candidates, "seed": seed}
+    budget = {"max_steps": steps * training.get("num_iterations", 1), "per_device_train_batch_size": each // parts,
+              "num_generations": num_candidates, "seed": seed}
     return {**same, **training, **sampling, **budget}
 
 # %% ../../nbs/49_trl_online.ipynb #08dc26ac
@@ -176,7 +199,8 @@ def train_online(
     *,
     method: str = "rloo",  # or "grpo"
     num_candidates: int = 4,  # M
-    generations: int | None = None,  # completions to sample and score in all; default: M for each prompt, as one round of `self_enhance`
+    # completions to sample and score in all; default: M for each prompt, as one round of `self_enhance`
+    generations: int | None = None,
     lists_per_step: int = 4,  # prompts in a step
     settings: SamplingSettings = SamplingSettings(),
     training: dict | None = None,  # settings for TRL's configuration, e.g. learning_rate, beta
@@ -185,15 +209,18 @@ def train_online(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    "Train a policy online with TRL on a fixed budget of completions; raises `LireError` without trl. The prompts of a pass that do not fill a step wait for the next pass."
+    """Train a policy online with TRL on a fixed budget of completions; raises `LireError` without trl. The prompts of a
+    pass that do not fill a step wait for the next pass."""
     config_class, trainer_class = _trl(method)
     records, training, folder = list({r["id"]: r for r in by_id(prompts)}.values()), training or {}, Path(folder)
     _check_online(config_class, settings, training)
     generations = generation_budget(records, 1, num_candidates) if generations is None else generations
     steps = _steps(records, num_candidates, generations, lists_per_step)
     check_adapter(policy, peft_config)
-    identity = {"format": FORMAT, "method": method, "fingerprint": policy_identity(policy), "reward": reward_identity(reward), "prompts": prompts_identity(records),
-                "num_candidates": num_candidates, "generations": generations, "lists_per_step": lists_per_step, "sampling": asdict(settings), "training": plain_value(training),
+    identity = {"format": FORMAT, "method": method, "fingerprint": policy_identity(policy),
+                "reward": reward_identity(reward), "prompts": prompts_identity(records),
+                "num_candidates": num_candidates, "generations": generations, "lists_per_step": lists_per_step,
+                "sampling": asdict(settings), "training": plain_value(training),
                 "max_prompt_length": max_prompt_length, "peft": plain_value(peft_config), "seed": seed}
     identity = json.loads(json.dumps(identity, sort_keys=True))
     if folder.exists():
@@ -202,15 +229,21 @@ def train_online(
     peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
     encoded = encode_prompts(records, tokenizer, max_prompt_length)
     scored = OnlineReward(reward, records, encoded, tokenizer, num_candidates)
-    rows = datasets.Dataset.from_list([{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i, r in enumerate(records)])
+    rows = datasets.Dataset.from_list([{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i,
+                                       r in enumerate(records)])
     with atomic_folder(folder) as draft, tempfile.TemporaryDirectory() as elsewhere:
-        args = config_class(output_dir=elsewhere, **online_settings(tokenizer, steps, num_candidates, lists_per_step, settings, training, seed))
+        args = config_class(output_dir=elsewhere,
+                            **online_settings(tokenizer, steps, num_candidates, lists_per_step, settings, training,
+                                              seed))
         args._n_gpu = min(args.n_gpu, 1)
         with quiet_transformers():
-            trainer = _reading(trainer_class, encoded)(model, scored, args, rows, processing_class=tokenizer, peft_config=peft_config)
+            trainer = _reading(trainer_class, encoded)(model, scored, args, rows, processing_class=tokenizer,
+                                                       peft_config=peft_config)
         history = _run(trainer, draft, progress)
         (draft / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-        write_json(draft / "online.json", {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1), "trl": importlib.metadata.version("trl")})
+        write_json(draft / "online.json",
+                   {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
+                    "trl": importlib.metadata.version("trl")})
     del model, trainer
     gc.collect()
     return folder
@@ -226,8 +259,10 @@ def _run(trainer, draft: Path, progress: bool) -> list[dict]:
         trainer.train()
         trainer.save_model(str(draft))
     (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle; online.json says the same
-    names = {"reward": "reward", "reward_std": "reward_std", "kl": "kl", "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "completions/mean_length": "tokens", "step_time": "seconds"}
-    return [{"step": h["step"], **{short: h[name] for name, short in names.items() if h.get(name) is not None}} for h in trainer.state.log_history if "loss" in h]
+    names = {"reward": "reward", "reward_std": "reward_std", "kl": "kl", "loss": "loss", "grad_norm": "grad_norm",
+             "learning_rate": "learning_rate", "completions/mean_length": "tokens", "step_time": "seconds"}
+    return [{"step": h["step"], **{short: h[name] for name, short in names.items() if h.get(name) is not None}}
+            for h in trainer.state.log_history if "loss" in h]
 
 # %% ../../nbs/49_trl_online.ipynb #606d5a0b
 def _done_before(folder: Path, identity: dict) -> Path:
@@ -235,10 +270,14 @@ def _done_before(folder: Path, identity: dict) -> Path:
     try:
         known = json.loads((folder / "online.json").read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError) as e:
-        raise LireError("is there already and was not made by train_online", field="folder", value=str(folder), allowed="a new name", remedy="move it away or choose another name") from e
+        raise LireError("is there already and was not made by train_online", field="folder", value=str(folder),
+                        allowed="a new name", remedy="move it away or choose another name") from e
     if known.get("format") != FORMAT:
-        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=folder / "online.json", allowed="a new folder", remedy="give another folder")
+        raise LireError("an older version of lire_nb made this, and did not note all that it was made from",
+                        file=folder / "online.json", allowed="a new folder", remedy="give another folder")
     if differ := differences(known, identity):
-        raise LireError(f"holds a run of another configuration ({differ})", file=folder / "online.json", allowed="the same settings, or a new folder", remedy="give another folder, or the settings of this one")
+        raise LireError(f"holds a run of another configuration ({differ})", file=folder / "online.json",
+                        allowed="the same settings, or a new folder",
+                        remedy="give another folder, or the settings of this one")
     logger.warning("%s is there already, trained with the same settings", folder.name)
     return folder
