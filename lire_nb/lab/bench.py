@@ -178,7 +178,7 @@ def peak_growth(
     way: str,
 ) -> float | None:  # bytes; None where the system does not tell
     "Peak memory of a gradient step above that of the loaded model, in a process of its own."
-    code = "import json, sys; from lire_nb.bench import Point, _peak_growth; policy, point, way = json.loads(sys.argv[1]); print(json.dumps(_peak_growth(policy, Point(**point), way)))"
+    code = "import json, sys; from lire_nb.lab.bench import Point, _peak_growth; policy, point, way = json.loads(sys.argv[1]); print(json.dumps(_peak_growth(policy, Point(**point), way)))"
     done = subprocess.run([sys.executable, "-c", code, json.dumps([str(policy), asdict(point), way])],
                           capture_output=True, text=True)
     if done.returncode:

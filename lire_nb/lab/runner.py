@@ -73,7 +73,7 @@ class _Workers:
         self.count, self.env = count, env
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-P", "-c", "from lire_nb.reproduce import _worker; _worker()"]
+        command = [sys.executable, "-P", "-c", "from lire_nb.lab.runner import _worker; _worker()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
                                 env=self.env)
 
