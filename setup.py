@@ -11,7 +11,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-extras = {name: settings[f"{name}_requirements"].split() for name in ("assets", "lora", "server", "evaluation", "peers", "dev")}
+extras = {name: settings[f"{name}_requirements"].split()
+          for name in ("assets", "lora", "server", "evaluation", "peers", "dev")}
 
 
 class BuildWithData(build_py):

@@ -1,8 +1,10 @@
-"""The house in figures: `python .ci/house.py` for the working tree, `python .ci/house.py REVISION …` for commits beside it.
+"""The house in figures: `python .ci/house.py` for the working tree, `python .ci/house.py REVISION …` for commits beside
+it, `python .ci/house.py --picture` for the layers.
 
-Per notebook: cells of text per cell of code, exported cells (number, median and longest lines), where the verb is first used (0 is the
-top, 1 the end of the page) and visible checks per public name. Per module: lines, imports, private share of its top-level names, lines
-past 120. For the package: logical statements, and the lines that are loaded to draw a table.
+Per notebook: cells of text per cell of code, exported cells (number, median and longest lines), where the verb is first
+used (0 is the top, 1 the end of the page) and visible checks per public name. Per module: lines, imports, private share
+of its top-level names, lines past 120. For the package: logical statements, and the lines that are loaded to draw a
+table.
 """
 import ast
 import json
@@ -38,6 +40,25 @@ VERBS = {
     "online": "train_online", "verdicts": "judge_pairs", "judging": "judge_pairs", "chat": "ChatJudge",
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts",
+}
+
+
+# Lowest first: a room imports from its own layer and from those below.
+LAYERS = {
+    "base": ("base.errors", "base.files", "base.versions"),
+    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
+    "statistics": ("statistics", "preferences"),
+    "tasks, models": ("tasks", "models", "identity", "servers"),
+    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
+    "training": ("settings", "temperature", "resume", "training"),
+    "enhancement": ("enhancement",),
+    "evaluation": ("evaluation",),
+    "watching": ("watching",),
+    "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
+    "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
+            "lab.figures",
+            "lab.report", "lab.bench"),
+    "cli": ("cli",),
 }
 
 
@@ -121,6 +142,37 @@ def modules(root: Path) -> dict[str, dict]:
     return rows
 
 
+def imports(root: Path) -> dict[str, set[str]]:
+    """Room -> the rooms it imports, inside functions too."""
+    trees = {".".join(p.relative_to(root / "lire_nb").with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8"))
+             for p in sorted((root / "lire_nb").rglob("*.py")) if p.name not in ("_modidx.py", "__init__.py")}
+    found = {room: set() for room in trees}
+    for room, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                aims = [a.name.split(".", 1)[1] for a in node.names if a.name.startswith("lire_nb.")]
+            elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "lire_nb"):
+                where = [*room.split(".")[: -node.level],
+                         *(node.module or "").split(".")] if node.level else node.module.split(".")[1:]
+                where = ".".join(filter(None, where))
+                aims = [where] if where in trees else [f"{where}.{a.name}".lstrip(".") for a in node.names]
+            else:
+                continue
+            found[room] |= {aim for aim in aims if aim in trees}
+    return found
+
+
+def picture(root: Path) -> str:
+    """The layers, highest first, with their rooms and the layers that they import from."""
+    of, arrows_of, lines = {room: layer for layer, rooms in LAYERS.items() for room in rooms}, imports(root), []
+    for layer, rooms in reversed(LAYERS.items()):
+        below = {of[other] for room in rooms for other in arrows_of.get(room, ()) if of.get(other) != layer}
+        arrows = ", ".join(other for other in reversed(LAYERS) if other in below)
+        lines.append(f"{layer:22} {' '.join(r.split('.')[-1] for r in rooms)}" + (f"\n{'':22} -> {arrows}"
+                                                                                  if arrows else ""))
+    return "\n".join(lines)
+
+
 LOADED = """
 import json, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
@@ -166,6 +218,8 @@ def summary(root: Path) -> dict:
 
 
 def main(*revisions: str) -> None:
+    if revisions == ("--picture",):
+        return print(picture(ROOT))
     rows = {}
     for revision in revisions:
         with tempfile.TemporaryDirectory() as folder:
