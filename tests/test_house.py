@@ -53,7 +53,7 @@ def test_the_picture_in_contributing_is_the_house():
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_cells_are_small_or_say_why_not(path):
     page = house.notebook(path)
-    assert page["unexplained > 40"] == 0, "an exported cell beyond 40 lines needs `# long: reason` right below #| export"
+    assert page["unexplained > 40"] == 0, "an exported cell beyond 40 lines needs `# long: reason` below #| export"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     wide = [line for c in cells if c["cell_type"] == "code" for line in house.source(c).splitlines()
             if len(line) > house.WIDTH]

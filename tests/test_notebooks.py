@@ -14,7 +14,8 @@ from yardstick import import_seconds
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 EXPECTED = [
-    "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards", "16_shared_prompt",
+    "00_whole_way", "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards",
+    "16_shared_prompt",
     "17_logprobs",
     "18_training", "19_enhancement", "20_statistics", "21_preferences", "22_evaluation", "23_watching",
     "24_temperature",
@@ -24,7 +25,7 @@ EXPECTED = [
     "45_figures",
     "46_report", "47_bench", "48_memory", "49_trl_online", "50_verdicts", "51_chat", "52_sheets", "60_cli",
     "70_long_lists",
-    "90_dialogue", "90a_sentiment", "90b_summarization", "91_losses", "92_candidates", "93_ablations", "94_rounds",
+    "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds",
     "95_overoptimization", "96_transfer", "97_cost", "index",
 ]
 DRAWN = [name for name in EXPECTED if name >= "90"]  # from data/results alone
@@ -80,7 +81,8 @@ def test_notebook_skips_nothing_but_slow_cells_and_carries_its_outputs(name):
         assert not any(o["output_type"] == "error" for o in cell["outputs"]), source(cell)[:200]
         text = json.dumps(cell["outputs"])
         assert "jupyter.widget" not in text, f"a progress bar in an output: {source(cell)[:200]}"
-        assert "site-packages" not in text and str(Path.home()) + "/" not in text, f"a path of one machine in an output: {source(cell)[:200]}"
+        assert ("site-packages" not in text
+                and str(Path.home()) + "/" not in text), f"a path of one machine in an output: {source(cell)[:200]}"
         if re.match(r"#\|\s*slow", source(cell)):
             assert cell["outputs"], f"a slow cell must carry its stored output: {source(cell)[:200]}"
     assert "widgets" not in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["metadata"]
@@ -104,8 +106,8 @@ def again(tmp_path_factory) -> Path:
 
 
 def test_modules_are_the_export_of_the_notebooks(again):
-    files = sorted(p.name for p in (ROOT / "lire_nb").glob("*.py"))
-    assert files == sorted(p.name for p in (again / "lire_nb").glob("*.py"))
+    files = sorted(p.relative_to(ROOT / "lire_nb") for p in (ROOT / "lire_nb").rglob("*.py"))
+    assert files == sorted(p.relative_to(again / "lire_nb") for p in (again / "lire_nb").rglob("*.py"))
     for name in files:
         assert (ROOT / "lire_nb" / name).read_text() == (again / "lire_nb" / name).read_text(), (
             f"lire_nb/{name} is not the export of its notebook: make export"
@@ -123,7 +125,8 @@ def test_readme_is_the_index_notebook():
     made = run("python", "-c",
                "import sys; sys.path.insert(0, '.ci'); import readme; sys.stdout.write(readme.readme())")
     assert made.returncode == 0, made.stderr[-3000:]
-    assert made.stdout == (ROOT / "README.md").read_text(encoding="utf-8"), "README.md is not the index notebook: make export"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert made.stdout == readme, "README.md is not the index notebook: make export"
 
 
 SECONDS = {}  # of the processor, for each notebook that is drawn from results
@@ -138,11 +141,9 @@ def test_notebook_runs_and_its_tables_follow_from_the_committed_results(name, tm
     nbs = tmp_path / "nbs"
     nbs.mkdir()
     notebook, witness = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8")), tmp_path / "reached"
+    ends = f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"
     added = [{"cell_type": "code", "id": f"added-{k}", "metadata": {}, "execution_count": None, "outputs": [],
-              "source": text}
-             for k,
-             text in enumerate((IN_A_KERNEL,
-                                f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"))]
+              "source": text} for k, text in enumerate((IN_A_KERNEL, ends))]
     (nbs / f"{name}.ipynb").write_text(json.dumps({**notebook, "cells": [added[0], *notebook["cells"], added[1]]}),
                                        encoding="utf-8")
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -1,6 +1,8 @@
-"""Fresh processes without the start of Python: forks of one process that has imported the libraries, and nothing of this package.
+"""Fresh processes without the start of Python: forks of one process that has imported the libraries, and nothing of
+this package.
 
-`run` answers as `subprocess.run` does. A fork ends as any process does (exit code, traceback, functions at exit); what it imports of `lire_nb` it imports itself.
+`run` answers as `subprocess.run` does. A fork ends as any process does (exit code, traceback, functions at exit); what
+it imports of `lire_nb` it imports itself.
 As a script: read one request a line from stdin, fork, say how the fork ended.
 """
 import atexit
