@@ -139,9 +139,9 @@ def _checked(record: Any) -> dict:
             raise ListError("not a list of at least one", field=name, value=record[name], allowed="a list, M ≥ 1",
                             remedy="give one entry per candidate")
         if len(clean[name]) != len(clean["completions"]):
-            lengths = f"{len(clean['completions'])} completions, {len(clean[name])} {name}"
-            raise ListError("unequal lengths", field=name, value=lengths, allowed="one entry per completion",
-                            remedy="complete it, or drop the row")
+            raise ListError("unequal lengths", field=name,
+                            value=f"{len(clean['completions'])} completions, {len(clean[name])} {name}",
+                            allowed="one entry per completion", remedy="complete it, or drop the row")
     for name, check in (("completions", _check_text), ("rewards", _check_reward), ("sources", _check_text)):
         clean[name] = [check(value, f"{name}[{i}]") for i, value in enumerate(clean[name])]
     if not isinstance(record["meta"], dict):
@@ -250,9 +250,8 @@ def candidate_columns(record: dict) -> dict[str, list]:
     count, meta = len(record["completions"]), record.get("meta") or {}
     reasons = meta.get("finish_reasons", [None] * count)
     if not isinstance(reasons, list) or len(reasons) != count:
-        remedy = "drop a candidate's reason together with the candidate"
         raise ListError("not one per completion", field="meta.finish_reasons", value=reasons,
-                        allowed=f"{count} reasons", remedy=remedy)
+                        allowed=f"{count} reasons", remedy="drop a candidate's reason together with the candidate")
     return {k: v for k, v in meta.items() if isinstance(v, list) and len(v) == count and k != "merged"}
 
 # %% ../nbs/12_records.ipynb #28ada007
