@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Notes', 'LAYOUTS', 'Layout', 'spaced', 'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'adapt_row']
 
-# %% ../nbs/32_layouts.ipynb #95ab3a55
+# %% ../nbs/32_layouts.ipynb #4f8bf8dd
 import itertools
 import math
 import numbers
@@ -19,7 +19,7 @@ from lire_nb.records import (
     _check_message, _check_prompt, _check_reward, FEATURES, FIELDS, _listed, make_record, _REWARD, ROLES,
 )
 
-# %% ../nbs/32_layouts.ipynb #6ce429f4
+# %% ../nbs/32_layouts.ipynb #d7c1cfd3
 Notes = list[str]  # oddities of one row, counted in the report if the row is kept
 
 
@@ -134,7 +134,7 @@ def _first(row: dict, names: Iterable[str]) -> str | None:
     """The first of `names` that is a column of `row`."""
     return next((name for name in names if name in row), None)
 
-# %% ../nbs/32_layouts.ipynb #f8765ea6
+# %% ../nbs/32_layouts.ipynb #a6d9f2ed
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TURN_KEYS = (("role", "content"), ("from", "value"))
 _like_turns = re.compile(r"\s*(?:array\(\s*)?(?:(\[\s*)\{\s*['\"](?:role|content|from|value)"
@@ -255,7 +255,7 @@ def _same(a: list[dict], b: list[dict]) -> bool:
     """The same turns, white space at their ends aside."""
     return [(m["role"], m["content"].strip()) for m in a] == [(m["role"], m["content"].strip()) for m in b]
 
-# %% ../nbs/32_layouts.ipynb #258ea570
+# %% ../nbs/32_layouts.ipynb #b7250249
 def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
     """`turns`, then `more`, which may repeat all of `turns` or their end, with or without the system turn."""
     (system, a), (own_system, b) = _parted(turns), _parted(more)
@@ -269,7 +269,7 @@ def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
                                 "turn) and the answer", remedy="correct the row, or drop it")
     return (system or own_system) + joined
 
-# %% ../nbs/32_layouts.ipynb #e05a1b0a
+# %% ../nbs/32_layouts.ipynb #7bfdabde
 def _joined_turns(a: list[dict], b: list[dict]) -> list[dict] | None:
     """All turns, none twice; None where `b` has nothing to do with `a`, or it could be read in two ways."""
     if not a or not b or _same(a, b[: len(a)]):
@@ -289,7 +289,7 @@ def _user(prompt: str | list[dict]) -> list[dict]:
     """A plain prompt as one user turn; messages checked."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _check_prompt(prompt)
 
-# %% ../nbs/32_layouts.ipynb #c25ba614
+# %% ../nbs/32_layouts.ipynb #67611f85
 _ASIDE = 'drop the row, or read with on_error="quarantine"'
 
 
@@ -311,7 +311,7 @@ def _split_answers(prompt: Any, answers: list, names: list[str]) -> tuple[Any, l
                         allowed="at least one turn before the answer", remedy=_ASIDE)
     return first, [text for _, text in talks]
 
-# %% ../nbs/32_layouts.ipynb #f62e2320
+# %% ../nbs/32_layouts.ipynb #dbe91060
 def _talk(before: list[dict], answer: Any, name: str) -> tuple[list[dict], str]:
     """All turns before an answer, and its text."""
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -355,7 +355,7 @@ def _history(value: Any) -> list[dict]:
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
     return [_check_message(message, f"history[{i // 2}]") for i, message in enumerate(turns)]
 
-# %% ../nbs/32_layouts.ipynb #636bf335
+# %% ../nbs/32_layouts.ipynb #3d2a48d4
 def _row_prompt(row: dict, names: Iterable[str] = _PROMPTS, answered: bool = False) -> tuple[Any, set[str]]:
     """The prompt of a row with all that belongs to it, and the columns it came from.
 
@@ -515,7 +515,7 @@ def _read_distilabel(row: dict, notes: Notes) -> dict:
         rewards = [None if gone else reward for gone, reward in zip(missing, rewards)]
     return _read_list(row, _ASKED, "generations", ratings, models, rewards=rewards)
 
-# %% ../nbs/32_layouts.ipynb #a4c3b563
+# %% ../nbs/32_layouts.ipynb #30fdcc7f
 def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[Any, list, list[str], dict]:
     """Prompt, texts, the candidates' names for errors, and meta, from completions that are dicts."""
     candidates = row["completions"]
@@ -530,14 +530,15 @@ def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[An
     kept = {"candidates": rest} if any(rest) else {}
     return prompt, texts, names, _left_over({**row, **kept}, {*columns, "completions"})
 
-# %% ../nbs/32_layouts.ipynb #f37a4869
+# %% ../nbs/32_layouts.ipynb #2e7f3cdf
 def _ultrafeedback_score(candidate: dict, field: str, notes: Notes) -> float | None:
     marks = candidate.get("annotations")
     aspects = marks.values() if isinstance(marks, dict) else ()
     marks = [_number(aspect.get("Rating"), f"{field}.annotations") for aspect in aspects if isinstance(aspect, dict)]
     marks = [mark for mark in marks if _check_reward(mark, f"{field}.annotations") is not None]
     mean = sum(marks) / len(marks) if marks else None
-    overall, fine = (_number(candidate.get(name), f"{field}.{name}") for name in ("overall_score", "fine-grained_score"))
+    overall, fine = (_number(candidate.get(name), f"{field}.{name}")
+                     for name in ("overall_score", "fine-grained_score"))
     fine = mean if fine is None else fine
     return fine if overall is None else _mended_overall(overall, fine, notes)
 
@@ -552,7 +553,7 @@ def _mended_overall(overall: Any, fine: Any, notes: Notes) -> Any:
 
 _DOUBTFUL = "overall_score 10 beside a fine-grained score between 2 and 4, read as not scored"
 
-# %% ../nbs/32_layouts.ipynb #8b8fe3e7
+# %% ../nbs/32_layouts.ipynb #7bc8f705
 def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
     prompt, texts, names, meta = _read_dicts(row, "response", _ASKED, ("model",))
     candidates = row["completions"]
@@ -560,7 +561,7 @@ def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
     sources = ["unknown" if candidate.get("model") is None else candidate["model"] for candidate in candidates]
     return make_record(prompt, texts, rewards, sources, _row_id(row), meta)
 
-# %% ../nbs/32_layouts.ipynb #18fe03c4
+# %% ../nbs/32_layouts.ipynb #d2f67cf1
 def _read_ranked(row: dict, notes: Notes) -> dict:
     """NeMo-RL: context and completions of {rank, completion}, the lower rank is better; or {score, completion}."""
     keys = ("rank", "score", "reward", "rating")
@@ -598,7 +599,7 @@ def _read_tldr(row: dict, notes: Notes) -> dict:
 # %% ../nbs/32_layouts.ipynb #acbc26fb
 _PAIR = {"rewards": [1.0, 0.0], "sources": ["chosen", "rejected"]}
 
-# %% ../nbs/32_layouts.ipynb #a5bd53c1
+# %% ../nbs/32_layouts.ipynb #4b72474d
 def _read_hh(row: dict, notes: Notes) -> dict:
     pair = {name: _check_text(row[name], name) for name in ("chosen", "rejected")}
     talks = [parse_transcript(text) for text in pair.values()]
@@ -688,7 +689,7 @@ def _note_order(chosen: float | None, rejected: float | None, notes: Notes) -> N
     if None not in (chosen, rejected) and chosen <= rejected:
         notes.append("chosen and rejected have the same score" if chosen == rejected else "chosen has the lower score")
 
-# %% ../nbs/32_layouts.ipynb #caa8521d
+# %% ../nbs/32_layouts.ipynb #9f65b422
 def _read_outputs(row: dict, notes: Notes) -> dict:
     """AlpacaFarm: output_1, output_2, preference (1: the first is better … 2). HALOs: output_A, output_B, label."""
     numbered = "output_1" in row
@@ -698,7 +699,7 @@ def _read_outputs(row: dict, notes: Notes) -> dict:
     prompt, texts = _split_answers(prompt, [row[name] for name in names], names)
     return make_record(prompt, texts, rewards, names, id=_row_id(row), meta=_left_over(row, {*used, *names, *read}))
 
-# %% ../nbs/32_layouts.ipynb #5bf99a9a
+# %% ../nbs/32_layouts.ipynb #95fb84cb
 def _preference(row: dict) -> tuple[list[float | None], set[str]]:
     """The rewards of AlpacaFarm, and the columns they come from."""
     value, read = _number(row["preference"], "preference"), {"preference"}
@@ -783,7 +784,7 @@ def _group(rows: list[dict]) -> dict:
     completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
     return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
 
-# %% ../nbs/32_layouts.ipynb #74e99f95
+# %% ../nbs/32_layouts.ipynb #0c6643c3
 def _has(*names: str) -> Callable[[dict], bool]:
     return lambda row: all(name in row for name in names)
 
@@ -793,7 +794,7 @@ def _holds_dicts(row: dict) -> bool:
     dicts = isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
     return bool(_first(row, _PROMPTS)) and dicts
 
-# %% ../nbs/32_layouts.ipynb #0f2b932a
+# %% ../nbs/32_layouts.ipynb #972f6c43
 def _is_ranked(row: dict) -> bool:
     return _holds_dicts(row) and any(isinstance(c, dict) and "completion" in c for c in row["completions"])
 
@@ -811,7 +812,7 @@ def _is_hh(row: dict) -> bool:
     asked = _is_empty(row.get(_prompt_column(row, _PROMPTS)))
     return asked and _has("chosen", "rejected")(row) and any(isinstance(text, str) for text in pair)
 
-# %% ../nbs/32_layouts.ipynb #b4c4263b
+# %% ../nbs/32_layouts.ipynb #ff6a9022
 LAYOUTS = [
     Layout("ranked completions", "context or prompt, completions of {completion, rank}", _is_ranked, _read_ranked),
     Layout("UltraFeedback", "instruction, completions of {response, model, overall_score, …}", _holds_dicts,
@@ -902,7 +903,7 @@ def _check_renaming(name: str, names: Any) -> None:
         allowed = f"names of roles → {', '.join(ROLES)}" if name == "roles" else '{"role": …, "content": …}'
         raise ListError("not a renaming", field=f"mapping[{name!r}]", value=names, allowed=allowed)
 
-# %% ../nbs/32_layouts.ipynb #47dbe785
+# %% ../nbs/32_layouts.ipynb #7d24ad5b
 def adapt_row(
     row: dict,  # of somebody else's file
     mapping: dict | None = None,  # our field -> their column(s); None: the layout is recognized

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LoadReport', 'iter_lists', 'load_lists', 'as_lists', 'checked_prompts', 'prompt_facts', 'read_lines',
            'load_prompts', 'save_lists', 'check_ending', 'to_trl_pairs', 'to_rrhf']
 
-# %% ../nbs/33_lists.ipynb #223d78c2
+# %% ../nbs/33_lists.ipynb #d81ea632
 import copy
 import gzip
 import io
@@ -141,7 +141,7 @@ class _Seen:
         self.prompts.add(prompt)
         return True
 
-# %% ../nbs/33_lists.ipynb #7b07bc18
+# %% ../nbs/33_lists.ipynb #c8523e9e
 def _records(
     source: Any, mapping: dict | None, errors: _Errors, report: LoadReport, seen: _Seen | None, chat: bool | None
 ) -> Iterator[dict]:
@@ -176,7 +176,7 @@ def _instructs(row: dict, record: dict) -> bool | None:
     """True where the row calls its prompt an instruction: a text that is said to a model, so a user turn."""
     return True if isinstance(row.get("instruction"), str) and record["prompt"] != row.get("prompt") else None
 
-# %% ../nbs/33_lists.ipynb #71a7838b
+# %% ../nbs/33_lists.ipynb #3263511b
 def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: _Errors, report: LoadReport,
               seen: _Seen | None) -> bool:
     """Whether a record goes on; its rows are counted, or put aside."""
@@ -193,7 +193,7 @@ def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: 
         report.add_list(record)
     return fresh
 
-# %% ../nbs/33_lists.ipynb #7e6cad04
+# %% ../nbs/33_lists.ipynb #71093463
 def _run(source: Any, mapping: dict | None, on_error: str, quarantine: Any, report: LoadReport, seen: _Seen | None,
          chat: bool | None) -> Iterator[dict]:
     file = str(source) if isinstance(source, (str, os.PathLike)) else None
@@ -337,7 +337,7 @@ def prompt_facts(record: dict) -> dict:
 
 _DRAWN = ("finish_reasons", "token_ids", "logps", "tokenizer")  # never facts about a prompt
 
-# %% ../nbs/33_lists.ipynb #59c2ab3b
+# %% ../nbs/33_lists.ipynb #26f58e67
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a UTF-8 file. Only a line feed ends a line, with or without a carriage return before it.
 

@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'validate_record', 'prompt_id', 'make_record', 'as_chat', 'lists_dataset',
            'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists']
 
-# %% ../nbs/12_records.ipynb #b3dd2dac
+# %% ../nbs/12_records.ipynb #2d91f5f6
 import hashlib
 import itertools
 import math
@@ -164,7 +164,7 @@ def validate_record(
     except ListError as error:
         raise error.at(None if file is None else str(file), line, num) from None
 
-# %% ../nbs/12_records.ipynb #e1137547
+# %% ../nbs/12_records.ipynb #6310b86b
 def prompt_id(prompt: str | list[dict]) -> str:
     """A stable id: 16 hexadecimal digits that depend on the content of `prompt` only."""
     return json_digest(prompt)
@@ -181,7 +181,8 @@ def make_record(
     """A validated record.
 
     completions, rewards, sources: M entries each. Without rewards nothing is scored yet (None); one string for
-    `sources` holds for all candidates, none means "unknown". Without `id` it is `prompt_id(prompt)`. Raises `ListError`.
+    `sources` holds for all candidates, none means "unknown". Without `id` it is `prompt_id(prompt)`.
+    Raises `ListError`.
     """
     completions = _listed(completions)
     count = len(completions) if isinstance(completions, list) else 0

@@ -6,7 +6,7 @@
 __all__ = ['MOVED', 'LireError', 'ListError', 'expect_error', 'visible', 'one_line', 'in_markdown', 'in_html', 'in_figure',
            'in_terminal', 'in_cell', 'public_address', 'has_password', 'without_secrets', 'moved', 'gone']
 
-# %% ../../nbs/30_errors.ipynb #26b09a58
+# %% ../../nbs/30_errors.ipynb #055c0bdf
 import html
 import os
 import re
@@ -33,7 +33,8 @@ def _shown(value: Any) -> str:
 class LireError(ValueError):
     """What is wrong, where it stands, what is allowed and what to do about it; for all that a user can mend.
 
-    Attributes: reason, file, line (1-based), num (1-based position of a record in memory), field, value, allowed, remedy.
+    Attributes: reason, file, line (from 1), num (position of a record in memory, from 1), field, value, allowed,
+    remedy.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ def one_line(text, limit: int | None = None) -> str:
     text = visible(" ".join(str(text).split()))
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
 
-# %% ../../nbs/30_errors.ipynb #fd962336
+# %% ../../nbs/30_errors.ipynb #b0ee1171
 _MARKUP = re.compile(r"[\\\\`*_~<>&|$]|\](?=[(\[:])|:(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w)"
                      r"|^[#+=-](?=\s|[#+=-]|$)|^\d+[.)](?=\s)", re.IGNORECASE)
 
@@ -123,13 +124,13 @@ def in_html(text) -> str:
     "A text between tags, or in a quoted attribute."
     return html.escape(visible(text))
 
-# %% ../../nbs/30_errors.ipynb #32f6756b
+# %% ../../nbs/30_errors.ipynb #9d9b0049
 def in_figure(text, limit: int | None = 80) -> str:
     "A label, a title or a tick of matplotlib."
     text = one_line(text, limit).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # else the legend leaves it out
 
-# %% ../../nbs/30_errors.ipynb #12c400d2
+# %% ../../nbs/30_errors.ipynb #13237cd3
 _BREAKS = re.compile("[\\t\\n\\v\\f\\r\\x1c-\\x1e\\x85\\u2028\\u2029]+")
 
 
@@ -137,13 +138,13 @@ def in_terminal(text) -> str:
     "A line on a screen, with its own spaces."
     return visible(_BREAKS.sub(" ", str(text)))
 
-# %% ../../nbs/30_errors.ipynb #cbdb44e6
+# %% ../../nbs/30_errors.ipynb #97f7a9fe
 def in_cell(text) -> str:
     "A cell of a CSV file."
     text = str(text)
     return "'" + text if text.lstrip()[:1] in tuple("=+-@＝＋－＠") or text[:1] in ("\t", "\r") else text
 
-# %% ../../nbs/30_errors.ipynb #39ca086c
+# %% ../../nbs/30_errors.ipynb #ebd2232f
 _USER = re.compile(r"""(?<=://)(?:[^/?#\s"'<>]*@|[^/?#\s"'<>@:]*:(?!\d*(?:[/?#\s"'<>]|$))[^\s"'<>@]*@)""")
 _NAMES = "key|token|secret|passw|pwd|auth|sig|credential|session|jwt|code"  # parts of names whose value is a secret
 _SECRET = re.compile(rf"""([?&;#][^=&;#\s"'<>]*(?:{_NAMES})[^=&;#\s"'<>]*=)[^&;#\s"'<>]+""", re.IGNORECASE)
