@@ -7,7 +7,6 @@ __all__ = ['SCALES', 'GRIDS', 'NAMES', 'SEARCH', 'CORE', 'MADE', 'Find', 'TABLES
            'Run', 'experiment', 'mean_score', 'search', 'Table', 'plan', 'table_of']
 
 # %% ../../nbs/41_plans.ipynb #0a09da5b
-import hashlib
 import json
 import os
 import tomllib
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.errors import LireError
-from ..base.files import data_path
+from ..base.files import data_path, json_digest
 from ..base.versions import Package, version
 
 # %% ../../nbs/41_plans.ipynb #69d0760e
@@ -99,8 +98,7 @@ def config_key(
 ) -> str:  # 12 hex digits
     "The name of a configuration, with the content of what it only names: a policy's folder, a loss of one's own."
     outside = _outside(config)
-    return hashlib.sha256(json.dumps([config, outside] if outside else config,
-                                     sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest([config, outside] if outside else config, 12)
 
 # %% ../../nbs/41_plans.ipynb #08077085
 def _outside(value, name: str = "") -> list:
