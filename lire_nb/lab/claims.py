@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError, in_markdown
-from ..base.files import data_path
+from ..base.errors import LireError, data_path, in_markdown
 from .plans import NAMES, SCALES, TABLES
 from lire_nb.lab.results import (
     Results, difference, distance, final_runs, gain, load_runs, points_of, rows_in, shown, spread_of,

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..base.errors import in_figure, LireError
-from ..base.files import atomic_write
+from ..base.files import atomic_write, read_jsonl
 from lire_nb.lab.results import (
-    gain, gain_values, read_jsonl, read_metrics, read_records, read_systems, values_of, wins,
+    gain, gain_values, read_metrics, read_records, read_systems, values_of, wins,
 )
 from ..preferences import win_matrix
 from ..statistics import bootstrap_interval, crossed_interval, Interval

@@ -8,7 +8,6 @@ __all__ = ['SCALES', 'GRIDS', 'NAMES', 'SEARCH', 'CORE', 'MADE', 'Find', 'TABLES
            'Run', 'mean_score', 'search', 'Table', 'plan', 'table_of']
 
 # %% ../../nbs/41_plans.ipynb #0a09da5b
-import hashlib
 import json
 import os
 import tomllib
@@ -19,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.errors import LireError
-from ..base.files import data_path
+from ..base.errors import LireError, data_path
 
 # %% ../../nbs/41_plans.ipynb #5ba8c63e
 def read_settings(name: str) -> dict:
@@ -208,14 +206,15 @@ def _reward(scale: dict, task: str) -> dict:
     "How the reward models of a task are trained; a number of lists that is left out means all."
     return {"backbone": scale["backbone"], "lists": None, "check": None, **scale["tasks"][task]["reward"]}
 
-# %% ../../nbs/41_plans.ipynb #b0e8abdb
+# %% ../../nbs/41_plans.ipynb #f773193e
 def config_key(
     config: dict,  # JSON values only
 ) -> str:  # 12 hex digits
     "The name of a configuration, with the content of what it only names: a policy's folder, a loss of one's own."
+    from lire_nb.base.files import json_digest
+
     outside = _outside(config)
-    return hashlib.sha256(json.dumps([config, outside] if outside else config,
-                                     sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest([config, outside] if outside else config, 12)
 
 # %% ../../nbs/41_plans.ipynb #08077085
 def _outside(value, name: str = "") -> list:

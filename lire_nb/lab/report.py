@@ -22,12 +22,12 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from ..base.errors import in_cell, in_figure, in_html, in_markdown, LireError, one_line, without_secrets
-from ..base.files import atomic_write, slug
+from ..base.files import atomic_write, read_jsonl, slug
 from lire_nb.lab.figures import (
     _axes, COLORS, figure_style, independent_judge, plot_before_after, plot_reward_kl, plot_reward_kl_frontier,
     plot_training, plot_win_matrix, _png, prompt_means, reward_kl_frontier, save_figure, _wrapped,
 )
-from .results import _json, read_jsonl, read_metrics, read_records, read_systems, Records
+from .results import _json, read_metrics, read_records, read_systems, Records
 from ..statistics import FEW, has_kl, Interval, paired_difference, wilson_interval
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb

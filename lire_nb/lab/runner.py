@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.errors import LireError
-from ..base.files import data_path, one_writer
+from ..base.errors import LireError, data_path
+from ..base.files import one_writer
 from .experiments import run_experiment
 from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,

@@ -23,7 +23,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from ..base.errors import LireError
-from ..base.files import atomic_folder, write_json
+from ..base.files import atomic_folder, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id, check_adapter
 from lire_nb.identity import (
@@ -235,7 +235,7 @@ def train_online(
         trainer, scored = _trainer(method, policy, records, reward, max_prompt_length, peft_config, elsewhere,
                                    {**sizes, "steps": steps, "settings": settings, "training": training, "seed": seed})
         history = _run(trainer, draft, progress)
-        (draft / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        write_jsonl(draft / "training.jsonl", history)
         write_json(draft / "online.json",
                    {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
                     "trl": importlib.metadata.version("trl")})
