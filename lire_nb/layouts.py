@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Notes', 'LAYOUTS', 'Layout', 'spaced', 'unspaced', 'parse_transcript', 'join_transcript', 'rank_rewards', 'adapt_row']
 
-# %% ../nbs/32_layouts.ipynb #4f8bf8dd
+# %% ../nbs/32_layouts.ipynb #79ed697a
 import itertools
 import math
 import numbers
@@ -19,7 +19,7 @@ from lire_nb.records import (
     _check_message, _check_prompt, _check_reward, FEATURES, FIELDS, _listed, make_record, _REWARD, ROLES,
 )
 
-# %% ../nbs/32_layouts.ipynb #d7c1cfd3
+# %% ../nbs/32_layouts.ipynb #7640c021
 Notes = list[str]  # oddities of one row, counted in the report if the row is kept
 
 
@@ -134,7 +134,7 @@ def _first(row: dict, names: Iterable[str]) -> str | None:
     """The first of `names` that is a column of `row`."""
     return next((name for name in names if name in row), None)
 
-# %% ../nbs/32_layouts.ipynb #a6d9f2ed
+# %% ../nbs/32_layouts.ipynb #87802cbd
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TURN_KEYS = (("role", "content"), ("from", "value"))
 _like_turns = re.compile(r"\s*(?:array\(\s*)?(?:(\[\s*)\{\s*['\"](?:role|content|from|value)"
@@ -255,7 +255,7 @@ def _same(a: list[dict], b: list[dict]) -> bool:
     """The same turns, white space at their ends aside."""
     return [(m["role"], m["content"].strip()) for m in a] == [(m["role"], m["content"].strip()) for m in b]
 
-# %% ../nbs/32_layouts.ipynb #b7250249
+# %% ../nbs/32_layouts.ipynb #51079d78
 def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
     """`turns`, then `more`, which may repeat all of `turns` or their end, with or without the system turn."""
     (system, a), (own_system, b) = _parted(turns), _parted(more)
@@ -269,7 +269,7 @@ def _continued(turns: list[dict], more: list[dict], field: str) -> list[dict]:
                                 "turn) and the answer", remedy="correct the row, or drop it")
     return (system or own_system) + joined
 
-# %% ../nbs/32_layouts.ipynb #7bfdabde
+# %% ../nbs/32_layouts.ipynb #63e6401f
 def _joined_turns(a: list[dict], b: list[dict]) -> list[dict] | None:
     """All turns, none twice; None where `b` has nothing to do with `a`, or it could be read in two ways."""
     if not a or not b or _same(a, b[: len(a)]):
@@ -289,7 +289,7 @@ def _user(prompt: str | list[dict]) -> list[dict]:
     """A plain prompt as one user turn; messages checked."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _check_prompt(prompt)
 
-# %% ../nbs/32_layouts.ipynb #67611f85
+# %% ../nbs/32_layouts.ipynb #bdefb0ce
 _ASIDE = 'drop the row, or read with on_error="quarantine"'
 
 
@@ -311,7 +311,7 @@ def _split_answers(prompt: Any, answers: list, names: list[str]) -> tuple[Any, l
                         allowed="at least one turn before the answer", remedy=_ASIDE)
     return first, [text for _, text in talks]
 
-# %% ../nbs/32_layouts.ipynb #dbe91060
+# %% ../nbs/32_layouts.ipynb #cf3d5547
 def _talk(before: list[dict], answer: Any, name: str) -> tuple[list[dict], str]:
     """All turns before an answer, and its text."""
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -355,7 +355,7 @@ def _history(value: Any) -> list[dict]:
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
     return [_check_message(message, f"history[{i // 2}]") for i, message in enumerate(turns)]
 
-# %% ../nbs/32_layouts.ipynb #3d2a48d4
+# %% ../nbs/32_layouts.ipynb #3dfe597d
 def _row_prompt(row: dict, names: Iterable[str] = _PROMPTS, answered: bool = False) -> tuple[Any, set[str]]:
     """The prompt of a row with all that belongs to it, and the columns it came from.
 
@@ -483,7 +483,7 @@ def _read_own(row: dict, notes: Notes) -> dict:
 def _read_ranks(row: dict, notes: Notes) -> dict:
     ranks = _numbers(row["ranks"], "ranks")
     if not isinstance(ranks, list):
-        raise ListError("not a list", field="ranks", value=ranks, allowed="one rank a completion, 1 = best",
+        raise ListError("not a list", field="ranks", value=ranks, allowed="one rank per completion, 1 = best",
                         remedy="repair the row")
     return _read_list(row, ("prompt",), "completions", "ranks", "sources", rewards=rank_rewards(ranks))
 
@@ -515,7 +515,7 @@ def _read_distilabel(row: dict, notes: Notes) -> dict:
         rewards = [None if gone else reward for gone, reward in zip(missing, rewards)]
     return _read_list(row, _ASKED, "generations", ratings, models, rewards=rewards)
 
-# %% ../nbs/32_layouts.ipynb #30fdcc7f
+# %% ../nbs/32_layouts.ipynb #5f197dab
 def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[Any, list, list[str], dict]:
     """Prompt, texts, the candidates' names for errors, and meta, from completions that are dicts."""
     candidates = row["completions"]
@@ -530,7 +530,7 @@ def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[An
     kept = {"candidates": rest} if any(rest) else {}
     return prompt, texts, names, _left_over({**row, **kept}, {*columns, "completions"})
 
-# %% ../nbs/32_layouts.ipynb #2e7f3cdf
+# %% ../nbs/32_layouts.ipynb #f7791d77
 def _ultrafeedback_score(candidate: dict, field: str, notes: Notes) -> float | None:
     marks = candidate.get("annotations")
     aspects = marks.values() if isinstance(marks, dict) else ()
@@ -553,7 +553,7 @@ def _mended_overall(overall: Any, fine: Any, notes: Notes) -> Any:
 
 _DOUBTFUL = "overall_score 10 beside a fine-grained score between 2 and 4, read as not scored"
 
-# %% ../nbs/32_layouts.ipynb #7bc8f705
+# %% ../nbs/32_layouts.ipynb #da465008
 def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
     prompt, texts, names, meta = _read_dicts(row, "response", _ASKED, ("model",))
     candidates = row["completions"]
@@ -561,7 +561,7 @@ def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
     sources = ["unknown" if candidate.get("model") is None else candidate["model"] for candidate in candidates]
     return make_record(prompt, texts, rewards, sources, _row_id(row), meta)
 
-# %% ../nbs/32_layouts.ipynb #d2f67cf1
+# %% ../nbs/32_layouts.ipynb #65ec37b7
 def _read_ranked(row: dict, notes: Notes) -> dict:
     """NeMo-RL: context and completions of {rank, completion}, the lower rank is better; or {score, completion}."""
     keys = ("rank", "score", "reward", "rating")
@@ -599,7 +599,7 @@ def _read_tldr(row: dict, notes: Notes) -> dict:
 # %% ../nbs/32_layouts.ipynb #acbc26fb
 _PAIR = {"rewards": [1.0, 0.0], "sources": ["chosen", "rejected"]}
 
-# %% ../nbs/32_layouts.ipynb #4b72474d
+# %% ../nbs/32_layouts.ipynb #2a2a2ccf
 def _read_hh(row: dict, notes: Notes) -> dict:
     pair = {name: _check_text(row[name], name) for name in ("chosen", "rejected")}
     talks = [parse_transcript(text) for text in pair.values()]
@@ -689,7 +689,7 @@ def _note_order(chosen: float | None, rejected: float | None, notes: Notes) -> N
     if None not in (chosen, rejected) and chosen <= rejected:
         notes.append("chosen and rejected have the same score" if chosen == rejected else "chosen has the lower score")
 
-# %% ../nbs/32_layouts.ipynb #9f65b422
+# %% ../nbs/32_layouts.ipynb #aa15c4a3
 def _read_outputs(row: dict, notes: Notes) -> dict:
     """AlpacaFarm: output_1, output_2, preference (1: the first is better … 2). HALOs: output_A, output_B, label."""
     numbered = "output_1" in row
@@ -699,7 +699,7 @@ def _read_outputs(row: dict, notes: Notes) -> dict:
     prompt, texts = _split_answers(prompt, [row[name] for name in names], names)
     return make_record(prompt, texts, rewards, names, id=_row_id(row), meta=_left_over(row, {*used, *names, *read}))
 
-# %% ../nbs/32_layouts.ipynb #95fb84cb
+# %% ../nbs/32_layouts.ipynb #2b359d46
 def _preference(row: dict) -> tuple[list[float | None], set[str]]:
     """The rewards of AlpacaFarm, and the columns they come from."""
     value, read = _number(row["preference"], "preference"), {"preference"}
@@ -779,12 +779,12 @@ def _group(rows: list[dict]) -> dict:
     meta = {}
     for name in dict.fromkeys(itertools.chain(*metas)):
         values = [each.get(name) for each in metas]
-        column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for one value a candidate
+        column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for a column
         meta[name] = values[0] if all(value == values[0] for value in values) and not column else values
     completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
     return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
 
-# %% ../nbs/32_layouts.ipynb #0c6643c3
+# %% ../nbs/32_layouts.ipynb #7c1a4cf6
 def _has(*names: str) -> Callable[[dict], bool]:
     return lambda row: all(name in row for name in names)
 
@@ -794,7 +794,7 @@ def _holds_dicts(row: dict) -> bool:
     dicts = isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
     return bool(_first(row, _PROMPTS)) and dicts
 
-# %% ../nbs/32_layouts.ipynb #972f6c43
+# %% ../nbs/32_layouts.ipynb #ebb8fbc6
 def _is_ranked(row: dict) -> bool:
     return _holds_dicts(row) and any(isinstance(c, dict) and "completion" in c for c in row["completions"])
 
@@ -812,7 +812,7 @@ def _is_hh(row: dict) -> bool:
     asked = _is_empty(row.get(_prompt_column(row, _PROMPTS)))
     return asked and _has("chosen", "rejected")(row) and any(isinstance(text, str) for text in pair)
 
-# %% ../nbs/32_layouts.ipynb #ff6a9022
+# %% ../nbs/32_layouts.ipynb #fa0b455c
 LAYOUTS = [
     Layout("ranked completions", "context or prompt, completions of {completion, rank}", _is_ranked, _read_ranked),
     Layout("UltraFeedback", "instruction, completions of {response, model, overall_score, …}", _holds_dicts,
@@ -903,7 +903,7 @@ def _check_renaming(name: str, names: Any) -> None:
         allowed = f"names of roles → {', '.join(ROLES)}" if name == "roles" else '{"role": …, "content": …}'
         raise ListError("not a renaming", field=f"mapping[{name!r}]", value=names, allowed=allowed)
 
-# %% ../nbs/32_layouts.ipynb #7d24ad5b
+# %% ../nbs/32_layouts.ipynb #57bb940a
 def adapt_row(
     row: dict,  # of somebody else's file
     mapping: dict | None = None,  # our field -> their column(s); None: the layout is recognized

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LoadReport', 'iter_lists', 'load_lists', 'as_lists', 'checked_prompts', 'prompt_facts', 'read_lines',
            'load_prompts', 'save_lists', 'check_ending', 'to_trl_pairs', 'to_rrhf']
 
-# %% ../nbs/33_lists.ipynb #d81ea632
+# %% ../nbs/33_lists.ipynb #a52610ee
 import copy
 import gzip
 import io
@@ -128,7 +128,7 @@ class _Seen:
         known = self.ids.get(record["id"])
         if known not in (None, prompt):
             raise ListError("the same id already belongs to another prompt", field="id", value=record["id"],
-                            allowed="one prompt an id", remedy="correct the id, or leave it out")
+                            allowed="one prompt per id", remedy="correct the id, or leave it out")
         if content in self.contents:
             self.report.duplicates += 1
             return False
@@ -141,7 +141,7 @@ class _Seen:
         self.prompts.add(prompt)
         return True
 
-# %% ../nbs/33_lists.ipynb #c8523e9e
+# %% ../nbs/33_lists.ipynb #8172cdce
 def _records(
     source: Any, mapping: dict | None, errors: _Errors, report: LoadReport, seen: _Seen | None, chat: bool | None
 ) -> Iterator[dict]:
@@ -176,7 +176,7 @@ def _instructs(row: dict, record: dict) -> bool | None:
     """True where the row calls its prompt an instruction: a text that is said to a model, so a user turn."""
     return True if isinstance(row.get("instruction"), str) and record["prompt"] != row.get("prompt") else None
 
-# %% ../nbs/33_lists.ipynb #3263511b
+# %% ../nbs/33_lists.ipynb #22a6fe24
 def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: _Errors, report: LoadReport,
               seen: _Seen | None) -> bool:
     """Whether a record goes on; its rows are counted, or put aside."""
@@ -193,7 +193,7 @@ def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: 
         report.add_list(record)
     return fresh
 
-# %% ../nbs/33_lists.ipynb #71093463
+# %% ../nbs/33_lists.ipynb #0174fe02
 def _run(source: Any, mapping: dict | None, on_error: str, quarantine: Any, report: LoadReport, seen: _Seen | None,
          chat: bool | None) -> Iterator[dict]:
     file = str(source) if isinstance(source, (str, os.PathLike)) else None
@@ -323,7 +323,7 @@ def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, d
         record = as_chat(record | {"meta": _check_meta(meta)}, chat)
         if known.setdefault(record["id"], record)["prompt"] != record["prompt"]:
             raise ListError("the same id already belongs to another prompt", field="id", value=record["id"],
-                            allowed="one prompt an id", remedy="correct the id, or leave it out")
+                            allowed="one prompt per id", remedy="correct the id, or leave it out")
         return record
     except ListError as error:
         raise error.at(None, None, num) from None
@@ -337,7 +337,7 @@ def prompt_facts(record: dict) -> dict:
 
 _DRAWN = ("finish_reasons", "token_ids", "logps", "tokenizer")  # never facts about a prompt
 
-# %% ../nbs/33_lists.ipynb #26f58e67
+# %% ../nbs/33_lists.ipynb #1a4258a4
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a UTF-8 file. Only a line feed ends a line, with or without a carriage return before it.
 
@@ -388,7 +388,7 @@ def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
 def _prompt_record(row: Any) -> dict:
     """Prompt, id and meta of a row, whose answers are not needed, but may hold a part of the prompt."""
     if not isinstance(row, dict):
-        raise ListError("not an object", value=row, allowed="one JSON object a row", remedy="repair or remove it")
+        raise ListError("not an object", value=row, allowed="one JSON object per row", remedy="repair or remove it")
     row = _with_turns(row)
     answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
     needed = "chosen" in row or "prompt" not in row or any(map(_holds_turns, answers))

@@ -11,14 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tokenizer_kinds import CHATML, FORGETS, GEMMA, KINDS, PHI, _bytes, _fast, _framed  # noqa: E402
 
-from lire_nb import (
-    layouts,
-    lists,  # noqa: E402
-)
-from lire_nb.base.errors import LireError
-from lire_nb.conversations import render_prompt
+from lire_nb import layouts  # noqa: E402
+from lire_nb.base.errors import LireError  # noqa: E402
+from lire_nb.conversations import list_table, render_prompt  # noqa: E402
 from lire_nb.lab.trl_online import encode_prompts  # noqa: E402
-from lire_nb.lists import load_lists, to_rrhf
+from lire_nb.lists import load_lists, to_rrhf  # noqa: E402
 from lire_nb.models import load_tokenizer  # noqa: E402
 from lire_nb.records import make_record  # noqa: E402
 from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists  # noqa: E402
@@ -222,7 +219,7 @@ def test_06_what_is_measured_is_what_is_trained():
     tokenizer = KINDS["bytes_bos"]()
     for prompt in ([S("Be brief."), U("hi")], [U("hi"), A("Well")], "hi"):
         record = make_record(prompt, ["Yes.", "no"], [1, 0])
-        table, tokens = lists.list_table([record], tokenizer), tokenize_list(record, tokenizer)
+        table, tokens = list_table([record], tokenizer), tokenize_list(record, tokenizer)
         assert table["prompt_length"][0] == len(tokens["prompt_ids"])
         assert table["completion_lengths"][0] == [len(ids) for ids in tokens["completion_ids"]]
 
@@ -288,7 +285,7 @@ def test_28_a_template_that_refuses_names_the_list_everywhere(template):
     reward = RewardModel(Model(), tokenizer)
     fine = make_record([U("hi")], ["Yes."], [1.0])
     for work in (lambda: tokenize_list(record, tokenizer), lambda: encode_prompts([fine, record], tokenizer),
-                 lambda: score_lists([fine, record], reward), lambda: lists.list_table([record], tokenizer)):
+                 lambda: score_lists([fine, record], reward), lambda: list_table([record], tokenizer)):
         with pytest.raises(LireError) as caught:
             work()
         assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower()
