@@ -281,9 +281,8 @@ class Results:
             known[row["key"]] = row
 
     def _counts(self, row: dict) -> bool:
-        if self.codes is None and not self.current:
-            return True
-        return row["code"] in (self.codes or ()) or self.current and row["code"] == code_of(row["config"])
+        everything = self.codes is None and not self.current
+        return everything or row["code"] in (self.codes or ()) or self.current and row["code"] == code_of(row["config"])
 
     def find(self, config: dict) -> dict | None:
         "The result of a configuration."

@@ -9,7 +9,6 @@ __all__ = ['logger', 'METHODS', 'generation_budget', 'OnlineReward', 'encode_pro
 import difflib
 import gc
 import importlib.metadata
-import json
 import logging
 import os
 import tempfile
@@ -26,9 +25,7 @@ from ..base.errors import LireError
 from ..base.files import atomic_folder, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id, check_adapter
-from lire_nb.identity import (
-    differences, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity,
-)
+from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity
 from ..models import adapter_config, has_bf16, load_policy, quiet_transformers
 from ..records import make_record
 from ..rewards import Reward, score_lists
@@ -223,9 +220,10 @@ def train_online(
     sizes = {"num_candidates": num_candidates, "lists_per_step": lists_per_step}
     steps = _steps(records, generations=generations, **sizes)
     check_adapter(policy, peft_config)
-    identity = _identity(policy, records, reward, {
-        "method": method, **sizes, "generations": generations, "sampling": asdict(settings), "training": training,
-        "max_prompt_length": max_prompt_length, "peft": peft_config, "seed": seed})
+    identity = {"method": method, "fingerprint": policy_identity(policy), "reward": reward_identity(reward),
+                "prompts": prompts_identity(records), **sizes, "generations": generations,
+                "sampling": asdict(settings), "training": plain_value(training),
+                "max_prompt_length": max_prompt_length, "peft": plain_value(peft_config), "seed": seed}
     if folder.exists():
         return _done_before(folder, identity)
     began = time.monotonic()
@@ -233,19 +231,12 @@ def train_online(
         trainer, scored = _trainer(method, policy, records, reward, max_prompt_length, peft_config, elsewhere,
                                    {**sizes, "steps": steps, "settings": settings, "training": training, "seed": seed})
         write_jsonl(draft / "training.jsonl", _run(trainer, draft, progress))
-        write_json(draft / "online.json",
-                   {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
-                    "trl": importlib.metadata.version("trl")})
+        about = {"scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
+                 "trl": importlib.metadata.version("trl")}
+        write_json(draft / "online.json", {"format": FORMAT, **identity, "about": about})
     del trainer
     gc.collect()
     return folder
-
-# %% ../../nbs/49_trl_online.ipynb #a731f102
-def _identity(policy, records: list[dict], reward: Reward, settings: dict) -> dict:
-    "What decides the trained policy, as JSON."
-    known = {"format": FORMAT, "fingerprint": policy_identity(policy), "reward": reward_identity(reward),
-             "prompts": prompts_identity(records), **plain_value(settings)}
-    return json.loads(json.dumps(known, sort_keys=True))
 
 # %% ../../nbs/49_trl_online.ipynb #41d50d7d
 def _trainer(method: str, policy, records: list[dict], reward: Reward, max_prompt_length: int, peft_config, folder: str,
@@ -283,17 +274,10 @@ def _run(trainer, draft: Path, progress: bool) -> list[dict]:
 # %% ../../nbs/49_trl_online.ipynb #606d5a0b
 def _done_before(folder: Path, identity: dict) -> Path:
     "A finished run of the same settings; anything else is in the way."
-    try:
-        known = json.loads((folder / "online.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError) as e:
+    record = folder / "online.json"
+    if not record.is_file():
         raise LireError("is there already and was not made by train_online", field="folder", value=str(folder),
-                        allowed="a new name", remedy="move it away or choose another name") from e
-    if known.get("format") != FORMAT:
-        raise LireError("an older version of lire_nb made this, and did not note all that it was made from",
-                        file=folder / "online.json", allowed="a new folder", remedy="give another folder")
-    if differ := differences(known, identity):
-        raise LireError(f"holds a run of another configuration ({differ})", file=folder / "online.json",
-                        allowed="the same settings, or a new folder",
-                        remedy="give another folder, or the settings of this one")
+                        allowed="a new name", remedy="move it away or choose another name")
+    check_claim(record, identity)
     logger.warning("%s is there already, trained with the same settings", folder.name)
     return folder
