@@ -20,8 +20,7 @@ from pathlib import Path
 
 import datasets
 
-from .base.errors import LireError, moved
-from .base.files import data_path
+from .base.errors import data_path, LireError, moved
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
 from .records import as_chat, lists_dataset, make_record, prompt_id

@@ -53,7 +53,7 @@ def test_budget_improvement_and_records(start, tmp_path, method, more):
     reward = Counting()
     folder = train_online(start, PROMPTS, reward, tmp_path / "run", method=method, generations=180,
                           **{**RUN, "training": {"learning_rate": 0.03, **more}})
-    assert len(reward.asked) == 180 == json.loads((folder / "online.json").read_text())["scored"]
+    assert len(reward.asked) == 180 == json.loads((folder / "online.json").read_text())["about"]["scored"]
     assert {p for p, _ in reward.asked} == {p["prompt"] for p in PROMPTS}
     assert all(1 <= len(c) <= 6 for _, c in reward.asked), "no empty completion, none too long"
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MOVED', 'LireError', 'ListError', 'expect_error', 'visible', 'one_line', 'in_markdown', 'in_html', 'in_figure',
-           'in_terminal', 'in_cell', 'public_address', 'has_password', 'without_secrets', 'moved', 'gone']
+           'in_terminal', 'in_cell', 'public_address', 'has_password', 'without_secrets', 'data_path', 'moved', 'gone']
 
 # %% ../../nbs/30_errors.ipynb #055c0bdf
 import html
+import importlib.util
 import os
 import re
 import reprlib
 import unicodedata
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/30_errors.ipynb #ec8d1632
@@ -169,6 +171,16 @@ def without_secrets(value):
         return type(value)(without_secrets(v) for v in value)
     return public_address(value) if isinstance(value, str) else value
 
+# %% ../../nbs/30_errors.ipynb #05fe2723
+def data_path(
+    name: str = "",  # of a file or folder in data/; empty: data/ itself
+) -> Path:
+    """What this project wrote itself, wherever the command runs: data/ beside the package in a checkout, inside the
+    package where it is installed."""
+    package = Path(importlib.util.find_spec("lire_nb").origin).parent
+    checkout = package.parent / "data"
+    return (checkout if (package.parent / "settings.ini").is_file() and checkout.is_dir() else package / "data") / name
+
 # %% ../../nbs/30_errors.ipynb #937ef4a7
 # long: a table
 MOVED = {  # old module -> {new module: the names that are there now}
@@ -192,7 +204,7 @@ MOVED = {  # old module -> {new module: the names that are there now}
         "conversations": "describe_lists list_table plot_lists",
     },
     "tasks": {
-        "base.files": "data_path",
+        "base.errors": "data_path",
     },
     "identity": {
         "base.files": "free_lock one_writer sweep_locks take_lock",
@@ -275,7 +287,7 @@ MOVED = {  # old module -> {new module: the names that are there now}
     "experiments": {
         "lab.plans": "code_version config_key",
         "lab.experiments": (
-            "compact expand given_candidates judges_of KINDS prompts_of ragged_lengths reward_folder reward_lists "
+            "compact given_candidates judges_of KINDS prompts_of ragged_lengths reward_folder reward_lists "
             "reward_spec run_experiment source_lists stand_in take_candidates trained_lists"
         ),
     },

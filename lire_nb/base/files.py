@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'BLANK', 'atomic_write', 'disk_errors', 'atomic_folder', 'sweep_drafts', 'json_line', 'write_jsonl',
            'append_jsonl', 'write_json', 'json_digest', 'slug', 'Row', 'read_rows', 'jsonl_rows', 'read_jsonl',
-           'take_lock', 'free_lock', 'one_writer', 'sweep_locks', 'data_path']
+           'take_lock', 'free_lock', 'one_writer', 'sweep_locks']
 
 # %% ../../nbs/31_files.ipynb #45c9321a
 import ast
@@ -13,7 +13,6 @@ import csv
 import errno
 import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -648,13 +647,3 @@ def _batches(items: Iterable, size: int = _BATCH) -> Iterator[list]:
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 # for meta: equal dicts, equal bytes
 _sorted_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True).encode
-
-# %% ../../nbs/31_files.ipynb #e58acd79
-def data_path(
-    name: str = "",  # of a file or folder in data/; empty: data/ itself
-) -> Path:
-    """What this project wrote itself, wherever the command runs: data/ beside the package in a checkout, inside the
-    package where it is installed."""
-    package = Path(importlib.util.find_spec("lire_nb").origin).parent
-    checkout = package.parent / "data"
-    return (checkout if (package.parent / "settings.ini").is_file() and checkout.is_dir() else package / "data") / name
