@@ -6,8 +6,8 @@
 __all__ = ['METHOD_COLORS', 'JUDGE_COLORS', 'VERDICT_COLORS', 'colors_of', 'bar_of', 'Line', 'along', 'figure_style', 'panels',
            'png', 'picture', 'save_figure', 'non_dominated', 'frontier_points', 'run_points', 'reward_kl_frontier',
            'draw_frontier', 'plot_frontier', 'plot_reward_kl', 'draw_gains', 'plot_gains', 'draw_lines', 'plot_lines',
-           'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_before_after', 'plot_training',
-           'plot_calibration']
+           'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_claims', 'plot_before_after',
+           'plot_training', 'plot_calibration']
 
 # %% ../../nbs/45_figures.ipynb #8c5bbe33
 import io
@@ -176,8 +176,8 @@ def frontier_points(
     for name, runs in systems.items():
         if name != start:
             kl, gained = values_of(runs, "kl"), gain_values(runs, systems[start], judge)
-            group = groups and groups[name]
-            rows.append({"label": group or _seeded(name, systems), "group": group or name, "seeds": len(runs),
+            group = (groups or {}).get(name, name)
+            rows.append({"label": _seeded(name, systems) if group == name else group, "group": group, "seeds": len(runs),
                          "dots": [*zip(kl.mean(1), gained.mean(1))], "whole": set(runs["seed"]) == set.union(*seeds),
                          **_point(kl=bar_of(kl), gain=bar_of(gained))})
     return _with_frontier(pd.DataFrame(rows), judge)
@@ -306,7 +306,7 @@ def draw_gains(axes, systems: dict[str, pd.DataFrame], start: str = "start",
                 axes.plot(values.mean(1), [place] * len(values), ".", ms=4, color=colors[judge], alpha=0.6)
     axes.axvline(0, color="0.6", lw=1)
     axes.set(ylim=(len(names) - 0.5, -0.5))
-    axes.set_yticks(range(len(names)), [in_figure(_seeded(name, systems)) for name in names])
+    axes.set_yticks(range(len(names)), [in_figure(name) for name in names])
 
 # %% ../../nbs/45_figures.ipynb #853d4a56
 def plot_gains(systems: dict[str, pd.DataFrame], start: str = "start", judges: tuple[str, ...] = ("gold", "proxy"),
@@ -424,7 +424,7 @@ def heat_map(
         axes.spines[:].set_visible(False)
         axes.figure.colorbar(image, ax=axes, shrink=0.9, format=PercentFormatter(1.0) if "%" in form else None)
 
-    return panels(draw, {title: cells}, 1.8 + 1.05 * len(columns), 1.1 + 0.75 * len(rows))
+    return panels(draw, {title: cells}, 1.8 + (1.05 if "%" in form else 1.3) * len(columns), 1.1 + 0.75 * len(rows))
 
 # %% ../../nbs/45_figures.ipynb #d5980a58
 def plot_matrix(systems: dict[str, pd.DataFrame], judge: str = "gold") -> Figure:
@@ -442,6 +442,32 @@ def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None =
     cells = {(c["system"], c["opponent"]): Interval(c["win_rate"], c["low"], c["high"], c["method"])
              for c in win_matrix(systems, [judge])}
     return heat_map(cells, systems, systems, f"Row wins against column, judge: {judge}")
+
+# %% ../../nbs/45_figures.ipynb #f1230773
+def plot_claims(
+    found: dict,  # claim -> `claims.Measured`
+) -> Figure:
+    "A forest plot: a row for every claim with what decides it; a quantity of one seed is hollow."
+    with figure_style():
+        figure = Figure(figsize=(9.6, 1.0 + 0.36 * len(found)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
+        for row, (claim, measured) in enumerate(found.items()):
+            own, color = [q for q in measured.quantities if q.decides], VERDICT_COLORS[measured.verdict]
+            for k, q in enumerate(own):
+                place = row + (k - (len(own) - 1) / 2) * 0.7 / max(len(own), 3)
+                (right if "nats" in q.name else left).errorbar(
+                    [q.interval.value], [place], xerr=_ends([q.interval]), color=color, marker="o", ms=4, capsize=2,
+                    lw=1.1, ls="none", mfc="white" if q.seeds == 1 else color)
+        for verdict, color in VERDICT_COLORS.items():
+            left.plot([], [], "o-", ms=4, color=color, label=verdict)
+        left.set(xlabel="standard deviations of the start's reward, 95 % intervals over prompts and seeds",
+                 xlim=(-1.3, 1.3), ylim=(len(found) - 0.5, -0.5))
+        left.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), 46) for claim in found], fontsize=9)
+        right.set(xlabel="nats", xlim=(-45, 45))
+        for axes in (left, right):
+            axes.axvline(0, color="0.6", lw=1)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    return figure
 
 # %% ../../nbs/45_figures.ipynb #a2e37765
 def plot_before_after(run: str | Path, judge: str | None = None, system: str | None = None) -> Figure:

@@ -472,16 +472,16 @@ class Table:
 
 # %% ../../nbs/41_plans.ipynb #666ee7c9
 TABLES: dict[str, Table] = {
-    "sentiment": Table("LIRE beats pairwise and list-wise baselines", "90a_sentiment",
+    "sentiment": Table("LIRE beats pairwise and list-wise baselines", "90_methods",
                        partial(_methods_plan, "sentiment")),
-    "dialogue": Table("LIRE beats pairwise and list-wise baselines in dialogue", "90_dialogue",
+    "dialogue": Table("LIRE beats pairwise and list-wise baselines in dialogue", "90_methods",
                       partial(_methods_plan, "dialogue")),
     "candidates": Table("LIRE gains with M", "92_candidates", _candidates_plan),
     "ablations": Table("T matters little; the supervised term is optional", "93_ablations", _ablations_plan),
     "self_enhancement": Table("the reward rises with every round and its variance falls", "94_rounds",
                               _enhancement_plan),
     "overoptimization": Table("a supervised term prevents over-optimization", "95_overoptimization", _course_plan),
-    "summarization": Table("LIRE beats pairwise and list-wise baselines in summarization", "90b_summarization",
+    "summarization": Table("LIRE beats pairwise and list-wise baselines in summarization", "90_methods",
                            partial(_methods_plan, "summarization")),
     "transfer": Table("the gain carries over to other prompts", "96_transfer", _transfer_plan),
     "losses": Table("gain and distance of every loss, one seed", "91_losses", _losses_plan),
