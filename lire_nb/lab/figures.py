@@ -177,9 +177,9 @@ def frontier_points(
         if name != start:
             kl, gained = values_of(runs, "kl"), gain_values(runs, systems[start], judge)
             group = (groups or {}).get(name, name)
-            rows.append({"label": _seeded(name, systems) if group == name else group, "group": group, "seeds": len(runs),
-                         "dots": [*zip(kl.mean(1), gained.mean(1))], "whole": set(runs["seed"]) == set.union(*seeds),
-                         **_point(kl=bar_of(kl), gain=bar_of(gained))})
+            rows.append({"label": _seeded(name, systems) if group == name else group, "group": group,
+                         "seeds": len(runs), "dots": [*zip(kl.mean(1), gained.mean(1))],
+                         "whole": set(runs["seed"]) == set.union(*seeds), **_point(kl=bar_of(kl), gain=bar_of(gained))})
     return _with_frontier(pd.DataFrame(rows), judge)
 
 # %% ../../nbs/45_figures.ipynb #6960132b
@@ -338,7 +338,7 @@ def draw_lines(
         for place, values in zip(x, line.dots.values() if line.seeds > 1 else ()):
             axes.plot([place] * len(values), values, ls="none", marker=".", ms=4, color=colors[name], alpha=0.6)
     for name, value in (flat or {}).items():
-        axes.axhline(value.value, color=colors[name], ls="--", label=in_figure(name))
+        axes.axhline(value.value, color=colors[name], ls="-.", label=in_figure(name))
         axes.axhspan(value.low, value.high, color=colors[name], alpha=0.12, lw=0)
     axes.axhline(0, color="0.8", lw=1)
     _ticks(axes, ticks if counted else [], log)

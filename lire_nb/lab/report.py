@@ -62,7 +62,7 @@ class Markup(NamedTuple):
     table: str  # of head, rule, rows
 
 
-MARKDOWN = Markup(in_markdown, "**{}** — {} …\n\n", "- *{}*: … {}\n", "{}\n", " {} |", " {} |", "|{}\n",
+MARKDOWN = Markup(in_markdown, "**{}** — {} …\n\n", "- *{}*: … {}\n", "{}", " {} |", " {} |", "|{}\n",
                   "{head}{rule}\n{rows}")
 HTML = Markup(lambda text: in_html(one_line(text)), "<p><b>{}</b> — {} …</p>", "<li><i>{}</i>: … {}</li>",
               "<ul>{}</ul>\n", "<th>{}</th>", "<td>{}</td>", "<tr>{}</tr>",
