@@ -9,9 +9,8 @@ __all__ = ['METHOD_COLORS', 'JUDGE_COLORS', 'VERDICT_COLORS', 'colors_of', 'bar_
            'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_claims', 'plot_before_after',
            'plot_training', 'plot_calibration']
 
-# %% ../../nbs/45_figures.ipynb #8c5bbe33
+# %% ../../nbs/45_figures.ipynb #60b5844a
 import io
-import re
 import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -47,8 +46,7 @@ _MARKS = "osD^vP*Xh<>p"
 def colors_of(names: Iterable[str]) -> dict[str, str]:
     "A color for each name: that of the method or judge it begins with, else a spare one, in order."
     known, spare = {**METHOD_COLORS, **JUDGE_COLORS}, cycle(_SPARE)
-    heads = sorted(known, key=len, reverse=True)
-    head = lambda name: next((h for h in heads if re.match(rf"{re.escape(h)}(?!\w)", name)), None)  # noqa: E731
+    head = lambda name: next((h for h in known if f"{name} ".startswith((f"{h} ", f"{h},", f"{h}:"))), "")  # noqa: E731
     return {name: known.get(head(name)) or next(spare) for name in dict.fromkeys(names)}
 
 # %% ../../nbs/45_figures.ipynb #fad59d06
@@ -341,14 +339,8 @@ def draw_lines(
         axes.axhline(value.value, color=colors[name], ls="-.", label=in_figure(name))
         axes.axhspan(value.low, value.high, color=colors[name], alpha=0.12, lw=0)
     axes.axhline(0, color="0.8", lw=1)
-    _ticks(axes, ticks if counted else [], log)
-
-# %% ../../nbs/45_figures.ipynb #4fc01b01
-def _ticks(axes, ticks: list[float], log: bool) -> None:
-    "A scale, and ticks at counted positions, which have no halves between them."
-    if log:
-        axes.set_xscale("log")
-    if ticks:
+    axes.set_xscale("log" if log else "linear")
+    if counted:  # and have no halves between them
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
 

@@ -245,8 +245,11 @@ def report(
     figures = dict(_figures(run, systems))
     for name, figure in figures.items():
         save_figure(figure, run / "figures", name)
-    parts = [*_result_parts(run, metrics, table), *_figure_parts(run, systems, figures), *_worse_parts(worse),
-             *_last_parts(run, samples, figures)]
+    told = {name: parting_sentence(frame) for name, frame in _courses(run, systems).items()}
+    shown = lambda *kinds: [part for kind in kinds for part in _figure_parts(kind, figures, told)]  # noqa: E731
+    parts = [*_result_parts(run, metrics, table),
+             *shown("reward_kl", "frontier", "overoptimization", "win_matrix", "before_after"), *_worse_parts(worse),
+             *shown("training", "calibration"), *_last_parts(run, samples)]
     texts = {"table.csv": _csv(table), "table.md": markdown_table(table), "samples.md": samples_text(samples, MARKDOWN),
              "worse.csv": _csv(worse.prompts), "worse_reasons.csv": _csv(worse.reasons),
              "report.html": _PAGE.format(body="\n".join(_html(kind, content) for kind, content in parts))}
@@ -272,20 +275,21 @@ def _figures(run: Path, systems: dict[str, list[dict]]):
         yield "frontier", plot_frontier(reward_kl_frontier([run]))
     if rivals:
         yield "win_matrix", plot_win_matrix(systems)
-    for number, course in enumerate(_courses(run, systems), 1):
-        name = "overoptimization" if number == 1 else f"overoptimization-{number}"
-        yield name, plot_overoptimization(overoptimization(course))
+    for name, frame in _courses(run, systems).items():
+        yield name, plot_overoptimization(frame)
     if any(run.glob("round-*/policy/training.jsonl")):  # a folder that only holds an evaluation has no logs
         yield "training", plot_training(run)
     for name, rows in read_held_out(run).items():
         yield f"calibration-{slug(name)}", plot_calibration(rows, name)
 
 # %% ../../nbs/46_report.ipynb #e6477e25
-def _courses(run: Path, systems: dict[str, list[dict]]) -> list[dict[str, list[dict]]]:
-    "The rows of every recorded course that begins at the start policy, where a proxy and another judge saw it."
+def _courses(run: Path, systems: dict[str, list[dict]]) -> dict[str, pd.DataFrame]:
+    """Figure -> table of over-optimization, of every recorded course that begins at the start policy, where a proxy and
+    another judge saw it."""
     start, scores = next(iter(systems)), next(iter(systems.values()))[0]["scores"]
     courses = [c for c in read_records(run).courses if c[0] == start and len(c) > 1]
-    return [{name: systems[name] for name in c} for c in courses if "proxy" in scores and len(scores) > 1]
+    return {f"overoptimization{f'-{k}' * (k > 1)}": overoptimization({name: systems[name] for name in c})
+            for k, c in enumerate(courses, 1) if "proxy" in scores and len(scores) > 1}
 
 
 def read_held_out(run: str | Path) -> dict[str, list[dict]]:
@@ -301,28 +305,31 @@ def _result_parts(run: Path, metrics: pd.DataFrame, table: pd.DataFrame):
                 "the start policy.")
     yield "table", table.T.rename_axis("figure")
 
-# %% ../../nbs/46_report.ipynb #2a070497
-def _figure_parts(run: Path, systems: dict, figures: dict[str, Figure]):
-    if "reward_kl" in figures:
-        yield "h2", "Reward against distance"
-        yield "p", "Lines join rounds of one recorded course of training."
-        yield "figure", (figures["reward_kl"], "gain against KL for every judge")
-    if "frontier" in figures:
-        yield "figure", (figures["frontier"], "the systems on and off the reward-KL frontier")
-    names = [name for name in figures if name.startswith("overoptimization")]
-    if names:
-        yield "h2", "Over-optimization"
-        yield "p", ("The proxy reward against an independent one along a course of training, in standard deviations of "
-                    "the start policy over prompts.")
-    for name, course in zip(names, _courses(run, systems)):
-        yield "p", parting_sentence(overoptimization(course))
-        yield "figure", (figures[name], "gain of proxy and independent reward over the systems")
-    if "win_matrix" in figures:
-        yield "h2", "Everyone against everyone"
-        yield "figure", (figures["win_matrix"], "win rates of all systems against all")
-    yield "h2", "Before and after"
-    yield "p", "Each point is one prompt. Red points got worse. The cross is the mean with its intervals."
-    yield "figure", (figures["before_after"], "reward of every prompt before and after")
+# %% ../../nbs/46_report.ipynb #e94ee377
+_SHOWN = {  # kind of figure -> heading, words, what can be seen
+    "reward_kl": ("Reward against distance", "Lines join rounds of one recorded course of training.",
+                  "gain against KL for every judge"),
+    "frontier": ("", "", "the systems on and off the reward-KL frontier"),
+    "overoptimization": ("Over-optimization", "The proxy reward against an independent one along a course of training, "
+                         "in standard deviations of the start policy over prompts.",
+                         "gain of proxy and independent reward over the systems"),
+    "win_matrix": ("Everyone against everyone", "", "win rates of all systems against all"),
+    "before_after": ("Before and after", "Each point is one prompt. Red points got worse. The cross is the mean with "
+                     "its intervals.", "reward of every prompt before and after"),
+    "training": ("Training", "", "expected reward over the steps"),
+    "calibration": ("Reward models", "Predicted against observed preference on held-out pairs.",
+                    "calibration of a reward model"),
+}
+
+
+def _figure_parts(kind: str, figures: dict[str, Figure], told: dict[str, str]):
+    "The figures of a kind, if there are any, below its heading; `told`: a sentence before a figure."
+    own, (heading, words, alt) = [n for n in figures if n.partition("-")[0] == kind], _SHOWN[kind]
+    if own:
+        yield from [(tag, text) for tag, text in (("h2", heading), ("p", words)) if text]
+    for name in own:
+        yield from [("p", told[name])] if name in told else []
+        yield "figure", (figures[name], f"{alt}: {name.partition('-')[2]}" if "-" in name else alt)
 
 # %% ../../nbs/46_report.ipynb #6e02af88
 def _worse_parts(worse: Worse):
@@ -337,16 +344,7 @@ def _worse_parts(worse: Worse):
     yield from (("table", table) for table in worse_tables(worse))
 
 # %% ../../nbs/46_report.ipynb #5d866798
-def _last_parts(run: Path, samples: pd.DataFrame, figures: dict[str, Figure]):
-    if "training" in figures:
-        yield "h2", "Training"
-        yield "figure", (figures["training"], "expected reward over the steps")
-    held_out = read_held_out(run)
-    if held_out:
-        yield "h2", "Reward models"
-        yield "p", "Predicted against observed preference on held-out pairs."
-    for name in held_out:
-        yield "figure", (figures[f"calibration-{slug(name)}"], f"calibration of the {name} reward model")
+def _last_parts(run: Path, samples: pd.DataFrame):
     yield "h2", "Samples"
     yield "p", ("The prompts with the largest gain, the median and the largest loss of the independent judge's reward; "
                 "the first sample of each system.")
