@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['QUICKSTART', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
            'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'report_command',
-           'quickstart', 'machine', 'quickstart_command', 'bench_command', 'read_rows_of', 'reproduce_command', 'main']
+           'quickstart', 'machine', 'quickstart_command', 'bench_command', 'reproduce_command', 'main']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, visible
-from .lists import check_ending, checked_prompts, load_lists, load_prompts, read_lines, save_lists
+from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
 
 # %% ../nbs/60_cli.ipynb #245b7993
 def read_prompts(
@@ -477,7 +476,7 @@ def bench_command(args) -> None:
     import torch
 
     from lire_nb.lab import bench
-    from lire_nb.base.files import write_jsonl
+    from lire_nb.base.files import read_jsonl, write_jsonl
     from lire_nb.identity import policy_identity
     from lire_nb.path_check import check_paths
     from lire_nb.rivals import get_loss
@@ -492,7 +491,7 @@ def bench_command(args) -> None:
     if args.loss != "lire" and (args.long or args.peers):
         raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire",
                         remedy="leave one of them out")
-    rows, made_from = read_rows_of(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
+    rows, made_from = read_jsonl(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
     # rows of before had one loss, and the policy by its name alone
     asked = (args.policy, made_from, repeats, args.loss)
     same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"],
@@ -530,19 +529,6 @@ def bench_command(args) -> None:
         for row in found:
             print(f"one DPO step, {row['way']:12} {row['seconds']:6.2f} s   {row['speedup_over_trl']:.2f}x of TRL's "
                   "speed")
-
-# %% ../nbs/60_cli.ipynb #806057a9
-def read_rows_of(path: str) -> list[dict]:
-    "Rows of a results file; raises `LireError` for a line that is not one."
-    rows = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise LireError("not a JSON row", file=path, line=number, value=line[:60],
-                            allowed="the output of an earlier lire bench",
-                            remedy="delete the line or choose another file") from e
-    return rows
 
 # %% ../nbs/60_cli.ipynb #2e6a59b0
 def _point(text: str):

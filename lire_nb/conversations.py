@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_PROMPT_LENGTH', 'MAX_COMPLETION_LENGTH', 'render_prompt', 'render_conversation', 'answer_text',
-           'check_limit', 'encode_prompt', 'end_token', 'end_tokens', 'encode_completion', 'completion_text',
+           'encode_prompt', 'check_limit', 'end_token', 'end_tokens', 'encode_completion', 'completion_text',
            'tokenizer_fingerprint', 'drawn_tokens', 'completion_ids', 'encode_conversation', 'warn_text_prompts',
            'list_table', 'describe_lists', 'plot_lists']
 
@@ -279,18 +279,6 @@ def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list
     head = head if head < limit else limit // 2
     return ids[:head] + ids[len(ids) - (limit - head):]
 
-# %% ../nbs/13_conversations.ipynb #603d64a6
-def check_limit(
-    value,
-    field: str,  # what the limit is called
-    least: int = 1,
-) -> int:
-    "A number of tokens; raises `LireError` for what cannot be one."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise LireError("not a number of tokens", field=field, value=value, allowed=f"a whole number, {least} or more",
-                        remedy="change this limit")
-    return int(value)
-
 # %% ../nbs/13_conversations.ipynb #79231108
 def encode_prompt(
     prompt: str | list[dict],
@@ -319,6 +307,18 @@ def _start_token(tokenizer, id: str | None) -> int:
         raise LireError("no token to predict from", field=_where(id), allowed="a prompt with at least one token",
                         remedy="give the prompt some text")
     return start
+
+# %% ../nbs/13_conversations.ipynb #603d64a6
+def check_limit(
+    value,
+    field: str,  # what the limit is called
+    least: int = 1,
+) -> int:
+    "A number of tokens; raises `LireError` for what cannot be one."
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise LireError("not a number of tokens", field=field, value=value, allowed=f"a whole number, {least} or more",
+                        remedy="change this limit")
+    return int(value)
 
 # %% ../nbs/13_conversations.ipynb #fa5b448d
 def _decoded(ids: list[int], tokenizer) -> str:
@@ -449,7 +449,7 @@ def completion_ids(
     meta, texts = record.get("meta") or {}, record["completions"]
     reasons = meta.get("finish_reasons") or [None] * len(texts)
     if len(reasons) != len(texts):
-        raise LireError("not one a completion", field=f"meta.finish_reasons of list {record['id']!r}", value=reasons,
+        raise LireError("not one per completion", field=f"meta.finish_reasons of list {record['id']!r}", value=reasons,
                         allowed=f"{len(texts)} reasons", remedy="drop a candidate's reason together with the candidate")
     rows = drawn_tokens(record, tokenizer) if meta.get("token_ids") else [None] * len(texts)
     todo = [j for j, ids in enumerate(rows) if ids is None]
@@ -520,7 +520,7 @@ def _lengths(record: dict, tokenizer) -> tuple[int, list[int]]:
 def list_table(
     lists: Iterable[dict],
     tokenizer=None,
-) -> pd.DataFrame:  # one row a list
+) -> pd.DataFrame:  # one row per list
     "Candidates, scored, tied (that share their reward), signal, empty, rewards' range, prompt and completion lengths."
     rows = []
     for num, record in enumerate(_plain_rows(lists), 1):

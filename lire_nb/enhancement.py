@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .base.errors import LireError, moved
-from .base.files import disk_errors, _is_main, one_writer, sweep_drafts, write_json
+from .base.files import disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from lire_nb.identity import (
     check_claim, claim_folder, differences, digest, lists_identity, named_identity, plain_value, policy_identity,
@@ -249,7 +249,7 @@ def _add_records(draft: Path, trainer) -> None:
     "The log and the settings beside the weights."
     (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle; lire_config.json says the same
     history = [_plain(h) for h in trainer.state.log_history if "loss" in h]
-    (draft / "training.jsonl").write_text("".join(json.dumps(h, sort_keys=True) + "\n" for h in history))
+    write_jsonl(draft / "training.jsonl", (dict(sorted(h.items())) for h in history))
     settings = {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir", "run_name")}
     (draft / "lire_config.json").write_text(json.dumps(settings, indent=1, default=str))
 

@@ -9,7 +9,6 @@ __all__ = ['MeanReward', 'WinRate', 'LengthControlledWinRate', 'KLDivergence', '
 
 # %% ../nbs/22_evaluation.ipynb #cebe861a
 import inspect
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ import torch
 from scipy import stats
 
 from .base.errors import LireError, moved, public_address
-from .base.files import one_writer, slug, write_json, write_jsonl
+from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
     check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity,
@@ -528,8 +527,7 @@ def _check_options(judges: dict, options: dict) -> None:
 def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
     "The rows of a system; raises `LireError` for a file that does not hold them."
     try:
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
+        rows = read_jsonl(path)
         whole = [r["id"] for r in rows] == [r["id"] for r in prompts] and all(r["scores"].keys() >= judges.keys()
                                                                               and _WHOLE <= r.keys() for r in rows)
     except (ValueError, TypeError, KeyError, AttributeError):

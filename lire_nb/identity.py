@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from .base.errors import has_password, LireError, moved, public_address, without_secrets
-from .base.files import write_json
+from .base.files import json_digest, write_json
 from lire_nb.models import (
     adapter_base, config_content, file_hash, _hub_file, model_fingerprint, resolve_model,
 )
@@ -44,7 +44,7 @@ FORMAT = 2  # of what stands beside a result; 1 was version 0.1.0, which left ou
 
 def digest(*parts) -> str:  # 16 hex digits
     "A hash of JSON values."
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(parts)
 
 
 def lists_identity(lists: Iterable[dict]) -> str:

@@ -10,23 +10,21 @@ __all__ = ['logger', 'IMPLS', 'WORTH', 'list_logps', 'summed', 'path_of', 'token
 # %% ../nbs/17_logprobs.ipynb #9a6992cd
 import hashlib
 import itertools
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .base.errors import LireError, moved
-from .base.files import atomic_write
+from .base.files import read_jsonl, write_jsonl
 from lire_nb.conversations import (
     completion_ids, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
     tokenizer_fingerprint,
 )
-from .lists import read_lines
 from .models import causal_lm, context_of, model_fingerprint, unwrap
 from .path_check import _around, _HARMLESS, _PADDED, to_device, verified
 from .records import select_candidates
@@ -186,8 +184,7 @@ def reference_logps(
         logger.info("reference log-probs of %d lists, kept in %s", len(missing), path)
         found = dataset_logps(model, tokenizer, missing.values(), **options)
         known |= {key: logps for key, (logps, _) in zip(missing, found)}
-        with atomic_write(path) as f:
-            f.writelines(json.dumps({"list": key, "logps": logps}) + "\n" for key, logps in sorted(known.items()))
+        write_jsonl(path, ({"list": key, "logps": logps} for key, logps in sorted(known.items())))
     return [known[key] for key in keys]
 
 # %% ../nbs/17_logprobs.ipynb #6dd861eb
@@ -199,12 +196,9 @@ def _content_key(record: dict, tokenizer, limits: dict) -> str:
 def _read_cache(path: Path) -> dict[str, list[float]]:
     "A line that cannot be read is as good as absent: it is computed again."
     known = {}
-    for line in read_lines(path) if path.exists() else []:
-        try:
-            row = json.loads(line)
+    for row in read_jsonl(path, skip=True) if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
             known[row["list"]] = [float(v) for v in row["logps"]]
-        except (ValueError, KeyError, TypeError):
-            continue
     return known
 
 # %% ../nbs/17_logprobs.ipynb #ec146d10

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from .base.errors import LireError
-from .base.files import atomic_write
+from .base.files import write_json
 from .models import file_hash, quiet_transformers
 
 # %% ../nbs/38_resume.ipynb #e94406ce
@@ -41,8 +41,7 @@ def write_manifest(
     manifest = {**facts,
                 "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
                           for name in sorted(files)}}
-    with atomic_write(folder / "manifest.json") as f:
-        f.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 # %% ../nbs/38_resume.ipynb #3b86b3a9

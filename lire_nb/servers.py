@@ -6,7 +6,6 @@
 __all__ = ['logger', 'check_address', 'Journal', 'TryLater', 'NoAnswer', 'run_requests']
 
 # %% ../nbs/39_servers.ipynb #93a19b27
-import json
 import logging
 import os
 import queue
@@ -22,7 +21,7 @@ import filelock
 from tqdm.auto import tqdm
 
 from .base.errors import LireError
-from .base.files import free_lock, take_lock
+from .base.files import append_jsonl, free_lock, jsonl_rows, take_lock
 
 # %% ../nbs/39_servers.ipynb #057a2a7d
 logger = logging.getLogger(__name__)
@@ -51,11 +50,10 @@ class Journal:
     'Answers by key, kept in a JSONL file of `{"key": …, "answer": …}`; without a path only in memory.'
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path, self.answers, self.file, self.lock = path, {}, None, None
+        self.path, self.answers, self.lock = path, {}, None
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.lock = _locked(path)
-            self.file = open(path, "a+b")
             try:
                 self._read()
             except LireError:
@@ -63,33 +61,21 @@ class Journal:
                 raise
 
     def _read(self) -> None:
-        self.file.seek(0)
-        whole = 0
-        for number, line in enumerate(self.file, 1):
-            if not line.endswith(b"\n"):
-                logger.warning("%s: the last line was torn off by a crash; it is asked again", self.path)
-                self.file.truncate(whole)
-                break
-            whole += len(line)
+        for row in jsonl_rows(self.path, torn=True):
             try:
-                entry = json.loads(line)
-                self.answers[entry["key"]] = entry["answer"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise LireError("not a line of a journal", file=self.path, line=number, value=line[:80],
+                self.answers[row.value["key"]] = row.value["answer"]
+            except (KeyError, TypeError) as e:
+                raise LireError("not a line of a journal", file=self.path, line=row.line, value=row.text,
                                 allowed='{"key": …, "answer": …}',
                                 remedy="remove this line, or choose another file for the journal") from e
 
     def add(self, answers: Mapping[str, Any]) -> None:
         "Keep answers; they are on the disk when this returns."
         self.answers.update(answers)
-        if self.file is not None:
-            self.file.write("".join(json.dumps({"key": k, "answer": a}) + "\n" for k, a in answers.items()).encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        if self.path is not None:
+            append_jsonl(self.path, ({"key": k, "answer": a} for k, a in answers.items()))
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
         if self.lock is not None:
             free_lock(self.lock)
             self.lock = None

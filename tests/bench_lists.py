@@ -66,7 +66,8 @@ def main():
             for name in STEPS:
                 command = [sys.executable, __file__, name, str(count), folder]
                 result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                print(f"{result['step']:32}{result['lists']:>9,}{result['lists_per_second']:>9,}{result['peak_mib']:>10}{result['imports_mib']:>12}", flush=True)
+                print(f"{result['step']:32}{result['lists']:>9,}{result['lists_per_second']:>9,}"
+                      f"{result['peak_mib']:>10}{result['imports_mib']:>12}", flush=True)
             # what went through JSONL, and through Parquet and back, is byte for byte what was written first
             first, copy, back = (Path(folder, f"{count}{suffix}.jsonl").read_bytes()
                                  for suffix in ("", "-copy", "-back"))

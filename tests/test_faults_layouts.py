@@ -77,8 +77,7 @@ def test_09_every_column_travels_with_its_candidate():
 
 
 def test_09_what_the_lists_do_not_agree_on_is_kept_by_list():
-    records = [make_record("p", [c], [1], id=c, meta={"lang": "en", "from": {"file": c}}) for c in "abc"]
-    (both,) = merge_lists(records)
+    (both,) = merge_lists(make_record("p", [c], [1], id=c, meta={"lang": "en", "from": {"file": c}}) for c in "abc")
     assert both["meta"]["lang"] == "en" and both["meta"]["merged"] == [{"id": c, "meta": {"from": {"file": c}}}
                                                                        for c in "abc"]
     # three parts and three candidates are no column
@@ -129,7 +128,8 @@ def test_09_exports_keep_the_columns(tmp_path):
                  to_rrhf([record], tmp_path / "r.jsonl")):
         assert one(path and load_lists(path)) == record
     back = one(to_trl_pairs([record]))
-    assert back["rewards"] == [0.9, 0.1] and back["completions"] == ["b", "a"] and back["sources"] == ["n", "m"] and ended(back) == ["stop", "length"]
+    assert back["rewards"] == [0.9, 0.1] and back["completions"] == ["b", "a"] and back["sources"] == ["n", "m"]
+    assert ended(back) == ["stop", "length"]
 
 
 @pytest.mark.parametrize("keep", [[], [2], [-1], [0.0]])
@@ -579,14 +579,10 @@ def test_22_rows_of_json_too(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"list": ODD + str(i), "logps": [0.5], "prompt": ODD + str(i)},
                                        ensure_ascii=False) + "\n" for i in range(2)), newline="")
-    from lire_nb.lab.results import read_jsonl
+    from lire_nb.base.files import read_jsonl
     from lire_nb.logprobs import _read_cache
 
-    assert (
-        len(cli.read_rows_of(str(path))) == 2
-        and list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"]
-        and len(read_jsonl(path)) == 2
-    )
+    assert list(_read_cache(path)) == [f"{ODD}0", f"{ODD}1"] and len(read_jsonl(path)) == 2
     assert [p["prompt"] for p in cli.read_prompts(str(path))] == [f"{ODD}0", f"{ODD}1"]
 
 
@@ -631,7 +627,8 @@ def test_25_the_hundredth_prompt_is_checked_before_the_first_is_sampled(tmp_path
     for call in calls.values():
         with pytest.raises(LireError) as caught:
             call()
-        assert "prompt" in caught.value.field and "\n" not in str(caught.value) and "100" in str(caught.value), str(caught.value)
+        said = str(caught.value)
+        assert "prompt" in caught.value.field and "\n" not in said and "100" in said, said
     assert policy.asked == 0 and not (tmp_path / "run").exists()
 
 
@@ -684,7 +681,8 @@ def test_25_prompts_of_every_layout(tmp_path):
 def test_37_chat_is_a_stated_choice(tmp_path):
     row = {"prompt": "2+2?", "completions": ["4"], "id": "given"}
     assert one(row)["prompt"] == "2+2?" and one(row)["meta"] == {}
-    assert one(row, chat=True)["prompt"] == [Q] and one(row, chat=True)["id"] == "given" and one(row, chat=True)["meta"] == {}
+    assert one(row, chat=True)["prompt"] == [Q] and one(row, chat=True)["id"] == "given"
+    assert one(row, chat=True)["meta"] == {}
     assert one(row, chat=False)["prompt"] == "2+2?" and one(row, chat=False)["meta"] == {"chat": False}
     assert one(row | {"prompt": [BRIEF, Q]}, chat=True)["prompt"] == [BRIEF,
                                                                       Q] and one(row | {"prompt": [Q]},
@@ -712,7 +710,8 @@ def test_37_the_command_line_states_it(tmp_path, monkeypatch):
         out = tmp_path / f"{chat}.jsonl"
         assert cli.main(["sample", "--prompts", str(tmp_path / "p.txt"), "--policy", "http://localhost:1/v1#m", "--out",
                          str(out), *(["--chat", chat] if chat else [])]) == 0
-        assert seen["prompts"][0]["prompt"] == prompt and seen["prompts"][0]["meta"].get("chat") is (False if chat == "no" else None)
+        assert seen["prompts"][0]["prompt"] == prompt
+        assert seen["prompts"][0]["meta"].get("chat") is (False if chat == "no" else None)
     lists_file, made = save_lists([make_record("2+2?", ["4", "55"])], tmp_path / "l.jsonl"), tmp_path / "s.jsonl"
     assert cli.main(["score", "--lists", str(lists_file), "--reward", "length", "--chat", "yes", "--out",
                      str(made)]) == 0
@@ -889,6 +888,7 @@ def test_17_texts_beside_a_prompt_are_not_lost(tmp_path):
     assert one(row, mapping)["prompt"] == "My cat\n\nWhat does it eat?"
     assert one(row, mapping | {"prompt": "query"})["meta"] == {"title": "My cat"}  # said to be no part of it
     assert one(row | {"query": "My cat: what does it eat?"})["meta"] == {"title": "My cat"}
-    assert one(row | {"title": None})["prompt"] == row["query"] and one(row | {"title": {"id": 3}})["meta"] == {"title": {"id": 3}}
+    assert one(row | {"title": None})["prompt"] == row["query"]
+    assert one(row | {"title": {"id": 3}})["meta"] == {"title": {"id": 3}}
     assert one({"prompt": "p", "completions": ["a"], "rewards": [1], "sources": ["m"], "meta": {"title": "x"},
                 "id": "i"})["meta"] == {"title": "x"}

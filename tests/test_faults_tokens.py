@@ -81,7 +81,8 @@ def test_01_drawn_tokens_are_read_as_they_were_drawn():
     tokens = tokenize_list(record, tokenizer)
     assert tokens["completion_ids"][0] == letters and tokens["retokenized"] == 1
     other = tokenize_list(record | {"meta": meta | {"tokenizer": "0" * 16}}, tokenizer)
-    assert other["completion_ids"][0] != letters and tokenizer.decode(other["completion_ids"][0]) == "Yes.<|im_end|>" and other["retokenized"] == 2
+    assert other["completion_ids"][0] != letters and tokenizer.decode(other["completion_ids"][0]) == "Yes.<|im_end|>"
+    assert other["retokenized"] == 2
 
 
 # 2: the start token
@@ -150,8 +151,10 @@ def test_03_rrhf_is_written_with_the_space(tmp_path):
     lists = [make_record([U("hi")], ["Yes.", "\nNo.", " two", ""], [1, 0, 0, None]), make_record("hi", ["Yes."]),
              make_record([U("q"), A("Sure")], [", it is"])]
     rows = [json.loads(line) for line in to_rrhf(lists, tmp_path / "x.jsonl").read_text().splitlines()]
-    assert rows[0]["query"] + rows[0]["responses"][0] == "\n\nHuman: hi\n\nAssistant: Yes." and rows[0]["responses"][1] == "\nNo."
-    assert rows[1]["query"] + rows[1]["responses"][0] == "hiYes." and rows[2]["query"] + rows[2]["responses"][0] == "\n\nHuman: q\n\nAssistant: Sure, it is"
+    assert rows[0]["query"] + rows[0]["responses"][0] == "\n\nHuman: hi\n\nAssistant: Yes."
+    assert rows[0]["responses"][1] == "\nNo."
+    assert rows[1]["query"] + rows[1]["responses"][0] == "hiYes."
+    assert rows[2]["query"] + rows[2]["responses"][0] == "\n\nHuman: q\n\nAssistant: Sure, it is"
     assert list(load_lists(tmp_path / "x.jsonl")) == lists
 
 
@@ -226,7 +229,8 @@ def test_06_what_is_measured_is_what_is_trained():
 
 def test_06_a_system_turn_is_written_and_read_as_one():
     talk = [S("Be brief."), U("hi"), A("yes"), U("no")]
-    assert render_prompt(talk) == "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: yes\n\nHuman: no\n\nAssistant:" == layouts.join_transcript(talk) + "\n\nAssistant:"
+    text = "\n\nSystem: Be brief.\n\nHuman: hi\n\nAssistant: yes\n\nHuman: no"
+    assert render_prompt(talk) == text + "\n\nAssistant:" and layouts.join_transcript(talk) == text
     assert layouts.parse_transcript(layouts.join_transcript(talk)) == talk
 
 
@@ -241,7 +245,8 @@ def test_07_a_cut_prompt_keeps_its_head(template, header):
     prompt = [S("Be brief."), U("one two " * 60), A("three"), U("four?")]
     ids = trained(tokenizer, prompt, max_prompt_length=110)["prompt_ids"]
     text = tokenizer.decode(ids)
-    assert 100 <= len(ids) <= 110 and text.startswith(header) and text.endswith(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)[-60:])
+    assert 100 <= len(ids) <= 110 and text.startswith(header)
+    assert text.endswith(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)[-60:])
     assert list(encode_prompts([{"id": "r", "prompt": prompt}], tokenizer,
                                110).values()) == [ids] == LocalSampler(None, tokenizer,
                                                                        max_prompt_length=110)._encode([prompt])
@@ -286,7 +291,8 @@ def test_28_a_template_that_refuses_names_the_list_everywhere(template):
                  lambda: score_lists([fine, record], reward), lambda: lists.list_table([record], tokenizer)):
         with pytest.raises(LireError) as caught:
             work()
-        assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower() and len(str(caught.value).splitlines()) == 1
+        assert "'list-7'" in str(caught.value) and "system" in str(caught.value).lower()
+        assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(LireError, match="chat template"):
         LocalSampler(None, tokenizer)._encode([record["prompt"]])
     assert not asked
@@ -343,7 +349,8 @@ def test_37_text_prompts_before_a_chat_template_are_said_once(caplog):
                make_record([U("hi")], ["a"]), make_record("<|im_start|>user\nhi", ["a"])]
     with caplog.at_level(logging.WARNING):
         assert C.warn_text_prompts(records, KINDS["bytes_chatml"]()) == 1
-        assert len(caplog.records) == 1 and "1 of 4 prompts" in caplog.text and "chat=True" in caplog.text and "chat=False" in caplog.text
+        assert len(caplog.records) == 1 and "1 of 4 prompts" in caplog.text and "chat=True" in caplog.text
+        assert "chat=False" in caplog.text
         assert (
             C.warn_text_prompts(records[1:], KINDS["bytes_chatml"]())
             == 0
@@ -479,7 +486,8 @@ def test_40_a_long_begun_answer_is_cut_behind_its_header(kind):
         text = tokenizer.decode(ids)
         header = render_prompt(closed, tokenizer)[-12:]
         text = text.removeprefix("<s>")
-        assert limit - 4 <= len(ids) <= limit and text.count(header) == 1 and text.startswith(render_prompt([*closed, A("pre")], tokenizer)[:8])
+        assert limit - 4 <= len(ids) <= limit and text.count(header) == 1
+        assert text.startswith(render_prompt([*closed, A("pre")], tokenizer)[:8])
         user, answer = text.split(header)
         assert tokenizer.chat_template or answer[0] == " "
         assert len(answer) > 8 and answer.strip() in "pre " * 60 and answer.endswith("pre ") and "pre " not in user
@@ -493,4 +501,5 @@ def test_40_a_reward_model_reads_a_long_answer_behind_its_header():
         tokenizer = KINDS[kind]()
         for prompt, said in (([U("Write."), A("pre " * 60)], "Yes."), ([U("Write.")], "no " * 60 + "Yes.")):
             text = tokenizer.decode(judged(tokenizer, prompt, said, max_length=60))
-            assert "Write." in text and text.count("ssistant") == 1 and text.rstrip("\n").removesuffix("<|im_end|>").endswith("Yes.")
+            assert "Write." in text and text.count("ssistant") == 1
+            assert text.rstrip("\n").removesuffix("<|im_end|>").endswith("Yes.")

@@ -25,7 +25,7 @@ from lire_nb import conversations, layouts, records
 from lire_nb.base import files
 from lire_nb.base.errors import ListError
 from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
-from lire_nb.records import make_record, validate_record
+from lire_nb.records import lists_dataset, make_record, validate_record
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 HH = REAL / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
@@ -110,7 +110,8 @@ def test_alpaca_lists_load_with_no_mapping():
     for row, record in zip(rows, exact(data)):
         said = [{"role": "user", "content": row["instruction"]}]  # an instruction is said to the model
         assert record["prompt"] == said and record["completions"] == row["generations"] and record["id"] == row["id"]
-        assert record["rewards"] == row["ratings"] and record["sources"] == row["generation_models"] and record["meta"] == {"dataset": row["dataset"]}
+        assert record["rewards"] == row["ratings"] and record["sources"] == row["generation_models"]
+        assert record["meta"] == {"dataset": row["dataset"]}
 
 
 @real(HH)
@@ -249,7 +250,8 @@ def test_long_rows_are_grouped_wherever_they_stand(tmp_path):
             and p["meta"] == {"lang": ["en", "en", "de"]}
             and p["id"] == "7"
         )
-        assert q["completions"] == ["b", "d"] and q["meta"] == {"lang": "en"} and report.rows == report.good_rows == 5 and report.lists == 2
+        assert q["completions"] == ["b", "d"] and q["meta"] == {"lang": "en"} and report.rows == report.good_rows == 5
+        assert report.lists == 2
 
 
 def test_long_rows_go_to_quarantine_one_by_one(tmp_path):
@@ -343,18 +345,19 @@ def test_any_record_survives_every_round_trip(tmp_path, records):
         assert exact(data) == records == list(iter_lists(path))
         assert save_lists(data, path).read_bytes() == before
     assert exact(load_lists(to_rrhf(records, tmp_path / "r.jsonl"))) == records
-    assert [row["prompt"] for row in records.lists_dataset(records)] == [record["prompt"] for record in records]
+    assert [row["prompt"] for row in lists_dataset(records)] == [record["prompt"] for record in records]
 
 
 def test_ids_are_stable_across_processes():
-    code = "from lire_nb.lists import prompt_id; print(prompt_id([{'role': 'user', 'content': 'ä'}]))"
+    code = "from lire_nb.records import prompt_id; print(prompt_id([{'role': 'user', 'content': 'ä'}]))"
     env = os.environ | {"PYTHONHASHSEED": "7"}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                           check=True).stdout.strip() == records.prompt_id([{"content": "ä", "role": "user"}])
 
 
 def test_the_module_stands_alone():
-    code = "import sys, lire_nb.lists; print([m for m in ('torch', 'transformers', 'matplotlib', 'lire_nb.losses') if m in sys.modules])"
+    heavy = ("torch", "transformers", "matplotlib", "lire_nb.losses")
+    code = f"import sys, lire_nb.lists; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           check=True).stdout.strip() == "[]"
 
@@ -637,7 +640,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     before = path.read_bytes()
     code = """
         import resource, sys
-        from lire_nb.lists import ListError, make_record, save_lists
+        from lire_nb.base.errors import ListError
+        from lire_nb.lists import save_lists
+        from lire_nb.records import make_record
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # as a full disk: the write itself is refused
         try:
             save_lists((make_record(f"new {i}", ["a" * 100]) for i in range(1000)), sys.argv[1])
@@ -658,7 +663,8 @@ def test_a_killed_writer_leaves_what_was_there(tmp_path):
     before = path.read_bytes()
     code = """
         import os, signal, sys
-        from lire_nb.lists import make_record, save_lists
+        from lire_nb.lists import save_lists
+        from lire_nb.records import make_record
         def records():
             for i in range(5000):
                 yield make_record(str(i), ["a"])
@@ -699,7 +705,8 @@ def test_a_file_can_be_rewritten_from_itself(tmp_path):
 def test_streaming_memory_does_not_grow(tmp_path):
     code = """
         import resource, sys
-        from lire_nb.lists import iter_lists, make_record, save_lists
+        from lire_nb.lists import iter_lists, save_lists
+        from lire_nb.records import make_record
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         peaks = []
         for count in (1_000, 10_000):
@@ -710,6 +717,22 @@ def test_streaming_memory_does_not_grow(tmp_path):
     """
     grown, size = map(float, child(code, tmp_path / "x.jsonl").stdout.split())
     assert size > 50 and grown < 0.2 * size
+
+
+JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.text(st.characters(codec=None), max_size=8),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(JSONS, max_size=4), JSONS, st.integers(0, 20))
+def test_json_lines_come_back_whatever_a_crash_left(tmp_path, values, last, cut):
+    path = tmp_path / "x.jsonl"
+    files.write_jsonl(path, values)  # any text, lone surrogates as well
+    whole = path.read_bytes()
+    path.write_bytes(whole + files.json_line(last)[:-1][:cut])  # half a line
+    assert files.read_jsonl(path, skip=True)[: len(values)] == values
+    files.append_jsonl(path, [last])
+    assert files.read_jsonl(path) == [*values, last] and path.read_bytes() == whole + files.json_line(last)
 
 
 # Exports and description

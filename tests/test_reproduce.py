@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_every_table_is_made_at_the_smoke_scale(smoke):
     keys = [row["key"] for row in rows_of(folder / "results")]
     assert len(keys) == len(set(keys)) > 50
     for row in rows_of(folder / "results"):
-        assert row["code"] == code_version(row["config"]["kind"]) and row["machine"]["torch"] and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+        assert row["code"] == code_version(row["config"]["kind"]) and row["machine"]["torch"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
 
 
 def test_nothing_is_run_twice(smoke, capsys):
@@ -145,7 +147,8 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
 
 
 def test_one_command_at_a_time_in_a_work_folder(tmp_path):
-    code = f"import sys; from lire_nb import reproduce as R\nwith R._only_one({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
+    code = (f"import sys; from lire_nb.lab import runner\nwith runner._only_one({str(tmp_path)!r}):\n"
+            "    print('held', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as other:
         assert other.stdout.readline() == "held\n"
@@ -162,8 +165,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(LireError, match="1 runs failed; 1 are kept"):
         runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path / "work", jobs=1,
                          say=said.append)
-    assert [row["key"] for row in rows_of(tmp_path
-                                          / "results")] == [good.key] and any("unknown kind" in line for line in said)
+    assert [row["key"] for row in rows_of(tmp_path / "results")] == [good.key]
+    assert any("unknown kind" in line for line in said)
 
 
 def test_a_worker_that_dies_is_said_and_the_others_go_on(tmp_path, monkeypatch):
@@ -172,10 +175,10 @@ def test_a_worker_that_dies_is_said_and_the_others_go_on(tmp_path, monkeypatch):
                         lambda self: subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE,
                                                       stdout=subprocess.PIPE, text=True))
     runs, done = [plans.Run("toy", {"kind": "train", "seed": n}, {"seed": n}) for n in range(6)], []
-    failed = runner._Workers(2, 1, tmp_path / "log").map(runs, tmp_path, lambda run,
-                                                         result: done.append(run.labels["seed"]))
-    assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run,
-                                                _ in failed] == [3] and "its process ended" in failed[0][1]
+    failed = runner._Workers(2, 1, tmp_path / "log").map(
+        runs, tmp_path, lambda run, result: done.append(run.labels["seed"]))
+    assert sorted(done) == [0, 1, 2, 4, 5] and [run.labels["seed"] for run, _ in failed] == [3]
+    assert "its process ended" in failed[0][1]
 
 
 def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
@@ -183,8 +186,8 @@ def test_a_worker_with_other_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(runner._Workers, "_start",
                         lambda self: subprocess.Popen([sys.executable, "-c", changed], stdin=subprocess.PIPE,
                                                       stdout=subprocess.PIPE, text=True))
-    failed = runner._Workers(1, 1, tmp_path / "log").map([plans.Run("toy", {"seed": 0})], tmp_path, lambda run,
-                                                         result: pytest.fail("taken"))
+    failed = runner._Workers(1, 1, tmp_path / "log").map(
+        [plans.Run("toy", {"seed": 0})], tmp_path, lambda run, result: pytest.fail("taken"))
     assert "code was changed" in failed[0][1]
 
 
@@ -231,11 +234,9 @@ def test_verdicts_follow_the_numbers(monkeypatch, dpo, seeds, expected):
     means = {(("method", "start"),): 0.0, (("method", "lire"),): 0.5, (("method", "rrhf"),): 0.1,
              **({(("method", "dpo"),): dpo} if dpo is not None else {})}
     monkeypatch.setattr(claims, "load_runs", lambda table, results: invented(means, seeds))
-    try:
-        text, decided = claims._against("toy", ("dpo", "rrhf"))(None)
-    except claims.NotMeasured:
-        text, decided = "", "open"
-    assert decided == expected and ("(1 seed)" in text) == (seeds == 1)
+    found = claims.Claim("LIRE wins", "us", "toy", partial(claims._against, "toy", ("dpo", "rrhf"))).measured(None)
+    assert found.verdict == expected and ("one seed" in found.sentence) == (seeds == 1)
+    assert found.sentence.startswith(f"LIRE wins: {expected}") and len(found.table()) == (0 if dpo is None else 2)
 
 
 @pytest.mark.parametrize("worst, expected", [(0.0, "confirmed"), (-1.0, "refuted"), (-0.2, "open")])
@@ -245,13 +246,25 @@ def test_a_setting_changes_little_or_not(monkeypatch, worst, expected):
              **{(("setting", "temperature"), ("value", t), ("method", "lire")): 1.0 + (worst if t == 2.0 else 0.0)
                 for t in plans.SCALES["laptop"]["temperatures"]}}
     monkeypatch.setattr(claims, "load_runs", lambda table, results: invented(means))
-    assert claims._temperature(None)[1] == expected
+    assert claims.changes_little(claims._temperature(None))[0] == expected
 
 
 def test_every_claim_can_be_decided(smoke):
     """At the smoke scale nothing is significant, but every measurement finds its rows."""
     table = claims.verdict_table(results.Results(smoke[0] / "results"))
-    assert len(table) == len(claims.CLAIMS) and set(table["verdict"]) <= {"confirmed", "refuted", "open"}
+    assert [text for text in table.index if text] == [claim.text for claim in claims.CLAIMS]
+    assert set(table["verdict"]) <= {"confirmed", "refuted", "open", ""}
+    assert list(table.columns) == ["said by", "quantity", "value [low, high]", "seeds", "verdict", "page"]
+
+
+def test_every_claim_has_its_numbers():
+    """From the rows that are committed: no claim waits for a row, and every cell is short."""
+    for claim in claims.CLAIMS:
+        found = claim.measured(LAPTOP)
+        assert len(found.table()) and found.verdict in ("confirmed", "refuted", "open"), claim.text
+        assert len(found.sentence.split()) <= 35, found.sentence
+    table = claims.verdict_table(LAPTOP, beside=True)
+    assert table.map(lambda cell: len(str(cell).split()) <= 15 and not str(cell).endswith(".")).all(axis=None)
 
 
 def test_the_search_budget_is_the_same_for_every_method():
@@ -272,7 +285,8 @@ def test_no_prompt_that_judges_is_trained_on(task):
     ids = {split: {p["id"] for p in prompts_of(loaded, split, count)} for split,
            count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
     assert [len(v) for v in ids.values()] == [sizes["pool"], sizes["validation"], sizes["test"]]
-    assert not ids["train"] & ids["validation"] and not ids["train"] & ids["test"] and not ids["validation"] & ids["test"]
+    assert not ids["train"] & ids["validation"] and not ids["train"] & ids["test"]
+    assert not ids["validation"] & ids["test"]
     texts = {name: {c for r in reward_lists(loaded, name)[0] for c in r["completions"]} for name in ("proxy", "gold")}
     assert not texts["proxy"] & texts["gold"]
 
@@ -284,10 +298,81 @@ def test_stored_rows_are_what_their_key_says():
     rows = [row for row in rows_of(LAPTOP) if "key" in row]
     assert rows
     for row in rows:
-        assert row["key"] == plans.config_key(row["config"]) and row["code"] and row["machine"]["torch"] and "seed" in {**row["config"], **row["config"].get("rewards", {}).get(row["config"].get("task"), {})}
+        config = row["config"]
+        assert row["key"] == plans.config_key(config) and row["code"] and row["machine"]["torch"]
+        assert "seed" in {**config, **config.get("rewards", {}).get(config.get("task"), {})}
         for part in [row["result"], *row["result"].get("rounds", []), *row["result"].get("points", [])]:
             for judge, values in part.get("scores", {}).items():
                 assert np.isfinite(np.array(values)).all() and len(values) == len(part["tokens"]), (row["key"], judge)
+
+
+def test_the_laptop_plans_are_those_of_the_stored_rows():
+    """The scale's file, the grids and the experiments give the very configurations that were run: a run that is
+    planned has its row, and a row of these tables is planned by one of them."""
+    store = results.Results(LAPTOP)
+    planned = {run.key for table in plans.TABLES for run in plans.plan(table, find=store.find)
+               if run.table != "losses"}  # data/results/losses holds that table's own rows
+    stored = {row["key"] for row in rows_of(LAPTOP) if "key" in row}
+    assert len(planned) > 200 and planned == stored
+
+
+def test_an_experiment_is_its_json():
+    """Every stored configuration is read into dataclasses, and written again as it was."""
+    configs = [row["config"] for row in rows_of(LAPTOP) if "key" in row and row["config"]["kind"] != "reward"]
+    paper = [run.config for table in runner.RECIPES for run in runner.paper_plan(table)]
+    for config in [*configs, *paper]:
+        assert plans.read_experiment(config).config() == config
+    assert {config["kind"] for config in configs} == set(plans.MADE) - {"reward"}
+
+
+@pytest.mark.parametrize("part, change, says", [
+    ("", {"kind": "guess"}, "train, course, enhance or online"),
+    ("", {"every": 4}, "exactly the settings of every kind"),
+    ("", {"kind": "course"}, "exactly the settings every"), ("", {"sead": 1}, "sead"),
+    ("source", {"taks": "dialogue"}, "source.taks: unknown setting"),
+    ("source", {"task": None}, "source.task: missing"),
+    ("take", {"how": "last"}, "first, ragged or extremes"), ("take", {"prompts": 65}, "1 to source.prompts, 64"),
+    ("take", {"sampled": 5}, "1 to source.sampled, 4"), ("judge", {"split": "train"}, "test or validation"),
+    ("judge", {"task": "sentiment"}, "the tasks of source and judge"), ("judge", {"judge": "gold"}, "judge.judge"),
+    ("training", {"loss_type": "dpo"}, "the loss of lire"), ("", {"method": "start"}, "nothing for the method start")])
+def test_an_experiment_that_contradicts_itself(part, change, says):
+    config = plans.experiment(plans.SCALES["laptop"], "dialogue", "lire", 0, plans.SEARCH["lire"][0]).config()
+    inside = config[part] if part else config
+    inside.update(change)
+    config_without = {k: v for k, v in inside.items() if v is not None or k == "threads"}
+    with pytest.raises(LireError, match=re.escape(says)):
+        plans.read_experiment({**config, part: config_without} if part else config_without)
+
+
+def test_a_scale_says_every_setting():
+    """The files have the same tasks and settings, each explained where it first stands."""
+    for name, scale in plans.SCALES.items():
+        text = (ROOT / "data" / "scales" / f"{name}.toml").read_text()
+        assert scale["tasks"].keys() == {"sentiment", "dialogue", "summarization"}
+        for task in scale["tasks"].values():
+            assert task.keys() == plans.SCALES["laptop"]["tasks"]["dialogue"].keys()
+        for setting in ("seeds", "points", "epochs", "batch", "pool", "sampled", "candidates", "given", "max_length"):
+            first = next(line for line in text.splitlines() if line.startswith(f"{setting} = "))
+            assert "# " in first, (name, first)
+
+
+def test_a_table_is_drawn_without_the_trainer():
+    """What the tables import, and what drawing them loads: rows, plans, statistics and base; no model, no torch."""
+    code = """
+import json, sys
+from lire_nb.lab import claims, results
+def loaded(): return {n: m.__file__ for n, m in sys.modules.items() if n.startswith("lire_nb.") and m.__file__}
+first = loaded()
+claims.verdict_table(), results.system_table(results.systems_of(results.load_runs("dialogue")))
+print(json.dumps([first, loaded(), sorted({"torch", "transformers", "datasets"} & sys.modules.keys())]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    imported, drawn, heavy = json.loads(done.stdout.splitlines()[-1])
+    rooms = {"base", "base.errors", "lab", "lab.claims", "lab.plans", "lab.results", "statistics"}
+    assert {name.removeprefix("lire_nb.") for name in imported} == rooms and heavy == []
+    assert {name.removeprefix("lire_nb.") for name in drawn} == rooms | {"base.files", "preferences"}
+    assert sum(Path(path).read_text(encoding="utf-8").count("\n") for path in imported.values()) <= 2000
 
 
 def test_intervals_cover_what_they_should():

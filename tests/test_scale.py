@@ -168,16 +168,19 @@ def steps(config, size, count):
     model = AutoModelForCausalLM.from_config(config).train()
     optimizer = torch.optim.AdamW(model.parameters())
     ids = lambda n: torch.randint(1, 100, (n,)).tolist()
-    batch = ListCollator()([{'id': 'x', 'prompt_ids': ids(size['P']), 'completion_ids': [ids(size['R']) for _ in range(size['M'])], 'rewards': [0.0] * size['M']}])
+    batch = ListCollator()([{'id': 'x', 'prompt_ids': ids(size['P']), 'rewards': [0.0] * size['M'],
+                             'completion_ids': [ids(size['R']) for _ in range(size['M'])]}])
     for _ in range(count):
         list_logps(model, batch)[0].sum().backward()
         optimizer.step()
 
 size = {'P': 64, 'R': 16, 'M': 4}
-steps(LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2), size, 1)  # what the libraries load
+small = LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+steps(small, size, 1)  # what the libraries load
 open('/proc/self/clear_refs', 'w').write('5')
 before = status('VmRSS')
-config = LlamaConfig(vocab_size=4000, hidden_size=512, intermediate_size=2048, num_hidden_layers=5, num_attention_heads=8)
+config = LlamaConfig(vocab_size=4000, hidden_size=512, intermediate_size=2048, num_hidden_layers=5,
+                     num_attention_heads=8)
 steps(config, size, 2)
 print(status('VmHWM') - before, memory_plan(config, dtype='float32', **size)['total'])
 """
@@ -226,7 +229,8 @@ def test_accelerate_reads_every_start_file(file):
     if plan["sharding"] == "fsdp":
         assert config.fsdp_config["fsdp_version"] == 2
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT", "the Trainer writes no policy otherwise"
-        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False, "all processes but one would compute reference log-probs with empty weights"
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False, (
+            "all processes but one would compute reference log-probs with empty weights")
 
 
 def test_a_start_file_with_a_misspelt_key(tmp_path):
@@ -266,7 +270,8 @@ def test_a_recipe_that_cannot_be_trained(tmp_path, change, word):
 def test_the_same_step_on_any_number_of_processes():
     for processes, lists, most in itertools.product((1, 2, 4, 8), (8, 16, 24), (1, 2, 3)):
         found = step_settings(processes, lists, most)
-        assert processes * found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == lists and found["per_device_train_batch_size"] <= most
+        batch = found["per_device_train_batch_size"]
+        assert processes * batch * found["gradient_accumulation_steps"] == lists and batch <= most
 
 
 # Real processes.

@@ -10,7 +10,8 @@ WORDS = ["The film opens in a small town, and it never leaves.", "Yes. No. Sure,
          "été élan déjà vu 0123456789", "zx" * 3]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PHI = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+PHI = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% "
          "endif %}"
          "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ "
@@ -19,7 +20,8 @@ GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_except
 LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' }}"
           "{% elif m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
           "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}")
-FORGETS = "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+FORGETS = ("{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
+           "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
 
 
 def _bytes(vocab: int = 330, prefix_space: bool = False) -> Tokenizer:
@@ -88,7 +90,8 @@ def metaspace_llama2() -> PreTrainedTokenizerFast:
 def unigram_eos() -> PreTrainedTokenizerFast:
     "Metaspace and Unigram, an end token added, as T5."
     plain = Tokenizer(models.Unigram())
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    plain.decoder = decoders.Metaspace(prepend_scheme="always")
     plain.train_from_iterator(
         WORDS,
         trainers.UnigramTrainer(

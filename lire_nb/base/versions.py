@@ -105,6 +105,7 @@ def _is_script(statement: ast.stmt) -> bool:
                       ast.If) and any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(statement.test))
 
 # %% ../../nbs/37_versions.ipynb #3c892513
+# long: one table of modules, and five ways to look into it
 class Package:
     "The modules of a folder, and the definitions that can be reached in it."
 
@@ -178,6 +179,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/37_versions.ipynb #07b8dd3f
+# long: a visitor has a method for each kind of node
 class _Look(ast.NodeTransformer):
     "One statement: its normalized text, and where its names lead."
 

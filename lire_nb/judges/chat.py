@@ -6,7 +6,6 @@
 __all__ = ['Cost', 'ChatJudge']
 
 # %% ../../nbs/51_chat.ipynb #5280d465
-import hashlib
 import json
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.errors import LireError
+from ..base.files import json_digest
 from lire_nb.judges.verdicts import (
     _check_template, Comparison, CRITERION, fill_template, parse_verdict, read_comparison, TEMPLATE,
 )
@@ -99,7 +99,7 @@ class ChatJudge:
 
     def key(self, messages: list[dict]) -> str:
         "The hash of everything a reply depends on."
-        return hashlib.sha256(json.dumps([self.model, messages, self.body], sort_keys=True).encode()).hexdigest()[:32]
+        return json_digest([self.model, messages, self.body], 32)
 
     def ask(
         self,

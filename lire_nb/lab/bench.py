@@ -112,8 +112,8 @@ def forward_flops(
                                           or config.hidden_size // config.num_attention_heads)
     pairs = P * (P + 1) / 2 + M * (R * P + R * (R + 1) / 2) if way == "shared" else M * (P + R) * (P + R + 1) / 2
     head_rows = M * (P + R) if way == "authors" else M * R
-    per_list = point.tokens(way) / point.lists * layer_parameters + pairs * 2 * width * config.num_hidden_layers + head_rows * config.hidden_size * config.vocab_size
-    return 2 * per_list * point.lists
+    layers = point.tokens(way) / point.lists * layer_parameters + pairs * 2 * width * config.num_hidden_layers
+    return 2 * point.lists * (layers + head_rows * config.hidden_size * config.vocab_size)
 
 # %% ../../nbs/47_bench.ipynb #9b5da22f
 def layer_parameters(model: torch.nn.Module) -> int:
@@ -172,23 +172,27 @@ def profile_step(
     return heaps
 
 # %% ../../nbs/47_bench.ipynb #7bf2da65
+_MEASURE = """
+import json, sys
+from lire_nb.lab.bench import Point, _peak_growth
+policy, point, way = json.loads(sys.argv[1])
+print(json.dumps(_peak_growth(policy, Point(**point), way)))
+"""
+
+
 def peak_growth(
     policy: str | Path,
     point: Point,
     way: str,
 ) -> float | None:  # bytes; None where the system does not tell
-    "Peak memory of a gradient step above that of the loaded model, in a process of its own."
-    code = "import json, sys; from lire_nb.lab.bench import Point, _peak_growth; policy, point, way = json.loads(sys.argv[1]); print(json.dumps(_peak_growth(policy, Point(**point), way)))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([str(policy), asdict(point), way])],
+    """Peak memory of a gradient step above that of the loaded model, in a process of its own; raises `LireError` where
+    that fails."""
+    done = subprocess.run([sys.executable, "-c", _MEASURE, json.dumps([str(policy), asdict(point), way])],
                           capture_output=True, text=True)
     if done.returncode:
-        raise LireError(
-            f"the process that measures memory failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}",
-            field="point",
-            value=asdict(point),
-            allowed="lists that fit into memory",
-            remedy="choose smaller lists, or leave memory out",
-        )
+        said = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise LireError(f"the process that measures memory failed: {said}", field="point", value=asdict(point),
+                        allowed="lists that fit into memory", remedy="choose smaller lists, or leave memory out")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 # %% ../../nbs/47_bench.ipynb #e74c3cce
@@ -223,6 +227,23 @@ def _memory(field: str, device) -> float:
     return int(line.split()[1]) * 1024
 
 # %% ../../nbs/47_bench.ipynb #37f7356d
+def _dpo_trainer(policy: str | Path, texts: list[tuple[str, str, str]], folder: str | Path):
+    "TRL's trainer over some pairs of text; raises `LireError` without trl."
+    try:
+        import trl
+        from datasets import Dataset
+    except ImportError as e:
+        raise LireError("trl is not installed", field="trl", allowed="the extra 'peers'",
+                        remedy="pip install 'lire_nb[peers]'") from e
+    model, tokenizer = load_policy(policy, dtype=torch.float32)
+    kind = next(model.parameters()).device.type
+    args = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(texts), report_to=[],
+                         precompute_ref_log_probs=True, gradient_checkpointing=False,
+                         bf16=has_bf16(kind), use_cpu=kind == "cpu", max_length=None, disable_tqdm=True)
+    data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t)) for t in texts])
+    return trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+
+# %% ../../nbs/47_bench.ipynb #cf92aafd
 def trl_steps(
     policy: str | Path,
     texts: list[tuple[str, str, str]],  # prompt, chosen, rejected
@@ -230,21 +251,10 @@ def trl_steps(
 ) -> tuple[dict[str, Callable[[], None]], Point]:  # one gradient step of each way, and the batch's sizes (means)
     """DPO steps by TRL and by our paths over the same tokens; raises `LireError` without trl, or where the losses
     differ."""
-    try:
-        import trl
-        from datasets import Dataset
-    except ImportError as e:
-        raise LireError("trl is not installed", field="trl", allowed="the extra 'peers'",
-                        remedy="pip install 'lire_nb[peers]'") from e
-    theirs, tokenizer = load_policy(policy, dtype=torch.float32)
+    trainer = _dpo_trainer(policy, texts, folder)
+    theirs, inputs = trainer.model, next(iter(trainer.get_train_dataloader()))
     ours, _ = load_policy(policy, dtype=torch.float32)  # TRL changes the forward pass of the model it gets
-    device = next(theirs.parameters()).device
-    args = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(texts), report_to=[],
-                         precompute_ref_log_probs=True, gradient_checkpointing=False,
-                         bf16=has_bf16(device.type), use_cpu=device.type == "cpu", max_length=None, disable_tqdm=True)
-    data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), t)) for t in texts])
-    trainer = trl.DPOTrainer(model=theirs, args=args, train_dataset=data, processing_class=tokenizer)
-    inputs = next(iter(trainer.get_train_dataloader()))
+    device = next(ours.parameters()).device
     batch, ref = _our_pairs(inputs)
     batch = to_device(batch, device)
     theirs.eval(), ours.eval()
@@ -254,21 +264,23 @@ def trl_steps(
             if way == "trl":
                 return trainer.compute_loss(theirs, dict(inputs))
             logps, _ = list_logps(ours, batch, impl=way)
-        return dpo_loss(logps, batch["rewards"], ref_logps=ref, beta=args.beta).mean()
-
-    losses = {way: float(loss_of(way, half=False).detach()) for way in ("trl", "padded", "shared")}
-    if max(losses.values()) - min(losses.values()) > 1e-3:
-        raise LireError(f"the ways disagree: {losses}", field="loss", allowed="the same loss in float32, within 0.001",
-                        remedy="the installed trl computes another loss: leave --peers out")
+        return dpo_loss(logps, batch["rewards"], ref_logps=ref, beta=trainer.args.beta).mean()
 
     def step(way):
         for model in (theirs, ours):
             model.zero_grad(set_to_none=True)
         loss_of(way).backward()
 
+    _check_same({way: float(loss_of(way, half=False).detach()) for way in ("trl", "padded", "shared")})
     lengths = batch["completion_lengths"]
     sizes = Point(int(batch["prompt_lengths"].float().mean()), int(lengths.float().mean()), 2, len(texts))
     return {way: lambda way=way: step(way) for way in ("trl", "padded", "shared")}, sizes
+
+
+def _check_same(losses: dict[str, float]) -> None:
+    if max(losses.values()) - min(losses.values()) > 1e-3:
+        raise LireError(f"the ways disagree: {losses}", field="loss", allowed="the same loss in float32, within 0.001",
+                        remedy="the installed trl computes another loss: leave --peers out")
 
 # %% ../../nbs/47_bench.ipynb #dc528623
 def _our_pairs(inputs: dict) -> tuple[dict, torch.Tensor]:

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError, in_markdown
-from ..base.files import data_path
+from ..base.errors import LireError, data_path, in_markdown
 from .plans import NAMES, SCALES, TABLES
 from lire_nb.lab.results import (
     Results, difference, distance, final_runs, gain, load_runs, points_of, rows_in, shown, spread_of,
@@ -292,7 +291,7 @@ CLAIMS: list[Claim] = [
     Claim("LIRE beats DPO, RRHF and PRO, sentiment", "ours", "sentiment", partial(_against, "sentiment", _RIVALS)),
     Claim("LIRE beats Plackett–Luce DPO and SLiC, sentiment", "reviewers", "sentiment",
           partial(_against, "sentiment", ("plackett_luce_dpo", "slic"))),
-    Claim("lists gain by the written texts in them, dialogue", "authors' code", "dialogue", _written_texts),
+    Claim("Lists gain by the written texts in them, dialogue", "authors' code", "dialogue", _written_texts),
     Claim("LIRE stays as near to the start as DPO, dialogue", "reviewers", "dialogue",
           partial(_as_near, "dialogue")),
     Claim("LIRE stays as near to the start as DPO, sentiment", "reviewers", "sentiment",
@@ -302,11 +301,11 @@ CLAIMS: list[Claim] = [
           partial(_more_candidates, "completions")),
     Claim("PRO and RRHF are weak for small M", "paper", "candidates", _weak_when_small),
     Claim("T changes little", "paper", "ablations", _temperature, changes_little),
-    Claim("both the list and the reward values bring the gain", "reviewers", "ablations", _list_or_values),
-    Claim("a supervised term prevents over-optimization", "paper", "overoptimization", _prevents, falls_less),
-    Claim("the reward rises with every round of self-enhancement", "paper", "self_enhancement", _rounds_rise),
-    Claim("the variance of rewards falls with the rounds", "paper", "self_enhancement", _variance_falls),
-    Claim("the gain carries over to other tasks", "paper", "transfer", _transfers),
+    Claim("Both the list and the reward values bring the gain", "reviewers", "ablations", _list_or_values),
+    Claim("A supervised term prevents over-optimization", "paper", "overoptimization", _prevents, falls_less),
+    Claim("The reward rises with every round of self-enhancement", "paper", "self_enhancement", _rounds_rise),
+    Claim("The variance of rewards falls with the rounds", "paper", "self_enhancement", _variance_falls),
+    Claim("The gain carries over to other tasks", "paper", "transfer", _transfers),
 ]
 
 # %% ../../nbs/44_claims.ipynb #cab6832b

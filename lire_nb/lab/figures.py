@@ -9,7 +9,7 @@ __all__ = ['METHOD_COLORS', 'JUDGE_COLORS', 'VERDICT_COLORS', 'colors_of', 'bar_
            'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_claims', 'plot_before_after',
            'plot_training', 'plot_calibration']
 
-# %% ../../nbs/45_figures.ipynb #60b5844a
+# %% ../../nbs/45_figures.ipynb #22becdb5
 import io
 import textwrap
 from collections.abc import Callable, Iterable
@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..base.errors import in_figure, LireError
-from ..base.files import atomic_write
+from ..base.files import atomic_write, read_jsonl
 from ..preferences import win_matrix
 from ..proxy import calibration, graded_pairs, independent_judge, prompt_means
 from ..statistics import bootstrap_interval, crossed_interval, FEW, Interval
-from .results import gain_values, read_jsonl, read_metrics, read_records, read_systems, values_of, wins
+from .results import gain_values, read_metrics, read_records, read_systems, values_of, wins
 
 # %% ../../nbs/45_figures.ipynb #bd561ff4
 METHOD_COLORS = {

@@ -153,7 +153,8 @@ def batch_bytes(
     if mode == "score":  # no backward pass: a few tensors of one layer
         return {"activations": (4 if dtype == "float32" else 2) * lists * M * (P + R) * 12 * h, "logits": 0}
     layer = _layer_bytes(config, mode, dtype, lists, P, R, M, path)
-    kept = config.num_hidden_layers * tokens * h * wide + layer if gradient_checkpointing else config.num_hidden_layers * layer
+    layers = config.num_hidden_layers
+    kept = layers * tokens * h * wide + layer if gradient_checkpointing else layers * layer
     # the last norm; the hidden states that predict
     ends = (4 + (wide if mode == "full" else 0)) * tokens * h + wide * lists * M * R * h
     # logits, their exponentials, two gradients
@@ -176,20 +177,12 @@ def memory_plan(
     M: int = 6,  # candidates
     path: str = "shared",  # or "padded"
     gradient_checkpointing: bool = False,
-# bytes for each GPU: weights, working, gradients, optimizer, activations, logits, their total; start
-) -> dict[str, int]:
+) -> dict[str, int]:  # bytes per GPU: weights, working, gradients, optimizer, activations, logits, total; start
     """What a GPU must hold; no weight is loaded. Formulas: this notebook. Raises `LireError` for an unknown word or a
     number below 1."""
-    words = {"dtype": (dtype, DTYPES), "optimizer": (optimizer, tuple(OPTIMIZERS)), "sharding": (sharding, SHARDINGS),
-             "path": (path, ("shared", "padded"))}
-    for field, (value, allowed) in words.items():
-        if value not in allowed:
-            raise LireError("unknown", field=field, value=value, allowed=" or ".join(allowed),
-                            remedy="choose one of these")
-    numbers = {"gpus": gpus, "lists": lists, "P": P, "R": R, "M": M, "rank": rank}
-    for field, value in numbers.items():
-        if value < 1:
-            raise LireError("too few", field=field, value=value, allowed="1 or more", remedy="count what one GPU holds")
+    _check_plan({"dtype": (dtype, DTYPES), "optimizer": (optimizer, tuple(OPTIMIZERS)),
+                 "sharding": (sharding, SHARDINGS), "path": (path, ("shared", "padded"))},
+                {"gpus": gpus, "lists": lists, "P": P, "R": R, "M": M, "rank": rank})
     counts = count_parameters(model, mode, rank, targets)
     start = (2 if dtype == "bfloat16" else 4) * (counts["base"] + counts["adapter"]) if sharding != "none" else 0
     if sharding == "zero2":  # DeepSpeed casts the policy
@@ -197,6 +190,16 @@ def memory_plan(
     plan = {**resting_bytes(counts, dtype, optimizer, sharding, gpus),
             **batch_bytes(model, mode, dtype, lists, P, R, M, path, gradient_checkpointing)}
     return {**plan, "total": sum(plan.values()), "start": start}
+
+# %% ../../nbs/48_memory.ipynb #4c368e5c
+def _check_plan(words: dict[str, tuple], numbers: dict[str, int]) -> None:
+    for field, (value, allowed) in words.items():
+        if value not in allowed:
+            raise LireError("unknown", field=field, value=value, allowed=" or ".join(allowed),
+                            remedy="choose one of these")
+    for field, value in numbers.items():
+        if value < 1:
+            raise LireError("too few", field=field, value=value, allowed="1 or more", remedy="count what one GPU holds")
 
 # %% ../../nbs/48_memory.ipynb #fc7b926c
 CARDS = (16, 24, 40, 48, 80, 141)  # GB of the usual accelerators
@@ -282,7 +285,9 @@ def launch_command(
 
 # %% ../../nbs/48_memory.ipynb #cd162109
 def _lora_options(lora: dict | None) -> list[str]:
-    return [f"--lora-rank {lora['rank']} --lora-alpha {lora['alpha']} --lora-targets {','.join(lora['targets'])}"] if lora else []
+    if not lora:
+        return []
+    return [f"--lora-rank {lora['rank']} --lora-alpha {lora['alpha']} --lora-targets {','.join(lora['targets'])}"]
 
 # %% ../../nbs/48_memory.ipynb #2753fa71
 def lora_config(

@@ -8,9 +8,9 @@ __all__ = ['SCALES', 'GRIDS', 'NAMES', 'SEARCH', 'CORE', 'MADE', 'Find', 'TABLES
            'Run', 'mean_score', 'search', 'Table', 'plan', 'table_of']
 
 # %% ../../nbs/41_plans.ipynb #0a09da5b
-import hashlib
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.errors import LireError
-from ..base.files import data_path
+from ..base.errors import LireError, data_path
 
 # %% ../../nbs/41_plans.ipynb #5ba8c63e
 def read_settings(name: str) -> dict:
@@ -208,41 +207,47 @@ def _reward(scale: dict, task: str) -> dict:
     "How the reward models of a task are trained; a number of lists that is left out means all."
     return {"backbone": scale["backbone"], "lists": None, "check": None, **scale["tasks"][task]["reward"]}
 
-# %% ../../nbs/41_plans.ipynb #b0e8abdb
+# %% ../../nbs/41_plans.ipynb #f773193e
 def config_key(
     config: dict,  # JSON values only
 ) -> str:  # 12 hex digits
     "The name of a configuration, with the content of what it only names: a policy's folder, a loss of one's own."
+    from lire_nb.base.files import json_digest
+
     outside = _outside(config)
-    return hashlib.sha256(json.dumps([config, outside] if outside else config,
-                                     sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest([config, outside] if outside else config, 12)
 
 # %% ../../nbs/41_plans.ipynb #08077085
 def _outside(value, name: str = "") -> list:
     "Identities of folders, and of losses that are not this package's, anywhere in a configuration."
-    from lire_nb.models import MODEL_ASSETS
-
     if isinstance(value, dict):
         return [found for k in sorted(value) for found in _outside(value[k], k)]
     if isinstance(value, (list, tuple)):
         return [found for v in value for found in _outside(v, name)]
-    folder = isinstance(value,
-                        str) and (name in ("policy", "backbone") and value not in (*MODEL_ASSETS, "tiny")
-                                  or name == "name" and os.sep in value) and Path(value).is_dir()
-    if folder:
-        from lire_nb.identity import policy_identity
+    named = name in ("policy", "backbone") or name == "name" and os.sep in str(value)
+    if named and isinstance(value, str) and Path(value).is_dir():
+        return _folder_identity(value)
+    return _loss_identity(value) if name == "loss_type" else []
 
-        try:
-            return [policy_identity(value)]
-        except LireError:  # said when it is loaded
-            return []
-    if name == "loss_type":
-        from lire_nb.identity import named_identity
-        from lire_nb.rivals import LOSSES
 
-        if value in LOSSES and not str(getattr(LOSSES[value].fn, "__module__", "")).startswith("lire_nb."):
-            return [named_identity(LOSSES[value].fn)]
-    return []
+def _folder_identity(folder: str) -> list:
+    from lire_nb.identity import policy_identity
+    from lire_nb.models import MODEL_ASSETS
+
+    try:  # a folder that is called like an asset is not what the name means
+        return [] if folder in (*MODEL_ASSETS, "tiny") else [policy_identity(folder)]
+    except LireError:  # said when it is loaded
+        return []
+
+
+def _loss_identity(name: str) -> list:
+    losses = sys.modules.get("lire_nb.rivals")  # where losses are registered; not loaded, there is none of one's own
+    fn = losses.LOSSES[name].fn if losses and name in losses.LOSSES else None
+    if fn is None or str(getattr(fn, "__module__", "")).startswith("lire_nb."):
+        return []
+    from lire_nb.identity import named_identity
+
+    return [named_identity(fn)]
 
 # %% ../../nbs/41_plans.ipynb #e9e74ee8
 # say what a result is called, not what it is

@@ -6,7 +6,7 @@
 __all__ = ['MARKDOWN', 'HTML', 'results_table', 'Markup', 'table_text', 'markdown_table', 'findings', 'Worse', 'explain_worse',
            'worse_tables', 'pick_samples', 'samples_text', 'report', 'read_held_out']
 
-# %% ../../nbs/46_report.ipynb #e247b9e5
+# %% ../../nbs/46_report.ipynb #e17cbde9
 import base64
 import json
 from collections.abc import Callable, Iterable
@@ -18,14 +18,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.errors import in_cell, in_html, in_markdown, LireError, one_line, without_secrets
-from ..base.files import atomic_write, slug
+from ..base.files import atomic_write, read_jsonl, slug
 from ..proxy import independent_judge, overoptimization, parting_sentence, prompt_means
 from ..statistics import FEW, has_kl, wilson_interval
 from lire_nb.lab.figures import (
     plot_before_after, plot_calibration, plot_frontier, plot_overoptimization, plot_reward_kl, plot_training,
     plot_win_matrix, png, reward_kl_frontier, run_points, save_figure,
 )
-from .results import _json, read_jsonl, read_metrics, read_records, read_systems, Records
+from .results import _json, read_metrics, read_records, read_systems, Records
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb
 _COLUMNS = {"reward": "{} reward", "reward difference": "{} gain", "win rate": "{} win rate",

@@ -5,25 +5,20 @@
 # %% auto #0
 __all__ = ['load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'difference', 'spread_of', 'gain_values', 'gain',
            'wins', 'distance', 'start_perplexity', 'shown', 'system_table', 'search_table', 'points_of', 'code_of',
-           'results_folder', 'Results', 'rows_in', 'read_jsonl', 'read_metrics', 'read_systems', 'Records',
-           'read_records']
+           'results_folder', 'Results', 'rows_in', 'read_metrics', 'read_systems', 'Records', 'read_records']
 
 # %% ../../nbs/43_results.ipynb #c0eb3153
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError
-from ..base.files import data_path, one_writer, slug, _is_main
+from ..base.errors import LireError, data_path
 from .plans import NAMES, Run, code_version, config_key, plan
-from ..preferences import preferences
 from ..statistics import Interval, crossed_bootstrap, crossed_interval, wilson_interval
 
 # %% ../../nbs/43_results.ipynb #a776764a
@@ -151,6 +146,8 @@ def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interv
 # %% ../../nbs/43_results.ipynb #3ab02ba0
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
     "Share of comparisons won against `old` with the same seed."
+    from lire_nb.preferences import preferences
+
     a, b = _paired(new, old)
     values = np.array([preferences(x["scores"][judge], y["scores"][judge]) for x, y in zip(a["result"], b["result"])])
     if np.ptp(values) == 0:
@@ -253,25 +250,13 @@ def results_folder(scale: str = "laptop") -> Path:
     installed = (own.parents[1] / "__init__.py").is_file()
     return Path("runs", "reproduce", scale, "results") if scale == "smoke" or installed else own
 
-# %% ../../nbs/43_results.ipynb #c0d21271
-def _stored(folder: Path) -> Iterator[dict]:
-    "The rows of a folder; half a line, see below, is none."
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and {"key", "code", "result"} <= set(row):
-                    yield row
+# %% ../../nbs/43_results.ipynb #ec19e9f9
+def _stored(folder: Path) -> list[dict]:
+    "The rows of a folder; half a line, which a killed process leaves, is none."
+    from lire_nb.base.files import read_jsonl
 
-# %% ../../nbs/43_results.ipynb #58037415
-def _append_line(path: Path, row: dict) -> None:
-    "Write a row at the end of a file, one writer at a time, after the last whole line."
-    with one_writer(path, wait=True, inside=False), open(path, "ab+") as f:
-        f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)
-        f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path, skip=True)
+            if isinstance(row, dict) and {"key", "code", "result"} <= set(row)]
 
 # %% ../../nbs/43_results.ipynb #6d3e7157
 class Results:
@@ -307,10 +292,14 @@ class Results:
 
     def append(self, run: Run, result: dict, about: dict) -> dict:
         "Write one row at the end of the table's file."
+        from lire_nb.base.files import _is_main, append_jsonl, one_writer
+
         row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels,
                "config": run.config, "result": result}
         if _is_main():
-            _append_line(self.folder / f"{run.table}.jsonl", row)
+            path = self.folder / f"{run.table}.jsonl"
+            with one_writer(path, wait=True, inside=False):
+                append_jsonl(path, [row])
         self._take(row)
         return row
 
@@ -321,29 +310,27 @@ def rows_in(
     "The rows of a folder; rows that are read already go through."
     return results if isinstance(results, Results) else Results(results)
 
-# %% ../../nbs/43_results.ipynb #3bd81c25
-def read_jsonl(path: str | Path) -> list[dict]:
-    "The records of a JSONL file; raises `LireError` when it is not there."
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.strip()]
-    except ValueError as e:
-        raise LireError("a line that is no JSON", file=path, field="run", allowed="the files as the run left them",
-                        remedy="fetch the file again, or evaluate again") from e
-    except FileNotFoundError as e:
-        raise LireError("no such file", file=path, field="run", allowed="the folder of a finished run",
-                        remedy="run the evaluation first, or check the folder's name") from e
-
 # %% ../../nbs/43_results.ipynb #86cd31de
+def _rows(path: Path) -> list[dict]:
+    from lire_nb.base.files import read_jsonl
+
+    return read_jsonl(path, remedy="run the evaluation first, or check the folder's name")
+
+
+def _judged(run: Path, system: str) -> list[dict]:
+    from lire_nb.base.files import slug
+
+    return _rows(run / "evaluation" / f"{slug(system)}.jsonl")
+
+
 def read_metrics(run: str | Path) -> pd.DataFrame:
-    "The figures of a run, one per row."
-    return pd.DataFrame(read_jsonl(Path(run) / "metrics.jsonl"))
+    "The figures of a run, one per row; raises `LireError` where they are not there."
+    return pd.DataFrame(_rows(Path(run) / "metrics.jsonl"))
 
 
 def read_systems(run: str | Path) -> dict[str, list[dict]]:
     "The rows of every system, in the order of the figures."
-    names = read_metrics(run)["system"].unique()
-    return {name: read_jsonl(Path(run) / "evaluation" / f"{slug(name)}.jsonl") for name in names}
+    return {name: _judged(Path(run), name) for name in read_metrics(run)["system"].unique()}
 
 # %% ../../nbs/43_results.ipynb #5bf52fc0
 class Records(NamedTuple):
@@ -372,7 +359,7 @@ def read_records(run: str | Path) -> Records:
         rounds.setdefault(str(home), {0: first})[number] = [name]
         trained = _training_prompts(home, made, number)
         if trained is not None or whole:
-            judged = [_prompt_key(r["prompt"]) for r in read_jsonl(run / "evaluation" / f"{slug(name)}.jsonl")]
+            judged = [_prompt_key(r["prompt"]) for r in _judged(run, name)]
             found.seen[name] = sum(p in (trained or ()) for p in judged)
         judges = [judge for judge, identity in _object(config.get("judges")).items()
                   if made.get("reward") is not None and identity == made["reward"]]
@@ -405,4 +392,4 @@ def _training_prompts(home: Path, made: dict, rounds: int) -> set[str] | None:
     if isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
         return {_prompt_key(prompt) for _, prompt in pairs}
     files = [home / f"round-{k}" / "lists.jsonl" for k in range(1, rounds + 1)]
-    return {_prompt_key(r["prompt"]) for f in files for r in read_jsonl(f)} if all(f.is_file() for f in files) else None
+    return {_prompt_key(r["prompt"]) for f in files for r in _rows(f)} if all(f.is_file() for f in files) else None

@@ -23,7 +23,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from ..base.errors import LireError
-from ..base.files import atomic_folder, write_json
+from ..base.files import atomic_folder, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id, check_adapter
 from lire_nb.identity import (
@@ -72,10 +72,16 @@ def _steps(prompts: list, num_candidates: int, generations: int, lists_per_step:
 class OnlineReward:
     "A reward as TRL calls one: completion ids in, rewards out; counts what was scored."
 
-    def __init__(self, reward: Reward, records: list[dict], encoded: dict[str, list[int]], tokenizer,
-                 num_candidates: int):
-        self.reward, self.records, self.encoded, self.tokenizer, self.num_candidates = reward, records, encoded, tokenizer, num_candidates
-        self.scored, self.__name__ = 0, "reward"
+    def __init__(
+        self,
+        reward: Reward,
+        records: list[dict],
+        encoded: dict[str, list[int]],  # of `encode_prompts`
+        tokenizer,
+        num_candidates: int,  # M
+    ):
+        self.reward, self.records, self.encoded, self.tokenizer = reward, records, encoded, tokenizer
+        self.num_candidates, self.scored, self.__name__ = num_candidates, 0, "reward"
 
     def __call__(self, prompts, completions, completion_ids, index, **_):
         texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer) for i,
@@ -123,9 +129,9 @@ def _reading(trainer_class, encoded: dict[str, list[int]]):
 # %% ../../nbs/49_trl_online.ipynb #26e682a2
 _OURS = {  # settings of TRL that follow from arguments of `train_online`
     "num_generations": "num_candidates", "max_steps": "generations", "num_train_epochs": "generations",
-         "per_device_train_batch_size": "lists_per_step", "generation_batch_size": "lists_per_step",
+    "per_device_train_batch_size": "lists_per_step", "generation_batch_size": "lists_per_step",
     "steps_per_generation": "lists_per_step", "max_completion_length": "settings", "temperature": "settings",
-         "top_p": "settings", "top_k": "settings", "generation_kwargs": "settings",
+    "top_p": "settings", "top_k": "settings", "generation_kwargs": "settings",
     "seed": "seed", "output_dir": "folder", "use_vllm": "policy",
 }
 
@@ -211,42 +217,48 @@ def train_online(
 ) -> Path:
     """Train a policy online with TRL on a fixed budget of completions; raises `LireError` without trl. The prompts of a
     pass that do not fill a step wait for the next pass."""
-    config_class, trainer_class = _trl(method)
     records, training, folder = list({r["id"]: r for r in by_id(prompts)}.values()), training or {}, Path(folder)
-    _check_online(config_class, settings, training)
+    _check_online(_trl(method)[0], settings, training)
     generations = generation_budget(records, 1, num_candidates) if generations is None else generations
-    steps = _steps(records, num_candidates, generations, lists_per_step)
+    sizes = {"num_candidates": num_candidates, "lists_per_step": lists_per_step}
+    steps = _steps(records, generations=generations, **sizes)
     check_adapter(policy, peft_config)
     identity = {"format": FORMAT, "method": method, "fingerprint": policy_identity(policy),
-                "reward": reward_identity(reward), "prompts": prompts_identity(records),
-                "num_candidates": num_candidates, "generations": generations, "lists_per_step": lists_per_step,
-                "sampling": asdict(settings), "training": plain_value(training),
+                "reward": reward_identity(reward), "prompts": prompts_identity(records), **sizes,
+                "generations": generations, "sampling": asdict(settings), "training": plain_value(training),
                 "max_prompt_length": max_prompt_length, "peft": plain_value(peft_config), "seed": seed}
     identity = json.loads(json.dumps(identity, sort_keys=True))
     if folder.exists():
         return _done_before(folder, identity)
-    began, (model, tokenizer) = time.monotonic(), load_policy(policy)
-    peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
-    encoded = encode_prompts(records, tokenizer, max_prompt_length)
-    scored = OnlineReward(reward, records, encoded, tokenizer, num_candidates)
-    rows = datasets.Dataset.from_list([{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i,
-                                       r in enumerate(records)])
+    began = time.monotonic()
     with atomic_folder(folder) as draft, tempfile.TemporaryDirectory() as elsewhere:
-        args = config_class(output_dir=elsewhere,
-                            **online_settings(tokenizer, steps, num_candidates, lists_per_step, settings, training,
-                                              seed))
-        args._n_gpu = min(args.n_gpu, 1)
-        with quiet_transformers():
-            trainer = _reading(trainer_class, encoded)(model, scored, args, rows, processing_class=tokenizer,
-                                                       peft_config=peft_config)
+        trainer, scored = _trainer(method, policy, records, reward, max_prompt_length, peft_config, elsewhere,
+                                   {**sizes, "steps": steps, "settings": settings, "training": training, "seed": seed})
         history = _run(trainer, draft, progress)
-        (draft / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        write_jsonl(draft / "training.jsonl", history)
         write_json(draft / "online.json",
                    {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
                     "trl": importlib.metadata.version("trl")})
-    del model, trainer
+    del trainer
     gc.collect()
     return folder
+
+# %% ../../nbs/49_trl_online.ipynb #41d50d7d
+def _trainer(method: str, policy, records: list[dict], reward: Reward, max_prompt_length: int, peft_config, folder: str,
+             told: dict):
+    "TRL's trainer over these prompts, and the reward that it asks; `told` is for `online_settings`."
+    config_class, trainer_class = _trl(method)
+    model, tokenizer = load_policy(policy)
+    encoded = encode_prompts(records, tokenizer, max_prompt_length)
+    scored = OnlineReward(reward, records, encoded, tokenizer, told["num_candidates"])
+    rows = [{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i, r in enumerate(records)]
+    args = config_class(output_dir=folder, **online_settings(tokenizer, **told))
+    args._n_gpu = min(args.n_gpu, 1)
+    peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
+    with quiet_transformers():
+        trainer = _reading(trainer_class, encoded)(model, scored, args, datasets.Dataset.from_list(rows),
+                                                   processing_class=tokenizer, peft_config=peft_config)
+    return trainer, scored
 
 # %% ../../nbs/49_trl_online.ipynb #49a2e17a
 def _run(trainer, draft: Path, progress: bool) -> list[dict]:
