@@ -307,13 +307,13 @@ def test_stored_rows_are_what_their_key_says():
 
 
 def test_the_laptop_plans_are_those_of_the_stored_rows():
-    """The scale's file, the grids and the experiments give the very configurations that were run: a run that is
-    planned has its row, and a row of these tables is planned by one of them."""
+    """The scale's file, the grids and the experiments give the very configurations that were run: every stored row is
+    planned by a table, those of the three methods tables have all of their rows."""
     store = results.Results(LAPTOP)
-    planned = {run.key for table in plans.TABLES for run in plans.plan(table, find=store.find)
-               if run.table != "losses"}  # data/results/losses holds that table's own rows
+    planned = {table: {run.key for run in plans.plan(table, find=store.find)} for table in plans.TABLES}
     stored = {row["key"] for row in rows_of(LAPTOP) if "key" in row}
-    assert len(planned) > 200 and planned == stored
+    assert len(stored) > 200 and stored <= set().union(*planned.values())
+    assert planned["sentiment"] | planned["dialogue"] | planned["summarization"] <= stored
 
 
 def test_an_experiment_is_its_json():

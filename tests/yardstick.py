@@ -6,7 +6,7 @@ import sys
 
 
 def import_seconds() -> float:
-    """Processor seconds of a fresh process that imports what drawing a table needs."""
+    """Processor seconds of a fresh process that imports what running an experiment needs."""
     before = os.times()
-    subprocess.run([sys.executable, "-c", "import lire_nb.lab.claims"], check=True)
+    subprocess.run([sys.executable, "-c", "import lire_nb.lab.runner"], check=True)
     return sum(os.times()[2:4]) - sum(before[2:4])

@@ -287,7 +287,7 @@ MOVED = {  # old module -> {new module: the names that are there now}
     "experiments": {
         "lab.plans": "code_version config_key",
         "lab.experiments": (
-            "compact expand given_candidates judges_of KINDS prompts_of ragged_lengths reward_folder reward_lists "
+            "compact given_candidates judges_of KINDS prompts_of ragged_lengths reward_folder reward_lists "
             "reward_spec run_experiment source_lists stand_in take_candidates trained_lists"
         ),
     },

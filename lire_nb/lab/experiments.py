@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'stand_in', 'reward_lists', 'reward_folder', 'judges_of', 'reward_spec', 'prompts_of', 'given_candidates',
-           'source_lists', 'take_candidates', 'ragged_lengths', 'compact', 'expand', 'trained_lists', 'run_experiment']
+           'source_lists', 'take_candidates', 'ragged_lengths', 'compact', 'trained_lists', 'run_experiment']
 
 # %% ../../nbs/40_experiments.ipynb #29698efa
 import gc
@@ -262,22 +262,6 @@ def compact(
             **{name: [[round(v, 3) for v in r[name]] for r in rows] for name in _KEPT},
             "ended": [[int(x != "length") for x in r["finish_reasons"]] for r in rows],
             "examples": [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows[:examples]]}
-
-# %% ../../nbs/40_experiments.ipynb #36405422
-def expand(
-    results: list[dict],  # of `compact`, the same prompts: seeds of one system
-) -> list[dict]:  # rows as of `judge_policy`, the samples of all seeds together
-    "Columns as rows again; raises `LireError` when the prompts differ."
-    if len({r["ids"] for r in results}) != 1:
-        raise LireError("not the same prompts", field="results", value=sorted({r["ids"] for r in results}),
-                        allowed="results of one set of prompts", remedy="join seeds of one configuration only")
-    joined = lambda columns: [[v for part in parts for v in part] for parts in zip(*columns)]  # noqa: E731
-    scores = {judge: joined(r["scores"][judge] for r in results) for judge in results[0]["scores"]}
-    columns = {name: joined(r[name] for r in results) for name in (*_KEPT, "ended")}
-    return [{"id": str(i), "scores": {judge: values[i] for judge, values in scores.items()},
-             **{name: columns[name][i] for name in _KEPT},
-             "finish_reasons": ["stop" if e else "length" for e in columns["ended"][i]], "sampling": None}
-            for i in range(len(columns["tokens"]))]
 
 # %% ../../nbs/40_experiments.ipynb #8878e637
 def _judge(policy, config: dict, work: Path, start=None) -> dict:

@@ -223,25 +223,29 @@ def train_online(
     sizes = {"num_candidates": num_candidates, "lists_per_step": lists_per_step}
     steps = _steps(records, generations=generations, **sizes)
     check_adapter(policy, peft_config)
-    identity = {"format": FORMAT, "method": method, "fingerprint": policy_identity(policy),
-                "reward": reward_identity(reward), "prompts": prompts_identity(records), **sizes,
-                "generations": generations, "sampling": asdict(settings), "training": plain_value(training),
-                "max_prompt_length": max_prompt_length, "peft": plain_value(peft_config), "seed": seed}
-    identity = json.loads(json.dumps(identity, sort_keys=True))
+    identity = _identity(policy, records, reward, {
+        "method": method, **sizes, "generations": generations, "sampling": asdict(settings), "training": training,
+        "max_prompt_length": max_prompt_length, "peft": peft_config, "seed": seed})
     if folder.exists():
         return _done_before(folder, identity)
     began = time.monotonic()
     with atomic_folder(folder) as draft, tempfile.TemporaryDirectory() as elsewhere:
         trainer, scored = _trainer(method, policy, records, reward, max_prompt_length, peft_config, elsewhere,
                                    {**sizes, "steps": steps, "settings": settings, "training": training, "seed": seed})
-        history = _run(trainer, draft, progress)
-        write_jsonl(draft / "training.jsonl", history)
+        write_jsonl(draft / "training.jsonl", _run(trainer, draft, progress))
         write_json(draft / "online.json",
                    {"identity": identity, "scored": scored.scored, "seconds": round(time.monotonic() - began, 1),
                     "trl": importlib.metadata.version("trl")})
     del trainer
     gc.collect()
     return folder
+
+# %% ../../nbs/49_trl_online.ipynb #a731f102
+def _identity(policy, records: list[dict], reward: Reward, settings: dict) -> dict:
+    "What decides the trained policy, as JSON."
+    known = {"format": FORMAT, "fingerprint": policy_identity(policy), "reward": reward_identity(reward),
+             "prompts": prompts_identity(records), **plain_value(settings)}
+    return json.loads(json.dumps(known, sort_keys=True))
 
 # %% ../../nbs/49_trl_online.ipynb #41d50d7d
 def _trainer(method: str, policy, records: list[dict], reward: Reward, max_prompt_length: int, peft_config, folder: str,
