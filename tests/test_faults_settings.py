@@ -693,11 +693,11 @@ def test_defaults_learn_where_the_papers_setting_cannot(place, tmp_path, caplog)
 
 
 def test_every_loss_is_trained_by_its_name_and_its_fields(place, tmp_path):
-    from lire_nb.rivals import RIVALS
+    from lire_nb.rivals import LOSSES
 
     settings = {"infonca": {"alpha": 0.5}, "lipo": {"reward_transform": "rank"}, "simpo": {"gamma": 0.5},
                 "odpo": {"variant": "linear"}, "offline_pg": {"variant": "topr"}}
-    for name in RIVALS:
+    for name in LOSSES:
         seen = logs(trainer(place / "start", tmp_path, max_steps=1, loss_type=name, **settings.get(name, {})))
         assert all(math.isfinite(row["loss"]) for row in seen if "loss" in row), name
     for field, value in (("top_k", 1), ("rho", 0.1)):

@@ -1,20 +1,23 @@
 """Every rival against a second implementation, against identities, and against TRL on the same log-probs."""
 import inspect
 import math
+import pickle
 import random
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from losses_oracle import ORACLES as FIRST
 from losses_oracle import candidates
 from rivals_oracle import ORACLES
 from test_losses import INF, NAN, FixedLogps, call, pack, random_list
 from torch.testing import assert_close
 
 from lire_nb.losses import lire_loss, list_metrics, scored_mask
-from lire_nb.rivals import LOSSES, RIVALS, get_loss, kto_loss, lipo_loss, offline_pg_loss, qrpo_loss
+from lire_nb.rivals import LOSSES, get_loss, kto_loss, lipo_loss, loss_card, offline_pg_loss, qrpo_loss
 
+RIVALS = {name: spec for name, spec in LOSSES.items() if name not in FIRST}  # test_losses has the others
 SCORES = ("sum", "token", "ratio", "token_ratio")
 CONFIGS = [
     *(("infonca", {"direction": d, "alpha": a}) for d in ("forward", "reverse") for a in (1.0, 3.0)),
@@ -113,6 +116,29 @@ def test_every_rival_has_its_card_and_refuses_what_it_cannot_read():
         lire_loss(logps, rewards, temperature="cold")
     with pytest.raises(ValueError, match="lire_loss with score='ratio' needs the reference"):
         lire_loss(logps, rewards, score="ratio")
+
+
+def test_a_card_says_what_the_code_does():
+    for name, spec in LOSSES.items():
+        card = loss_card(name)
+        facts = [spec.source, spec.pitfall, spec.optimum, *(f"`{k}={v!r}`" for k, v in spec.settings.items())]
+        assert all(fact in card for fact in facts) and spec.formula in card.replace(r"\|", "|")
+        assert {line.replace(r"\|", "").count("|") for line in card.splitlines()} == {3}, "a cell is broken in two"
+    assert len(loss_card().splitlines()) == 2 + len(LOSSES) and "pitfall" in loss_card("lire", "dpo").splitlines()[0]
+
+
+def test_one_head_for_all_is_a_function_like_any_other():
+    assert pickle.loads(pickle.dumps(kto_loss)) is kto_loss and "arXiv 2402.01306" in kto_loss.__doc__
+    for spec in LOSSES.values():
+        with pytest.raises(TypeError, match="nonsense"):
+            spec.fn(torch.zeros(1, 2), torch.zeros(1, 2), ref_logps=torch.zeros(1, 2), nonsense=1)
+
+
+def test_reverse_infonca_pushes_down_what_is_hopeless():
+    "A share q that rounds to 0 is the smallest number, not one without a say."
+    logps, rewards = torch.tensor([[-3.0, -3.0]]), torch.tensor([[0.0, -200.0]])
+    value, grad = call("infonca", logps, rewards, logps, None, direction="reverse")
+    assert value.item() > 10 and grad[0, 1] > 0 > grad[0, 0]
 
 
 def test_every_rival_keeps_the_rules_of_all_losses():

@@ -137,7 +137,7 @@ def code_version(
 ) -> str:  # 7 hex digits
     "One hash for all definitions that decide the numbers of an experiment of this kind."
     kinds = [kind] if kind in MADE else MADE
-    losses = () if kind in ("reward", "online") else ("rivals.RIVALS",)  # found by name, so no definition leads there
+    losses = () if kind in ("reward", "online") else ("rivals.LOSSES",)  # found by name, so no definition leads there
     starts = ["run_experiment", *(f"experiments._{made}" for made in kinds), *losses]
     return version(*starts, package=package, without=_NAMING)
 
