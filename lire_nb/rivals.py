@@ -490,7 +490,7 @@ class LossSpec:
     fn: Callable[..., Tensor]  # (logps, rewards, mask=None, *, …) -> (B,)
     needs_ref: bool = False  # must be called with ref_logps=
     needs_lengths: bool = False  # must be called with lengths=, under its default arguments
-    uses: str = "values"  # of the rewards: their "values", their "order", only which is "best", or their side of a "threshold"
+    uses: str = "values"  # of the rewards: "values", "order", only which is "best", or their side of a "threshold"
     formula: str = ""
     source: str = ""
     optimum: str = "point mass"  # what it converges to on one list: a "point mass", the "tilted" distribution, …
@@ -594,7 +594,8 @@ def _facts(spec: LossSpec) -> dict[str, str]:
     "What a card says of a loss, in Markdown."
     needs = ["reference"] * spec.needs_ref + ["lengths"] * spec.needs_lengths
     facts = {"loss": f"**{spec.name}**", "formula": f"`{spec.formula}`", "rewards": spec.uses,
-             "needs": " and ".join(needs) or "–", "optimum": spec.optimum, "pitfall": spec.pitfall, "source": spec.source,
+             "needs": " and ".join(needs) or "–", "optimum": spec.optimum, "pitfall": spec.pitfall,
+             "source": spec.source,
              "defaults": ", ".join(f"`{name}={default!r}`" for name, default in spec.settings.items())}
     return {name: fact.replace("|", r"\|") for name, fact in facts.items()}
 
