@@ -12,7 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import psutil
 import torch
@@ -25,7 +25,7 @@ from .base.errors import LireError
 from .logprobs import list_logps, path_of, summed
 from .models import causal_lm, unwrap
 from .path_check import check_paths, to_device, verified
-from .shared_prompt import ListCollator, logps_in_pieces, _rows_of
+from .shared_prompt import ListCollator, logps_in_pieces, other_forward, _rows_of
 
 # %% ../nbs/70_long_lists.ipynb #79fb2b46
 logger = logging.getLogger(__name__)
@@ -185,24 +185,13 @@ def _through_wrapper(model: torch.nn.Module, run: Callable):
     if not isinstance(model, DistributedDataParallel):
         return run(model)
     inner = unwrap(model)
-    own = vars(inner).get("forward")  # set by mixed precision
+    with ExitStack() as exchanged:
+        def forward(*args, **kwargs):
+            exchanged.close()  # what runs inside calls the model as it is
+            return run(inner)
 
-    def restore():
-        if own is None:
-            del inner.forward
-        else:
-            inner.forward = own
-
-    def forward(*args, **kwargs):
-        restore()
-        return run(inner)
-
-    inner.forward = forward
-    try:
+        exchanged.enter_context(other_forward(inner, forward))
         return model()
-    finally:
-        if vars(inner).get("forward") is forward:
-            restore()
 
 # %% ../nbs/70_long_lists.ipynb #dcf6cc6b
 def saved_bytes(

@@ -84,7 +84,8 @@ class Patience:
                         "command again: with a journal, only what is missing is asked") from reason
         if not self.told:  # once an outage, not once a request
             self.told = True
-            limit = f"for up to {self.patience:g} s" if self.patience < math.inf else f"{self.max_retries} times at most"
+            limit = f"for up to {self.patience:g} s"
+            limit = f"{self.max_retries} times at most" if self.patience == math.inf else limit
             logger.warning("%s; trying again %s", reason, limit)
         self.over.wait(pause)
 
