@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reward', 'RewardError', 'score_lists', 'reward_name', 'VaderReward', 'RewardModel', 'ranking_loss',
-           'train_reward_model', 'pair_accuracy', 'longer_wins', 'RandomReward', 'graded_scores', 'ServerReward',
+           'train_reward_model', 'graded_scores', 'pair_accuracy', 'longer_wins', 'RandomReward', 'ServerReward',
            'ScalarHead', 'ScalarHeadModel', 'load_scalar_head_model']
 
 # %% ../nbs/15_rewards.ipynb #ee2978bd
@@ -138,8 +138,7 @@ class VaderReward:
 def _usable_pad(config, tokenizer) -> int:
     "A token to fill rows with: the tokenizer's, or its end of text where that lies beyond the model's vocabulary."
     known = getattr(config, "vocab_size", None) or len(tokenizer)
-    found = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < known)
-    return next(found)
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < known)
 
 # %% ../nbs/15_rewards.ipynb #420622c2
 # long: one class of small methods
@@ -283,24 +282,36 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
         reward.history.append(round(loss.item(), 5))
     reward.model.eval()
 
+# %% ../nbs/15_rewards.ipynb #e6bfaf17
+def graded_scores(
+    lists: Iterable[dict],  # graded, held out
+    reward: Reward,
+) -> list[dict]:  # id, grades, scores; candidates without a grade are left out
+    "Grades and scores of the same candidates, as rows to keep in a file."
+    lists = list(lists)
+    rows = []
+    for record, scored in zip(lists, score_lists(lists, reward)):
+        known = [j for j, grade in enumerate(record["rewards"]) if grade is not None]
+        rows.append({"id": record["id"], "grades": [record["rewards"][j] for j in known],
+                     "scores": [scored["rewards"][j] for j in known]})
+    return rows
+
 # %% ../nbs/15_rewards.ipynb #b309af61
 def pair_accuracy(
     lists: Iterable[dict],  # graded lists
     reward: Reward,
 ) -> dict:  # accuracy (mean over lists), lists, pairs, per_list
     "Share of ordered pairs that a reward orders like the grades do, ties a half."
-    lists = list(lists)
-    per_list, pairs = [], 0
-    for record, scored in zip(lists, score_lists(lists, reward)):
-        grades, scores = record["rewards"], scored["rewards"]
-        verdicts = [((scores[i] > scores[j]) - (scores[i] < scores[j])) * (1 if grades[i] > grades[j] else -1)
-                    for i in range(len(grades)) for j in range(i)
-                    if grades[i] is not None and grades[j] is not None and grades[i] != grades[j]]
-        if verdicts:
-            per_list.append(sum(0.5 + v / 2 for v in verdicts) / len(verdicts))
-            pairs += len(verdicts)
-    return {"accuracy": sum(per_list) / len(per_list) if per_list else math.nan, "lists": len(per_list), "pairs": pairs,
-            "per_list": per_list}
+    judged = [_right_pairs(row["grades"], row["scores"]) for row in graded_scores(lists, reward)]
+    per_list = [sum(right) / len(right) for right in judged if right]
+    return {"accuracy": sum(per_list) / len(per_list) if per_list else math.nan, "lists": len(per_list),
+            "pairs": sum(map(len, judged)), "per_list": per_list}
+
+
+def _right_pairs(grades: list[float], scores: list[float]) -> list[float]:
+    "For each pair of different grades 1 where the scores agree, 0 where they do not, a half for a tie."
+    pairs = [(i, j) for i in range(len(grades)) for j in range(len(grades)) if grades[i] > grades[j]]
+    return [(1 + (scores[i] > scores[j]) - (scores[i] < scores[j])) / 2 for i, j in pairs]
 
 # %% ../nbs/15_rewards.ipynb #a409876a
 def longer_wins(prompts: list, completions: list[str]) -> list[float]:
@@ -315,20 +326,6 @@ class RandomReward:
 
     def __call__(self, prompts, completions):
         return [text_hash(c, "random") for c in completions]
-
-# %% ../nbs/15_rewards.ipynb #e6bfaf17
-def graded_scores(
-    lists: Iterable[dict],  # graded, held out
-    reward: Reward,
-) -> list[dict]:  # id, grades, scores; candidates without a grade are left out
-    "Grades and scores of the same candidates, as rows to keep in a file."
-    lists = list(lists)
-    rows = []
-    for record, scored in zip(lists, score_lists(lists, reward)):
-        known = [j for j, grade in enumerate(record["rewards"]) if grade is not None]
-        rows.append({"id": record["id"], "grades": [record["rewards"][j] for j in known],
-                     "scores": [scored["rewards"][j] for j in known]})
-    return rows
 
 # %% ../nbs/15_rewards.ipynb #63c5d21d
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
