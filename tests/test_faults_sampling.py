@@ -173,7 +173,8 @@ def test_01_given_columns_of_given_candidates_do_not_reach_the_sampled_ones():
                       "pair": {"kept": [1, 2]}}}
     [record] = sample_lists((policy_of(tokenizer), tokenizer), [given], 2, settings=SamplingSettings(max_new_tokens=4),
                             progress=False)
-    assert "grades" not in record["meta"] and record["meta"]["topic"] == "film" and record["meta"]["pair"] == {"kept": [1, 2]}
+    meta = record["meta"]
+    assert "grades" not in meta and meta["topic"] == "film" and meta["pair"] == {"kept": [1, 2]}
 
 
 # --- 7: one limit of prompts ---------------------------------------------------------------------------------------
