@@ -273,6 +273,18 @@ def _crossed(lm, length: int) -> list[int]:
     "The limits that the check crosses: all near ones, and those that the rows to come do."
     return [n for n in _limits(lm) if n <= max(length - 1, _CHEAP)]
 
+# %% ../nbs/25_path_check.ipynb #fcf70696
+def _adapters(model) -> list:
+    "The configurations of its peft adapters."
+    peft = getattr(unwrap(model), "peft_config", None)
+    return list(peft.values()) if isinstance(peft, dict) else []
+
+
+def _name_of(model) -> str:
+    "Class of the model, with the kinds of its adapters."
+    kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapters(model)})
+    return " with ".join([type(causal_lm(model)).__name__, *kinds])
+
 # %% ../nbs/25_path_check.ipynb #4962378a
 def _tiny_lists(model, lm, length: int) -> list[dict]:
     "Two ragged lists of a few tokens, spread over the vocabulary, and one across each limit."
@@ -292,18 +304,6 @@ def _tiny_lists(model, lm, length: int) -> list[dict]:
 def to_device(batch: dict, device) -> dict:
     "The batch with its tensors on a device."
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-# %% ../nbs/25_path_check.ipynb #fcf70696
-def _adapters(model) -> list:
-    "The configurations of its peft adapters."
-    peft = getattr(unwrap(model), "peft_config", None)
-    return list(peft.values()) if isinstance(peft, dict) else []
-
-
-def _name_of(model) -> str:
-    "Class of the model, with the kinds of its adapters."
-    kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapters(model)})
-    return " with ".join([type(causal_lm(model)).__name__, *kinds])
 
 # %% ../nbs/25_path_check.ipynb #3e3e7edd
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",

@@ -85,7 +85,7 @@ class Patience:
         if not self.told:  # once an outage, not once a request
             self.told = True
             limit = f"for up to {self.patience:g} s"
-            limit = f"{self.max_retries} times at most" if self.patience == math.inf else limit
+            limit = f"up to {self.max_retries}×" if self.patience == math.inf else limit
             logger.warning("%s; trying again %s", reason, limit)
         self.over.wait(pause)
 

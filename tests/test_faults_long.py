@@ -193,8 +193,9 @@ def test_lora_and_frozen_layers():
 def test_accumulated_and_with_any_loss():
     "Two batches one after the other, under a loss that looks at all candidates of a list together."
     model = tiny(SHARED["qwen3"]())
-    loss = lambda logps, batch: (logps.masked_fill(~batch["mask"],
-                                                   0).std(1) * logps.exp().sum(1).sqrt()).sum()  # noqa: E731
+
+    def loss(logps, batch):
+        return (logps.masked_fill(~batch["mask"], 0).std(1) * logps.exp().sum(1).sqrt()).sum()
 
     def both(logps_of):
         model.zero_grad()
