@@ -41,7 +41,7 @@ from lire_nb.preferences import (
 )
 from .rewards import Reward, score_lists
 from .sampling import sample_lists, SamplingSettings
-from .shared_prompt import both_sides, by_length, CHUNK, ListCollator, padded_rows, tokenize_list
+from .shared_prompt import asked_at, both_sides, by_length, CHUNK, ListCollator, padded_rows, tokenize_list
 from .statistics import bootstrap_interval, FEW, has_kl, Interval, _standard_error, _t_interval
 
 # %% ../nbs/22_evaluation.ipynb #9d31aff3
@@ -76,16 +76,9 @@ def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor
     "(T, V) float32 log-probs at the marked positions of some rows; the head is asked about no others."
     if check_paths(model).head == "full":
         return model(input_ids=ids, attention_mask=mask).logits[where].float().log_softmax(-1)
-    head = unwrap(model).get_output_embeddings()
-    own, original = vars(head).get("forward"), head.forward
     options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
-    head.forward = lambda hidden: original(hidden[where])
-    try:
+    with asked_at(model, where.flatten().nonzero().squeeze(1)):
         return model(input_ids=ids, attention_mask=mask, **options).logits.float().log_softmax(-1)
-    finally:
-        del head.forward  # the class's own forward is found again
-        if own is not None:
-            head.forward = own
 
 # %% ../nbs/22_evaluation.ipynb #3bef358e
 @torch.no_grad()

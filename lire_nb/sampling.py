@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers', 'candidate_numbers',
-           'draw_tokens', 'cannot_share_prompts', 'LocalSampler', 'ServerSampler', 'sample_lists']
+           'draw_tokens', 'cannot_share_prompts', 'LocalSampler', 'sample_lists', 'ServerSampler']
 
 # %% ../nbs/14_sampling.ipynb #9b0b3127
 import hashlib
@@ -22,7 +22,6 @@ from typing import Protocol
 import datasets
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
     TopPLogitsWarper,
@@ -36,7 +35,9 @@ from lire_nb.conversations import (
 from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy
 from .records import lists_dataset, make_record, prompt_id
-from .servers import check_address, NoAnswer, _Patience, run_requests, TryLater
+from lire_nb.servers import (
+    check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, run_requests, TryLater,
+)
 
 # %% ../nbs/14_sampling.ipynb #7f9881b3
 logger = logging.getLogger(__name__)
@@ -149,6 +150,36 @@ def draw_tokens(
     target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(heap, target, right=True).squeeze(1)
 
+# %% ../nbs/14_sampling.ipynb #3842a761
+def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
+    "Temperature, then top-k, then top-p."
+    warpers = LogitsProcessorList()
+    if settings.temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k and settings.temperature:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1 and settings.temperature:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return warpers
+
+# %% ../nbs/14_sampling.ipynb #afad0a86
+class _Chooser:
+    "Takes the next token of each row, by the same rules and random numbers whoever computed the scores."
+
+    def __init__(self, tokenizer, settings: SamplingSettings, uniform: torch.Tensor | None, ends: list[int]):
+        self.uniform, self.warpers, self.tokens, self.ends = uniform, _warpers(settings), len(tokenizer), ends
+        self.never = [i for i in tokenizer.all_special_ids if i not in ends]
+
+    def __call__(self, scores, step: int, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        "(N, V) scores of some rows -> their tokens, and the log-probs of these."
+        raw = scores.float()
+        scores = raw.clone()
+        banned = self.never + self.ends if step == 0 else self.never  # a completion has one token or more
+        scores[:, [i for i in banned if i < scores.shape[1]]] = -torch.inf
+        scores[:, self.tokens :] = -torch.inf  # some models have more rows than there are tokens
+        tokens = draw_tokens(self.warpers(None, scores), None if self.uniform is None else self.uniform[rows, step])
+        return tokens, raw.gather(1, tokens[:, None]).squeeze(1) - raw.logsumexp(1)
+
 # %% ../nbs/14_sampling.ipynb #37de3b7a
 def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     "The text before the first stop string, and whether there was one."
@@ -159,6 +190,8 @@ def _cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
 def _has_stopped(prompt, ids: list[int], tokenizer, stop: tuple[str, ...]) -> bool:
     """Whether the newest token completed a stop string. A short tail is decoded first: every token carries a byte or
     more."""
+    if not stop:
+        return False
     tail = tokenizer.decode(ids[-max(len(s.encode()) for s in stop) - 8 :])
     return any(s in tail for s in stop) and _cut_at_stop(completion_text(prompt, ids, tokenizer), stop)[1]
 
@@ -172,6 +205,17 @@ def _leading(prompt, ids: list[int], text: str, tokenizer) -> list[int] | None:
         if len(said) + 8 < len(text):  # half a letter decodes to as many as three signs
             break
     return None
+
+# %% ../nbs/14_sampling.ipynb #08e2425e
+def _completion(prompt, row: list[tuple[int, float]], tokenizer, settings, ends: list[int]) -> Completion:
+    "A row of (token, log-prob), the end included, as a completion."
+    ids = [t for t, _ in row]
+    ended = ids[-1] in ends
+    text, stopped = _cut_at_stop(completion_text(prompt, ids[:-1] if ended else ids, tokenizer), settings.stop)
+    if stopped:
+        ids = _leading(prompt, ids, text, tokenizer)
+    logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
+    return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
 
 # %% ../nbs/14_sampling.ipynb #986996a2
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +252,29 @@ class _Decoding:
         "Write one more token a row."
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         self._forward(tokens[:, None], self.position + 1)
+
+# %% ../nbs/14_sampling.ipynb #5c7fbd34
+def _write(model, tokenizer, prompts, encoded, repeats: int, choose: _Chooser, settings) -> list[list[tuple]]:
+    "Each prompt is computed once, and rows that have ended leave the batch: (token, log-prob) up to and with its end."
+    decoding = _Decoding(model, encoded, repeats, tokenizer.pad_token_id)
+    written = [[] for _ in range(len(encoded) * repeats)]
+    rows = torch.arange(len(written), device=model.device)  # which row each line of the batch writes
+    running = set(range(len(written)))
+    for step in range(settings.max_new_tokens):
+        tokens, logps = choose(decoding.scores, step, rows)
+        for row, token, logp in zip(rows.tolist(), tokens.tolist(), logps.tolist()):
+            if row in running:
+                written[row].append((token, logp))
+                ids = [t for t, _ in written[row]]
+                if token in choose.ends or _has_stopped(prompts[row // repeats], ids, tokenizer, settings.stop):
+                    running.remove(row)
+        if not running or step + 1 == settings.max_new_tokens:
+            return written
+        if len(running) <= 0.75 * len(rows):
+            lines = torch.tensor([k for k, row in enumerate(rows.tolist()) if row in running], device=rows.device)
+            decoding.choose(lines)
+            rows, tokens = rows[lines], tokens[lines]
+        decoding.append(tokens)
 
 # %% ../nbs/14_sampling.ipynb #9c920b34
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the scores, in their standard deviations
@@ -267,7 +334,21 @@ def _plain_generation(model):
         for m, config in zip(owners, kept):
             m.generation_config = config
 
+# %% ../nbs/14_sampling.ipynb #65bb697b
+def _generate(model, tokenizer, prompts, encoded, repeats: int, choose: _Chooser, settings) -> list[list[tuple]]:
+    "As `_write`, with the model's `generate`: every row computes its own prompt."
+    pad = tokenizer.pad_token_id or 0
+    ids, mask = (t.repeat_interleave(repeats, 0).to(model.device) for t in _left_padded(encoded, pad))
+    chosen = _Chosen(choose, ids.shape[1])
+    with _plain_generation(model):
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=settings.max_new_tokens,
+                             pad_token_id=pad, eos_token_id=choose.ends or None,
+                             logits_processor=LogitsProcessorList([chosen]))
+    rows = [list(zip(*row)) for row in zip(out[:, ids.shape[1] :].tolist(), torch.stack(chosen.logps, 1).tolist())]
+    return [row[: next((k + 1 for k, (t, _) in enumerate(row) if t in choose.ends), None)] for row in rows]
+
 # %% ../nbs/14_sampling.ipynb #79acad67
+# long: one class; what a batch does stands above
 class LocalSampler:
     "Samples from a transformers model in this process."
 
@@ -282,34 +363,23 @@ class LocalSampler:
         share_prompt: bool | None = None,  # None: share where it is exact
     ):
         check_limit(max_prompt_length, "max_prompt_length")
-        if not (_is_whole(batch_size) and batch_size >= 1):
-            raise LireError("not a count", field="batch_size", value=batch_size, allowed="a whole number, 1 or more",
-                            remedy="128 suits most models")
+        _check_count(batch_size, "batch_size", "128 suits most models")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
         self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt
 
     def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
         "Raises `LireError` for a prompt that cannot be rendered or is too long for the model."
         ids = ids or [prompt_id(p) for p in prompts]
-        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i)[0] for p,
-                   i in zip(prompts, ids, strict=True)]
-        self._check_room(encoded, ids, settings.max_new_tokens)
-
-    def _check_room(self, encoded, ids, new: int) -> None:
-        "Models with rotary positions would go on beyond their context without a word."
-        context = context_of(self.model)
-        for tokens, name in zip(encoded, ids):
-            if context is not None and len(tokens) + new > context:
-                raise LireError("too long for the model", field=f"prompt of list {name!r}",
-                                value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
-                                allowed=f"{context} tokens, the model's context",
-                                remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
+        encoded = [encode_prompt(p, self.tokenizer, self.max_prompt_length, id=i)[0]
+                   for p, i in zip(prompts, ids, strict=True)]
+        _check_room(self.model, encoded, ids, settings.max_new_tokens)
 
     @torch.no_grad()
-    def sample(self, prompts, num_candidates, settings, seed):
+    def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings,
+               seed: int) -> list[list[Completion]]:
         "M completions for every prompt, in the order given, without dropout."
         encoded = self._encode(prompts)
-        self._check_room(encoded, map(prompt_id, prompts), settings.max_new_tokens)
+        _check_room(self.model, encoded, map(prompt_id, prompts), settings.max_new_tokens)
         self.model.eval()
         if self.share_prompt is None:
             self._find_route()
@@ -317,17 +387,25 @@ class LocalSampler:
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
         step = max(1, self.batch_size // num_candidates)
         results, ends = [None] * len(prompts), end_tokens(self.tokenizer, self.model)
-        with tqdm(total=len(prompts), desc="sampling", unit="prompt",
-                  disable=True if os.environ.get("TQDM_DISABLE") or not self.progress else None) as bar:
+        with progress_bar(self.progress, total=len(prompts), desc="sampling", unit="prompt") as bar:
             for start in range(0, len(order), step):
                 chunk = order[start : start + step]
                 asked = [prompts[i] for i in chunk], [encoded[i] for i in chunk]
                 rows = iter(self._rows(*asked, [numbers[i] for i in chunk], settings, seed, ends))
                 for i in chunk:
-                    results[i] = [self._completion(prompts[i], next(rows), settings, ends)
+                    results[i] = [_completion(prompts[i], next(rows), self.tokenizer, settings, ends)
                                   for _ in range(num_candidates)]
                 bar.update(len(chunk))
         return results
+
+    def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
+        "Tokens of B·M rows with their log-probs."
+        uniform = None
+        if settings.temperature:
+            uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device)
+        choose = _Chooser(self.tokenizer, settings, uniform, ends)
+        write = _write if self.share_prompt else _generate
+        return write(self.model, self.tokenizer, prompts, encoded, len(numbers[0]), choose, settings)
 
     def _find_route(self) -> None:
         reason = cannot_share_prompts(self.model, self.tokenizer)
@@ -344,103 +422,150 @@ class LocalSampler:
                            len(encoded), self.max_prompt_length)
         return [ids for ids, _ in encoded]
 
-    def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
-        "Tokens of B·M rows with their log-probs, each row up to and with its end."
-        uniform = (
-            uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device)
-            if settings.temperature
-            else None
-        )
-        warpers = _warpers(settings)
-        never = [i for i in self.tokenizer.all_special_ids if i not in ends]
+# %% ../nbs/14_sampling.ipynb #6ad598f9
+def _check_count(value, field: str, remedy: str) -> None:
+    if not (_is_whole(value) and value >= 1):
+        raise LireError("not a count", field=field, value=value, allowed="a whole number, 1 or more", remedy=remedy)
 
-        def choose(scores, step, rows=slice(None)):
-            raw = scores.float()
-            scores = raw.clone()
-            banned = never + ends if step == 0 else never  # a completion has one token or more
-            scores[:, [i for i in banned if i < scores.shape[1]]] = -torch.inf
-            scores[:, len(self.tokenizer) :] = -torch.inf  # some models have more rows than there are tokens
-            tokens = draw_tokens(warpers(None, scores), None if uniform is None else uniform[rows, step])
-            return tokens, raw.gather(1, tokens[:, None]).squeeze(1) - raw.logsumexp(1)
 
-        if self.share_prompt:
-            return self._write(prompts, encoded, len(numbers[0]), choose, set(ends), settings)
-        return self._generate(encoded, len(numbers[0]), choose, set(ends), settings)
+def _check_room(model, encoded: Iterable[list[int]], ids: Iterable[str], new: int) -> None:
+    "Models with rotary positions would go on beyond their context without a word."
+    context = context_of(model)
+    for tokens, name in zip(encoded, ids):
+        if context is not None and len(tokens) + new > context:
+            raise LireError("too long for the model", field=f"prompt of list {name!r}",
+                            value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
+                            allowed=f"{context} tokens, the model's context",
+                            remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
 
-    def _write(self, prompts, encoded, repeats, choose, ends, settings) -> list[list[tuple[int, float]]]:
-        "Each prompt is computed once, and rows that have ended leave the batch."
-        decoding = _Decoding(self.model, encoded, repeats, self.tokenizer.pad_token_id)
-        written = [[] for _ in range(len(encoded) * repeats)]
-        rows = torch.arange(len(written), device=self.model.device)  # which row each line of the batch writes
-        running = set(range(len(written)))
+# %% ../nbs/14_sampling.ipynb #7169e7ee
+def sample_lists(
+    policy,  # a name, a server "http://host:port/v1#model", a pair (model, tokenizer), or a `Sampler`
+    prompts,  # texts, messages, or records with "id", "prompt" and "meta"
+    num_candidates: int = 4,  # M
+    *,
+    settings: SamplingSettings = SamplingSettings(),
+    seed: int = 0,
+    source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
+    chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
+    # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress
+    # …
+    **sampler_options,
+) -> datasets.Dataset:  # lists, rewards not yet given
+    """Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling
+    for a prompt that cannot be used."""
+    _check_count(num_candidates, "num_candidates", "ask for 2 or more to train from")
+    records = _prompts_of(prompts, chat)
+    sampler = _as_sampler(policy, sampler_options)
+    asked, ids = [r["prompt"] for r in records], [r["id"] for r in records]
+    tokenizer = getattr(sampler, "tokenizer", None)
+    if hasattr(sampler, "check"):
+        sampler.check(asked, settings, ids)
+    if tokenizer is not None:
+        warn_text_prompts(records, tokenizer)
+    sampled = sampler.sample(asked, num_candidates, settings, seed)
+    _tell_failed(ids, sampled)
+    drawn_by = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
+    return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in zip(records, sampled, strict=True)
+                         if any(one.failed is None for one in c))
 
-        def stopped(row):
-            ids = [t for t, _ in written[row]]
-            return settings.stop and _has_stopped(prompts[row // repeats], ids, self.tokenizer, settings.stop)
+# %% ../nbs/14_sampling.ipynb #d3734123
+def _prompts_of(prompts, chat: bool | None) -> list[dict]:
+    "Records without candidates, one at least."
+    records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}}
+               for r in checked_prompts(prompts, chat)]
+    if not records:
+        raise LireError("no prompt", field="prompts", allowed="at least one prompt",
+                        remedy="check the file or the split that they come from")
+    return records
 
-        for step in range(settings.max_new_tokens):
-            tokens, logps = choose(decoding.scores, step, rows)
-            for row, token, logp in zip(rows.tolist(), tokens.tolist(), logps.tolist()):
-                if row in running:
-                    written[row].append((token, logp))
-                    if token in ends or stopped(row):
-                        running.remove(row)
-            if not running or step + 1 == settings.max_new_tokens:
-                return written
-            if len(running) <= 0.75 * len(rows):
-                lines = torch.tensor([k for k, row in enumerate(rows.tolist()) if row in running], device=rows.device)
-                decoding.choose(lines)
-                rows, tokens = rows[lines], tokens[lines]
-            decoding.append(tokens)
+# %% ../nbs/14_sampling.ipynb #e6d03a7f
+def _as_sampler(policy, options: dict) -> Sampler:
+    """A name is loaded in the fast dtype of this machine; a (model, tokenizer) pair is used as it is; an address is a
+    server's."""
+    if hasattr(policy, "sample"):
+        return policy
+    if isinstance(policy, str) and policy.startswith(("http://", "https://")):
+        url, _, model = check_address(policy).partition("#")
+        local = ("batch_size", "max_prompt_length")  # the server's own affair
+        return ServerSampler(url, model or None, **{k: v for k, v in options.items() if k not in local})
+    pair = policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())
+    return LocalSampler(*pair, **options)
 
-    def _generate(self, encoded, repeats, choose, ends, settings) -> list[list[tuple[int, float]]]:
-        "Every row computes its own prompt, with the model's `generate`."
-        pad = self.tokenizer.pad_token_id or 0
-        ids, mask = (t.repeat_interleave(repeats, 0).to(self.model.device) for t in _left_padded(encoded, pad))
-        chosen = _Chosen(choose, ids.shape[1])
-        with _plain_generation(self.model):
-            out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=settings.max_new_tokens,
-                                      pad_token_id=pad,
-                                      eos_token_id=list(ends) or None, logits_processor=LogitsProcessorList([chosen]))
-        rows = [list(zip(*row)) for row in zip(out[:, ids.shape[1] :].tolist(), torch.stack(chosen.logps, 1).tolist())]
-        return [row[: next((k + 1 for k, (t, _) in enumerate(row) if t in ends), None)] for row in rows]
+# %% ../nbs/14_sampling.ipynb #8c2621f2
+def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:
+    good = [c for c in completions if c.failed is None]
+    ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
+    meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids,
+            "logps": [c.logp for c in good]}
+    if drawn_by and any(i is not None for i in ids):
+        meta["tokenizer"] = drawn_by
+    if len(good) < len(completions):
+        meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
+    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good),
+                       id=record["id"], meta=meta)
 
-    def _completion(self, prompt, row, settings, ends) -> Completion:
-        ids = [t for t, _ in row]
-        ended = ids[-1] in ends
-        text, stopped = _cut_at_stop(completion_text(prompt, ids[:-1] if ended else ids, self.tokenizer), settings.stop)
-        if stopped:
-            ids = _leading(prompt, ids, text, self.tokenizer)
-        logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
-        return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
+# %% ../nbs/14_sampling.ipynb #eed4d6ea
+def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:
+    "One line about the candidates that were not answered; raises `LireError` where none was."
+    rows = [(name, len(row), [c.failed for c in row if c.failed is not None]) for name, row in zip(ids, sampled)]
+    named = [f"{name!r} ({len(why)} of {count}: {why[0]})" for name, count, why in rows if why]
+    lost = [repr(name) for name, count, why in rows if len(why) == count]
+    if named:
+        logger.warning("%d candidates were not answered and are left out, of the prompts %s%s; with a journal, the "
+                       "same call asks for them again",
+                       sum(len(why) for *_, why in rows), ", ".join(named[:20]) + (" …" if len(named) > 20 else ""),
+                       f"; no list for {', '.join(lost)}" if lost else "")
+    if len(lost) == len(ids):
+        raise LireError("no candidate", field="policy", value=rows[0][2][0],
+                        allowed="an answer to one prompt at least",
+                        remedy="look at what the policy says to these prompts")
 
-# %% ../nbs/14_sampling.ipynb #3842a761
-def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
-    "Temperature, then top-k, then top-p."
-    warpers = LogitsProcessorList()
-    if settings.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_k and settings.temperature:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1 and settings.temperature:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
-
-# %% ../nbs/14_sampling.ipynb #911aacbb
-# full, or on its way back; other faults of the server count against max_retries
-_RETRIED = (408, 409, 425, 429, 502, 503, 504)
-_WRONG = (400, 413, 422)  # this request is wrong, such as a prompt that is too long; the next may be right
+# %% ../nbs/14_sampling.ipynb #131a9891
 _APIS = ("auto", "chat", "completions")
 
 
-class _Refused(LireError):
-    "The server answered that the request is wrong."
+def _generation_config(settings: SamplingSettings) -> dict:
+    "What `transformers serve` takes instead of fields of its own; greedy decoding takes no warpers."
+    warpers = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
+               "top_k": settings.top_k} if settings.temperature else {"do_sample": False}
+    return {"generation_config": json.dumps({**warpers, "max_new_tokens": settings.max_new_tokens, "min_new_tokens": 1,
+                                             "repetition_penalty": 1.0})}
 
-# %% ../nbs/14_sampling.ipynb #be4c513b
-class _RefusedOne(_Refused, NoAnswer):
-    "It answered so about this one request."
+
+_SPECIAL_FIELDS = {
+    "transformers": _generation_config,
+    "vllm": lambda s: {"top_k": s.top_k or -1, "repetition_penalty": 1.0, "min_p": 0.0},
+    "other": lambda s: {"top_k": s.top_k} if s.top_k else {},
+}
+
+# %% ../nbs/14_sampling.ipynb #faa6bd80
+def _why_unusable(text, finish_reason, refusal, stop) -> str | None:
+    "What is wrong with an answer that has the right form."
+    if refusal:
+        return f"refused: {' '.join(str(refusal).split())[:80]}"
+    if finish_reason not in ("stop", "length"):
+        return f"ended by {finish_reason!r}"
+    if not isinstance(text, str):
+        return f"content is {'null' if text is None else 'no text'}"
+    return None if text or (stop and finish_reason == "stop") else "content is empty"  # a stop string may come first
+
+# %% ../nbs/14_sampling.ipynb #911aacbb
+def _read_answer(text: str, chat: bool, stop) -> dict:
+    "Text and finish reason of a response; raises `ValueError` with what is wrong with it."
+    try:
+        choice = json.loads(text)["choices"][0]
+        message = choice["message"] if chat else {"content": choice["text"]}
+        answer = {"text": message["content"], "finish_reason": choice["finish_reason"]}
+        why = _why_unusable(**answer, refusal=message.get("refusal"), stop=stop)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        why = "another form"
+    if why:
+        raise ValueError(why)
+    return answer
 
 # %% ../nbs/14_sampling.ipynb #9b29592e
+# long: one class; what a server is sent, and how an answer is read, stands above
 class ServerSampler:
     "Samples from an OpenAI-compatible server."
 
@@ -459,19 +584,13 @@ class ServerSampler:
         extra_body: dict | None = None,  # fields to send besides; None as a value takes a field away
         progress: bool = True,
     ):
-        check_address(base_url)
+        self.server = OpenAIServer(base_url, api_key, timeout)
         if api not in _APIS:
             raise LireError("unknown API", field="api", value=api, allowed=", ".join(_APIS),
                             remedy="choose one of these")
-        try:
-            import openai
-        except ImportError as e:
-            raise LireError("not installed", field="policy", value=base_url, allowed="the package openai installed",
-                            remedy="pip install 'lire_nb[server]'") from e
-        self.base_url, self.model, self.api, self.journal, self.extra_body, self.kind = base_url.rstrip("/"), model, api, journal, extra_body or {}, None
-        self.running = dict(max_in_flight=max_in_flight, patience=patience, max_retries=max_retries, progress=progress)
-        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=0)
+        self.model, self.api, self.extra_body, self.kind = model, api, extra_body or {}, None
+        self.running = dict(journal=journal, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries,
+                            progress=progress)
 
     def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
         "Raises `LireError` for a prompt that this server cannot go on from."
@@ -484,20 +603,19 @@ class ServerSampler:
                                 remedy='give api="completions", or extra_body={"continue_final_message": True} where '
                                        'the server knows it')
 
-    def sample(self, prompts, num_candidates, settings, seed):
+    def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings,
+               seed: int) -> list[list[Completion]]:
         "M completions for every prompt, in the order given; those that were not answered say why in `failed`."
         self.check(prompts, settings)
         ids = [prompt_id(p) for p in prompts]
-        keys, requests = [], {}
+        keys, requests, failed = [], {}, {}
         for prompt, name, numbers in zip(prompts, ids, candidate_numbers(ids, num_candidates)):
             for number in numbers:
                 # more bits are not kept by every server
                 request = self._request(prompt, settings, derive_seed(seed, name, number) % 2**31)
                 keys.append((prompt, f"{name}/{number}/{derive_seed(json.dumps(request, sort_keys=True)):016x}"))
                 requests[keys[-1][1]] = request
-        failed = {}
-        answers = run_requests(requests, lambda r: self._ask(*r), journal=self.journal, desc="sampling", failed=failed,
-                               **self.running)
+        answers = run_requests(requests, lambda r: self._ask(*r), desc="sampling", failed=failed, **self.running)
         if not answers:
             raise next(iter(failed.values()))
         drawn = [self._completion(prompt, answers[key], settings)
@@ -529,199 +647,60 @@ class ServerSampler:
 
     def _ask(self, path: str, body: dict) -> dict:
         "One completion, checked; raises `TryLater`, `NoAnswer` or `LireError`."
-        text = self._http(self.client.post, path, body=body)
+        text = self.server.post(path, body)
         try:
-            choice = json.loads(text)["choices"][0]
-            message = choice["message"] if path.startswith("/chat") else {"content": choice["text"]}
-            answer = {"text": message["content"], "finish_reason": choice["finish_reason"]}
-            why = _why_unusable(**answer, refusal=message.get("refusal"), stop=body.get("stop"))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            why = "another form"
-        if why:
-            raise NoAnswer(f"the answer is not a completion ({why})", field=f"server {self.base_url}{path}", value=text,
+            return _read_answer(text, path.startswith("/chat"), body.get("stop"))
+        except ValueError as e:
+            raise NoAnswer(f"the answer is not a completion ({e})", field=f"server {self.server.base_url}{path}",
+                           value=text,
                            allowed='choices with text (chat: message.content) and finish_reason "stop" or "length"',
                            remedy="check that this is the address of an OpenAI-compatible API (it usually ends in "
-                                  "/v1), and see the server's log")
-        return answer
+                                  "/v1), and see the server's log") from None
 
     def _completion(self, prompt, answer: dict, settings) -> Completion:
         text = answer["text"] if self._is_chat(prompt) else answer_text(prompt, answer["text"])
         text, stopped = _cut_at_stop(text, settings.stop)
         return Completion(text, "stop" if stopped else answer["finish_reason"])
 
-    def _http(self, send, path: str, **options) -> str:
-        "The body of the response; `TryLater` where asking again may help."
-        import openai
-
-        where = f"server {self.base_url}"
-        try:
-            return send(path, cast_to=str, **options)
-        except openai.APIConnectionError as e:  # refused, cut, or too slow
-            raise TryLater(f"{where} does not answer ({e.__cause__ or e})", silent=True) from e
-        except openai.APIStatusError as e:
-            status, said = e.status_code, " ".join(e.response.text.split())[:300]
-            if status in _RETRIED or status >= 500:
-                after = e.response.headers.get("retry-after", "")
-                raise TryLater(f"{where} answers {status}: {said}", float(after) if after.isdecimal() else 0.0,
-                               counts=status not in _RETRIED) from e
-            refused = _RefusedOne if status in _WRONG else _Refused
-            raise refused(
-                f"refuses the request ({status}): {said}",
-                field=where,
-                allowed="a model and an API that the server has",
-                remedy='name the model as the server does, after # in the address or as model=; '
-                'api="chat" where there is no /completions; OPENAI_API_KEY where a key is asked for',
-            ) from e
-
     def _connect(self) -> None:
         "Find out which server this is. One that is not there at all is said at once, without waiting."
-        described = self._look(f"{self.base_url.removesuffix('/v1')}/openapi.json")
+        url, look = self.server.base_url, lambda path: _look(self.server, path, self.running["patience"])
+        described = look(f"{url.removesuffix('/v1')}/openapi.json")
         # a route that only it has
         self.kind = "transformers" if "/load_model" in (described.get("paths") or {}) else "other"
         if self.kind == "transformers" and self.model:
             return  # its list names the models of a cache, not the one it was started with
-        models = [m for m in self._look("/models").get("data") or [] if isinstance(m, dict)]
+        models = [m for m in look("/models").get("data") or [] if isinstance(m, dict)]
         if any(m.get("owned_by") == "vllm" for m in models):
             self.kind = "vllm"
         if self.model is None and len(models) != 1:
             self.kind, names = None, ", ".join(str(m.get("id")) for m in models[:5])
-            raise LireError("which model?", field="policy", value=self.base_url,
+            raise LireError("which model?", field="policy", value=url,
                             allowed=names or "the name of a model: the server lists none",
-                            remedy=f"name it: {self.base_url}#MODEL")
+                            remedy=f"name it: {url}#MODEL")
         self.model = self.model or models[0].get("id")
 
-    def _look(self, path: str) -> dict:
-        "What the server says about itself; an empty dict when it does not. A full server is waited for."
-
-        def ask(path):
-            try:
-                return self._http(self.client.get, path)
-            except _Refused:
-                return ""
-            except TryLater as e:
-                if e.silent:
-                    raise LireError(str(e), field="policy", allowed="the address of a running server",
-                                    remedy="start it, or check host and port") from e
-                if e.counts:
-                    return ""
-                raise
-
-        return _parsed(_Patience(ask, self.running["patience"], 0, 0.5)(path))
-
-# %% ../nbs/14_sampling.ipynb #faa6bd80
-def _why_unusable(text, finish_reason, refusal, stop) -> str | None:
-    "What is wrong with an answer that has the right form."
-    if refusal:
-        return f"refused: {' '.join(str(refusal).split())[:80]}"
-    if finish_reason not in ("stop", "length"):
-        return f"ended by {finish_reason!r}"
-    if not isinstance(text, str):
-        return f"content is {'null' if text is None else 'no text'}"
-    return None if text or (stop and finish_reason == "stop") else "content is empty"  # a stop string may come first
-
 # %% ../nbs/14_sampling.ipynb #8c2c931d
-def _parsed(text: str) -> dict:
+def _look(server: OpenAIServer, path: str, patience: float) -> dict:
+    "What a server says about itself; an empty dict when it does not. A full server is waited for."
+    def ask(path):
+        try:
+            return server.get(path)
+        except Refused:
+            return ""
+        except TryLater as e:
+            if e.silent:
+                raise LireError(str(e), field="policy", allowed="the address of a running server",
+                                remedy="start it, or check host and port") from e
+            if e.counts:
+                return ""
+            raise
+
     try:
-        value = json.loads(text)
-    except ValueError:
+        said = json.loads(Patience(ask, patience, 0, 0.5)(path))
+    except json.JSONDecodeError:
         return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _generation_config(settings: SamplingSettings) -> dict:
-    "What `transformers serve` takes instead of fields of its own; greedy decoding takes no warpers."
-    warpers = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p,
-               "top_k": settings.top_k} if settings.temperature else {"do_sample": False}
-    return {"generation_config": json.dumps({**warpers, "max_new_tokens": settings.max_new_tokens, "min_new_tokens": 1,
-                                             "repetition_penalty": 1.0})}
-
-# %% ../nbs/14_sampling.ipynb #131a9891
-_SPECIAL_FIELDS = {
-    "transformers": _generation_config,
-    "vllm": lambda s: {"top_k": s.top_k or -1, "repetition_penalty": 1.0, "min_p": 0.0},
-    "other": lambda s: {"top_k": s.top_k} if s.top_k else {},
-}
-
-# %% ../nbs/14_sampling.ipynb #7169e7ee
-def sample_lists(
-    policy,  # a name, a server "http://host:port/v1#model", a pair (model, tokenizer), or a `Sampler`
-    prompts,  # texts, messages, or records with "id", "prompt" and "meta"
-    num_candidates: int = 4,  # M
-    *,
-    settings: SamplingSettings = SamplingSettings(),
-    seed: int = 0,
-    source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
-    chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
-    # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress
-    # …
-    **sampler_options,
-) -> datasets.Dataset:  # lists, rewards not yet given
-    """Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling
-    for a prompt that cannot be used."""
-    if not (_is_whole(num_candidates) and num_candidates >= 1):
-        raise LireError("not a count", field="num_candidates", value=num_candidates, allowed="1 or more",
-                        remedy="ask for 2 or more to train from")
-    records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}}
-               for r in checked_prompts(prompts, chat)]
-    if not records:
-        raise LireError("no prompt", field="prompts", allowed="at least one prompt",
-                        remedy="check the file or the split that they come from")
-    sampler = _as_sampler(policy, sampler_options)
-    asked, ids, tokenizer = [r["prompt"] for r in records], [r["id"]
-                                                             for r in records], getattr(sampler, "tokenizer", None)
-    if hasattr(sampler, "check"):
-        sampler.check(asked, settings, ids)
-    if tokenizer is not None:
-        warn_text_prompts(records, tokenizer)
-    sampled = sampler.sample(asked, num_candidates, settings, seed)
-    _tell_failed(ids, sampled)
-    drawn_by = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
-    kept = [(r, c) for r, c in zip(records, sampled, strict=True) if any(one.failed is None for one in c)]
-    if not kept:
-        raise LireError("no candidate", field="policy", value=next(c.failed for row in sampled for c in row),
-                        allowed="an answer to one prompt at least",
-                        remedy="look at what the policy says to these prompts")
-    return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in kept)
-
-# %% ../nbs/14_sampling.ipynb #8c2621f2
-def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:
-    good = [c for c in completions if c.failed is None]
-    ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
-    meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids,
-            "logps": [c.logp for c in good]}
-    if drawn_by and any(i is not None for i in ids):
-        meta["tokenizer"] = drawn_by
-    if len(good) < len(completions):
-        meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
-    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good),
-                       id=record["id"], meta=meta)
-
-# %% ../nbs/14_sampling.ipynb #eed4d6ea
-def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:
-    "One line about the candidates that were not answered."
-    rows = [(name, len(row), [c.failed for c in row if c.failed is not None]) for name, row in zip(ids, sampled)]
-    named = [f"{name!r} ({len(why)} of {count}: {why[0]})" for name, count, why in rows if why]
-    lost = [repr(name) for name, count, why in rows if len(why) == count]
-    if named:
-        logger.warning("%d candidates were not answered and are left out, of the prompts %s%s; with a journal, the "
-                       "same call asks for them again",
-                       sum(len(why) for *_, why in rows), ", ".join(named[:20]) + (" …" if len(named) > 20 else ""),
-                       f"; no list for {', '.join(lost)}" if lost else "")
-
-# %% ../nbs/14_sampling.ipynb #e6d03a7f
-def _as_sampler(policy, options: dict) -> Sampler:
-    """A name is loaded in the fast dtype of this machine; a (model, tokenizer) pair is used as it is; an address is a
-    server's."""
-    if hasattr(policy, "sample"):
-        return policy
-    if isinstance(policy, str) and policy.startswith(("http://", "https://")):
-        url, _, model = check_address(policy).partition("#")
-        return ServerSampler(url, model or None,
-                             **{k: v for k,
-                                v in options.items() if k not in ("batch_size",
-                                                                  "max_prompt_length")})  # the server's own affair
-    return LocalSampler(*(policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())),
-                        **options)
+    return said if isinstance(said, dict) else {}
 
 # %% ../nbs/14_sampling.ipynb #6c42cb75
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
-"""How fast candidates are sampled: the shared prompt against every candidate with its own prompt, and against one call of generate a prompt. A script:
+"""How fast candidates are sampled: the shared prompt against every candidate with its own prompt, and against one call
+of generate per prompt. SmolLM2, 64 prompts of the sentiment task, 4 candidates of 32 tokens each. A script:
 
-    python tests/bench_sampling.py [repeats]      # SmolLM2, the prompts of the sentiment task, 64 prompts × 4 candidates × 32 tokens
+    python tests/bench_sampling.py [repeats]
 """
 import statistics
 import sys

@@ -30,8 +30,8 @@ class Serve:
     """
 
     def __init__(self, folder, *options: str, port: int | None = None, threads: int = 2, wait: float = 120, log=None):
-        self.folder, self.options, self.port, self.threads, self.wait = str(folder), options, port or free_port(), threads, wait
-        self.log, self.process = log or os.devnull, None
+        self.folder, self.options, self.port = str(folder), options, port or free_port()
+        self.threads, self.wait, self.log, self.process = threads, wait, log or os.devnull, None
 
     @property
     def url(self) -> str:

@@ -23,20 +23,13 @@ from lire_nb.training import LIREConfig, LIRETrainer
 
 peft = pytest.importorskip("peft")
 tf.logging.set_verbosity_error()
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8, max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 GPT = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
 BERT = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 LORA = dict(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(config=None, **options):
@@ -327,7 +320,7 @@ def longrope(limit):
 @pytest.mark.parametrize("limit", [6, 12, 70])
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Phimoe"])
 def test_15_rope_that_switches_with_the_length_is_read_as_alone(family, limit):
-    extra = {"num_local_experts": 4} if family == "Phimoe" else {"original_max_position_embeddings": limit} if family == "Phi3" else {}
+    extra = {"Phimoe": {"num_local_experts": 4}, "Phi3": {"original_max_position_embeddings": limit}}.get(family, {})
     rope = longrope(limit) | ({"short_mscale": 1.1, "long_mscale": 1.3} if family == "Phimoe" else {})
     model = tiny(getattr(tf, f"{family}Config")(**BASE | extra | {"max_position_embeddings": 200,
                                                                   "rope_parameters": rope}))
@@ -504,7 +497,8 @@ def test_29_a_pad_is_never_read_whatever_it_is():
 
 
 def test_the_stored_table_of_families_has_nothing_wrong():
-    rows = [json.loads(line) for line in Path(__file__).parent.parent.joinpath("data/results/families.jsonl").read_text().splitlines()]
+    table = Path(__file__).parent.parent / "data/results/families.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
     verdicts = {row["family"]: row["verdict"] for row in rows}
     assert len(verdicts) == len(rows) and "wrong" not in verdicts.values()
     built = [v for v in verdicts.values() if v != "not built"]

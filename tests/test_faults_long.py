@@ -25,16 +25,9 @@ from lire_nb.records import make_record
 from lire_nb.shared_prompt import ListCollator
 from lire_nb.training import LIREConfig, LIRETrainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent
 SIZES = [(9, (3, 1, 9, 2, 2)), (2, (5,)), (11, (4, 6, 1)), (3, (1, 1))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch_of(sizes=SIZES):
@@ -200,8 +193,9 @@ def test_lora_and_frozen_layers():
 def test_accumulated_and_with_any_loss():
     "Two batches one after the other, under a loss that looks at all candidates of a list together."
     model = tiny(SHARED["qwen3"]())
-    loss = lambda logps, batch: (logps.masked_fill(~batch["mask"],
-                                                   0).std(1) * logps.exp().sum(1).sqrt()).sum()  # noqa: E731
+
+    def loss(logps, batch):
+        return (logps.masked_fill(~batch["mask"], 0).std(1) * logps.exp().sum(1).sqrt()).sum()
 
     def both(logps_of):
         model.zero_grad()

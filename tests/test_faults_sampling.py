@@ -173,7 +173,8 @@ def test_01_given_columns_of_given_candidates_do_not_reach_the_sampled_ones():
                       "pair": {"kept": [1, 2]}}}
     [record] = sample_lists((policy_of(tokenizer), tokenizer), [given], 2, settings=SamplingSettings(max_new_tokens=4),
                             progress=False)
-    assert "grades" not in record["meta"] and record["meta"]["topic"] == "film" and record["meta"]["pair"] == {"kept": [1, 2]}
+    meta = record["meta"]
+    assert "grades" not in meta and meta["topic"] == "film" and meta["pair"] == {"kept": [1, 2]}
 
 
 # --- 7: one limit of prompts ---------------------------------------------------------------------------------------
@@ -381,8 +382,8 @@ def test_26_one_bad_answer_does_not_stop_the_others(what, tmp_path, caplog):
         return BAD[what] if bad and not mended else good
 
     prompts = [{"id": name, "prompt": talk(name)} for name in ("one", "bad", "two", "half")]
-    run = lambda: sample_lists(server.url, prompts, 4, journal=tmp_path / "j.jsonl", progress=False, patience=9,
-                               max_retries=0)  # noqa: E731
+    options = dict(journal=tmp_path / "j.jsonl", progress=False, patience=9, max_retries=0)
+    run = lambda: sample_lists(server.url, prompts, 4, **options)  # noqa: E731
     with Pretend(reply) as server, caplog.at_level(logging.WARNING, logger="lire_nb"):
         lists = run()
         counts = {r["id"]: len(r["completions"]) for r in lists}
@@ -513,8 +514,11 @@ def test_33_a_password_in_an_address_is_refused_and_written_nowhere(address, tmp
 def test_37_how_a_text_is_meant_can_be_said(caplog):
     tokenizer = kinds.bytes_chatml()
     pair = (policy_of(tokenizer), tokenizer)
-    draw = lambda **options: list(sample_lists(pair, ["Is it?", "Why?"], 2, settings=SamplingSettings(max_new_tokens=3),
-                                               progress=False, **options))  # noqa: E731
+
+    def draw(**options):
+        return list(sample_lists(pair, ["Is it?", "Why?"], 2, settings=SamplingSettings(max_new_tokens=3),
+                                 progress=False, **options))
+
     with caplog.at_level(logging.WARNING, logger="lire_nb"):
         draw()
         assert sum("chat" in r.getMessage() for r in caplog.records) == 1

@@ -16,6 +16,7 @@ from lire_nb.path_check import check_paths
 from lire_nb.shared_prompt import ListCollator, token_logps, tokenize_list
 
 tf.logging.set_verbosity_error()
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 97
 BASE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
@@ -55,15 +56,6 @@ FALLBACK = {
     "gpt-oss": lambda: tf.GptOssConfig(**BASE, num_local_experts=2, num_experts_per_tok=1, sliding_window=5),
     "lfm2": lambda: tf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Threads cost more than they save on models this small."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(config, **options):
@@ -350,7 +342,8 @@ def test_cuts_are_made_where_they_are_said(limits, kept):
     record = {"id": "r", "prompt": "abcdef", "completions": ["uvwx"], "rewards": [1.0]}
     whole, tokens = tokenize_list(record, Letters()), tokenize_list(record, Letters(), **limits)
     assert (len(tokens["prompt_ids"]), len(tokens["completion_ids"][0])) == kept
-    assert tokens["prompt_ids"] == whole["prompt_ids"][-kept[0] :] and tokens["completion_ids"][0] == whole["completion_ids"][0][: kept[1]]
+    assert tokens["prompt_ids"] == whole["prompt_ids"][-kept[0] :]
+    assert tokens["completion_ids"][0] == whole["completion_ids"][0][: kept[1]]
     assert tokens["cut"] == (int(kept[0] < 6), int(kept[1] < 5))
 
 

@@ -443,7 +443,8 @@ def test_text_is_completed_and_messages_are_chatted():
             and chat_body["messages"] == [{"role": "user", "content": "Say"}]
             and "top_k" not in chat_body
         )
-        assert plain_body["prompt"] == "\n\nHuman: Hi\n\nAssistant:" and plain_body["min_p"] == 0.1 and "seed" not in plain_body
+        assert plain_body["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
+        assert plain_body["min_p"] == 0.1 and "seed" not in plain_body
 
 
 def test_servers_that_need_other_fields_are_recognized():
@@ -454,7 +455,8 @@ def test_servers_that_need_other_fields_are_recognized():
     with Pretend(lambda path, body: completed("x"), paths=["/load_model"]) as server:
         ServerSampler(server.url, "m", **FAST).sample(["Say"], 1, SamplingSettings(top_k=3), 0)
         body = server.received[0][1]
-        assert "top_k" not in body and json.loads(body["generation_config"])["top_k"] == 3 and json.loads(body["generation_config"])["do_sample"]
+        said = json.loads(body["generation_config"])
+        assert "top_k" not in body and said["top_k"] == 3 and said["do_sample"]
 
 
 def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
@@ -514,7 +516,8 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
 CLIENT = """
 import sys
 from lire_nb.sampling import SamplingSettings, sample_lists
-sample_lists(sys.argv[1], sys.argv[3:], 4, settings=SamplingSettings(max_new_tokens=4), journal=sys.argv[2], max_in_flight=16, progress=False)
+sample_lists(sys.argv[1], sys.argv[3:], 4, settings=SamplingSettings(max_new_tokens=4), journal=sys.argv[2],
+             max_in_flight=16, progress=False)
 """
 
 

@@ -18,8 +18,7 @@ from ..base.files import json_digest
 from lire_nb.judges.verdicts import (
     _check_template, Comparison, CRITERION, fill_template, parse_verdict, read_comparison, TEMPLATE,
 )
-from ..sampling import ServerSampler
-from ..servers import run_requests, TryLater
+from ..servers import OpenAIServer, run_requests, TryLater
 
 # %% ../../nbs/51_chat.ipynb #56fd3fbf
 @dataclass
@@ -70,7 +69,7 @@ class ChatJudge:
         self.body = {k: v for k,
                      v in {"temperature": temperature, "max_tokens": max_tokens, **(extra_body or {})}.items()
                      if v is not None}
-        self.server = ServerSampler(base_url, model, api_key=api_key, timeout=timeout)
+        self.server = OpenAIServer(base_url, api_key, timeout)
         self.running = dict(journal=cache, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries,
                             progress=progress)
         self.cost, self.lock, self.connected, self.served = Cost(), threading.RLock(), False, False
@@ -140,7 +139,7 @@ class ChatJudge:
             if self.connected:
                 return
             try:
-                self.server._http(self.server.client.get, "/models")
+                self.server.get("/models")
             except TryLater as e:
                 if getattr(e.__cause__, "status_code", None) is None:
                     raise LireError(str(e), field="judge", value=self.server.base_url,
@@ -160,8 +159,7 @@ class ChatJudge:
         return self.served
 
     def _post(self, messages: list[dict]) -> dict:
-        text = self.server._http(self.server.client.post, "/chat/completions",
-                                 body={"model": self.model, "messages": messages, **self.body})
+        text = self.server.post("/chat/completions", {"model": self.model, "messages": messages, **self.body})
         try:
             answer = json.loads(text)
             choice, usage = answer["choices"][0], answer.get("usage") or {}
