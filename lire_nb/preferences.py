@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RIDGE', 'preferences', 'share_interval', 'win_rate', 'leaderboard', 'length_controlled_win_rate', 'length_slope',
-           'win_matrix', 'system_difference', 'judge_verdicts', 'judge_agreement']
+           'win_matrix', 'has_kl', 'system_difference', 'judge_verdicts', 'judge_agreement']
 
 # %% ../nbs/21_preferences.ipynb #4147b7fe
 import math
@@ -260,6 +260,18 @@ def _check_same_prompts(rows: dict[str, list[dict]]) -> None:
             raise LireError("not the same prompts in the same order", field=f"rows of {system!r}",
                             allowed=f"the {len(ids)} prompts of {first!r}",
                             remedy="evaluate all systems on the same prompts")
+
+# %% ../nbs/21_preferences.ipynb #eca4c5bd
+def has_kl(
+    row: dict,  # of `judge_policy`
+) -> bool:
+    "Whether the log-ratios of these samples are a KL: drawn plainly, and read in the same tokens by both."
+    return _is_plain(row.get("sampling")) and row.get("same_tokenizer", True)
+
+
+def _is_plain(sampling: dict | None) -> bool:
+    "Whether samples come from the policy's own distribution; rows of older files do not say and were plain."
+    return not sampling or (sampling["temperature"] == 1 and sampling["top_p"] == 1 and sampling["top_k"] == 0)
 
 # %% ../nbs/21_preferences.ipynb #80e16a80
 def system_difference(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'Interval', 'bootstrap_interval', 'paired_difference', 'wilson_interval', 'crossed_interval',
-           'crossed_bootstrap', 'has_kl']
+           'crossed_bootstrap']
 
 # %% ../nbs/20_statistics.ipynb #2bc27121
 import math
@@ -156,15 +156,3 @@ def crossed_bootstrap(
         return Interval(point, np.nan, np.nan)
     low, high = np.quantile(statistic(rows, columns), [0.025, 0.975])
     return Interval(point, float(low), float(high), "bootstrap")
-
-# %% ../nbs/20_statistics.ipynb #eca4c5bd
-def has_kl(
-    row: dict,  # of `judge_policy`
-) -> bool:
-    "Whether the log-ratios of these samples are a KL: drawn plainly, and read in the same tokens by both."
-    return _is_plain(row.get("sampling")) and row.get("same_tokenizer", True)
-
-
-def _is_plain(sampling: dict | None) -> bool:
-    "Whether samples come from the policy's own distribution; rows of older files do not say and were plain."
-    return not sampling or (sampling["temperature"] == 1 and sampling["top_p"] == 1 and sampling["top_k"] == 0)

@@ -28,7 +28,8 @@ from lire_nb.lab.figures import (
     plot_training, plot_win_matrix, _png, prompt_means, reward_kl_frontier, save_figure, _wrapped,
 )
 from .results import _json, read_jsonl, read_metrics, read_records, read_systems, Records
-from ..statistics import FEW, has_kl, Interval, paired_difference, wilson_interval
+from ..preferences import has_kl
+from ..statistics import FEW, Interval, paired_difference, wilson_interval
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb
 _COLUMNS = [("reward", "{} reward"), ("reward difference", "{} gain"), ("win rate", "{} win rate"),
