@@ -27,7 +27,7 @@ from lire_nb.judges.verdicts import (
     judge_pairs,
     make_pairs,
     parse_verdict,
-    verdict_table,
+    verdict_frame,
     verdicts_to_preferences,
 )
 from lire_nb.models import compute_dtype, resolve_model
@@ -652,7 +652,7 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
               (("fair", lambda p, a, b: "A" if "new" in a else "B"),
                ("odd", lambda p, a, b: "A" if len(p) % 2 else "B" if "new" in b else "tie"))]
     both = agreement(by_people, *models, level="nominal", resamples=99)
-    table = verdict_table([*by_people, *models[0], *models[1]])
+    table = verdict_frame([*by_people, *models[0], *models[1]])
     assert set(table) == {"Ada L.", "Ben", "Cleo", "fair", "odd"}, "Dan gave no verdict"
     for v in by_people:
         if v["verdict"]:
