@@ -88,7 +88,7 @@ class _Endpoint:
         return self.served
 
 # %% ../../nbs/51_chat.ipynb #b0e8d11d
-# long: one judge: fifteen settings, a line each, and six short steps that read them
+# long: one judge: fifteen settings, a line each, and seven short steps that read them
 class ChatJudge:
     """A chat model as a judge, behind any OpenAI-compatible endpoint.
 
@@ -138,11 +138,14 @@ class ChatJudge:
         return {"model": self.model, "template": list(self.template), "criterion": self.criterion, "body": self.body,
                 "parse": self.parse}
 
+    def messages(self, shown: tuple[str, str, str]) -> list[dict]:
+        "The question about (prompt, first, second)."
+        prompt, first, second = shown
+        return fill_template(self.template, prompt=prompt, first=first, second=second, criterion=self.criterion)
+
     def compare(self, shown: list[tuple[str, str, str]]) -> list[Comparison]:
         "One comparison for every (prompt, first, second)."
-        replies = self.ask([fill_template(self.template, prompt=p, first=a, second=b, criterion=self.criterion)
-                            for p, a, b in shown])
-        compared = [self._comparison(r) for r in replies]
+        compared = [self._comparison(reply) for reply in self.ask([self.messages(one) for one in shown])]
         self.cost.failures += sum(c.verdict is None for c in compared)
         return compared
 

@@ -108,6 +108,20 @@ def _write_sheet(path: Path, rows: list[dict]) -> None:
     with atomic_write(path) as f:
         f.write("\ufeff" + text.getvalue())  # the mark tells spreadsheet programs that this is UTF-8
 
+# %% ../../nbs/52_sheets.ipynb #6c5bf48b
+def _read_key(path: Path) -> dict:
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        sound = key["run"] == _digest({k: v for k, v in key.items() if k != "run"})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise LireError(f"cannot be read as a key: {e.strerror if isinstance(e, OSError) else type(e).__name__}",
+                        file=path, field="key", allowed="the key.json that make_sheets wrote",
+                        remedy="give its path: key=…") from e
+    if not sound:
+        raise LireError("was changed after it was written: its hash does not fit", file=path, field="key",
+                        allowed="the key.json that make_sheets wrote", remedy="fetch the original")
+    return key
+
 # %% ../../nbs/52_sheets.ipynb #8cfa9440
 def _read_sheet(path: Path) -> list[tuple[int, dict]]:
     "(line, row) of a sheet, with all its columns."
@@ -133,20 +147,6 @@ def _read_sheet(path: Path) -> list[tuple[int, dict]]:
         rows.append((line, {c: row.get(c) or "" for c in COLUMNS}))
         line = reader.line_num + 1
     return rows
-
-# %% ../../nbs/52_sheets.ipynb #6c5bf48b
-def _read_key(path: Path) -> dict:
-    try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-        sound = key["run"] == _digest({k: v for k, v in key.items() if k != "run"})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise LireError(f"cannot be read as a key: {e.strerror if isinstance(e, OSError) else type(e).__name__}",
-                        file=path, field="key", allowed="the key.json that make_sheets wrote",
-                        remedy="give its path: key=…") from e
-    if not sound:
-        raise LireError("was changed after it was written: its hash does not fit", file=path, field="key",
-                        allowed="the key.json that make_sheets wrote", remedy="fetch the original")
-    return key
 
 # %% ../../nbs/52_sheets.ipynb #af7e91da
 def check_sheets(
