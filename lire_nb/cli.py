@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, visible
-from .base.files import slug, write_jsonl
+from .base.files import atomic_folder, one_writer, slug, write_json, write_jsonl
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, read_lines, save_lists
 
 # %% ../nbs/60_cli.ipynb #4cf8b3de
@@ -120,12 +120,10 @@ class _PlainFormatter(logging.Formatter):
 # %% ../nbs/60_cli.ipynb #d37878ff
 def _kept(args) -> str:
     "What a command that was stopped leaves behind, by what lies there."
-    if args.command in ("enhance", "evaluate", "quickstart", "reproduce"):
-        return "stages that are finished are kept, the same command goes on after them"
-    if args.command == "judge":
-        return "the replies that came are kept, the same command asks for the others"
-    if args.command == "bench":
-        return "points that are finished are kept, the same command goes on after them"
+    stages = dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished")
+    kept = {**stages, "bench": "points that are finished", "judge": "the replies that came"}
+    if args.command in kept:
+        return f"{kept[args.command]} are kept, the same command goes on after them"
     if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
         name = f"{Path(args.out).name}.journal.jsonl"
         return f"the answers that came are kept in {name}, the same command asks for the others"
@@ -171,7 +169,7 @@ def read_prompts(
         prompts = load_prompts(source, chat)
     if not prompts:
         raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt",
-                        remedy="give a file with one prompt a line, or records with a prompt")
+                        remedy="give a file with one prompt per line, or records with a prompt")
     if limit is not None and limit < 1:
         raise LireError("too few", field="--limit", value=limit, allowed="1 or more",
                         remedy="leave it out to use all prompts")
@@ -239,7 +237,6 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
     """Write the configuration beside the output; True when there is something to do. An output made from something else
     is an error."""
     from lire_nb.identity import claim_folder
-    from lire_nb.base.files import one_writer
 
     path, name = Path(out), f"{Path(out).name}.config.json"
     if not _is_main():
@@ -271,10 +268,6 @@ def _sampling_of(args):
 
     return SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
 
-
-def _is_address(policy: str) -> bool:
-    return policy.startswith(("http://", "https://"))
-
 # %% ../nbs/60_cli.ipynb #10dcd891
 @command("sample", PROMPTS,
          option("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"),
@@ -282,27 +275,25 @@ def _is_address(policy: str) -> bool:
          option("--in-flight", type=int, default=16, help="requests at a time, to a server"), OUT)
 def sample_command(args) -> None:
     "Sample candidates for prompts."
-    from lire_nb.identity import policy_identity, prompts_identity
-    from lire_nb.sampling import sample_lists
-    from lire_nb.servers import check_address
+    from lire_nb import identity, sampling, servers
 
     check_ending(args.out)
     settings, prompts = _sampling_of(args), read_prompts(args.prompts, args.limit, **_chat(args))
     journal, wanted, limit = Path(f"{args.out}.journal.jsonl"), len(prompts) * args.num_candidates, {}
-    if _is_address(args.policy):
-        check_address(args.policy)
+    if args.policy.startswith(("http://", "https://")):
+        servers.check_address(args.policy)
         options = {"journal": journal, "max_in_flight": args.in_flight}
     else:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
-    made_from = {"policy": args.policy, "fingerprint": policy_identity(args.policy),
-                 "prompts": prompts_identity(prompts)}
+    made_from = {"policy": args.policy, "fingerprint": identity.policy_identity(args.policy),
+                 "prompts": identity.prompts_identity(prompts)}
     with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings),
                 seed=args.seed, **limit) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
             _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
-            lists = sample_lists(args.policy, prompts, args.num_candidates, settings=settings, seed=args.seed,
-                                 source=f"policy:{args.policy}", **options)
+            lists = sampling.sample_lists(args.policy, prompts, args.num_candidates, settings=settings,
+                                          seed=args.seed, source=f"policy:{args.policy}", **options)
             save_lists(lists, args.out)
             gaps = wanted - sum(len(r["completions"]) for r in lists)
             if gaps:
@@ -314,16 +305,15 @@ def sample_command(args) -> None:
 @command("score", LISTS, REWARD, CHAT, OUT)
 def score_command(args) -> None:
     "Score the candidates of lists."
-    from lire_nb.identity import reward_identity
-    from lire_nb.rewards import score_lists
+    from lire_nb import identity, rewards
 
     check_ending(args.out)
     reward = read_reward(args.reward)
-    with _claim(args.out, lists=_hash(args.lists), reward=reward_identity(reward), about={"lists": args.lists},
+    with _claim(args.out, lists=_hash(args.lists), reward=identity.reward_identity(reward), about={"lists": args.lists},
                 **_chat(args)) as todo:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-            save_lists(score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
+            save_lists(rewards.score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, SETTINGS, *LORA,
@@ -331,22 +321,22 @@ def score_command(args) -> None:
          CHAT, SEED, OUT)
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import check_adapter, check_options, check_settings, settings_identity, train_policy
-    from lire_nb.identity import policy_identity
+    from lire_nb import enhancement, identity
 
-    settings, lora = check_settings(settings_of(args.set)), _lora(args)
+    settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
-    check_options(args.policy, settings, options, args.merge_adapter)
-    check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
-    made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists),
-                 "settings": settings_identity(settings), "seed": args.seed}
+    enhancement.check_options(args.policy, settings, options, args.merge_adapter)
+    enhancement.check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
+    made_from = {"fingerprint": identity.policy_identity(args.policy), "lists": _hash(args.lists),
+                 "settings": enhancement.settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}
     with _claim(args.out, **made_from, **adapter, **_chat(args),
                 about={"policy": args.policy, "lists": args.lists}) as todo:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
             lists = load_lists(args.lists, **_chat(args))
-            train_policy(args.policy, lists, args.out, seed=args.seed, trainer_options=options, **merge, **settings)
+            enhancement.train_policy(args.policy, lists, args.out, seed=args.seed, trainer_options=options,
+                                     **merge, **settings)
 
 # %% ../nbs/60_cli.ipynb #ebe7686b
 def _lora(args) -> dict | None:
@@ -387,25 +377,24 @@ def _adapter(lora: dict | None) -> dict | None:
          option("--epochs", type=int, default=1, help="passes"), CHAT, SEED, OUT)
 def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
-    from lire_nb.base.files import atomic_folder
-    from lire_nb.identity import policy_identity
-    from lire_nb.rewards import train_reward_model
+    from lire_nb import identity, rewards
 
-    made_from = {"backbone": policy_identity(args.backbone), "lists": _hash(args.lists), "max_length": args.max_length,
+    made_from = {"backbone": identity.policy_identity(args.backbone), "lists": _hash(args.lists),
+                 "max_length": args.max_length,
                  "epochs": args.epochs, "seed": args.seed}
     with _claim(args.out, **made_from, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
             options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed,
                        "name": Path(args.out).name}
-            reward = train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
+            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
             with atomic_folder(args.out) as draft:
                 reward.save(draft)
 
 # %% ../nbs/60_cli.ipynb #11a9106c
 @command("enhance", PROMPTS, REWARD, POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
-         option("--iterate", type=int, default=1, help="passes a round"), CANDIDATES, *SAMPLING, SETTINGS, *LORA,
+         option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SAMPLING, SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
                 help="keep: train also on the candidates of earlier rounds"),
          option("--max-candidates", type=int, default=None, help="cap of a list"),
@@ -415,7 +404,6 @@ def train_reward_command(args) -> None:
          option("--stop-prompts", default=None, help="held-out prompts for the stop rule"), CHAT, LIMIT, SEED, OUT)
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
-    from lire_nb.base.files import one_writer
     from lire_nb.enhancement import check_options, check_settings, self_enhance
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
@@ -462,27 +450,27 @@ def _with_limit(training: dict, args) -> dict:
                 help="repeat; the first is the start policy"),
          option("--judge", action="append", required=True, metavar="NAME=REWARD",
                 help="repeat, e.g. proxy=FOLDER gold=FOLDER"),
-         option("--num-samples", type=int, default=2, help="a prompt"), *SAMPLING, CHAT, LIMIT, SEED, OUT)
+         option("--num-samples", type=int, default=2, help="per prompt"), *SAMPLING, CHAT, LIMIT, SEED, OUT)
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
-    from lire_nb.base.files import one_writer
-    from lire_nb.evaluation import _checked_systems, evaluate_systems
-    from lire_nb.identity import claim_folder, policy_identity, prompts_identity, reward_identity
+    from lire_nb import evaluation, identity
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = _sampling_of(args), limit_of(args.prompts, args.max_prompt_length)
-    _checked_systems(Path(args.out), systems, prompts)
-    found = {name: policy_identity(policy) for name, policy in systems.items()}
+    evaluation._checked_systems(Path(args.out), systems, prompts)
+    found = {name: identity.policy_identity(policy) for name, policy in systems.items()}
     with one_writer(args.out, "another lire evaluate"):
         rewards = {name: read_reward(judge) for name, judge in judges.items()}
-        config = {"systems": found, "judges": {name: reward_identity(r) for name, r in rewards.items()},
-                  "prompts": prompts_identity(prompts), "samples": args.num_samples, "sampling": asdict(settings),
+        config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
+                  "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
+                  "sampling": asdict(settings),
                   "seed": args.seed, "max_prompt_length": limit}
-        claim_folder(args.out, config, made=["evaluation/*.jsonl"], about={"systems": systems, "judges": judges})
+        identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
+                              about={"systems": systems, "judges": judges})
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-        evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples, settings=settings,
-                         seed=args.seed, max_prompt_length=limit)
+        evaluation.evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples,
+                                    settings=settings, seed=args.seed, max_prompt_length=limit)
         report_command(args)
 
 # %% ../nbs/60_cli.ipynb #6b7f42e7
@@ -576,12 +564,11 @@ def judge_command(args) -> None:
 
 # %% ../nbs/60_cli.ipynb #12e1f7cb
 def _judge(args, systems: dict, pairs: list, judges: dict, people: list[str]) -> None:
-    from lire_nb.base.files import one_writer
-    from lire_nb.identity import claim_folder, digest
+    from lire_nb import identity
     from lire_nb.judges.verdicts import kept_verdicts
 
     with one_writer(args.out, "another lire judge"):
-        claim_folder(args.out, {"answers": digest(pairs), "samples": args.samples}, "judge.json",
+        identity.claim_folder(args.out, {"answers": identity.digest(pairs), "samples": args.samples}, "judge.json",
                      made=["verdicts/*.jsonl", "replies/*.jsonl", "key.json"], about={"systems": list(systems)})
         said = {}
         for name, judge in judges.items():
@@ -696,12 +683,11 @@ def _measured(args, points, same: list[dict], machine: dict):
     "What the file has not yet, one measurement after the other: its rows, and how a row is told."
     import torch
 
+    from lire_nb import models, path_check
     from lire_nb.lab import bench
-    from lire_nb.models import load_policy
-    from lire_nb.path_check import check_paths
 
-    model, _ = load_policy(args.policy, dtype=torch.float32)
-    check, options = check_paths(model), {"repeats": args.repeats, "memory": not args.no_memory}
+    model, _ = models.load_policy(args.policy, dtype=torch.float32)
+    check, options = path_check.check_paths(model), {"repeats": args.repeats, "memory": not args.no_memory}
     _say(f"{len(points)} points × {args.repeats} repeats on {machine['processor']}; self-check "
          f"{check.seconds:.2f} s, shared path {'exact' if check.shared else check.reason}; into {args.out}")
     ways = [way for way in bench.WAYS if check.shared or way != "shared"]
@@ -713,7 +699,7 @@ def _measured(args, points, same: list[dict], machine: dict):
                 f"{row['speedup']:.2f}x of {row['flop_limit']:.2f}x{_grown(row)}")
     if args.long and not any(r["way"].startswith("long") for r in same):
         yield bench.bench_long(model, args.policy, **options), lambda row: (
-            f"M={row['M']:2} {row['way']:18} {row['seconds'] / row['M']:6.2f} s a candidate   "
+            f"M={row['M']:2} {row['way']:18} {row['seconds'] / row['M']:6.2f} s per candidate   "
             f"{row['ratio']:.2f}x{_grown(row)}")
     del model
     if args.peers and not any(r["way"].startswith("dpo") for r in same):
@@ -844,45 +830,39 @@ def quickstart(
     **changes,  # of `QUICKSTART`
 ) -> Path:  # report.html
     "Reward models, LIRE, one self-enhancement round, evaluation and report; goes on where it stopped."
-    from lire_nb.base.files import one_writer
-    from lire_nb.identity import digest, policy_identity, prompts_identity
-    from lire_nb.tasks import load_task
+    from lire_nb import identity, tasks
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
     # a wrong name is said before the folder is claimed
-    made_from = {name: policy_identity(config[name]) for name in ("policy", "backbone")}
-    task = load_task(config["task"])
-    made_from["prompts"] = digest([prompts_identity(task.prompts[split]) for split in ("train", "test")])
+    made_from = {name: identity.policy_identity(config[name]) for name in ("policy", "backbone")}
+    task = tasks.load_task(config["task"])
+    made_from["prompts"] = identity.digest([identity.prompts_identity(task.prompts[split])
+                                            for split in ("train", "test")])
     with one_writer(out, "another lire quickstart"):
         return _quickstart(out, config, made_from, task, began)
 
 # %% ../nbs/60_cli.ipynb #6b05e71b
 def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
-    from lire_nb.base.files import write_json
-    from lire_nb.enhancement import self_enhance
-    from lire_nb.identity import claim_folder
-    from lire_nb.evaluation import evaluate_systems
+    from lire_nb import enhancement, evaluation, identity, sampling
     from lire_nb.lab.report import report
-    from lire_nb.sampling import SamplingSettings
 
     fresh = not (Path(out) / "config.json").exists()
-    run = claim_folder(out, {**config, "made_from": made_from},
+    run = identity.claim_folder(out, {**config, "made_from": made_from},
                        made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl"])
     stage = lambda text: _say(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}")  # noqa: E731
-    settings = SamplingSettings(max_new_tokens=config["max_new_tokens"])
+    settings = sampling.SamplingSettings(max_new_tokens=config["max_new_tokens"])
     judges = _judges(run, task, config, stage)
     stage(f"LIRE: {config['rounds']} rounds of {config['prompts']} prompts × {config['candidates']} candidates, "
           "scored by the proxy reward")
-    policies = self_enhance(config["policy"], task.prompts["train"][: config["prompts"]], judges["proxy"], run,
-                            evolve=config["rounds"], iterate=config["passes"],
-                            num_candidates=config["candidates"], settings=settings, training=config["training"],
-                            seed=config["seed"],
-                            after_round=lambda number, _: stage(f"round {number} done"))
+    policies = enhancement.self_enhance(
+        config["policy"], task.prompts["train"][: config["prompts"]], judges["proxy"], run, evolve=config["rounds"],
+        iterate=config["passes"], num_candidates=config["candidates"], settings=settings, training=config["training"],
+        seed=config["seed"], after_round=lambda number, _: stage(f"round {number} done"))
     systems = {"start": config["policy"],
                **{"LIRE" if n == 1 else f"LIRE, round {n}": p for n, p in enumerate(policies, 1)}}
     stage(f"evaluating {len(systems)} systems on {config['eval_prompts']} held-out prompts")
-    evaluate_systems(run, systems, task.prompts["test"][-config["eval_prompts"] :], judges, settings=settings,
-                     num_samples=config["eval_samples"], seed=config["seed"])
+    evaluation.evaluate_systems(run, systems, task.prompts["test"][-config["eval_prompts"] :], judges,
+                                settings=settings, num_samples=config["eval_samples"], seed=config["seed"])
     stage("drawing the report")
     if not (run / "machine.json").exists():
         write_json(run / "machine.json",
@@ -893,7 +873,6 @@ def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
 def _judges(run: Path, task, config: dict, stage) -> dict:
     """Proxy and gold reward models from separate lists, and VADER; trained ones are kept in the run folder with their
     held-out accuracy."""
-    from lire_nb.base.files import atomic_folder, write_json
     from lire_nb.rewards import graded_scores, pair_accuracy, RewardModel, train_reward_model, VaderReward
 
     for name in ("proxy", "gold"):

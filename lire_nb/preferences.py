@@ -25,7 +25,7 @@ def preferences(
     new: Sequence[Sequence[float]],  # scores of each prompt's samples
     old: Sequence[Sequence[float]],  # the same prompts; the number of samples may differ
 ) -> list[float]:  # for each prompt, the share of comparisons won by `new`, ties a half
-    """One preference a prompt from the scores of a judge; raises `LireError` for unequal numbers and for prompts
+    """One preference per prompt from the scores of a judge; raises `LireError` for unequal numbers and for prompts
     without finite scores."""
     _same_number(new=new, old=old)
     for side, lists in (("new", new), ("old", old)):
@@ -39,7 +39,7 @@ def preferences(
 
 # %% ../nbs/21_preferences.ipynb #1fe51bec
 def _same_number(**columns) -> None:
-    "All columns hold one entry a prompt."
+    "All columns hold one entry per prompt."
     counts = {name: len(values) for name, values in columns.items()}
     if len(set(counts.values())) > 1:
         raise LireError("unequal numbers", field=", ".join(counts), value=tuple(counts.values()),
@@ -48,7 +48,7 @@ def _same_number(**columns) -> None:
 
 # %% ../nbs/21_preferences.ipynb #4a32d6af
 def share_interval(
-    values: Sequence[float],  # one a prompt, each between 0 and 1
+    values: Sequence[float],  # one per prompt, each between 0 and 1
     **options,  # for `bootstrap_interval`
 ) -> Interval:
     """Mean of values between 0 and 1: as `bootstrap_interval`, but Wilson's below 20 prompts and where all values are

@@ -66,7 +66,7 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5],
-                        allowed="one finite number a prompt, two prompts or more",
+                        allowed="one finite number per prompt, two prompts or more",
                         remedy="average the samples of a prompt first; look for prompts without a score")
     if len(values) < FEW:
         if statistic not in (_mean, np.mean):
@@ -115,7 +115,7 @@ def paired_difference(
     "Mean of new − old over prompts, with a paired interval."
     if len(new) != len(old):
         raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)),
-                        allowed="one value a prompt in both", remedy="evaluate both on the same prompts")
+                        allowed="one value per prompt in both", remedy="evaluate both on the same prompts")
     return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float),
                               **{"share": False, **options})
 

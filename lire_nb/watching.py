@@ -48,18 +48,14 @@ def undisturbed(model: torch.nn.Module):
 
 # %% ../nbs/23_watching.ipynb #2c6f0ed5
 class Onlooker(TrainerCallback):
-    "Looks at the policy in training before the first step and every so many; training goes on as if it had not."
+    """Looks at the policy in training before the first step and every so many; training goes on as if it had not.
+
+    An heir has `measure(model, tokenizer)`, which gives what is seen of the policy as it is now, and
+    `keep(found, state, control)`, which does something with it.
+    """
 
     def __init__(self, every: int | str):  # a number of steps, or "epoch"
         self.every = every
-
-    def measure(self, model: torch.nn.Module, tokenizer) -> dict:
-        "What is seen of the policy as it is now; to be written by the heir."
-        raise NotImplementedError
-
-    def keep(self, found: dict, state, control) -> None:
-        "What becomes of it; to be written by the heir."
-        raise NotImplementedError
 
     def look(self, args, state, control, model, tokenizer) -> None:
         device = next(model.parameters()).device.type

@@ -237,7 +237,7 @@ def _verdict(pair: Pair, order: str, judge: str, said: Comparison | None) -> dic
 # %% ../../nbs/50_verdicts.ipynb #2542c563
 @dataclass(frozen=True)
 class JudgedPrompts:
-    "What judges found for two systems; all sequences have one entry a prompt."
+    "What judges found for two systems; all sequences have one entry per prompt."
     system: str
     against: str
     ids: list[str]
@@ -262,7 +262,7 @@ def verdicts_to_preferences(
     *,
     failures: str = "drop",  # a pair without a verdict: "drop" leaves it out, "tie" counts it as one
 ) -> JudgedPrompts:
-    "One preference a prompt, with flips, position bias and failures counted."
+    "One preference per prompt, with flips, position bias and failures counted."
     if failures not in ("drop", "tie"):
         raise LireError("unknown choice", field="failures", value=failures, allowed="drop, tie",
                         remedy="choose one of them")
@@ -353,7 +353,7 @@ def verdict_frame(
     verdicts: Iterable[dict],  # of several judges
     system: str | None = None,
     against: str | None = None,
-) -> pd.DataFrame:  # a row a prompt, a column a judge: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
+) -> pd.DataFrame:  # a row per prompt, a column per judge: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
     "Who said what about which prompt; identical answers are left out, as nobody was asked."
     verdicts, _, _ = _select(verdicts, system, against)
     said = defaultdict(list)
@@ -527,7 +527,7 @@ def load_verdicts(
     return_report: bool = False,
 # id, system, baseline, preference (0 … 1 or None), length, baseline_length; with return_report a pair with the report
 ) -> list[dict]:
-    "Verdicts of systems against a baseline, one a prompt; raises `LireError` for a row that cannot be trusted."
+    "Verdicts of systems against a baseline, one per prompt; raises `LireError` for a row that cannot be trusted."
     file = str(source) if isinstance(source, (str, Path)) else None
     if on_error not in ("raise", "quarantine") or (on_error == "quarantine" and not (quarantine or file)):
         raise LireError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"',
@@ -576,7 +576,7 @@ def _read_verdict(row, mapping, scale, values) -> dict:
     "One row in our words."
     if not isinstance(row, dict):
         raise LireError("not a record", field="row", value=row, allowed="columns with names",
-                        remedy="write one object a line, or a table with a header")
+                        remedy="write one object per line, or a table with a header")
     columns = _columns(row, mapping)
     get = lambda name: row.get(columns[name]) if name in columns else None  # noqa: E731
     for side in ("id" if "id" in columns else "prompt", "system", "baseline"):
