@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MeanReward', 'WinRate', 'LengthControlledWinRate', 'KLDivergence', 'Perplexity', 'Length', 'Diversity',
-           'PairAccuracy', 'RankingAgreement', 'perplexity', 'token_kl', 'text_kl', 'distinct_n', 'self_bleu',
-           'LireMetric', 'judge_policy', 'compare_systems', 'evaluate_systems']
+           'PairAccuracy', 'RankingAgreement', 'judge_policy', 'LireMetric', 'perplexity', 'distinct_n', 'self_bleu',
+           'compare_systems', 'evaluate_systems', 'token_kl', 'text_kl']
 
 # %% ../nbs/22_evaluation.ipynb #cebe861a
 import inspect
@@ -36,275 +36,13 @@ from .logprobs import measure_candidates, policy_at_start, sampled_logps, withou
 from .models import common_context, compute_dtype, load_policy, unwrap
 from .path_check import check_paths, verified
 from lire_nb.preferences import (
-    _check_same_prompts, length_controlled_win_rate, preferences, _same_number, _scores, share_interval,
+    _check_same_prompts, has_kl, length_controlled_win_rate, preferences, _same_number, _scores, share_interval,
     system_difference, win_rate,
 )
 from .rewards import Reward, score_lists
 from .sampling import sample_lists, SamplingSettings
 from .shared_prompt import asked_at, both_sides, by_length, CHUNK, ListCollator, padded_rows, tokenize_list
-from .statistics import bootstrap_interval, FEW, has_kl, Interval, _standard_error, _t_interval
-
-# %% ../nbs/22_evaluation.ipynb #9d31aff3
-def perplexity(
-    logps: Sequence[float],  # summed log-probs of texts under the judging model
-    lengths: Sequence[int],  # their token counts
-) -> float:
-    "exp(−mean log-prob of a token)."
-    _same_number(logps=logps, lengths=lengths)
-    if sum(lengths) <= 0:
-        raise LireError("no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
-                        remedy="drop empty completions")
-    return math.exp(-sum(logps) / sum(lengths))
-
-# %% ../nbs/22_evaluation.ipynb #7284c2c4
-def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> Interval:
-    """A ratio of sums over prompts, so prompts are drawn by index; below 20 prompts Student's interval of the ratio
-    (delta method), on the log scale."""
-    logps, lengths = np.asarray(logps, float), np.asarray(lengths, float)
-    if len(logps) < 2:
-        raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more",
-                        remedy="evaluate more prompts")
-    if len(logps) < FEW:
-        rest = _t_interval(-(logps - lengths * logps.sum() / lengths.sum()) / lengths.mean())
-        return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), rest.method)
-    draws = np.random.default_rng(seed).integers(0, len(logps), (4999, len(logps)))
-    low, high = np.quantile(np.exp(-logps[draws].sum(1) / lengths[draws].sum(1)), [0.025, 0.975])
-    return Interval(perplexity(logps, lengths), float(low), float(high), "bootstrap")
-
-# %% ../nbs/22_evaluation.ipynb #350d1642
-def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    "(T, V) float32 log-probs at the marked positions of some rows; the head is asked about no others."
-    if check_paths(model).head == "full":
-        return model(input_ids=ids, attention_mask=mask).logits[where].float().log_softmax(-1)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
-    with asked_at(model, where.flatten().nonzero().squeeze(1)):
-        return model(input_ids=ids, attention_mask=mask, **options).logits.float().log_softmax(-1)
-
-# %% ../nbs/22_evaluation.ipynb #3bef358e
-@torch.no_grad()
-def token_kl(
-    policy: torch.nn.Module,
-    start: torch.nn.Module | None,  # None: the policy that its adapter's training began with, see `policy_at_start`
-    batch: dict,  # from `logprobs.ListCollator`, on the models' device
-    chunk: int = CHUNK,  # positions whose distributions exist at once
-) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
-    "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
-    if start is None and not hasattr(unwrap(policy), "disable_adapter"):
-        raise LireError("no start policy", field="start", value=None,
-                        allowed="a model, or None for a policy with a peft adapter",
-                        remedy="give the policy that training started from")
-    for model in [policy] + [start] * (start is not None):
-        verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
-    if both_sides(policy, batch):
-        return by_length(policy, batch, lambda part: token_kl(policy, start, part, chunk))
-    rows, parts = padded_rows(batch), []
-    width = rows["input_ids"].shape[1]
-    for places in torch.stack([rows["index"] // width, rows["index"] % width], 1).split(chunk):
-        of = places[:, 0].unique()  # only the rows that this chunk looks at
-        where = torch.zeros_like(rows["input_ids"], dtype=torch.bool)
-        where[places[:, 0], places[:, 1]] = True
-        inputs = rows["input_ids"][of], rows["attention_mask"][of], where[of]
-        new = _logits_at(policy, *inputs)
-        with policy_at_start(policy) if start is None else nullcontext():
-            old = _logits_at(start or policy, *inputs)
-        if new.shape != old.shape:
-            raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]),
-                            allowed="two models with the same tokenizer",
-                            remedy="compare a policy with the one it was trained from")
-        parts.append((new.exp() * (new - old)).sum(-1))
-    return torch.cat(parts)
-
-# %% ../nbs/22_evaluation.ipynb #4a491ab4
-def text_kl(
-    policy,  # (model, tokenizer), or a name
-    start,  # (model, tokenizer), a name, or None: the policy that its adapter's training began with
-    lists: Iterable[dict],  # records with texts in "completions"
-    *,
-    batch_size: int = 8,  # lists at once
-    max_prompt_length: int = MAX_PROMPT_LENGTH,
-    max_completion_length: int = MAX_COMPLETION_LENGTH,
-) -> list[list[list[float]]]:  # for each list, for each completion, the KL at each of its positions, in nats
-    """Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's
-    positions, or their sum, is what to report."""
-    (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)
-    if other is not None and tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
-        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__,
-                        allowed="two models with the same tokenizer",
-                        remedy="compare a policy with the one it was trained from")
-    modes = [(m, m.training) for m in (model, start) if m is not None]
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
-              "context": common_context(model, start)}
-    tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
-    device, results = next(model.parameters()).device, []
-    for m, _ in modes:
-        m.eval()
-    for first in range(0, len(tokens), batch_size):
-        batch = ListCollator(tokenizer.pad_token_id)(tokens[first : first + batch_size])
-        found = iter(token_kl(model, start,
-                              {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
-        results += [[[next(found) for _ in ids] for ids in one["completion_ids"]]
-                    for one in tokens[first : first + batch_size]]
-    for m, mode in modes:
-        m.train(mode)
-    return results
-
-# %% ../nbs/22_evaluation.ipynb #6b1f4687
-def distinct_n(
-    texts: Sequence[str],
-    n: int,
-) -> float:  # 0 … 1; NaN where no text has n words
-    "Share of different word n-grams among all of them."
-    grams = [tuple(w[i : i + n]) for w in map(_words, texts) for i in range(len(w) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-# %% ../nbs/22_evaluation.ipynb #30cb397f
-def self_bleu(
-    texts: Sequence[str],  # samples for one prompt
-) -> float:  # 0 … 1; NaN for fewer than two texts
-    "Mean sentence BLEU (sacrebleu, effective order) of each text against all others."
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as e:
-        raise LireError("not installed", field="self_bleu", value="sacrebleu",
-                        allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
-    bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100 for i,
-              text in enumerate(texts) if len(texts) > 1]
-    return float(np.mean(scores)) if scores else math.nan
-
-# %% ../nbs/22_evaluation.ipynb #049316a5
-class LireMetric(evaluate.Metric):
-    "A metric whose complaints are `LireError`s."
-
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
-        "Add some prompts; raises `LireError` for inputs of unequal number."
-        given = {"predictions": predictions, "references": references, **kwargs}
-        columns = {name: [] if given.get(name) is None else given[name] for name in self._feature_names()}
-        _same_number(**columns)
-        if not len(next(iter(columns.values()))):
-            raise LireError("empty", field=", ".join(columns), allowed="one entry a prompt",
-                            remedy="give the values that the metric describes: metric.inputs_description")
-        self._called("add_batch", predictions=predictions, references=references, **kwargs)
-
-    def compute(self, *, predictions=None, references=None, **kwargs):
-        "The metric of these inputs, or of all added before. "
-        return self._called("compute", predictions=predictions, references=references, **kwargs)
-
-    def _called(self, method: str, **inputs):
-        try:
-            return getattr(super(), method)(**inputs)
-        except LireError:
-            raise
-        except (ValueError, TypeError) as e:
-            raise LireError(str(e), field=f"{type(self).__name__}.{method}", allowed=self.inputs_description,
-                            remedy="give the inputs in this form") from e
-
-# %% ../nbs/22_evaluation.ipynb #0666444a
-def _metric(name: str, description: str, features: dict, compute) -> type[LireMetric]:
-    "A `LireMetric` around a function."
-    def info(self):
-        return evaluate.MetricInfo(description=description, citation="arXiv 2405.13516", inputs_description=description,
-                                   features=datasets.Features(features))
-
-    return type(name, (LireMetric,),
-                {"__doc__": description, "__module__": __name__, "_info": info, "_compute": lambda self,
-                 **inputs: compute(**inputs)})
-
-# %% ../nbs/22_evaluation.ipynb #43ec9257
-def _estimate(values: Sequence[float], interval=bootstrap_interval) -> dict:
-    """Mean over prompts, interval and standard error; prompts where the value does not exist (NaN) are left out and
-    counted."""
-    known = [float(v) for v in values if not math.isnan(v)]
-    found = interval(known)._asdict() if len(known) > 1 else {"value": known[0] if known else None, "low": None,
-                                                              "high": None, "method": None}
-    return {**found, "standard_error": _standard_error(known) if len(known) > 1 else None, "prompts": len(known),
-            "undefined": len(values) - len(known)}
-
-# %% ../nbs/22_evaluation.ipynb #be525daa
-def _each(function, predictions, references) -> list[float]:
-    "A function of each prompt's two lists, which must be of equal length."
-    for i, (a, b) in enumerate(zip(predictions, references)):
-        if len(a) != len(b):
-            raise LireError("unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)),
-                            allowed="as many in both", remedy="look for a candidate that was dropped on one side")
-    return [function(a, b) for a, b in zip(predictions, references)]
-
-# %% ../nbs/22_evaluation.ipynb #3be8cc00
-def _pair_accuracy(scores, grades) -> float:
-    """Share of a list's ordered pairs that the scores order like the grades do, ties a half; NaN without an ordered
-    pair."""
-    s, g = (np.array([math.nan if v is None else v for v in column], float) for column in (scores, grades))
-    i, j = np.triu_indices(len(g), 1)
-    order = np.sign(g[i] - g[j])
-    keep = (order != 0) & ~np.isnan(order)
-    return float(np.mean((np.sign(s[i] - s[j])[keep] * order[keep] + 1) / 2)) if keep.any() else math.nan
-
-# %% ../nbs/22_evaluation.ipynb #f7392f7d
-def _kendall(scores, grades) -> float:
-    "Kendall's tau-b over the graded candidates of a list; NaN where one side is all tied."
-    known = [(s, g) for s, g in zip(scores, grades) if g is not None]
-    return float(stats.kendalltau(*zip(*known)).statistic) if len(known) > 1 else math.nan
-
-# %% ../nbs/22_evaluation.ipynb #cffd2f3f
-_anywhere = partial(bootstrap_interval, share=False)  # 0 and 1 are values like others
-_FLOAT, _FLOATS, _TEXTS = datasets.Value("float64"), datasets.List(datasets.Value("float64")), datasets.List(datasets.Value("string"))
-_BOTH = {"predictions": _FLOATS, "references": _FLOATS}
-MeanReward = _metric("MeanReward",
-                     "Mean reward over prompts with its interval; predictions: the scores of each prompt's samples.",
-                     {"predictions": _FLOATS}, lambda predictions: _estimate([np.mean(p) for p in predictions]))
-
-# %% ../nbs/22_evaluation.ipynb #a5eb51b4
-WinRate = _metric("WinRate",
-                  "Win rate of predictions over references, ties a half; both: the scores of each prompt's samples.",
-                  _BOTH, lambda predictions, references: win_rate(preferences(predictions, references)))
-LengthControlledWinRate = _metric(
-    "LengthControlledWinRate",
-    "Win rate at equal length; predictions: one preference (0 … 1) a prompt, lengths and reference_lengths: of the "
-    "two answers.",
-    {"predictions": _FLOAT, "lengths": _FLOAT, "reference_lengths": _FLOAT}, lambda predictions, lengths,
-    reference_lengths: length_controlled_win_rate(predictions, lengths, reference_lengths))
-KLDivergence = _metric("KLDivergence",
-                       "KL to the start policy in nats; predictions: summed log-probs of samples under the policy "
-                       "that drew them, references: under the start.",
-                       _BOTH, lambda predictions,
-                       references: _estimate(_each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references),
-                                             _anywhere))
-
-# %% ../nbs/22_evaluation.ipynb #aa8a2b65
-Perplexity = _metric("Perplexity",
-                     "Perplexity under a model; predictions: summed log-probs of texts, references: their token "
-                     "counts.",
-                     {"predictions": _FLOAT, "references": _FLOAT}, lambda predictions,
-                     references: {"perplexity": perplexity(predictions, references)})
-Length = _metric("Length",
-                 "Mean length over prompts in words and characters; predictions: the texts of each prompt's samples.",
-                 {"predictions": _TEXTS},
-                 lambda predictions: {"words": _estimate([np.mean([len(_words(t)) for t in p]) for p in predictions],
-                                                         _anywhere),
-                                      "characters": _estimate([np.mean([len(t) for t in p]) for p in predictions],
-                                                              _anywhere)})
-Diversity = _metric("Diversity",
-                    "distinct-1, -2, -3 and self-BLEU within a prompt, mean over prompts; predictions: the texts of "
-                    "each prompt's samples.", {"predictions": _TEXTS},
-                    lambda predictions: {**{f"distinct_{n}": _estimate([distinct_n(p, n) for p in predictions],
-                                                                       share_interval) for n in (1, 2, 3)},
-                                         "self_bleu": _estimate([self_bleu(p) for p in predictions], share_interval)})
-
-# %% ../nbs/22_evaluation.ipynb #58b7954c
-PairAccuracy = _metric("PairAccuracy",
-                       "Share of ordered pairs that a reward orders like the grades, mean over lists; predictions: a "
-                       "list's scores, references: its grades.",
-                       _BOTH, lambda predictions,
-                       references: _estimate(_each(_pair_accuracy, predictions, references), share_interval))
-RankingAgreement = _metric("RankingAgreement",
-                           "Kendall's tau-b of scores and grades within a list, mean over lists; predictions: a "
-                           "list's scores, references: its grades.",
-                           _BOTH, lambda predictions,
-                           references: _estimate(_each(_kendall, predictions, references), _anywhere))
+from .statistics import bootstrap_interval, FEW, Interval, _standard_error, _t_interval
 
 # %% ../nbs/22_evaluation.ipynb #c2208e80
 def judge_policy(
@@ -369,6 +107,224 @@ def _sampling(settings: SamplingSettings) -> dict:
     return {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
             "stop": list(settings.stop)}
 
+# %% ../nbs/22_evaluation.ipynb #049316a5
+class LireMetric(evaluate.Metric):
+    "A metric whose complaints are `LireError`s."
+
+    @classmethod
+    def of(cls, **inputs) -> dict:  # the estimate, low, high and method come first
+        "The metric of these inputs, with options of the interval such as `seed`; nothing is written to disk."
+        return cls(keep_in_memory=True).compute(**inputs)
+
+    def _build_data_dir(self):
+        return "" if self.keep_in_memory else super()._build_data_dir()  # or it would make a folder in the cache
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        "Add some prompts; raises `LireError` for inputs of unequal number."
+        given = {"predictions": predictions, "references": references, **kwargs}
+        columns = {name: [] if given.get(name) is None else given[name] for name in self._feature_names()}
+        _same_number(**columns)
+        if not len(next(iter(columns.values()))):
+            raise LireError("empty", field=", ".join(columns), allowed="one entry per prompt",
+                            remedy="give the values that the metric describes: metric.inputs_description")
+        self._called("add_batch", predictions=predictions, references=references, **kwargs)
+
+    def compute(self, *, predictions=None, references=None, **kwargs):
+        "The metric of these inputs, or of all added before. "
+        return self._called("compute", predictions=predictions, references=references, **kwargs)
+
+    def _called(self, method: str, **inputs):
+        try:
+            return getattr(super(), method)(**inputs)
+        except LireError:
+            raise
+        except (ValueError, TypeError) as e:
+            raise LireError(str(e), field=f"{type(self).__name__}.{method}", allowed=self.inputs_description,
+                            remedy="give the inputs in this form") from e
+
+# %% ../nbs/22_evaluation.ipynb #0666444a
+def _metric(name: str, description: str, features: dict, compute) -> type[LireMetric]:
+    "A `LireMetric` around a function."
+    def info(self):
+        return evaluate.MetricInfo(description=description, citation="arXiv 2405.13516", inputs_description=description,
+                                   features=datasets.Features(features))
+
+    return type(name, (LireMetric,),
+                {"__doc__": description, "__module__": __name__, "_info": info, "_compute": lambda self,
+                 **inputs: compute(**inputs)})
+
+# %% ../nbs/22_evaluation.ipynb #43ec9257
+_ESTIMATE = ("value", "low", "high", "method")
+
+
+def _estimate(values: Sequence[float], interval=bootstrap_interval, skip_nan: bool = False, **options) -> dict:
+    "Mean over prompts, interval and standard error; with `skip_nan`, prompts without a value are left out and counted."
+    known = [float(v) for v in values if not (skip_nan and math.isnan(v))]
+    found = interval(known, **options) if len(known) > 1 else Interval(known[0] if known else None, None, None)
+    return {**found._asdict(), "standard_error": _standard_error(known) if len(known) > 1 else None,
+            "prompts": len(known), "undefined": len(values) - len(known)}
+
+# %% ../nbs/22_evaluation.ipynb #cffd2f3f
+_anywhere = partial(bootstrap_interval, share=False)  # 0 and 1 are values like others
+_some = partial(_estimate, skip_nan=True)
+_FLOAT, _FLOATS = datasets.Value("float64"), datasets.List(datasets.Value("float64"))
+_TEXTS, _BOTH = datasets.List(datasets.Value("string")), {"predictions": _FLOATS, "references": _FLOATS}
+MeanReward = _metric(
+    "MeanReward",
+    "Mean reward over prompts with its interval; predictions: the scores of each prompt's samples.",
+    {"predictions": _FLOATS},
+    lambda predictions, **options: _estimate([np.mean(p) for p in predictions], **options))
+
+# %% ../nbs/22_evaluation.ipynb #a5eb51b4
+WinRate = _metric(
+    "WinRate", "Win rate of predictions over references, ties a half; both: the scores of each prompt's samples.",
+    _BOTH,
+    lambda predictions, references, **options: win_rate(preferences(predictions, references), **options))
+LengthControlledWinRate = _metric(
+    "LengthControlledWinRate",
+    "Win rate at equal length; predictions: one preference (0 … 1) per prompt, lengths and reference_lengths: of the "
+    "two answers.",
+    {"predictions": _FLOAT, "lengths": _FLOAT, "reference_lengths": _FLOAT},
+    lambda predictions, **inputs: length_controlled_win_rate(predictions, **inputs))
+
+# %% ../nbs/22_evaluation.ipynb #c7826b34
+KLDivergence = _metric(
+    "KLDivergence",
+    "KL to the start policy in nats; predictions: summed log-probs of samples under the policy that drew them, "
+    "references: under the start.",
+    _BOTH,
+    lambda predictions, references, **options: _estimate(
+        _each(lambda a, b: np.mean(np.subtract(a, b)), predictions, references), _anywhere, **options))
+
+# %% ../nbs/22_evaluation.ipynb #be525daa
+def _each(function, predictions, references) -> list[float]:
+    "A function of each prompt's two lists, which must be of equal length."
+    for i, (a, b) in enumerate(zip(predictions, references)):
+        if len(a) != len(b):
+            raise LireError("unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)),
+                            allowed="as many in both", remedy="look for a candidate that was dropped on one side")
+    return [function(a, b) for a, b in zip(predictions, references)]
+
+# %% ../nbs/22_evaluation.ipynb #9d31aff3
+def perplexity(
+    logps: Sequence[float],  # summed log-probs of texts under the judging model
+    lengths: Sequence[int],  # their token counts
+) -> float:
+    "exp(−mean log-prob per token)."
+    _same_number(logps=logps, lengths=lengths)
+    if sum(lengths) <= 0:
+        raise LireError("no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
+                        remedy="drop empty completions")
+    return math.exp(-sum(logps) / sum(lengths))
+
+# %% ../nbs/22_evaluation.ipynb #7284c2c4
+def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> Interval:
+    """A ratio of sums over prompts, so prompts are drawn by index; below 20 prompts Student's interval of the ratio
+    (delta method), on the log scale."""
+    logps, lengths = np.asarray(logps, float), np.asarray(lengths, float)
+    if len(logps) < 2:
+        raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more",
+                        remedy="evaluate more prompts")
+    if len(logps) < FEW:
+        rest = _t_interval(-(logps - lengths * logps.sum() / lengths.sum()) / lengths.mean())
+        return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), rest.method)
+    draws = np.random.default_rng(seed).integers(0, len(logps), (4999, len(logps)))
+    low, high = np.quantile(np.exp(-logps[draws].sum(1) / lengths[draws].sum(1)), [0.025, 0.975])
+    return Interval(perplexity(logps, lengths), float(low), float(high), "bootstrap")
+
+# %% ../nbs/22_evaluation.ipynb #aa8a2b65
+def _perplexity_figures(predictions, references, seed: int = 0) -> dict:
+    alone = len(predictions) < 2  # then there is a value and no interval
+    found = Interval(perplexity(predictions, references), None, None) if alone else _perplexity_interval(
+        predictions, references, seed)
+    return {"perplexity": found.value, "low": found.low, "high": found.high, "method": found.method}
+
+
+Perplexity = _metric(
+    "Perplexity",
+    "Perplexity under a model; predictions: summed log-probs of texts, references: their token counts.",
+    {"predictions": _FLOAT, "references": _FLOAT}, _perplexity_figures)
+
+# %% ../nbs/22_evaluation.ipynb #6b1f4687
+def distinct_n(
+    texts: Sequence[str],
+    n: int,
+) -> float:  # 0 … 1; NaN where no text has n words
+    "Share of different word n-grams among all of them."
+    grams = [tuple(w[i : i + n]) for w in map(_words, texts) for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+# %% ../nbs/22_evaluation.ipynb #30cb397f
+def self_bleu(
+    texts: Sequence[str],  # samples for one prompt
+) -> float:  # 0 … 1; NaN for fewer than two texts
+    "Mean sentence BLEU (sacrebleu, effective order) of each text against all others."
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as e:
+        raise LireError("not installed", field="self_bleu", value="sacrebleu",
+                        allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
+    bleu = BLEU(effective_order=True)
+    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100 for i,
+              text in enumerate(texts) if len(texts) > 1]
+    return float(np.mean(scores)) if scores else math.nan
+
+# %% ../nbs/22_evaluation.ipynb #7212285a
+def _lengths(predictions, count, **options) -> dict:
+    return _estimate([np.mean([count(t) for t in texts]) for texts in predictions], _anywhere, **options)
+
+
+Length = _metric(
+    "Length", "Mean length over prompts in words and characters; predictions: the texts of each prompt's samples.",
+    {"predictions": _TEXTS},
+    lambda predictions, **options: {"words": _lengths(predictions, lambda text: len(_words(text)), **options),
+                                    "characters": _lengths(predictions, len, **options)})
+Diversity = _metric(
+    "Diversity",
+    "distinct-1, -2, -3 and self-BLEU within a prompt, mean over prompts; predictions: the texts of each prompt's "
+    "samples.",
+    {"predictions": _TEXTS},
+    lambda predictions, **options: {
+        **{f"distinct_{n}": _some([distinct_n(p, n) for p in predictions], share_interval, **options)
+           for n in (1, 2, 3)},
+        "self_bleu": _some([self_bleu(p) for p in predictions], share_interval, **options)})
+
+# %% ../nbs/22_evaluation.ipynb #3be8cc00
+def _pair_accuracy(scores, grades) -> float:
+    """Share of a list's ordered pairs that the scores order like the grades do, ties a half; NaN without an ordered
+    pair."""
+    s, g = (np.array([math.nan if v is None else v for v in column], float) for column in (scores, grades))
+    i, j = np.triu_indices(len(g), 1)
+    order = np.sign(g[i] - g[j])
+    keep = (order != 0) & ~np.isnan(order)
+    return float(np.mean((np.sign(s[i] - s[j])[keep] * order[keep] + 1) / 2)) if keep.any() else math.nan
+
+# %% ../nbs/22_evaluation.ipynb #f7392f7d
+def _kendall(scores, grades) -> float:
+    "Kendall's tau-b over the graded candidates of a list; NaN where one side is all tied."
+    known = [(s, g) for s, g in zip(scores, grades) if g is not None]
+    return float(stats.kendalltau(*zip(*known)).statistic) if len(known) > 1 else math.nan
+
+# %% ../nbs/22_evaluation.ipynb #58b7954c
+PairAccuracy = _metric(
+    "PairAccuracy",
+    "Share of ordered pairs that a reward orders like the grades, mean over lists; predictions: a list's scores, "
+    "references: its grades.",
+    _BOTH,
+    lambda predictions, references, **options: _some(
+        _each(_pair_accuracy, predictions, references), share_interval, **options))
+RankingAgreement = _metric(
+    "RankingAgreement",
+    "Kendall's tau-b of scores and grades within a list, mean over lists; predictions: a list's scores, references: "
+    "its grades.",
+    _BOTH,
+    lambda predictions, references, **options: _some(
+        _each(_kendall, predictions, references), _anywhere, **options))
+
 # %% ../nbs/22_evaluation.ipynb #69dc3acd
 def compare_systems(
     rows: dict[str, list[dict]],  # system -> rows of `judge_policy`; the first system is the start
@@ -376,48 +332,41 @@ def compare_systems(
     seed: int = 0,
 ) -> list[dict]:  # system, metric, judge, value, low, high, method, prompts
     "Every figure of every system, with intervals over prompts."
-    start = next(iter(rows))
+    start, figures = next(iter(rows)), []
     _check_same_prompts(rows)
-    figures = []
     for system, own in rows.items():
-        found = [("reward", j, _reward(own, j, seed)) for j in own[0]["scores"]]
-        if system != start:
-            for judge in own[0]["scores"]:
-                found.append(("reward difference", judge, system_difference(rows, system, start, judge, seed=seed)))
-                won = win_rate(preferences(_scores(own, judge), _scores(rows[start], judge)), seed=seed)
-                found.append(("win rate", judge, Interval(won["win_rate"], won["low"], won["high"], won["method"])))
-        found += _movement(own, seed)
-        figures += [{"system": system, "metric": metric, "judge": judge, **interval._asdict(), "prompts": len(own)}
-                    for metric, judge, interval in found]
+        found = [("reward", j, MeanReward.of(predictions=_scores(own, j), seed=seed)) for j in own[0]["scores"]]
+        for judge in own[0]["scores"] if system != start else ():
+            pair = {"predictions": _scores(own, judge), "references": _scores(rows[start], judge)}
+            found += [("reward difference", judge, system_difference(rows, system, start, judge, seed=seed)._asdict()),
+                      ("win rate", judge, WinRate.of(**pair, seed=seed))]
+        figures += [{"system": system, "metric": metric, "judge": judge, **dict(zip(_ESTIMATE, figure.values())),
+                     "prompts": len(own)} for metric, judge, figure in found + _movement(own, seed)]
     return figures
 
-# %% ../nbs/22_evaluation.ipynb #6b161e5c
-def _reward(rows, judge, seed) -> Interval:
-    return bootstrap_interval([float(np.mean(s)) for s in _scores(rows, judge)], seed=seed)
-
 # %% ../nbs/22_evaluation.ipynb #a2760454
-def _movement(rows: list[dict], seed: int) -> list[tuple]:
+def _movement(rows: list[dict], seed: int) -> list[tuple[str, None, dict]]:
     "KL, perplexity under the start policy, length, share ended."
-    def over_prompts(value) -> Interval:
-        return bootstrap_interval([float(np.mean(value(r))) for r in rows], seed=seed, share=False)
+    def over_prompts(name: str) -> dict:
+        return _estimate([np.mean(r[name]) for r in rows], _anywhere, seed=seed)
 
-    none, kl_known = Interval(None, None, None), all(has_kl(r) for r in rows)
+    def column(name: str) -> list:
+        return [r[name] for r in rows]
+
+    none, kl_known = dict.fromkeys(_ESTIMATE), all(has_kl(r) for r in rows)
     same = all(r.get("same_tokenizer", True) for r in rows)
-    ratio = over_prompts(lambda r: np.subtract(r["logps"], r["start_logps"])) if same else none
-    read = [(sum(r["start_logps"]), sum(r.get("start_tokens", r["tokens"]))) for r in rows]
-    figures = [
-        ("KL to start", None, ratio if kl_known else none),
-        ("perplexity under start", None, _perplexity_interval(*zip(*read), seed)),
-        ("tokens", None, over_prompts(lambda r: r["tokens"])),
-        ("ended", None,
-         share_interval([float(np.mean([reason != "length" for reason in r["finish_reasons"]])) for r in rows],
-                        seed=seed)),
-    ]
+    ratio = KLDivergence.of(predictions=column("logps"), references=column("start_logps"), seed=seed) if same else none
+    read = {"predictions": [sum(r["start_logps"]) for r in rows],
+            "references": [sum(r.get("start_tokens", r["tokens"])) for r in rows]}
+    ended = [float(np.mean([reason != "length" for reason in r["finish_reasons"]])) for r in rows]
+    figures = [("KL to start", None, ratio if kl_known else none),
+               ("perplexity under start", None, Perplexity.of(**read, seed=seed)),
+               ("tokens", None, over_prompts("tokens")),
+               ("ended", None, share_interval(ended, seed=seed)._asdict())]
     if same and not kl_known:
         figures.append(("log-ratio to start", None, ratio))
     if all("token_kl" in r for r in rows):
-        figures.append(("KL a token", None,
-                        over_prompts(lambda r: r["token_kl"]) if all(r["token_kl"] for r in rows) else none))
+        figures.append(("KL a token", None, over_prompts("token_kl") if all(column("token_kl")) else none))
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #bf8acc60
@@ -537,6 +486,83 @@ _WHOLE = {"id", "prompt", "completions", "finish_reasons", "scores", "tokens", "
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".config.json")
+
+# %% ../nbs/22_evaluation.ipynb #350d1642
+def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    "(T, V) float32 log-probs at the marked positions of some rows; the head is asked about no others."
+    if check_paths(model).head == "full":
+        return model(input_ids=ids, attention_mask=mask).logits[where].float().log_softmax(-1)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(unwrap(model).forward).parameters else {}
+    with asked_at(model, where.flatten().nonzero().squeeze(1)):
+        return model(input_ids=ids, attention_mask=mask, **options).logits.float().log_softmax(-1)
+
+# %% ../nbs/22_evaluation.ipynb #3bef358e
+@torch.no_grad()
+def token_kl(
+    policy: torch.nn.Module,
+    start: torch.nn.Module | None,  # None: the policy that its adapter's training began with, see `policy_at_start`
+    batch: dict,  # from `logprobs.ListCollator`, on the models' device
+    chunk: int = CHUNK,  # positions whose distributions exist at once
+) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
+    "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
+    if start is None and not hasattr(unwrap(policy), "disable_adapter"):
+        raise LireError("no start policy", field="start", value=None,
+                        allowed="a model, or None for a policy with a peft adapter",
+                        remedy="give the policy that training started from")
+    for model in [policy] + [start] * (start is not None):
+        verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
+    if both_sides(policy, batch):
+        return by_length(policy, batch, lambda part: token_kl(policy, start, part, chunk))
+    rows, parts = padded_rows(batch), []
+    width = rows["input_ids"].shape[1]
+    for places in torch.stack([rows["index"] // width, rows["index"] % width], 1).split(chunk):
+        of = places[:, 0].unique()  # only the rows that this chunk looks at
+        where = torch.zeros_like(rows["input_ids"], dtype=torch.bool)
+        where[places[:, 0], places[:, 1]] = True
+        inputs = rows["input_ids"][of], rows["attention_mask"][of], where[of]
+        new = _logits_at(policy, *inputs)
+        with policy_at_start(policy) if start is None else nullcontext():
+            old = _logits_at(start or policy, *inputs)
+        if new.shape != old.shape:
+            raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]),
+                            allowed="two models with the same tokenizer",
+                            remedy="compare a policy with the one it was trained from")
+        parts.append((new.exp() * (new - old)).sum(-1))
+    return torch.cat(parts)
+
+# %% ../nbs/22_evaluation.ipynb #4a491ab4
+def text_kl(
+    policy,  # (model, tokenizer), or a name
+    start,  # (model, tokenizer), a name, or None: the policy that its adapter's training began with
+    lists: Iterable[dict],  # records with texts in "completions"
+    *,
+    batch_size: int = 8,  # lists at once
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
+) -> list[list[list[float]]]:  # for each list, for each completion, the KL at each of its positions, in nats
+    """Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's
+    positions, or their sum, is what to report."""
+    (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)
+    if other is not None and tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
+        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__,
+                        allowed="two models with the same tokenizer",
+                        remedy="compare a policy with the one it was trained from")
+    modes = [(m, m.training) for m in (model, start) if m is not None]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
+              "context": common_context(model, start)}
+    tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
+    device, results = next(model.parameters()).device, []
+    for m, _ in modes:
+        m.eval()
+    for first in range(0, len(tokens), batch_size):
+        batch = ListCollator(tokenizer.pad_token_id)(tokens[first : first + batch_size])
+        found = iter(token_kl(model, start,
+                              {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
+        results += [[[next(found) for _ in ids] for ids in one["completion_ids"]]
+                    for one in tokens[first : first + batch_size]]
+    for m, mode in modes:
+        m.train(mode)
+    return results
 
 # %% ../nbs/22_evaluation.ipynb #b026e50d
 def __getattr__(name: str):

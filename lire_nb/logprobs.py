@@ -25,7 +25,6 @@ from lire_nb.conversations import (
     completion_ids, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
     tokenizer_fingerprint,
 )
-from .lists import read_lines
 from .models import causal_lm, config_content, context_of, model_fingerprint, unwrap
 from .path_check import _around, _HARMLESS, _PADDED, say_once, to_device, verified
 from .records import select_candidates

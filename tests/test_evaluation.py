@@ -150,10 +150,12 @@ def test_every_fault_is_named_with_its_line_and_never_a_win(reason, tmp_path):
     ids = [f"p{i}" for i in (*range(9), 99)]
     with pytest.raises(LireError) as e:
         load_verdicts(path, ids=ids)
-    assert e.value.reason == reason and e.value.line == 7 and str(path) in str(e.value) and e.value.remedy and "\n" not in str(e.value)
+    assert (e.value.reason == reason and e.value.line == 7 and str(path) in str(e.value) and e.value.remedy
+            and "\n" not in str(e.value))
     kept, report = load_verdicts(path, ids=ids, on_error="quarantine", return_report=True)
     lost = 2 if "more than one" in reason else 1
-    assert report.rows == 10 == report.good_rows + report.quarantined_rows and report.quarantined_rows == lost and report.reasons == {reason: lost}
+    assert (report.rows == 10 == report.good_rows + report.quarantined_rows and report.quarantined_rows == lost
+            and report.reasons == {reason: lost})
     written = [json.loads(line) for line in open(f"{path}.quarantine.jsonl")]
     assert len(written) == lost and all(reason in w["reason"] for w in written) and 7 in [w["line"] for w in written]
     clean = load_verdicts(table_with(None))
@@ -589,7 +591,8 @@ def test_samples_of_another_distribution_do_not_give_a_kl(words, settings):
                  "KL to start"]["value"] is None and math.isfinite(found["policy", "log-ratio to start"]["value"])
     # files written before the settings were kept
     old = {name: [{k: v for k, v in r.items() if k != "sampling"} for r in own] for name, own in rows.items()}
-    assert {f["metric"] for f in compare_systems(old)} >= {"KL to start"} and "log-ratio to start" not in {f["metric"] for f in compare_systems(old)}
+    assert ({f["metric"] for f in compare_systems(old)} >= {"KL to start"}
+            and "log-ratio to start" not in {f["metric"] for f in compare_systems(old)})
 
 
 # Metrics against plain loops

@@ -19,6 +19,7 @@ from serving import Serve, need_server
 
 from lire_nb.base.errors import LireError
 from lire_nb.base.files import slug
+from lire_nb.cli import main
 from lire_nb.judges.chat import ChatJudge
 from lire_nb.judges.sheets import SheetWidget, check_sheets, make_sheets, read_sheets
 from lire_nb.judges.verdicts import (
@@ -27,7 +28,7 @@ from lire_nb.judges.verdicts import (
     judge_pairs,
     make_pairs,
     parse_verdict,
-    verdict_table,
+    verdict_frame,
     verdicts_to_preferences,
 )
 from lire_nb.models import compute_dtype, resolve_model
@@ -100,7 +101,8 @@ def test_preferences_agree_with_plain_loops(seed):
     assert (found.system, found.against) == ("LIRE", "start")
     for name, expected in (("preferences", preference), ("flips", flips), ("first", first)):
         np.testing.assert_allclose(getattr(found, name), list(expected.values()), atol=1e-12)
-    assert found.ids == list(preference) and found.counts["failed"] == failed > 0 and found.counts["prompts_left_out"] == 15 - len(preference)
+    assert (found.ids == list(preference) and found.counts["failed"] == failed > 0
+            and found.counts["prompts_left_out"] == 15 - len(preference))
     assert found.counts["flipped"] + found.counts["failed"] <= found.counts["pairs"] == 45
     assert sum(found.counts["failures"].values()) == sum(v["verdict"] is None for v in verdicts)
     mirrored = verdicts_to_preferences(verdicts, system="start")
@@ -122,7 +124,8 @@ def test_failures_are_never_wins():
                                          b: "mmh" if "new" in a and p.endswith("1?") else "A" if "new" in a else "B",
                                          "x"), two_systems())
     dropped, tied = verdicts_to_preferences(verdicts), verdicts_to_preferences(verdicts, failures="tie")
-    assert dropped.preferences == [1.0] * 10 and dropped.counts["failures"] == {"no verdict in the last line": 2} and "p1" not in dropped.ids
+    assert (dropped.preferences == [1.0] * 10 and dropped.counts["failures"] == {"no verdict in the last line": 2}
+            and "p1" not in dropped.ids)
     assert sorted(tied.preferences) == [0.5] * 2 + [1.0] * 10
 
 
@@ -347,7 +350,8 @@ def test_the_cache_knows_what_a_reply_depends_on_and_keeps_no_secret(tmp_path, m
             r.append({**r[0], "id": "again"})  # the same texts under another id: the same question
         judge = chat(endpoint, cache)
         verdicts = judge_pairs(judge, systems)
-        assert set(endpoint.asked.values()) == {1} and judge.cost.requests == 6 and judge.cost.from_cache == 2 and len(verdicts) == 8
+        assert (set(endpoint.asked.values()) == {1} and judge.cost.requests == 6 and judge.cost.from_cache == 2
+                and len(verdicts) == 8)
         assert endpoint.keys == {"Bearer sk-from-the-environment"}
         chat(endpoint, cache, api_key="sk-given").ask([[{"role": "user", "content": "Hello"}]])
         assert "Bearer sk-given" in endpoint.keys
@@ -359,7 +363,8 @@ def test_the_cache_knows_what_a_reply_depends_on_and_keeps_no_secret(tmp_path, m
             assert other.cost.requests == 6, options
         chat(endpoint,
              extra_body={"max_tokens": None, "max_completion_tokens": 9}).ask([[{"role": "user", "content": "Hello"}]])
-        assert "max_tokens" not in endpoint.bodies[-1] and endpoint.bodies[-1]["max_completion_tokens"] == 9 and endpoint.bodies[0]["temperature"] == 0
+        assert ("max_tokens" not in endpoint.bodies[-1] and endpoint.bodies[-1]["max_completion_tokens"] == 9
+                and endpoint.bodies[0]["temperature"] == 0)
     with Endpoint(prefers_new) as elsewhere:
         moved = chat(elsewhere, cache)
         assert judge_pairs(moved, two_systems(3))[:6] == verdicts[:6] and not elsewhere.asked, (
@@ -583,7 +588,8 @@ def test_the_widget_writes_at_once_and_goes_on(tmp_path):
     sheet = make_sheets(systems, tmp_path, judges=["Ada"], overlap=1)[0]
     widget = SheetWidget(sheet)
     said = lambda: [r["verdict"] for r in sheet_rows(sheet)]  # noqa: E731
-    assert "<script>" not in widget.first.value + widget.second.value and "&lt;script&gt;" in widget.first.value + widget.second.value
+    assert ("<script>" not in widget.first.value + widget.second.value
+            and "&lt;script&gt;" in widget.first.value + widget.second.value)
     assert widget.buttons["back"].disabled and not widget.buttons["tie"].disabled
     for name, expected in (("first", ["first", "", "", ""]), ("skip", ["first", "", "", ""]),
                            ("second", ["first", "", "second", ""]), ("tie", ["first", "", "second", "tie"])):
@@ -652,7 +658,7 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
               (("fair", lambda p, a, b: "A" if "new" in a else "B"),
                ("odd", lambda p, a, b: "A" if len(p) % 2 else "B" if "new" in b else "tie"))]
     both = agreement(by_people, *models, level="nominal", resamples=99)
-    table = verdict_table([*by_people, *models[0], *models[1]])
+    table = verdict_frame([*by_people, *models[0], *models[1]])
     assert set(table) == {"Ada L.", "Ben", "Cleo", "fair", "odd"}, "Dan gave no verdict"
     for v in by_people:
         if v["verdict"]:
@@ -673,6 +679,122 @@ def test_agreement_of_chat_models_and_people(sheets, tmp_path):
     one_line(e, "more than one verdict")
 
 
+# ---------------------------------------------------------------- lire judge
+
+
+def answer_files(folder, n=6, systems=None):
+    for name, found in (systems or two_systems(n)).items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    return [word for name in (systems or ("start", "LIRE"))
+            for word in ("--system", f"{name}={folder / f'{name}.jsonl'}")]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_command_judges_once_and_another_judge_may_join(tmp_path, capsys):
+    pytest.importorskip("openai", reason="openai is not installed: pip install 'lire_nb[server]'")
+    pytest.importorskip("krippendorff", reason="krippendorff is not installed: pip install 'lire_nb[evaluation]'")
+    out, files = tmp_path / "judged", answer_files(tmp_path)
+    with Endpoint(prefers_new) as fair, Endpoint(lambda *_: completion("A")) as lazy:
+        command = ["judge", *files, "--judge", f"fair={fair.url}#judge-1", "--out", str(out)]
+        assert main([*command, "--dry-run"]) == 0 and not out.exists() and not fair.asked
+        assert "12 questions" in capsys.readouterr().out
+        assert main(command) == 0 and sum(fair.asked.values()) == 12
+        said = capsys.readouterr().out
+        assert "LIRE against start 1.000" in said and "12 questions, 120 tokens read, 24 written" in said
+        verdicts = read(out / "verdicts" / "fair.jsonl")
+        assert verdicts_to_preferences(verdicts).preferences == [1.0] * 6 and {v["judge"] for v in verdicts} == {"fair"}
+        assert main([*command, "--judge", f"lazy={lazy.url}#judge-2"]) == 0
+        assert sum(fair.asked.values()) == 12 == sum(lazy.asked.values()), "nobody is asked twice"
+    rates = {r["judge"]: r for r in read(out / "win_rates.jsonl")}
+    assert (rates["fair"]["win_rate"] == 1.0 and rates["fair"]["low"] < 0.7
+            and rates["fair"]["flip_rate"]["value"] == 0.0)
+    assert rates["lazy"]["win_rate"] == 0.5 and rates["lazy"]["flipped"] == 6
+    board = {line["judge"]: line for line in read(out / "leaderboard.jsonl")}
+    assert board["fair"]["wins"] == 6 and board["fair"]["mean_length"] == len("a new answer 0.0")
+    assert board["fair"]["length_controlled_win_rate"] > 0.8
+    (found,) = read(out / "agreement.jsonl")
+    assert found["share"]["fair"]["lazy"] == 0.0 and found["shared"]["fair"]["lazy"] == 6
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path, capsys):
+    pytest.importorskip("openai", reason="openai is not installed: pip install 'lire_nb[server]'")
+    out, files = tmp_path / "judged", answer_files(tmp_path)
+    options = ["--in-flight", "1", "--patience", "0.5", "--out", str(out)]
+
+    def half(times, text):
+        return prefers_new(times, text) if "Question 0?" in text or "Question 1?" in text else None
+
+    with Endpoint(half) as endpoint:
+        assert main(["judge", *files, "--judge", f"fair={endpoint.url}#judge-1", *options]) == 2
+    one = capsys.readouterr().err
+    assert one.startswith("lire judge: ") and "Traceback" not in one
+    kept = len(read(out / "replies" / "fair.jsonl"))
+    assert kept == 4 and not (out / "verdicts" / "fair.jsonl").exists() and not (out / "win_rates.jsonl").exists()
+    with Endpoint(prefers_new) as endpoint:  # at another address
+        assert main(["judge", *files, "--judge", f"fair={endpoint.url}#judge-1", *options]) == 0
+        assert sum(endpoint.asked.values()) == 12 - kept
+    before = (out / "verdicts" / "fair.jsonl").read_bytes()
+    gone = ["judge", *files, "--judge", "fair=http://127.0.0.1:9/v1#judge-1", "--out", str(out)]
+    assert main(gone) == 0 and (out / "verdicts" / "fair.jsonl").read_bytes() == before
+    for change, words in ((["--max-tokens", "9"], "another name"), (["--samples", "2"], "samples")):
+        assert main([*gone, *change]) == 2 and words in capsys.readouterr().err
+    answer_files(tmp_path, 5)
+    assert main(gone) == 2 and "answers" in capsys.readouterr().err
+    assert (out / "verdicts" / "fair.jsonl").read_bytes() == before
+
+
+def test_the_command_makes_sheets_for_people_and_reads_them(tmp_path, capsys):
+    pytest.importorskip("krippendorff", reason="krippendorff is not installed: pip install 'lire_nb[evaluation]'")
+    out = tmp_path / "judged"
+    command = ["judge", *answer_files(tmp_path), "--people", "Ada, Ben,Cleo", "--out", str(out)]
+    assert main(command) == 0 and "write first, second or tie" in capsys.readouterr().out
+    sheets = sorted((out / "sheets").glob("*.csv"))
+    assert [s.name for s in sheets] == ["ada.csv", "ben.csv", "cleo.csv"] and not (out / "win_rates.jsonl").exists()
+    assert sum(len(sheet_rows(s)) for s in sheets) == 12
+    for sheet in sheets:
+        fill(sheet, honest)
+    assert main(command) == 0 and "people: LIRE against start 1.000" in capsys.readouterr().out
+    assert read(out / "win_rates.jsonl")[0]["flip_rate"] is None and len(read(out / "agreement.jsonl")) == 1
+    fill(sheets[0], lambda row: "left")
+    assert main(command) == 2 and "not a verdict" in capsys.readouterr().err
+    assert main([*command, "--seed", "1"]) == 2 and "sheets of another run" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_folder_of_lire_evaluate(tmp_path, capsys):
+    run, systems = tmp_path / "run", two_systems(4)
+    (run / "evaluation").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"system": name}) + "\n" for name in systems))
+    for name, found in systems.items():
+        (run / "evaluation" / f"{slug(name)}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    assert main(["judge", "--run", str(run), "--people", "Ada", "--out", str(run)]) == 0
+    assert (run / "config.json").read_text() == "{}" and len(sheet_rows(run / "sheets" / "ada.csv")) == 4
+
+
+@pytest.mark.parametrize("options, words", [
+    ([], "nobody to judge"), (["--run", "nowhere"], "one of both"), (["--judge", "127.0.0.1"], "not a pair"),
+    (["--judge", "a=127.0.0.1:9/v1#m"], "http://"), (["--judge", "a=http://127.0.0.1:9/v1"], "no model"),
+    (["--judge", "a=http://127.0.0.1:9/v1#m"], "start it"), (["--people", "Ada", "--overlap", "2"], "overlap"),
+    (["--judge", "people=http://127.0.0.1:9/v1#m"], "none of them people"),
+    (["--judge", "a=http://127.0.0.1:9/v1#m", "--judge", "A=http://127.0.0.1:9/v1#m"], "file names"),
+    (["--judge", "a=http://127.0.0.1:9/v1#m", "--template", "start.jsonl"], "no JSON"),
+    (["--judge", "a=http://127.0.0.1:9/v1#m", "--template", "none.json"], "none.json"),
+    (["--judge", "a=http://user:secret@127.0.0.1:9/v1#m"], "no password"),
+    (["--people", "Ada", "--samples", "0"], "samples"),
+])
+def test_what_the_command_cannot_do_is_one_line(tmp_path, capsys, monkeypatch, options, words):
+    pytest.importorskip("openai", reason="openai is not installed: pip install 'lire_nb[server]'")
+    files = answer_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["judge", *files, *options, "--out", "judged"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and "secret" not in error, error
+    assert not list(tmp_path.glob("judged/verdicts/*.jsonl")) and not list(tmp_path.glob("judged/sheets/*"))
+
+
 # ---------------------------------------------------------------- a real server
 
 
@@ -682,9 +804,11 @@ SHORT = [{"role": "user",
 
 
 def test_a_real_server_killed_in_the_middle_is_asked_for_the_rest_only(tmp_path):
-    """`transformers serve` with SmolLM2 as the judge: 14 questions, the server killed after some of them, started again, nothing answered asked twice.
+    """`transformers serve` with SmolLM2 as the judge: 14 questions, the server killed after some of them, started
+    again, nothing answered asked twice.
 
-    SmolLM2-135M is a poor judge, and this is the lesson: it can say "A", and says it whatever stands there, so that most pairs flip; what it says otherwise is often no verdict.
+    SmolLM2-135M is a poor judge, and this is the lesson: it can say "A", and says it whatever stands there, so that
+    most pairs flip; what it says otherwise is often no verdict.
     """
     need_server()
     records = [json.loads(line) for line in open(ROOT / "data" / "dialogue.jsonl", encoding="utf-8")]
@@ -715,7 +839,8 @@ def test_a_real_server_killed_in_the_middle_is_asked_for_the_rest_only(tmp_path)
         server.kill()
         client.join(60)
         kept = answered()
-        assert 4 <= kept < 14 and len(failed) == 1 and "does not answer" in str(failed[0]) and "\n" not in str(failed[0])
+        assert (4 <= kept < 14 and len(failed) == 1 and "does not answer" in str(failed[0])
+                and "\n" not in str(failed[0]))
 
         server.start()
         judge = ChatJudge(server.url, server.model, cache=cache, max_in_flight=4, **options)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..base.errors import LireError
 from ..base.files import atomic_folder, one_writer, write_json
@@ -35,7 +35,7 @@ from lire_nb.rewards import (
 from ..sampling import derive_seed, sample_lists, SamplingSettings
 from ..tasks import load_task, Task
 from ..training import LIREConfig, LIRETrainer
-from ..watching import undisturbed
+from ..watching import Onlooker
 
 # %% ../../nbs/40_experiments.ipynb #4c9dc5f6
 def _locked(path: Path):
@@ -327,24 +327,19 @@ def _train(config: dict, work: Path, keep: bool) -> dict:
             "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
 
 # %% ../../nbs/40_experiments.ipynb #8879a47f
-class _Course(TrainerCallback):
+class _Course(Onlooker):
     "Judges the policy every so many steps; training goes on as if it had not."
 
     def __init__(self, config: dict, work: Path):
+        super().__init__(config["every"])
         self.config, self.work, self.points = config, work, []
         self.start = load_policy(_policy(config["source"]["policy"], work))
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        self._point(state.global_step, model, processing_class, args)
+    def measure(self, model, tokenizer) -> dict:
+        return _judge((model, tokenizer), self.config, self.work, start=self.start)
 
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if state.global_step % self.config["every"] == 0:
-            self._point(state.global_step, model, processing_class, args)
-
-    def _point(self, step, model, tokenizer, args) -> None:
-        with undisturbed(model), torch.no_grad(), torch.autocast(next(model.parameters()).device.type,
-                                                                 dtype=torch.bfloat16, enabled=bool(args.bf16)):
-            self.points.append({"step": step, **_judge((model, tokenizer), self.config, self.work, start=self.start)})
+    def keep(self, found: dict, state, control) -> None:
+        self.points.append({"step": state.global_step, **found})
 
 # %% ../../nbs/40_experiments.ipynb #a0219612
 def _course(config: dict, work: Path, keep: bool) -> dict:

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from ..base.errors import in_cell, in_html, in_markdown, LireError, one_line, without_secrets
 from ..base.files import atomic_write, read_jsonl, slug
 from ..proxy import independent_judge, overoptimization, parting_sentence, prompt_means
-from ..statistics import FEW, has_kl, wilson_interval
+from ..preferences import has_kl
+from ..statistics import FEW, wilson_interval
 from lire_nb.lab.figures import (
     plot_before_after, plot_calibration, plot_frontier, plot_overoptimization, plot_reward_kl, plot_training,
     plot_win_matrix, png, reward_kl_frontier, run_points, save_figure,
