@@ -560,10 +560,10 @@ def test_38_strange_records_are_no_records(judged, config):
 def versions(folder: Path, **edits) -> dict:
     from lire_nb.base.versions import Package
 
-    copy = folder / f"copy{len(list(folder.iterdir()))}" / "lire_nb"
-    copy.mkdir(parents=True)
-    for path in Path(experiments.__file__).parent.glob("*.py"):
-        (copy / path.name).write_text(edits.get(path.stem, str)(path.read_text()))
+    copy, home = folder / f"copy{len(list(folder.iterdir()))}" / "lire_nb", Path(experiments.__file__).parents[1]
+    for path in home.rglob("*.py"):
+        (copy / path.relative_to(home)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(home)).write_text(edits.get(path.stem, str)(path.read_text()))
     package = Package(copy)
     return {kind: plans.code_version(kind, package) for kind in ("train", "reward")}
 
@@ -578,13 +578,13 @@ def test_code_version_follows_definitions_not_files(tmp_path):
     moved = versions(
         tmp_path,
         experiments=lambda t: t.replace(text, "").replace(
-            "\nimport torch\n", "\nimport torch\nfrom .scale import ragged_lengths\n", 1
+            "\nimport torch\n", "\nimport torch\nfrom .memory import ragged_lengths\n", 1
         ),
-        scale=lambda t: f"{t}\nimport random\n\n\n{text}",
+        memory=lambda t: f"{t}\nimport random\n\n\n{text}",
     )
     assert moved == now, "a function moved to another module stales nothing"
     remarked = versions(tmp_path, losses=lambda t: "# a remark\n" + t.replace('"""AUTO', '"""auto'),
-                        reporting=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
+                        report=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
     assert remarked == now, "remarks and what is not reached stale nothing"
     changed = versions(tmp_path, losses=lambda t: t.replace("temperature: float = 2.0", "temperature: float = 3.0"))
     assert changed["train"] != now["train"] and changed["reward"] == now["reward"]
@@ -652,10 +652,10 @@ def test_42_the_wheel_works_in_an_empty_directory(wheel):
 import lire_nb, pathlib
 assert pathlib.Path(lire_nb.__file__).parents[1].name == "site", lire_nb.__file__
 from lire_nb.tasks import load_task
-from lire_nb import reproduce, tables
+from lire_nb.lab import claims, results, runner
 assert len(load_task("dialogue").reward_lists["train"]) > 100 and len(load_task("summarization").prompts["test"]) > 50
-assert not tables.paper_table("dialogue").empty and len(reproduce.paper_plan("summarization")) == 8
-assert len(tables.load_runs("sentiment")) > 40
+assert not claims.paper_table("dialogue").empty and len(runner.paper_plan("summarization")) == 8
+assert len(results.load_runs("sentiment")) > 40
 from lire_nb.cli import main
 raise SystemExit(main(["reproduce", "--list"]))
 """
@@ -670,7 +670,7 @@ def test_42_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
         monkeypatch.chdir(place)
         assert len(results.load_runs("sentiment")) > 40
         assert not claims.paper_table("dialogue").empty and runner.paper_plan("dialogue")
-        assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_dialogue")
+        assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_methods")
 
 
 def test_helpers_find_markup():
