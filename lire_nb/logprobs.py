@@ -28,7 +28,7 @@ from lire_nb.conversations import (
 from .models import causal_lm, config_content, context_of, model_fingerprint, unwrap
 from .path_check import _around, _HARMLESS, _PADDED, say_once, to_device, verified
 from .records import select_candidates
-from .shared_prompt import enable_shared, ListCollator, _path_logps, tokenize_list
+from .shared_prompt import enable_shared, for_a_while, ListCollator, _path_logps, tokenize_list
 
 # %% ../nbs/17_logprobs.ipynb #79383e03
 logger = logging.getLogger(__name__)
@@ -239,14 +239,8 @@ def policy_at_start(
         raise LireError("the adapter is split over processes, and the one at the start cannot be put back",
                         field="ref_model", value=None, allowed="a reference model",
                         remedy="pass ref_model=, or give all lists before training")
-    now = {name: p.data for name, p in there.items()}
-    try:
-        for name, p in there.items():
-            p.data = kept[name].to(p.device)
+    with for_a_while(*((p, "data", kept[name].to(p.device)) for name, p in there.items())):
         yield model
-    finally:
-        for name, p in there.items():
-            p.data = now[name]
 
 # %% ../nbs/17_logprobs.ipynb #81aa71ef
 def sampled_logps(

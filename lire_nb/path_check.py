@@ -19,7 +19,8 @@ import torch
 from .base.errors import LireError
 from .models import causal_lm, context_of, text_config, unwrap
 from lire_nb.shared_prompt import (
-    _bends, disable_shared, enable_shared, ListCollator, _path_logps, _ropes, seen_windows, SHARED, _switch,
+    _bends, disable_shared, enable_shared, for_a_while, ListCollator, _path_logps, _ropes, seen_windows, SHARED,
+    _switch,
 )
 
 # %% ../nbs/25_path_check.ipynb #73ad1dc8
@@ -214,19 +215,16 @@ def _probe(model, lm, batch, path, gradient=True) -> tuple[torch.Tensor, dict]:
 @contextmanager
 def _observed(model, lm, training: bool):
     "Without dropout, autocast, and draws from the generators; yields the windows that reach the shared attention."
-    modules, device = {m: m.training for m in model.modules()}, next(lm.parameters()).device
+    modules, device = list(model.modules()), next(lm.parameters()).device
     wrapped = [vars(m) for m in modules if {"_original_forward", "forward"} <= vars(m).keys()]  # accelerate's autocast
     forwards = [(own, own.pop("forward")) for own in wrapped]
-    for m in modules:
-        m.training = training and "Dropout" not in type(m).__name__
+    modes = [(m, "training", training and "Dropout" not in type(m).__name__) for m in modules]
     try:
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
         plain = torch.autocast(device.type, enabled=False)
-        with torch.enable_grad(), plain, generators, seen_windows() as windows:
+        with for_a_while(*modes), torch.enable_grad(), plain, generators, seen_windows() as windows:
             yield windows
     finally:
-        for module, mode in modules.items():
-            module.training = mode
         for own, forward in forwards:
             own["forward"] = forward
 

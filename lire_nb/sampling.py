@@ -53,12 +53,12 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()  # a completion ends before the first of these strings
 
     def __post_init__(self):
-        number, whole = _is_number, _is_whole
         rules = {
-            "max_new_tokens": (whole(self.max_new_tokens) and self.max_new_tokens >= 1, "a whole number, 1 or more"),
-            "temperature": (number(self.temperature) and self.temperature >= 0, "a number, 0 or more"),
-            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            "max_new_tokens": (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1,
+                               "a whole number, 1 or more"),
+            "temperature": (_is_number(self.temperature) and self.temperature >= 0, "a number, 0 or more"),
+            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             "stop": (not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop),
                      "a tuple of strings, none of them empty"),
         }

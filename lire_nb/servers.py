@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,7 @@ class Patience:
                         "command again: with a journal, only what is missing is asked") from reason
         if not self.told:  # once an outage, not once a request
             self.told = True
-            limit = f"for up to {self.patience:g} s"
-            limit = f"up to {self.max_retries}×" if self.patience == math.inf else limit
+            limit = f"up to {self.max_retries}×" if self.patience == math.inf else f"for up to {self.patience:g} s"
             logger.warning("%s; trying again %s", reason, limit)
         self.over.wait(pause)
 
@@ -140,12 +139,10 @@ def _locked(path):
 # %% ../nbs/39_servers.ipynb #b5dc2e06
 def _as_they_come(pool: Executor, ask: Patience, todo: Iterator[tuple], at_once: int) -> Iterator[list[tuple]]:
     "(key, future) of what is done, as it is done; nothing more is asked once patience is over."
-    running: dict[Future, str] = {}
-    came: list[tuple] = []
+    running, came = {}, []
     while True:
         if not ask.over.is_set():
-            more = islice(todo, at_once - len(running))
-            running |= {pool.submit(ask, request): key for key, request in more}
+            running |= {pool.submit(ask, request): key for key, request in islice(todo, at_once - len(running))}
         yield came
         if not running:
             return

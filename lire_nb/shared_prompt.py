@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'SHARED', 'tokenize_list', 'ListCollator', 'padded_rows', 'logits_to_logps', 'token_logps', 'other_forward',
-           'asked_at', 'packed_rows', 'seen_windows', 'enable_shared', 'disable_shared', 'cut_row', 'Kept',
-           'keep_prompts', 'after_prompts', 'logps_in_pieces', 'both_sides', 'by_length']
+           'for_a_while', 'asked_at', 'packed_rows', 'seen_windows', 'enable_shared', 'disable_shared', 'cut_row',
+           'Kept', 'keep_prompts', 'after_prompts', 'logps_in_pieces', 'both_sides', 'by_length']
 
 # %% ../nbs/16_shared_prompt.ipynb #7f8af33b
 import inspect
@@ -165,6 +165,21 @@ def other_forward(
         if own is not None:
             module.forward = own
 
+
+@contextmanager
+def for_a_while(
+    *changes: tuple[object, str, object],  # owner, name of an attribute, value
+):
+    "While active, attributes have other values."
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+
 # %% ../nbs/16_shared_prompt.ipynb #2fdd6da2
 @contextmanager
 def asked_at(
@@ -200,26 +215,19 @@ def _can_switch(owner, name, value) -> bool:
     """Whether what the model does to its logits is known and can be switched off; some configurations let nothing be
     set."""
     try:
-        setattr(owner, name, _BENDS[name][0])
-        setattr(owner, name, value)
-        return True
+        with for_a_while((owner, name, _BENDS[name][0])):
+            return True
     except Exception:  # not known, a property, or a validator's own error
         return False
 
 # %% ../nbs/16_shared_prompt.ipynb #a87268ae
-@contextmanager
-def _unbent(bends: list[tuple]):
-    "Without what a model does to its logits; yields the same as a function, or None where it does nothing."
-    bend = None
-    for owner, name, value in bends:
-        off, function = _BENDS[name]
-        bend = lambda logits: function(logits, value)  # noqa: B023, E731
-        setattr(owner, name, off)
-    try:
-        yield bend
-    finally:
-        for owner, name, value in bends:
-            setattr(owner, name, value)
+def _unbent(bends: list[tuple]) -> tuple:
+    "What a model does to its logits as a function, None where it does nothing; and the change that switches it off."
+    if not bends:
+        return None, []
+    [(owner, name, value)] = bends
+    off, function = _BENDS[name]
+    return lambda logits: function(logits, value), [(owner, name, off)]
 
 # %% ../nbs/16_shared_prompt.ipynb #5fa4d972
 @contextmanager
@@ -231,9 +239,10 @@ def _head_of(model, index, targets):
         with asked_at(model, index):
             yield
         return
-    with _unbent(bends) as bend:
-        with asked_at(model, index, lambda h: token_logps(h, head.weight, targets, head.bias, bend=bend)):
-            yield
+    bend, off = _unbent(bends)
+    own = lambda h: token_logps(h, head.weight, targets, head.bias, bend=bend)  # noqa: E731
+    with for_a_while(*off), asked_at(model, index, own):
+        yield
 
 # %% ../nbs/16_shared_prompt.ipynb #b1980390
 def _forward_logps(model, rows: dict) -> torch.Tensor:
