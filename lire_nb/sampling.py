@@ -720,8 +720,7 @@ def _as_sampler(policy, options: dict) -> Sampler:
                              **{k: v for k,
                                 v in options.items() if k not in ("batch_size",
                                                                   "max_prompt_length")})  # the server's own affair
-    return LocalSampler(*(policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())),
-                        **options)
+    return LocalSampler(*load_policy(policy, dtype=compute_dtype()), **options)
 
 # %% ../nbs/14_sampling.ipynb #6c42cb75
 def __getattr__(name: str):

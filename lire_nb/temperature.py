@@ -9,7 +9,6 @@ __all__ = ['MUTE', 'LARGEST', 'ROUND', 'MOST', 'why_mute', 'needs_difference', '
 # %% ../nbs/24_temperature.ipynb #b8a36934
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -121,7 +120,7 @@ def suggest_temperature(
     useful = [(r, row) for r, row in zip(lists, known, strict=True) if why_mute(r["rewards"]) is None]
     useful = [useful[i] for i in spread_out(len(useful), most)] if useful else []
     if logps is None and useful:
-        model, tokenizer = load_policy(policy) if isinstance(policy, (str, Path)) else policy
+        model, tokenizer = load_policy(policy)
         found = dataset_logps(model, tokenizer, [r for r, _ in useful], **limits)
         rows = [[s / n if length_normalize else s for s, n in zip(*one)] for one in found]
     else:

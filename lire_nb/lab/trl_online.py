@@ -22,14 +22,15 @@ import datasets
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+from ..adapters import check_adapter
 from ..base.errors import LireError
 from ..base.files import atomic_folder, write_json
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
-from ..enhancement import by_id, check_adapter
+from ..enhancement import by_id
 from lire_nb.identity import (
     differences, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity,
 )
-from ..models import adapter_config, has_bf16, load_policy, quiet_transformers
+from ..models import has_bf16, load_policy, Policy, quiet_transformers
 from ..records import make_record
 from ..rewards import Reward, score_lists
 from ..sampling import SamplingSettings
@@ -226,7 +227,7 @@ def train_online(
     if folder.exists():
         return _done_before(folder, identity)
     began, (model, tokenizer) = time.monotonic(), load_policy(policy)
-    peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
+    peft_config = None if Policy.of(policy).adapter else peft_config  # its own adapter is trained further
     encoded = encode_prompts(records, tokenizer, max_prompt_length)
     scored = OnlineReward(reward, records, encoded, tokenizer, num_candidates)
     rows = datasets.Dataset.from_list([{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i,
