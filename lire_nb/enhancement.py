@@ -284,7 +284,8 @@ def _check_round(folder: Path, sampled: dict) -> None:
                             remedy=f"delete {folder.name}, or only this file if you trust the others")
         return
     was = manifest.get("sampled_by", {})
-    if differ := differences({k: was.get(k) for k in sampled}, json.loads(json.dumps(sampled))):
+    now = {k: v for k, v in json.loads(json.dumps(sampled)).items() if k != "policy"}  # its path may have changed
+    if differ := differences({k: was.get(k) for k in now}, now):
         raise LireError(f"this round was sampled by another policy ({differ})", file=folder,
                         allowed="the policy of before", remedy=f"delete {folder.name} and the rounds after it")
     for name, what in changed_files(folder, manifest).items():

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .base.errors import LireError
+from .base.errors import LireError, moved
 from .tasks import asset_path, ASSETS
 
 # %% ../nbs/35_models.ipynb #4e43f978
@@ -508,3 +508,8 @@ def context_of(model: torch.nn.Module) -> int | None:
 def common_context(*models) -> int | None:  # None among the models stands for nothing
     "Tokens that all of several models can read."
     return min((n for m in models if m is not None and (n := context_of(m)) is not None), default=None)
+
+# %% ../nbs/35_models.ipynb #3303f97a
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

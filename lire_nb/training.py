@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'ORDERS', 'COLUMNS', 'LIREConfig', 'choose_candidates', 'ListSampler', 'ListRows', 'TrainingCollator',
            'prepare_lists', 'GuardedTrainer', 'ListTrainer', 'LIRETrainer', 'check_call', 'check_teaching',
-           'fit_candidates', 'TrainingBar', 'use_training_bar', 'first_look']
+           'fit_candidates', 'first_look', 'TrainingBar', 'use_training_bar']
 
 # %% ../nbs/18_training.ipynb #886cc989
 import logging
@@ -86,7 +86,7 @@ class LIREConfig(TrainingArguments):
     # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     reference_cache: str | None = None
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
-    # in memory at a time, see 06c_long_lists; "auto": what fits; None: all of a batch
+    # in memory at a time, see 70_long_lists; "auto": what fits; None: all of a batch
     candidates_at_once: int | str | None = None
     on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
@@ -126,7 +126,7 @@ class LIREConfig(TrainingArguments):
             raise
         except (ValueError, TypeError) as e:
             raise LireError(str(e), field=f"loss {self.loss_type!r}",
-                            remedy="change this setting; 00_losses has the table of all losses") from e
+                            remedy="change this setting; 11_rivals has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
 
@@ -693,33 +693,6 @@ def fit_candidates(
                         len(batch["list_index"]))
     return trainer._at_once
 
-# %% ../nbs/18_training.ipynb #671bc7cc
-class TrainingBar(TrainerCallback):
-    "A progress bar over optimizer steps that shows the expected reward of the lists, or the accuracy of their pairs."
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                        disable=True if os.environ.get("TQDM_DISABLE") or not state.is_world_process_zero else None)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        name = next((n for n in ("expected_reward", "accuracies") if n in (logs or {})), None)
-        if name and hasattr(self, "bar"):
-            self.bar.set_postfix({name.replace("_", " "): f"{logs[name]:.3f}"})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-# %% ../nbs/18_training.ipynb #03bb4ce4
-def use_training_bar(trainer: Trainer) -> Trainer:
-    "Put `TrainingBar` in the place of the Trainer's own progress output."
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(TrainingBar())
-    return trainer
-
 # %% ../nbs/18_training.ipynb #6f174ea0
 def first_look(trainer: LIRETrainer) -> None:
     "Before step 1, one line for what would make the training learn nothing."
@@ -773,6 +746,33 @@ def _first_logps(trainer: LIRETrainer) -> list[list[float]]:
         for module, mode in modes.items():
             module.training = mode
     return gather_object(found)[: len(chosen)] if world > 1 else found
+
+# %% ../nbs/18_training.ipynb #671bc7cc
+class TrainingBar(TrainerCallback):
+    "A progress bar over optimizer steps that shows the expected reward of the lists, or the accuracy of their pairs."
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        disable=True if os.environ.get("TQDM_DISABLE") or not state.is_world_process_zero else None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        name = next((n for n in ("expected_reward", "accuracies") if n in (logs or {})), None)
+        if name and hasattr(self, "bar"):
+            self.bar.set_postfix({name.replace("_", " "): f"{logs[name]:.3f}"})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+# %% ../nbs/18_training.ipynb #03bb4ce4
+def use_training_bar(trainer: Trainer) -> Trainer:
+    "Put `TrainingBar` in the place of the Trainer's own progress output."
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TrainingBar())
+    return trainer
 
 # %% ../nbs/18_training.ipynb #b541b6c0
 def __getattr__(name: str):
