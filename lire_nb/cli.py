@@ -204,15 +204,12 @@ def score_command(args) -> None:
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb.enhancement import (
-        check_adapter, check_options, check_settings, settings_identity, train_policy,
-    )
+    from lire_nb.enhancement import check_options, check_settings, settings_identity, train_policy
     from lire_nb.identity import policy_identity
 
     settings, lora = check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     check_options(args.policy, settings, options, args.merge_adapter)
-    check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
     made_from = {"fingerprint": policy_identity(args.policy), "lists": _hash(args.lists),
                  "settings": settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}

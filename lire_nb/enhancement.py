@@ -83,47 +83,39 @@ def _checked(asked: Rounds, policy: Policy) -> Rounds:
     "The same with each prompt once and the stop rule's limit; raises `LireError` for what cannot be run."
     _check_arguments(asked)
     check_options(policy, asked.training, asked.trainer_options)
-    limit, stop = prompt_limit(asked.training), asked.stop
+    limit, stop, tokenizer = prompt_limit(asked.training), asked.stop, policy.tokenizer()
     if isinstance(stop, StopRule):
         stop = replace(stop, max_prompt_length=stop.max_prompt_length or limit)
-    tokenizer = policy.tokenizer()
     for record in [*asked.prompts, *(stop.prompts if isinstance(stop, StopRule) else [])]:
         encode_prompt(record["prompt"], tokenizer, limit, id=record["id"])  # what the chat template says to it
     once = {record["id"]: record for record in reversed(by_id(asked.prompts))}
-    asked = replace(asked, stop=stop, prompts=by_id(once.values()))
-    _check_plan(asked)
-    return asked
+    return replace(asked, stop=stop, prompts=by_id(once.values()))
 
 # %% ../nbs/19_enhancement.ipynb #e1883180
 def _check_arguments(asked: Rounds) -> None:
-    if not callable(asked.reward):
-        raise LireError("cannot be called", field="reward", value=asked.reward,
-                        allowed="a reward: (prompts, completions) -> scores", remedy="for example VaderReward()")
-    if not isinstance(asked.settings, SamplingSettings):
-        raise LireError("not sampling settings", field="settings", value=asked.settings, allowed="a SamplingSettings",
-                        remedy="settings of training go into training=")
-    for name in ("evolve", "iterate", "num_candidates"):
-        value = getattr(asked, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise LireError("not a whole number", field=name, value=value, allowed="a whole number",
-                            remedy="change it, or leave it out")
-
-# %% ../nbs/19_enhancement.ipynb #7f8759f2
-def _check_plan(asked: Rounds) -> None:
-    if asked.evolve < 1 or asked.iterate < 1:
-        raise LireError("too few", field="evolve, iterate", value=(asked.evolve, asked.iterate),
-                        allowed="1 or more each", remedy="ask for at least one round and pass")
-    if asked.num_candidates < 2:
-        raise LireError("nothing to compare", field="num_candidates", value=asked.num_candidates, allowed="2 or more",
-                        remedy="LIRE learns from differences within a list")
-    if asked.pool not in ("replace", "keep"):
-        raise LireError("unknown rule", field="pool", value=asked.pool, allowed="replace or keep",
-                        remedy="leave it at 'replace' to train on what was just sampled")
+    "Raise `LireError` for an argument that no run can use; the kinds come before the numbers."
+    whole = {name: isinstance(n := getattr(asked, name), numbers.Integral) and not isinstance(n, bool)
+             for name in ("evolve", "iterate", "num_candidates")}
     least = 2 + max((len(p.get("completions") or ()) for p in asked.prompts), default=0)
-    if asked.max_candidates is not None and asked.max_candidates < least:
-        raise LireError("too few", field="max_candidates", value=asked.max_candidates,
-                        allowed=f"{least} or more: what a prompt brings along, the best and the worst",
-                        remedy="raise it, or leave it out")
+    rules = [
+        ("reward", callable(asked.reward), "cannot be called", "a reward: (prompts, completions) -> scores",
+         "for example VaderReward()"),
+        ("settings", isinstance(asked.settings, SamplingSettings), "not sampling settings", "a SamplingSettings",
+         "settings of training go into training="),
+        *((name, fine, "not a whole number", "a whole number", "change it, or leave it out")
+          for name, fine in whole.items()),
+        *((name, whole[name] and getattr(asked, name) >= 1, "too few", "1 or more",
+           "ask for at least one round and pass") for name in ("evolve", "iterate")),
+        ("num_candidates", whole["num_candidates"] and asked.num_candidates >= 2, "nothing to compare", "2 or more",
+         "LIRE learns from differences within a list"),
+        ("pool", asked.pool in ("replace", "keep"), "unknown rule", "replace or keep",
+         "leave it at 'replace' to train on what was just sampled"),
+        ("max_candidates", asked.max_candidates is None or asked.max_candidates >= least, "too few",
+         f"{least} or more: what a prompt brings along, the best and the worst", "raise it, or leave it out"),
+    ]
+    for name, fine, reason, allowed, remedy in rules:
+        if not fine:
+            raise LireError(reason, field=name, value=getattr(asked, name), allowed=allowed, remedy=remedy)
 
 # %% ../nbs/19_enhancement.ipynb #7c57782b
 # long: an argument a line

@@ -400,7 +400,7 @@ def _function(value, seen):
     written = _written(value)
     first = lambda name, v: _first(value, name, v, seen)  # noqa: E731
     cells = zip(value.__code__.co_freevars, value.__closure__ or ())
-    held = {name: cell.cell_contents for name, cell in cells if written.get(name, True) and not _empty(cell)}
+    held = {name: cell.cell_contents for name, cell in cells if written.get(name, True) and cell != types.CellType()}
     made["closure"] = {name: first(name, v) if name in written else describe(v, seen) for name, v in held.items()}
     own = {k: first(k, v) if k in written else v for k, v in vars(value).items()
            if k != "__wrapped__" and written.get(k, True)}
@@ -410,14 +410,6 @@ def _function(value, seen):
         made["globals"] = {name: first(name, v) if name in written else _global(v, names, seen)
                            for name, v, names in _globals_of(value) if written.get(name, True)}
     return made
-
-# %% ../nbs/36_identity.ipynb #104eeeb8
-def _empty(cell) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:
-        return True
-    return False
 
 # %% ../nbs/36_identity.ipynb #ad5fefcb
 def _globals_of(function):

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -241,21 +242,18 @@ def _from_pretrained(cls, name, **kwargs):
                          remedy="check the id and the network, or use a folder or a bundled asset") from e
 
 # %% ../nbs/35_models.ipynb #65567f50
-class quiet_transformers:
+@contextmanager
+def quiet_transformers():
     "Keeps transformers from drawing a progress bar and a report for every load and save."
+    from transformers.utils import logging
 
-    def __enter__(self):
-        from transformers.utils import logging
-
-        self.verbosity, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exc):
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.verbosity)
-        if self.bars:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(), logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 # %% ../nbs/35_models.ipynb #5e1cd144

@@ -264,23 +264,19 @@ class ExactTrainer(WholeTrainer):
         raise sigterm.stopped(kept, f" after step {self.state.global_step} of {self.state.max_steps}")
 
 # %% ../nbs/38_resume.ipynb #4108ad01
-class Stopped(SystemExit):
+class _Kept(BaseException):
+    "An end with a line on what is kept."
+    message = property(lambda self: self.args[0])
+
+
+class Stopped(_Kept, SystemExit):
     "SIGTERM came: exit code 143, and a line on what is kept."
+    code = 143
 
-    def __init__(self, message: str):
-        super().__init__(143)
-        self.message = message
 
-    def __str__(self):
-        return self.message
-
-# %% ../nbs/38_resume.ipynb #e7247c8b
-class Interrupted(KeyboardInterrupt):
+class Interrupted(_Kept, KeyboardInterrupt):
     "Ctrl-C came: exit code 130, and a line on what is kept."
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.message, self.code = message, 130
+    code = 130
 
 # %% ../nbs/38_resume.ipynb #da2485b1
 class on_sigterm:

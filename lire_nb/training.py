@@ -158,22 +158,24 @@ class LIREConfig(TrainingArguments):
 # %% ../nbs/18_training.ipynb #ae562e47
 def _check_choices(args: LIREConfig) -> None:
     "Settings of ours that take a few words, or that do not go together."
-    for name, allowed, what in (("logps_impl", IMPLS, "path"), ("on_mute_lists", ("refuse", "warn"), "rule"),
-                                ("train_sampling_strategy", ORDERS, "order")):
-        if getattr(args, name) not in allowed:
-            raise LireError(f"unknown {what}", field=name, value=getattr(args, name), allowed=" or ".join(allowed),
-                            remedy=f"leave it at {getattr(LIREConfig, name)!r}")
-    if args.logps_impl == "shared" and args.neftune_noise_alpha is not None:
-        raise LireError("not exact with NEFTune, which scales its noise by the length of a row", field="logps_impl",
-                        value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
-    if args.num_candidates is not None and args.num_candidates < 2:
-        raise LireError("nothing to compare", field="num_candidates", value=args.num_candidates,
-                        allowed="2 or more, or None for all", remedy="leave it out")
+    words = {"logps_impl": (IMPLS, "path"), "on_mute_lists": (("refuse", "warn"), "rule"),
+             "train_sampling_strategy": (ORDERS, "order")}
+    usual = {name: f"leave it at {getattr(LIREConfig, name)!r}" for name in (*words, "length_column_name")}
+    rules = [(name, getattr(args, name) in allowed, f"unknown {what}", " or ".join(allowed), usual[name])
+             for name, (allowed, what) in words.items()]
+    rules += [
+        ("logps_impl", args.logps_impl != "shared" or args.neftune_noise_alpha is None,
+         "not exact with NEFTune, which scales its noise by the length of a row", "auto or padded",
+         usual["logps_impl"]),
+        ("num_candidates", args.num_candidates is None or args.num_candidates >= 2, "nothing to compare",
+         "2 or more, or None for all", "leave it out"),
+        ("length_column_name", args.length_column_name not in COLUMNS, "is a column of the prepared lists",
+         f"a name that is not one of {', '.join(COLUMNS)}", usual["length_column_name"]),
+    ]
+    for name, fine, reason, allowed, remedy in rules:
+        if not fine:
+            raise LireError(reason, field=name, value=getattr(args, name), allowed=allowed, remedy=remedy)
     check_at_once(args.candidates_at_once, "auto", None)
-    if args.length_column_name in COLUMNS:
-        raise LireError("is a column of the prepared lists", field="length_column_name",
-                        value=args.length_column_name, allowed=f"a name that is not one of {', '.join(COLUMNS)}",
-                        remedy="leave it at 'length'")
 
 # %% ../nbs/18_training.ipynb #c25a90c8
 def choose_candidates(
