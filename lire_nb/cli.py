@@ -326,7 +326,6 @@ def train_command(args) -> None:
     settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     enhancement.check_options(args.policy, settings, options, args.merge_adapter)
-    enhancement.check_adapter(args.policy, (options or {}).get("peft_config"), args.merge_adapter)
     made_from = {"fingerprint": identity.policy_identity(args.policy), "lists": _hash(args.lists),
                  "settings": enhancement.settings_identity(settings), "seed": args.seed}
     adapter = {**({"lora": lora} if lora else {}), **merge}

@@ -99,8 +99,7 @@ def _loaded_pair(policy, start) -> tuple:
 
 # %% ../nbs/22_evaluation.ipynb #5bf4091c
 def _loaded(policy):
-    return load_policy(policy, dtype=compute_dtype()) if isinstance(policy,
-                                                                    str) or hasattr(policy, "__fspath__") else policy
+    return load_policy(policy, dtype=compute_dtype())
 
 
 def _sampling(settings: SamplingSettings) -> dict:

@@ -34,7 +34,7 @@ from lire_nb.layouts import (
     _with_turns,
 )
 from lire_nb.records import (
-    as_chat, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
+    as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
     validate_record,
 )
 
@@ -461,8 +461,8 @@ def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, in
     """(better, worse) positions; of equal candidates the first is taken for best_worst."""
     known = [i for i, reward in enumerate(rewards) if reward is not None]
     if pairs == "best_worst":
-        ends = (max(known, key=rewards.__getitem__), min(known, key=rewards.__getitem__)) if known else (0, 0)
-        return [ends] if known and rewards[ends[0]] > rewards[ends[1]] else []
+        ends = best_and_worst(rewards)
+        return [ends] if ends and rewards[ends[0]] > rewards[ends[1]] else []
     return [(i, j) for i in known for j in known if rewards[i] > rewards[j]]
 
 # %% ../nbs/33_lists.ipynb #7463d80a

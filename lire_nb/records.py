@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'validate_record', 'prompt_id', 'make_record', 'as_chat', 'lists_dataset',
-           'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists']
+           'candidate_columns', 'select_candidates', 'best_and_worst', 'keep_best_and_worst', 'merge_candidates',
+           'merge_lists']
 
 # %% ../nbs/12_records.ipynb #3c2dda29
 import hashlib
@@ -264,6 +265,30 @@ def select_candidates(record: dict, keep: list[int]) -> dict:
     own = {name: [record[name][j] for j in keep] for name in ("completions", "rewards", "sources")}
     columns = {name: [values[j] for j in keep] for name, values in candidate_columns(record).items()}
     return {**record, **own, "meta": {**(record.get("meta") or {}), **columns}}
+
+# %% ../nbs/12_records.ipynb #e52f1b21
+def best_and_worst(
+    rewards: list[float | None],
+    among: Iterable[int] | None = None,  # positions to look at; default: all
+    distinct: bool = False,  # of equal ones the last is the worst, so that equal rewards too give two candidates
+) -> tuple[int, int] | None:  # None where no reward is known
+    "Positions of the best and the worst scored candidate, of equal ones the first."
+    known = [j for j in (range(len(rewards)) if among is None else among) if rewards[j] is not None]
+    if not known:
+        return None
+    return max(known, key=lambda j: (rewards[j], -j)), min(known, key=lambda j: (rewards[j], -j if distinct else j))
+
+# %% ../nbs/12_records.ipynb #4da65329
+def keep_best_and_worst(
+    rewards: list[float | None], count: int, others: Iterable[int], given: Iterable[int] = ()
+) -> list[int]:
+    """Positions, ascending: `given`, the best and the worst, then `others` in their order, until there are `count`.
+
+    What is `given` stays, even where it is more than `count`.
+    """
+    given = list(given)
+    order = dict.fromkeys([*given, *(best_and_worst(rewards, distinct=True) or ()), *others])
+    return sorted(list(order)[: max(count, len(given))])
 
 # %% ../nbs/12_records.ipynb #b3337942
 _TEXT, _SCORE, _SOURCE = range(3)  # keys of a candidate that no column of meta can have

@@ -489,8 +489,7 @@ def _as_sampler(policy, options: dict) -> Sampler:
         url, _, model = check_address(policy).partition("#")
         local = ("batch_size", "max_prompt_length")  # the server's own affair
         return ServerSampler(url, model or None, **{k: v for k, v in options.items() if k not in local})
-    pair = policy if isinstance(policy, tuple) else load_policy(policy, dtype=compute_dtype())
-    return LocalSampler(*pair, **options)
+    return LocalSampler(*load_policy(policy, dtype=compute_dtype()), **options)
 
 # %% ../nbs/14_sampling.ipynb #8c2621f2
 def _sampled_record(record: dict, completions: list[Completion], source: str, drawn_by: str | None) -> dict:

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'UNUSED_ARGUMENTS', 'field_kinds', 'parse_value', 'parse_settings', 'refuse_decided', 'check_ranges',
-           'usual_value', 'loss_settings_of', 'check_used', 'check_arguments']
+           'usual_value', 'loss_settings_of', 'check_used', 'check_arguments', 'check_words', 'check_optimizer',
+           'check_schedule', 'check_checkpointing']
 
 # %% ../nbs/26_settings.ipynb #cbc1c6b2
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -19,6 +21,11 @@ from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from typing import Any
+
+import torch.utils.checkpoint
+from accelerate.utils import DynamoBackend
+from transformers import get_scheduler, Trainer
+from transformers.training_args import trainer_log_levels
 
 from .base.errors import LireError
 from .rivals import LOSSES, LossSpec
@@ -274,3 +281,99 @@ def check_arguments(
         if name not in inspect.signature(known).parameters:
             raise LireError("unknown argument", field=name, allowed="an argument of transformers.Trainer",
                             remedy="check the spelling; settings belong into LIREConfig")
+
+# %% ../nbs/26_settings.ipynb #0579172c
+def check_words(config) -> None:
+    "Raise `LireError` for a level of logging, a compiler or a tracker that is not there."
+    backends = [b.value.lower() for b in DynamoBackend]
+    compiler = config.torch_compile_backend and str(config.torch_compile_backend).lower()
+    for name, value, known, what in (
+        ("log_level", config.log_level, trainer_log_levels, "level"),
+        ("log_level_replica", config.log_level_replica, trainer_log_levels, "level"),
+        ("torch_compile_backend", compiler, backends, "backend"),
+    ):
+        if value is not None and value not in known:
+            raise LireError(f"unknown {what}", field=name, value=getattr(config, name), allowed=", ".join(known),
+                            remedy="leave it out")
+    _check_trackers(config.report_to)
+
+# %% ../nbs/26_settings.ipynb #7f062244
+def _check_trackers(report_to) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("all", "none", "flyte", "kubeflow"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise LireError("unknown tracker", field="report_to", value=name,
+                            allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)), remedy="leave it at none")
+        if name not in get_available_reporting_integrations():
+            raise LireError("is not installed here", field="report_to", value=name,
+                            allowed="a tracker that is installed, or none", remedy=f"pip install {name}")
+
+# %% ../nbs/26_settings.ipynb #af2a6a38
+def check_optimizer(config) -> None:
+    "Raise `LireError` for an optimizer that is not installed, or for settings that it does not take."
+    def kwargs(text):
+        asked = copy.copy(config)
+        asked.optim_args = text
+        return Trainer.get_optimizer_cls_and_kwargs(asked, None)
+
+    def error(reason: str, allowed: str = f"settings that {config.optim.value} takes") -> LireError:
+        return LireError(reason, field="optim_args", value=config.optim_args, allowed=allowed,
+                         remedy="change this setting, or leave it out")
+
+    try:
+        if config.optim_args is not None and any("=" not in p for p in config.optim_args.replace(" ", "").split(",")):
+            raise error("not pairs", "name=value, with commas")
+        kind, found = kwargs(config.optim_args)
+        if config.optim_args and found == kwargs(None)[1]:
+            raise error("has no effect on this optimizer")
+        if isinstance(kind, type) and kind.__module__.startswith("torch.optim"):
+            kind([torch.zeros(1, requires_grad=True)], **found)
+    except LireError:
+        raise
+    except (ImportError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "install" not in str(e):
+            return
+        raise LireError(f"cannot be used here: {' '.join(str(e).split())[:200]}", field="optim",
+                        value=config.optim.value, allowed="an optimizer that is installed",
+                        remedy="install it, or leave optim out") from e
+    except (ValueError, TypeError, KeyError) as e:
+        if config.optim_args is not None:
+            raise error(" ".join(str(e).split())[:200]) from e
+
+# %% ../nbs/26_settings.ipynb #16c0e089
+def check_schedule(config) -> None:
+    "Raise `LireError` for settings that the schedule of the learning rate does not take."
+    if config.lr_scheduler_kwargs and config.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs",
+                        value=config.lr_scheduler_kwargs, allowed="nothing with this schedule",
+                        remedy="leave it out, or choose another lr_scheduler_type")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, 2, 8,
+                                 scheduler_specific_kwargs=config.lr_scheduler_kwargs)
+        for _ in range(8):  # a wrong value may only count after the warm-up
+            optimizer.step()
+            schedule.step(*([1.0] if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else []))
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+        why = f"not settings of the schedule {config.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}"
+        raise LireError(why, field="lr_scheduler_kwargs", value=config.lr_scheduler_kwargs,
+                        allowed="a dict of what this schedule takes",
+                        remedy="change this setting, or leave it out") from e
+
+# %% ../nbs/26_settings.ipynb #4d008363
+def check_checkpointing(config) -> None:
+    "Raise `LireError` for settings that torch.utils.checkpoint does not take."
+    known = [name for name in inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+             if name not in ("function", "args", "kwargs")]
+    flags = ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given = getattr(config, name, None)
+        if given is not None and not (isinstance(given, dict)
+                                      and given.keys() <= {*known, *flags, "every_n_layers", "offload"}
+                                      and all(isinstance(given[n], bool) for n in flags if n in given)):
+            raise LireError("not settings of torch.utils.checkpoint", field=name, value=given,
+                            allowed=f"a dict with {', '.join(known)}", remedy="for example use_reentrant=False")

@@ -9,7 +9,6 @@ __all__ = ['MUTE', 'LARGEST', 'ROUND', 'MOST', 'why_mute', 'mute_lists', 'needs_
 # %% ../nbs/24_temperature.ipynb #b8a36934
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -113,7 +112,7 @@ def suggest_temperature(
     useful = [useful[i] for i in spread_out(len(useful), most)]
     records, rows = [record for record, _ in useful], [row for _, row in useful]
     if logps is None and useful:
-        model, tokenizer = load_policy(policy) if isinstance(policy, (str, Path)) else policy
+        model, tokenizer = load_policy(policy)
         found = dataset_logps(model, tokenizer, records, **limits)
         rows = [[s / n if length_normalize else s for s, n in zip(*one)] for one in found]
     scored = [[s for s, r in zip(row, record["rewards"]) if r is not None] for record, row in zip(records, rows)]

@@ -4,51 +4,41 @@
 
 # %% auto #0
 __all__ = ['logger', 'ORDERS', 'COLUMNS', 'LIREConfig', 'choose_candidates', 'ListSampler', 'ListRows', 'TrainingCollator',
-           'check_same_adapter', 'check_peft_config', 'put_adapter', 'LIRETrainer', 'check_teaching', 'with_adapter',
-           'prepare_lists', 'TrainingBar', 'use_training_bar']
+           'prepare_lists', 'GuardedTrainer', 'ListTrainer', 'LIRETrainer', 'check_call', 'check_teaching',
+           'fit_candidates', 'first_look', 'TrainingBar', 'use_training_bar']
 
 # %% ../nbs/18_training.ipynb #886cc989
-import copy
-import inspect
-import json
 import logging
 import math
 import os
-import time
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import datasets
-import torch.utils.checkpoint
-from accelerate.utils import DynamoBackend, gather_object
+import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, get_scheduler, PrinterCallback, ProgressCallback, set_seed, Trainer,
-    TrainerCallback, TrainingArguments,
-)
-from transformers.pytorch_utils import Conv1D
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.training_args import trainer_log_levels
 
+from .adapters import check_peft_config, put_adapter
 from .base.errors import LireError, moved
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
-from .identity import differences
 from .lists import as_lists, _is_prepared
 from .logprobs import IMPLS, list_logps, policy_at_start, reference_logps, remember_start
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
 from .losses import list_metrics, pair_metrics, SATURATED, scored_mask
-from lire_nb.models import (
-    causal_lm, common_context, config_content, has_bf16, import_peft, load_policy, quiet_transformers,
-    resolve_model,
-)
+from .models import causal_lm, common_context, has_bf16, load_policy
 from .path_check import to_device, verified
+from .records import best_and_worst, keep_best_and_worst
 from .resume import ExactTrainer, read_manifest
 from .rivals import get_loss, LOSSES, LossSpec
 from .sampling import derive_seed
-from .settings import check_arguments, check_ranges, check_used, loss_settings_of, parse_settings
+from lire_nb.settings import (
+    check_arguments, check_checkpointing, check_optimizer, check_ranges, check_schedule, check_used, check_words,
+    loss_settings_of, parse_settings,
+)
 from .shared_prompt import ListCollator, tokenize_list
 from lire_nb.temperature import (
     largest_weights, lost_updates, median, mute_lists, needs_difference, spread_out, temperature_for, why_mute,
@@ -63,6 +53,7 @@ ORDERS = ("random", "sequential", "group_by_length")  # of the lists in an epoch
 COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "filler", "cut", "retokenized")
 
 # %% ../nbs/18_training.ipynb #ec486ec3
+# long: one field a line
 @dataclass
 class LIREConfig(TrainingArguments):
     "Everything about a run except model and data."
@@ -95,81 +86,33 @@ class LIREConfig(TrainingArguments):
     # a folder that keeps the reference log-probs of the losses that need them; None: nothing is kept
     reference_cache: str | None = None
     num_candidates: int | None = None  # of a list in one step, see `choose_candidates`; None: all
-    # in memory at a time, see 06c_long_lists; "auto": what fits; None: all of a batch
+    # in memory at a time, see 70_long_lists; "auto": what fits; None: all of a batch
     candidates_at_once: int | str | None = None
     on_mute_lists: str = "refuse"  # a training in which no list can teach; or "warn", in a loop that goes on
     save_minutes: float = 0  # also a checkpoint when so many minutes have passed since the last; 0: by steps alone
 
     def __post_init__(self):
-        self._read()
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name, value in parse_settings(values, type(self)).items():  # every value by the type of its field
+            setattr(self, name, value)
+        self.report_to = self.report_to or "none"
+        for check in (check_ranges, check_used, check_words, _check_choices):
+            check(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16("cpu" if self.use_cpu else None)
-        if self.logps_impl not in IMPLS:
-            raise LireError("unknown path", field="logps_impl", value=self.logps_impl, allowed=" or ".join(IMPLS),
-                            remedy="leave it at 'auto'")
-        if self.logps_impl == "shared" and self.neftune_noise_alpha is not None:
-            raise LireError("not exact with NEFTune, which scales its noise by the length of a row", field="logps_impl",
-                            value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
-        if self.num_candidates is not None and self.num_candidates < 2:
-            raise LireError("nothing to compare", field="num_candidates", value=self.num_candidates,
-                            allowed="2 or more, or None for all", remedy="leave it out")
-        check_at_once(self.candidates_at_once, "auto", None)
-        if self.on_mute_lists not in ("refuse", "warn"):
-            raise LireError(
-                "unknown rule",
-                field="on_mute_lists",
-                value=self.on_mute_lists,
-                allowed="refuse or warn",
-                remedy="leave it at 'refuse'",
-            )
-        if self.train_sampling_strategy not in ORDERS:
-            raise LireError("unknown order", field="train_sampling_strategy", value=self.train_sampling_strategy,
-                            allowed=" or ".join(ORDERS), remedy="leave it at 'random'")
         self._try_loss()
         try:
             super().__post_init__()
         except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, OSError, KeyError,
                 AttributeError) as e:
-            raise LireError(
-                " ".join(str(e).split())[:300],
-                field="LIREConfig",
-                allowed="settings that go together",
-                remedy="change this setting, or install the package that it names",
-            ) from e
-        for check in (_check_optimizer, _check_schedule, _check_checkpointing):
+            raise LireError(" ".join(str(e).split())[:300], field="LIREConfig", allowed="settings that go together",
+                            remedy="change this setting, or install the package that it names") from e
+        for check in (check_optimizer, check_schedule, check_checkpointing):
             check(self)
         if self.world_size > 1 and not self.average_tokens_across_devices:
-            raise LireError(
-                "has no effect in LIRETrainer: a step is the mean over the lists of all processes",
-                field="average_tokens_across_devices",
-                value=False,
-                allowed="True",
-                remedy="leave it out",
-            )
-
-    def _read(self) -> None:
-        "Every value by the type of its field, within its range, and with an effect."
-        for name, value in parse_settings(
-            {f.name: getattr(self, f.name) for f in fields(self) if f.init}, type(self)
-        ).items():
-            setattr(self, name, value)
-        self.report_to = self.report_to or "none"
-        check_ranges(self)
-        check_used(self)
-        for name in ("log_level", "log_level_replica"):
-            if getattr(self, name) not in trainer_log_levels:
-                raise LireError("unknown level", field=name, value=getattr(self, name),
-                                allowed=", ".join(trainer_log_levels), remedy="leave it out")
-        _check_trackers(self.report_to)
-        backends = [b.value.lower() for b in DynamoBackend]
-        if self.torch_compile_backend is not None and str(self.torch_compile_backend).lower() not in backends:
-            raise LireError("unknown backend", field="torch_compile_backend", value=self.torch_compile_backend,
-                            allowed=", ".join(backends), remedy="leave it out")
-        if self.length_column_name in COLUMNS:
-            raise LireError("is a column of the prepared lists", field="length_column_name",
-                            value=self.length_column_name,
-                            allowed=f"a name that is not one of {', '.join(COLUMNS)}", remedy="leave it at 'length'")
+            raise LireError("has no effect in LIRETrainer: a step is the mean over the lists of all processes",
+                            field="average_tokens_across_devices", value=False, allowed="True", remedy="leave it out")
 
     def _try_loss(self) -> None:
         "An unknown loss or a setting it does not take should not wait for the first batch."
@@ -183,7 +126,7 @@ class LIREConfig(TrainingArguments):
             raise
         except (ValueError, TypeError) as e:
             raise LireError(str(e), field=f"loss {self.loss_type!r}",
-                            remedy="change this setting; 00_losses has the table of all losses") from e
+                            remedy="change this setting; 11_rivals has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
 
@@ -201,115 +144,38 @@ class LIREConfig(TrainingArguments):
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
-        return loss_settings_of(
-            get_loss(self.loss_type),
-            {name: getattr(self, name) for name in sorted(self._loss_fields())},
-            self.loss_kwargs,
-        )
+        given = {name: getattr(self, name) for name in sorted(self._loss_fields())}
+        return loss_settings_of(get_loss(self.loss_type), given, self.loss_kwargs)
 
     def to_dict(self) -> dict:
         "As the parent's; a callable loss is written by its name."
         values = super().to_dict()
         if not isinstance(self.loss_type, str):
-            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(
-                self.loss_type, "name", repr(self.loss_type)
-            )
+            name = getattr(self.loss_type, "name", repr(self.loss_type))
+            values["loss_type"] = getattr(self.loss_type, "__name__", None) or name
         return values
 
-# %% ../nbs/18_training.ipynb #7de76364
-def _check_optimizer(args: LIREConfig) -> None:
-    "An optimizer that is not installed, or settings that it does not take, are said before the work."
-    def kwargs(text):
-        asked = copy.copy(args)
-        asked.optim_args = text
-        return Trainer.get_optimizer_cls_and_kwargs(asked, None)
-
-    try:
-        if args.optim_args is not None and any("=" not in part for part in args.optim_args.replace(" ", "").split(",")):
-            raise LireError("not pairs", field="optim_args", value=args.optim_args, allowed="name=value, with commas",
-                            remedy="change this setting, or leave it out")
-        kind, found = kwargs(args.optim_args)
-        if args.optim_args and found == kwargs(None)[1]:
-            raise LireError("has no effect on this optimizer", field="optim_args", value=args.optim_args,
-                            allowed=f"settings that {args.optim.value} takes", remedy="leave it out")
-        if isinstance(kind, type) and kind.__module__.startswith("torch.optim"):
-            kind([torch.zeros(1, requires_grad=True)], **found)
-    except LireError:
-        raise
-    except (ImportError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "install" not in str(e):
-            return
-        raise LireError(f"cannot be used here: {' '.join(str(e).split())[:200]}", field="optim", value=args.optim.value,
-                        allowed="an optimizer that is installed", remedy="install it, or leave optim out") from e
-    except (ValueError, TypeError, KeyError) as e:
-        if args.optim_args is not None:
-            raise LireError(" ".join(str(e).split())[:200], field="optim_args", value=args.optim_args,
-                            allowed=f"settings that {args.optim.value} takes",
-                            remedy="change this setting, or leave it out") from e
-
-# %% ../nbs/18_training.ipynb #be25dfd5
-def _check_schedule(args: LIREConfig) -> None:
-    "Settings of a schedule that it does not take are said before the work."
-    if args.lr_scheduler_kwargs and args.lr_scheduler_type in ("constant", "constant_with_warmup"):
-        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs",
-                        value=args.lr_scheduler_kwargs, allowed="nothing with this schedule",
-                        remedy="leave it out, or choose another lr_scheduler_type")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 2, 8,
-                                 scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-        for _ in range(8):  # a wrong value may only count after the warm-up
-            optimizer.step()
-            schedule.step(*([1.0] if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else []))
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-        raise LireError(
-            f"not settings of the schedule {args.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}",
-            field="lr_scheduler_kwargs",
-            value=args.lr_scheduler_kwargs,
-            allowed="a dict of what this schedule takes",
-            remedy="change this setting, or leave it out",
-        ) from e
-
-# %% ../nbs/18_training.ipynb #074f581c
-def _check_checkpointing(args: LIREConfig) -> None:
-    "Settings that torch.utils.checkpoint does not take are said before the work."
-    known = [n for n,
-             p in inspect.signature(torch.utils.checkpoint.checkpoint).parameters.items()
-             if n not in ("function", "args", "kwargs")]
-    for field_name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        given = getattr(args, field_name, None)
-        flags = ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
-        if given is not None and not (isinstance(given, dict)
-                                      and given.keys() <= {*known, *flags, "every_n_layers", "offload"}
-                                      and all(isinstance(given[n], bool) for n in flags if n in given)):
-            raise LireError("not settings of torch.utils.checkpoint", field=field_name, value=given,
-                            allowed=f"a dict with {', '.join(known)}", remedy="for example use_reentrant=False")
-
-# %% ../nbs/18_training.ipynb #22f93719
-def _check_trackers(report_to) -> None:
-    "A tracker that is not installed is said before the work."
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in [report_to] if isinstance(report_to, str) else report_to or ():
-        if name in ("all", "none", "flyte", "kubeflow"):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise LireError(
-                "unknown tracker",
-                field="report_to",
-                value=name,
-                allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)),
-                remedy="leave it at none",
-            )
-        if name not in get_available_reporting_integrations():
-            raise LireError(
-                "is not installed here",
-                field="report_to",
-                value=name,
-                allowed="a tracker that is installed, or none",
-                remedy=f"pip install {name}",
-            )
+# %% ../nbs/18_training.ipynb #ae562e47
+def _check_choices(args: LIREConfig) -> None:
+    "Settings of ours that take a few words, or that do not go together."
+    words = {"logps_impl": (IMPLS, "path"), "on_mute_lists": (("refuse", "warn"), "rule"),
+             "train_sampling_strategy": (ORDERS, "order")}
+    usual = {name: f"leave it at {getattr(LIREConfig, name)!r}" for name in (*words, "length_column_name")}
+    rules = [(name, getattr(args, name) in allowed, f"unknown {what}", " or ".join(allowed), usual[name])
+             for name, (allowed, what) in words.items()]
+    rules += [
+        ("logps_impl", args.logps_impl != "shared" or args.neftune_noise_alpha is None,
+         "not exact with NEFTune, which scales its noise by the length of a row", "auto or padded",
+         usual["logps_impl"]),
+        ("num_candidates", args.num_candidates is None or args.num_candidates >= 2, "nothing to compare",
+         "2 or more, or None for all", "leave it out"),
+        ("length_column_name", args.length_column_name not in COLUMNS, "is a column of the prepared lists",
+         f"a name that is not one of {', '.join(COLUMNS)}", usual["length_column_name"]),
+    ]
+    for name, fine, reason, allowed, remedy in rules:
+        if not fine:
+            raise LireError(reason, field=name, value=getattr(args, name), allowed=allowed, remedy=remedy)
+    check_at_once(args.candidates_at_once, "auto", None)
 
 # %% ../nbs/18_training.ipynb #c25a90c8
 def choose_candidates(
@@ -323,11 +189,9 @@ def choose_candidates(
     scored = [j for j, r in enumerate(rewards) if r is not None]
     if len(scored) <= count:
         return scored
-    # ties: the first is best, the last worst
-    best, worst = max(scored, key=lambda j: (rewards[j], -j)), min(scored, key=lambda j: (rewards[j], -j))
-    others = [j for j in scored if j not in (best, worst)]
-    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(derive_seed(*seed)))[: count - 2]
-    return sorted([best, worst, *(others[k] for k in drawn.tolist())])
+    others = [j for j in scored if j not in best_and_worst(rewards, distinct=True)]
+    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(derive_seed(*seed))).tolist()
+    return keep_best_and_worst(rewards, count, [others[k] for k in drawn])
 
 # %% ../nbs/18_training.ipynb #81ee91b7
 class ListSampler(torch.utils.data.Sampler):
@@ -377,78 +241,137 @@ class TrainingCollator(ListCollator):
         return {**super().__call__(lists),
                 "weights": torch.tensor([float(not one.get("filler", False)) for one in lists])}
 
-# %% ../nbs/18_training.ipynb #f9cf6856
-_FREE = {"revision", "task_type", "auto_mapping", "init_lora_weights", "runtime_config", "loftq_config", "eva_config",
-         "corda_config", "lora_ga_config"}  # of an adapter's first weights, and of how it is loaded
+# %% ../nbs/18_training.ipynb #5def0273
+def prepare_lists(
+    lists,  # lists with rewards, or None
+    tokenizer,
+    args: LIREConfig,
+    ref_model=False,  # a model to compute reference log-probs with
+    context: int | None = None,  # tokens that the policy can read at most
+) -> datasets.Dataset | None:
+    "Token ids, rewards and, where asked for, reference log-probs of every list."
+    if lists is None:
+        return None
+    lists = list(lists)  # they are read twice where there is a reference
+    warn_text_prompts(lists, tokenizer)
+    limits = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
+    for record in lists:
+        _check_rewards(record)
+    tokenized = [tokenize_list(record, tokenizer, context=context, **limits) for record in lists]
+    if not tokenized:
+        raise LireError("empty", field="lists", allowed="at least one list",
+                        remedy="check the file or split they come from")
+    if ref_model:
+        known = reference_logps(ref_model, tokenizer, lists, args.reference_cache, context=context,
+                                autocast=torch.bfloat16 if args.bf16 else None, **limits)
+        for one, logps in zip(tokenized, known):
+            one["ref_logps"] = logps
+    if again := sum(one.pop("retokenized") for one in tokenized):
+        logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an "
+                       "edited text): their text is tokenized anew", again)
+    prompts, completions = (sum(counts) for counts in zip(*(one.pop("cut") for one in tokenized)))
+    if prompts or completions:
+        logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)
+    for one in tokenized:  # for train_sampling_strategy="group_by_length"
+        one[args.length_column_name] = len(one["prompt_ids"]) + sum(map(len, one["completion_ids"]))
+    return datasets.Dataset.from_list(tokenized)
 
-# %% ../nbs/18_training.ipynb #0d2bb51a
-def _is_all_linear(
-    targets: list[str],  # of an adapter
-    base,  # name or folder of its base, or the configuration
-) -> bool:
-    "Whether these are all linear matrices but the output layer: what peft makes of \"all-linear\"."
-    config = AutoConfig.from_pretrained(resolve_model(base)) if isinstance(base, (str, os.PathLike)) else base
-    with torch.device("meta"), quiet_transformers():  # names only
-        model = AutoModelForCausalLM.from_config(config)
-    out = model.get_output_embeddings()
-    linear = {name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not out}
-    meant = {name for name, _ in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)}
-    return meant == linear
+# %% ../nbs/18_training.ipynb #ee46b413
+def _check_rewards(record: dict) -> list[float | None]:
+    "The rewards: something is scored, and float32 can hold it."
+    where = f"rewards of list {record['id']!r}"
+    if all(r is None for r in record["rewards"]):
+        raise LireError("nothing is scored", field=where, value=record["rewards"], allowed="at least one number",
+                        remedy="score the lists first: rewards.score_lists(lists, reward)")
+    for reward in record["rewards"]:
+        if reward is not None and not abs(reward) <= torch.finfo(torch.float32).max:
+            raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null",
+                            remedy="drop this candidate or scale the rewards")
+    return record["rewards"]
 
-# %% ../nbs/18_training.ipynb #68f14a9f
-def check_same_adapter(
-    there,  # a peft configuration, or what adapter_config.json says
-    asked,  # a peft configuration
-    base=None,  # name, folder or configuration of the adapter's base, to tell what "all-linear" stands for
-) -> None:
-    "Raise `LireError` where the adapter asked for is another one than the policy has."
-    there, asked = (json.loads(config_content(c)) for c in (there, asked))
-    same = [k for k in {**there, **asked} if k in _FREE or (k == "target_modules" and not asked.get(k))
-            or k not in there or k not in asked]
-    targets = there.get("target_modules")
-    if asked.get("target_modules") == "all-linear" and isinstance(targets, list) and base is not None:
-        same += ["target_modules"] if _is_all_linear(targets, base) else []
-    there, asked = ({k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k not in same}
-                    for c in (there, asked))
-    if differ := differences(there, asked):
-        raise LireError(f"the policy has another adapter already ({differ})", field="peft_config",
-                        allowed="the same rank, alpha and targets: the adapter is trained further",
-                        remedy="ask for the same, or merge it into its base first: --merge-adapter, train_policy(…, "
-                               "merge_adapter=True)")
+# %% ../nbs/18_training.ipynb #2a034fa2
+# long: how an alarm is noted, summed over processes, and said is one idea
+class GuardedTrainer(ExactTrainer):
+    "Stops on all processes, with the same line, before a loss or gradient that is not finite touches the weights."
 
-# %% ../nbs/18_training.ipynb #756c61c5
-def check_peft_config(peft_config) -> None:
-    "Raise `LireError` for what is no configuration of an adapter."
-    if not (peft_config is None or isinstance(peft_config, dict) or hasattr(peft_config, "peft_type")):
-        raise LireError("not a configuration of an adapter", field="peft_config", value=peft_config,
-                        allowed="a peft configuration such as LoraConfig, or a dict of its settings",
-                        remedy="for example {'r': 8}")
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._bad, self._step_ids, self._grad_norm = [], [], None
 
-# %% ../nbs/18_training.ipynb #6b4a8d28
-def put_adapter(
-    model,
-    peft_config=None,  # None: the model as it is
-    seed: int = 0,  # of the adapter's first weights
-):
-    "The model with a fresh adapter, or with the one it has when that is what is asked for."
-    has = getattr(model, "peft_config", None)
-    if has and not hasattr(model, "disable_adapter"):
-        raise LireError("an adapter inside a model that does not know it", field="model", value=type(model).__name__,
-                        allowed="a full model or a peft.PeftModel",
-                        remedy="load it with load_policy(folder)")
-    if has and not any(p.requires_grad for p in model.parameters()):
-        raise LireError("nothing to train: all weights are frozen", field="model", value=type(model).__name__,
-                        allowed="an adapter that may be trained", remedy="load it with load_policy(folder)")
-    if peft_config is None:
-        return model
-    if has:
-        check_same_adapter(has[model.active_adapter], peft_config, causal_lm(model).config)
-        return model
-    set_seed(seed)
-    return with_adapter(model, peft_config)
+    def _get_grad_norm(self, model, grad_norm=None):
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
 
-# %% ../nbs/18_training.ipynb #7157e57a
-class LIRETrainer(ExactTrainer):
+    def _alarms(self) -> list[bool]:
+        "Whether a list was bad, and whether the gradient is."
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        # in fp16 the scaler deals with infinite gradients
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        return [bool(self._bad), not scaled and not torch.isfinite(torch.as_tensor(norm)).item()]
+
+    def _note_bad(self, what: str, ids: list[str], good: torch.Tensor) -> None:
+        """Remember lists whose reward or loss is not finite; a single process stops at once, several before the
+        optimizer's step."""
+        if not good.all():
+            self._bad += [(f"{what} of list", i) for i, fine in zip(ids, good.tolist()) if not fine]
+            if self.accelerator.num_processes == 1:
+                self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self.accelerator.reduce(torch.tensor(float(len(self._bad)), device=self.args.device), "sum") > 0:
+            self._alarmed(True)
+
+    def _alarmed(self, one_list: bool, gradient: bool = False):
+        "The same error on every process."
+        found = gather_object(self._bad if one_list else [("gradient of a step on list", i) for i in self._step_ids])
+        self._bad, what = [], found[0][0]
+        ids = dict.fromkeys(i for kind, i in found if kind == what)
+        raise LireError("not finite", field=f"{what} {', '.join(map(repr, ids))}", allowed="a finite number",
+                        remedy="look at this list's texts and rewards; lower the learning rate if it happens late in "
+                               "a run")
+
+# %% ../nbs/18_training.ipynb #0c84f6b2
+class ListTrainer(GuardedTrainer):
+    "Reads prepared lists in an order that depends on seed and epoch alone."
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        chosen = self.args.num_candidates if kwargs.get("is_training") else None
+        loader = super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
+        if self.args.dataloader_persistent_workers:
+            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on:
+            # drawn from the dropout's generator, every later mask would differ. accelerate wraps the loader, and
+            # copies it for a resumed epoch.
+            for one in (loader, getattr(loader, "base_dataloader", loader)):
+                one.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _make_sampler(self, lists, order: str, batch: int, step: int) -> ListSampler:
+        world = self.accelerator.num_processes
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = list(lists[self.args.length_column_name]) if order == "group_by_length" else None
+        return ListSampler(len(lists), order, seed=seed, lengths=lengths, step=step * world,
+                           fill_to=1 if self.args.dataloader_drop_last else batch * world)
+
+    def _get_train_sampler(self, train_dataset=None):
+        batch, lists = self._train_batch_size, getattr(train_dataset, "lists", self.train_dataset)
+        self._sampler = self._make_sampler(lists, self.args.train_sampling_strategy, batch,
+                                           batch * self.args.gradient_accumulation_steps)
+        return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        return self._make_sampler(eval_dataset.lists, "sequential", self.args.eval_batch_size, 1)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        "Lists in the whole optimizer step, over all processes."
+        self._step_ids = [i for b in batch_samples for i in b["ids"]]
+        count = sum(float(b["weights"].sum()) for b in batch_samples)
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+# %% ../nbs/18_training.ipynb #4e5dded9
+# long: the Trainer's hooks, each a few lines
+class LIRETrainer(ListTrainer):
     "Trains a policy on lists with any list-wise loss; arguments as in the Trainer's other descendants."
 
     def __init__(
@@ -465,22 +388,20 @@ class LIRETrainer(ExactTrainer):
     ):
         args = LIREConfig(output_dir="lire-output") if args is None else args
         check_peft_config(peft_config)
-        self.loss = self._check_call(args, ref_model, eval_dataset, kwargs)
+        self.loss = check_call(args, ref_model, eval_dataset, kwargs)
         train_dataset, eval_dataset = as_lists(train_dataset), as_lists(eval_dataset, "eval_dataset")
         check_teaching(train_dataset, args)
-        if isinstance(model, (str, Path)):
+        if isinstance(model, (str, os.PathLike)):
             model, tokenizer = load_policy(model)
             processing_class = processing_class or tokenizer
         _check_model(model, processing_class)
-        if isinstance(ref_model, (str, Path)):
+        if isinstance(ref_model, (str, os.PathLike)):
             ref_model, _ = load_policy(ref_model, device=args.device)
         model = put_adapter(model, peft_config, args.seed)
         remember_start(model)
-        # DataParallel cannot split ragged lists; several GPUs go through accelerate launch
-        args._n_gpu = min(args.n_gpu, 1)
-        self.ref_model = ref_model
-        self._check_paths(model, args, ref_model)
-        self.needs_ref = self.loss.asks_ref(**args.loss_settings())
+        args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; GPUs go through accelerate launch
+        self.ref_model, self.needs_ref = ref_model, self.loss.asks_ref(**args.loss_settings())
+        _check_paths(model, args, ref_model)
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
         super().__init__(
@@ -488,8 +409,14 @@ class LIRETrainer(ExactTrainer):
             data_collator=TrainingCollator(processing_class.pad_token_id or 0),
             train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
-        self._bad, self._step_ids, self._grad_norm, self._began = [], [], None, False
-        self._at_once = None  # candidates in memory at a time, under "auto"
+        self._began, self._at_once = False, None  # candidates in memory at a time, under "auto"
+
+    def train(self, *args, **kwargs):
+        if self.train_dataset is None:
+            raise LireError("missing", field="train_dataset", value=None, allowed="lists with rewards",
+                            remedy="pass train_dataset=lists to LIRETrainer")
+        self._began = True  # from here on the model is no longer the policy at the start
+        return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """As the Trainer's; a single step is no warm-up, since that begins at a learning rate of 0 and would change
@@ -506,100 +433,19 @@ class LIRETrainer(ExactTrainer):
         finally:
             self.args.warmup_steps = warmup
 
-    def train(self, *args, **kwargs):
-        if self.train_dataset is None:
-            raise LireError("missing", field="train_dataset", value=None, allowed="lists with rewards",
-                            remedy="pass train_dataset=lists to LIRETrainer")
-        self._began = True  # from here on the model is no longer the policy at the start
-        return super().train(*args, **kwargs)
+    def _begin(self) -> None:
+        super()._begin()
+        _check_sharded(self)
+        if self.args.candidates_at_once == "auto":
+            if self._resumed:  # decided once: another number would draw other dropout masks
+                self._at_once = (read_manifest(self._resumed) or {}).get("candidates_at_once")
+            self.model_wrapped.train()  # as in every step: what a layer keeps depends on it
+            fit_candidates(self)
+        if self._resumed is None:
+            first_look(self)
 
-    @staticmethod
-    def _check_call(args, ref_model, eval_dataset, others: dict) -> LossSpec:
-        "What can be seen of the arguments before anything is loaded."
-        if not isinstance(args, LIREConfig):
-            raise LireError(
-                "not a configuration of LIRE",
-                field="args",
-                value=type(args).__name__,
-                allowed="a LIREConfig",
-                remedy="it takes every setting of TrainingArguments",
-            )
-        check_arguments(others, Trainer.__init__)
-        loss = get_loss(args.loss_type)
-        if ref_model is not None and not loss.asks_ref(**args.loss_settings()):
-            raise LireError(
-                f"the loss {loss.name} needs no reference model, so it would have no effect",
-                field="ref_model",
-                value=type(ref_model).__name__,
-                allowed="None",
-                remedy="leave it out, or choose a loss that compares with one, such as dpo",
-            )
-        if eval_dataset is None and args.eval_strategy != "no":
-            raise LireError(
-                "nothing to evaluate on",
-                field="eval_strategy",
-                value=str(args.eval_strategy.value),
-                allowed="no, or lists as eval_dataset",
-                remedy="pass eval_dataset=lists, or leave eval_strategy out",
-            )
-        return loss
-
-    @staticmethod
-    def _check_paths(model, args, ref_model=None) -> None:
-        "The self-check of the log-probs, before the model is wrapped."
-        check = verified(model)
-        why = check.reason or ("" if args.neftune_noise_alpha is None else "NEFTune scales its noise by the length of "
-                                                                           "a row")
-        if args.logps_impl == "shared" and why:
-            raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared",
-                            allowed="auto or padded",
-                            remedy="leave it at 'auto'")
-        if ref_model is not None:
-            verified(ref_model)
-            sizes = [causal_lm(m).get_input_embeddings().num_embeddings for m in (model, ref_model)]
-            if sizes[0] != sizes[1]:
-                raise LireError("another vocabulary than the policy's", field="ref_model", value=f"{sizes[1]} tokens",
-                                allowed=f"{sizes[0]} tokens", remedy="give a reference with the policy's tokenizer")
-
-    # What a step reads.
-
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        chosen = self.args.num_candidates if kwargs.get("is_training") else None
-        loader = super()._get_dataloader(ListRows(dataset, chosen, self.args.seed), *args, **kwargs)
-        if self.args.dataloader_persistent_workers:
-            # Starting workers draws a random number. Persistent ones start once, but once more in a run that goes on:
-            # drawn from the dropout's generator, every later mask would differ.
-            for one in (
-                loader,
-                getattr(loader, "base_dataloader", loader),
-            ):  # accelerate wraps the loader and copies it for a resumed epoch
-                one.generator = torch.Generator().manual_seed(self.args.seed)
-        return loader
-
-    def _make_sampler(self, lists, order: str, batch: int, step: int) -> ListSampler:
-        world = self.accelerator.num_processes
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        lengths = list(lists[self.args.length_column_name]) if order == "group_by_length" else None
-        return ListSampler(len(lists), order, seed=seed, lengths=lengths, step=step * world,
-                           fill_to=1 if self.args.dataloader_drop_last else batch * world)
-
-    def _get_train_sampler(self, train_dataset=None):
-        batch = self._train_batch_size
-        lists = getattr(train_dataset, "lists", self.train_dataset)
-        self._sampler = self._make_sampler(lists, self.args.train_sampling_strategy, batch,
-                                           batch * self.args.gradient_accumulation_steps)
-        return self._sampler
-
-    def _get_eval_sampler(self, eval_dataset):
-        return self._make_sampler(eval_dataset.lists, "sequential", self.args.eval_batch_size, 1)
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        "Lists in the whole optimizer step, over all processes."
-        self._step_ids = [i for b in batch_samples for i in b["ids"]]
-        count = sum(float(b["weights"].sum()) for b in batch_samples)
-        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
-
-    # The loss.
+    def _facts(self) -> dict:
+        return {} if self._at_once is None else {"candidates_at_once": self._at_once}
 
     def list_losses(self, model, inputs: dict) -> tuple[torch.Tensor, dict]:
         "(B,) losses of a batch, and what `list_metrics` says of it."
@@ -609,59 +455,15 @@ class LIRETrainer(ExactTrainer):
             extra["ref_logps"] = inputs["ref_logps"]
         mask = scored_mask(inputs["rewards"], inputs["mask"])  # a candidate without a reward takes no part
         losses = self.loss.fn(logps, inputs["rewards"], mask, **extra, **self.args.loss_settings())
-        return losses, self._metrics(logps.detach(), lengths, inputs, mask)
+        return losses, _metrics(self, logps.detach(), lengths, inputs, mask)
 
     def _logps(self, model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         "(B, M) log-probs and lengths, all candidates in one pass or a few at a time."
-        at_once = self._fit(inputs) if self.args.candidates_at_once == "auto" else self.args.candidates_at_once
+        at_once = self.args.candidates_at_once
+        at_once = fit_candidates(self, inputs) if at_once == "auto" else at_once
         if at_once is None:
             return list_logps(model, inputs, impl=self.args.logps_impl)
         return list_logps_in_parts(model, inputs, at_once, impl=self.args.logps_impl)
-
-    def _check_sharded(self) -> None:
-        "Sharded weights are gathered in every forward pass, which all processes must make equally often."
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
-        if sharded and self.args.candidates_at_once is not None and self.accelerator.num_processes > 1:
-            raise LireError("not possible with sharded weights: lists of different lengths need different numbers of "
-                            "passes",
-                            field="candidates_at_once", value=self.args.candidates_at_once,
-                            allowed="None under FSDP and ZeRO-3",
-                            remedy="leave it out, or give num_candidates")
-
-    def _facts(self) -> dict:
-        return {} if self._at_once is None else {"candidates_at_once": self._at_once}
-
-    def _fit(self, batch: dict | None = None) -> int:
-        """`candidates_at_once` under "auto": decided once, by memory, for the largest batch of the training or this
-        one."""
-        if self._at_once is None:
-            if self.train_dataset is not None:
-                lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
-                largest = largest_lists((lists[0, i] for i in range(len(lists))), self.args.per_device_train_batch_size)
-                batch = to_device(TrainingCollator(self.processing_class.pad_token_id or 0)(largest), self.args.device)
-            with self.compute_loss_context_manager():
-                found = candidates_that_fit(self.model_wrapped, batch, impl=self.args.logps_impl)
-            self._at_once = int(self.accelerator.gather(torch.tensor(found, device=self.args.device)).min())
-            if self.is_world_process_zero():
-                whole = len(batch["list_index"])
-                logger.info("candidates_at_once: %d fit into memory; the largest batch has %d", self._at_once, whole)
-        return self._at_once
-
-    def _metrics(self, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
-        "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
-        settings, own = self.args.loss_settings(), self.loss.settings
-        if "temperature" in own:
-            how = {name: settings[name] for name in ("temperature", "score", "length_normalize") if name in settings}
-            return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"),
-                                **how)
-        score = settings.get("score") or ("ratio" if self.needs_ref else "token" if self.loss.needs_lengths else "sum")
-        scores = logps - inputs["ref_logps"] if score.endswith("ratio") else logps
-        scores = scores / lengths.clamp(min=1) if score.startswith("token") else scores
-        if self.needs_ref:  # DPO's implicit rewards
-            scores = settings.get("beta", 1.0) * scores
-        pairs = settings.get("pairs", own.get("pairs"))
-        return pair_metrics(scores, inputs["rewards"], mask, pairs="best_worst" if pairs == "best_worst" else "all")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         infinite = torch.isinf(inputs["rewards"])
@@ -678,126 +480,6 @@ class LIRETrainer(ExactTrainer):
         else:  # DDP and FSDP average gradients over processes, so the mean over all lists needs the factor
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"losses": losses}) if return_outputs else loss
-
-    # Before the weights are touched.
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._check_sharded()
-        if self.args.candidates_at_once == "auto":
-            if self._resumed:  # decided once: another number would draw other dropout masks
-                self._at_once = (read_manifest(self._resumed) or {}).get("candidates_at_once")
-            self.model_wrapped.train()  # as in every step: what a layer keeps depends on it
-            self._fit()
-        if self._resumed is None:
-            self._first_look()
-
-    def _first_look(self) -> None:
-        "Before step 1, one line for what would make the training learn nothing."
-        lost, kind = lost_updates(self.model, self.args.learning_rate)
-        if (
-            lost > 0.25 and not self.is_deepspeed_enabled and self.is_world_process_zero()
-        ):  # DeepSpeed keeps its own float32 weights
-            logger.warning(
-                "weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
-                "load float32 weights and set bf16=True, which computes in bfloat16",
-                kind,
-                self.args.learning_rate,
-                100 * lost,
-            )
-        settings = self.args.loss_settings()
-        fixed = isinstance(settings.get("temperature"),
-                           (int, float)) and not str(settings.get("score")).endswith("ratio")
-        if fixed and self.train_dataset is not None and (rows := self._first_logps()):
-            self._say_saturated(rows)
-
-    def _first_logps(self) -> list[list[float]]:
-        "What P is made of, for at most 64 lists that can teach; random numbers, weights and modes stay as they are."
-        lists = ListRows(self.train_dataset, self.args.num_candidates, self.args.seed)
-        able = [i for i, rewards in enumerate(self.train_dataset["rewards"]) if why_mute(rewards) is None]
-        chosen = [lists[0, able[i]] for i in spread_out(len(able))] if able else []
-        world, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
-        share = -(
-            -len(chosen) // world
-        )  # every process takes as many, since a sharded model is computed by all of them together
-        mine = [chosen[(self.accelerator.process_index * share + i) % len(chosen)] for i in range(share)]
-        collate = TrainingCollator(self.processing_class.pad_token_id or 0)
-        modes, found, settings = {m: m.training for m in self.model_wrapped.modules()}, [], self.args.loss_settings()
-        self.model_wrapped.eval()
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                for start in range(0, len(mine), size):
-                    batch = to_device(collate(mine[start : start + size]), self.args.device)
-                    logps, lengths = list_logps(self.model_wrapped, batch, impl=self.args.logps_impl)
-                    per_token = settings.get("length_normalize") or settings.get("score") == "token"
-                    scores = logps / lengths.clamp(min=1) if per_token else logps
-                    seen = scored_mask(batch["rewards"], batch["mask"])
-                    found += [row[kept].float().tolist() for row, kept in zip(scores, seen)]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return gather_object(found)[: len(chosen)] if world > 1 else found
-
-    def _say_saturated(self, rows: list[list[float]]) -> None:
-        T = self.args.loss_settings()["temperature"]
-        largest = largest_weights(rows, T)
-        lost = sum(p > SATURATED for p in largest)
-        if lost > len(rows) / 4 and self.is_world_process_zero():
-            better = temperature_for(rows)
-            logger.warning(
-                "P is one-hot on %d of %d lists at T = %g, where the gradient is zero; "
-                "T ≈ %g gives a median largest P of %.2f: "
-                "set temperature=%g, or ask lire_nb.suggest_temperature",
-                lost,
-                len(rows),
-                T,
-                better,
-                median(largest_weights(rows, better)),
-                better,
-            )
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._grad_norm
-
-    def _before_the_weights(self) -> None:
-        "One short vector over all processes: is something not finite, is a checkpoint due, was SIGTERM sent?"
-        norm, self._grad_norm = self._grad_norm, None
-        if norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        # in fp16 the scaler deals with infinite gradients
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        due = self.args.save_minutes > 0 and self.args.save_strategy != "no" and time.monotonic() - self._saved > 60 * self.args.save_minutes
-        stop = self.sigterm is not None and self.sigterm.asked
-        flags = torch.tensor([bool(self._bad), not scaled and not torch.isfinite(torch.as_tensor(norm)).item(), due,
-                              stop], dtype=torch.float32, device=self.args.device)
-        one_list, gradient, due, stop = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
-        if one_list or gradient:
-            self._not_finite(one_list)
-        self._due, self._stopping = due, stop
-
-    def _note_bad(self, what: str, ids: list[str], good: torch.Tensor) -> None:
-        """Remember lists whose reward or loss is not finite; a single process stops at once, several before the
-        optimizer's step."""
-        if not good.all():
-            self._bad += [(f"{what} of list", i) for i, fine in zip(ids, good.tolist()) if not fine]
-            if self.accelerator.num_processes == 1:
-                self._stop_if_not_finite()
-
-    def _stop_if_not_finite(self) -> None:
-        if self.accelerator.reduce(torch.tensor(float(len(self._bad)), device=self.args.device), "sum") > 0:
-            self._not_finite(True)
-
-    def _not_finite(self, one_list: bool):
-        "The same error on every process."
-        found = gather_object(self._bad if one_list else [("gradient of a step on list", i) for i in self._step_ids])
-        self._bad, what = [], found[0][0]
-        ids = dict.fromkeys(i for kind, i in found if kind == what)
-        raise LireError("not finite", field=f"{what} {', '.join(map(repr, ids))}", allowed="a finite number",
-                        remedy="look at this list's texts and rewards; lower the learning rate if it happens late in "
-                               "a run")
-
-    # Evaluation and logs.
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         "As the Trainer's; lists, or a dict of lists, are taken as they are."
@@ -856,12 +538,110 @@ class LIRETrainer(ExactTrainer):
             logs |= self._means("train")
         super().log(logs, start_time)
 
+# %% ../nbs/18_training.ipynb #a2fdc266
+def _metrics(
+    trainer: LIRETrainer, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor
+) -> dict:
+    "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
+    settings, own, needs_ref = trainer.args.loss_settings(), trainer.loss.settings, trainer.needs_ref
+    if "temperature" in own:
+        how = {name: settings[name] for name in ("temperature", "score", "length_normalize") if name in settings}
+        return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"), **how)
+    score = settings.get("score") or ("ratio" if needs_ref else "token" if trainer.loss.needs_lengths else "sum")
+    scores = logps - inputs["ref_logps"] if score.endswith("ratio") else logps
+    scores = scores / lengths.clamp(min=1) if score.startswith("token") else scores
+    if needs_ref:  # DPO's implicit rewards
+        scores = settings.get("beta", 1.0) * scores
+    pairs = settings.get("pairs", own.get("pairs"))
+    return pair_metrics(scores, inputs["rewards"], mask, pairs="best_worst" if pairs == "best_worst" else "all")
+
 # %% ../nbs/18_training.ipynb #a668882b
 def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
     "Lists, a dict of them, or what is prepared already."
     if isinstance(lists, dict):
         return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
     return lists if _is_prepared(lists) else prepare_lists(lists, tokenizer, args, reference, context)
+
+# %% ../nbs/18_training.ipynb #6b27d5f1
+def check_call(
+    args: LIREConfig,
+    ref_model,  # as LIRETrainer takes it
+    eval_dataset,
+    others: dict,  # further arguments of LIRETrainer
+) -> LossSpec:
+    "What can be seen of the trainer's arguments before anything is loaded; raises `LireError`."
+    if not isinstance(args, LIREConfig):
+        raise LireError("not a configuration of LIRE", field="args", value=type(args).__name__, allowed="a LIREConfig",
+                        remedy="it takes every setting of TrainingArguments")
+    check_arguments(others, Trainer.__init__)
+    loss = get_loss(args.loss_type)
+    if ref_model is not None and not loss.asks_ref(**args.loss_settings()):
+        raise LireError(f"the loss {loss.name} needs no reference model, so it would have no effect",
+                        field="ref_model", value=type(ref_model).__name__, allowed="None",
+                        remedy="leave it out, or choose a loss that compares with one, such as dpo")
+    if eval_dataset is None and args.eval_strategy != "no":
+        raise LireError("nothing to evaluate on", field="eval_strategy", value=str(args.eval_strategy.value),
+                        allowed="no, or lists as eval_dataset",
+                        remedy="pass eval_dataset=lists, or leave eval_strategy out")
+    return loss
+
+# %% ../nbs/18_training.ipynb #7c0a083f
+def _check_paths(model, args: LIREConfig, ref_model=None) -> None:
+    "The self-check of the log-probs, before the model is wrapped."
+    neftune = "NEFTune scales its noise by the length of a row" if args.neftune_noise_alpha is not None else ""
+    why = verified(model).reason or neftune
+    if args.logps_impl == "shared" and why:
+        raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared",
+                        allowed="auto or padded", remedy="leave it at 'auto'")
+    if ref_model is not None:
+        verified(ref_model)
+        sizes = [causal_lm(m).get_input_embeddings().num_embeddings for m in (model, ref_model)]
+        if sizes[0] != sizes[1]:
+            raise LireError("another vocabulary than the policy's", field="ref_model", value=f"{sizes[1]} tokens",
+                            allowed=f"{sizes[0]} tokens", remedy="give a reference with the policy's tokenizer")
+
+# %% ../nbs/18_training.ipynb #f62b2408
+def _check_model(model, tokenizer) -> None:
+    "What cannot be trained on lists is said before the work."
+    if tokenizer is None:
+        raise LireError("missing", field="processing_class", value=None, allowed="the policy's tokenizer",
+                        remedy="pass processing_class=tokenizer")
+    lm = causal_lm(model)
+    head = getattr(lm, "get_output_embeddings", lambda: None)()
+    if getattr(getattr(lm, "config", None), "is_encoder_decoder", False) or head is None:
+        raise LireError("not a causal language model", field="model", value=type(lm).__name__,
+                        allowed="a decoder with a head over the vocabulary",
+                        remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
+    if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
+        raise LireError("has neither an end token nor one for padding", field="processing_class",
+                        value=type(tokenizer).__name__, allowed="a tokenizer with an end token",
+                        remedy="set tokenizer.eos_token to a token of its vocabulary")
+
+# %% ../nbs/18_training.ipynb #2e96aa77
+def check_teaching(
+    lists,  # our own records, or None
+    args: LIREConfig,
+    warn: bool = True,
+) -> None:
+    "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
+    loss, lists = get_loss(args.loss_type), () if lists is None else lists
+    columns = isinstance(lists, datasets.Dataset)
+    pairs = zip(lists["id"], lists["rewards"]) if columns else ((r["id"], r["rewards"]) for r in lists)
+    rows = [(name, _check_rewards({"id": name, "rewards": row})) for name, row in pairs]
+    if isinstance(args.loss_type, str):
+        _check_fit(loss, args.loss_settings(), rows)
+    rewards = [row for _, row in rows]
+    mute, why = mute_lists(rewards)
+    if not mute or not needs_difference(loss, args.loss_settings()):
+        return
+    # what a function of one's own learns from, only it knows
+    if mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES:
+        raise LireError(f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
+                        field="train_dataset", value=f"{mute} lists",
+                        allowed="a list with two scored candidates whose rewards differ",
+                        remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft")
+    if warn and args.process_index == 0:
+        logger.warning("%d of %d lists cannot teach: %s", mute, len(rewards), why)
 
 # %% ../nbs/18_training.ipynb #1c0b80af
 def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: int = 512) -> None:
@@ -884,146 +664,90 @@ def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: in
                             allowed=f"what the loss {loss.name} reads",
                             remedy="transform or scale the rewards, or choose another loss")
 
-# %% ../nbs/18_training.ipynb #2e96aa77
-def check_teaching(
-    lists,  # our own records, or None
-    args: LIREConfig,
-    warn: bool = True,
-) -> None:
-    "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
-    loss, lists = get_loss(args.loss_type), () if lists is None else lists
-    columns = (
-        zip(lists["id"], lists["rewards"])
-        if isinstance(lists, datasets.Dataset)
-        else ((r["id"], r["rewards"]) for r in lists)
-    )
-    rows = [(name, _check_rewards({"id": name, "rewards": row})) for name, row in columns]
-    if isinstance(args.loss_type, str):
-        _check_fit(loss, args.loss_settings(), rows)
-    rewards = [row for _, row in rows]
-    mute, why = mute_lists(rewards)
-    if not mute or not needs_difference(loss, args.loss_settings()):
-        return
-    if (
-        mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES
-    ):  # what a function of one's own learns from, only it knows
-        raise LireError(
-            f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
-            field="train_dataset",
-            value=f"{mute} lists",
-            allowed="a list with two scored candidates whose rewards differ",
-            remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft",
-        )
-    if warn and args.process_index == 0:
-        logger.warning("%d of %d lists cannot teach: %s", mute, len(rewards), why)
+# %% ../nbs/18_training.ipynb #50e7f1fd
+def _check_sharded(trainer: LIRETrainer) -> None:
+    "Sharded weights are gathered in every forward pass, which all processes must make equally often."
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+    parts, several = trainer.args.candidates_at_once, trainer.accelerator.num_processes > 1
+    if (trainer.is_fsdp_enabled or zero3) and parts is not None and several:
+        raise LireError("not possible with sharded weights: lists of different lengths need different numbers of "
+                        "passes", field="candidates_at_once", value=parts, allowed="None under FSDP and ZeRO-3",
+                        remedy="leave it out, or give num_candidates")
 
-# %% ../nbs/18_training.ipynb #1343b915
-def with_adapter(
-    model: torch.nn.Module,
-    peft_config,  # a peft configuration, or a dict of its settings; LoRA where the dict does not say
-) -> torch.nn.Module:
-    "The model with a fresh adapter; raises `LireError` for settings or matrices that it does not have."
-    peft = import_peft()
-    named = sorted(
-        {name.rpartition(".")[2] for name, m in causal_lm(model).named_modules() if isinstance(m, torch.nn.Linear)}
-    )
-    try:
-        if isinstance(peft_config, dict):
-            peft_config = peft.get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **peft_config})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of peft, about transformers
-            return peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
-    except (ValueError, TypeError, KeyError) as e:
-        value = getattr(peft_config, "target_modules", peft_config)
-        raise LireError(
-            f"no adapter can be made: {str(e).splitlines()[0][:200]}",
-            field="peft_config",
-            value=sorted(value) if isinstance(value, set) else value,
-            allowed=f"settings of peft; matrices of this model are {', '.join(named)}",
-            remedy="change peft_config, or --lora-targets",
-        ) from e
+# %% ../nbs/18_training.ipynb #4b98a046
+def fit_candidates(
+    trainer: LIRETrainer,
+    batch: dict | None = None,  # looked at where there is no train_dataset
+) -> int:
+    """`candidates_at_once` under "auto": decided once, by memory, for the largest batch of the training or this one."""
+    if trainer._at_once is None:
+        args = trainer.args
+        if trainer.train_dataset is not None:
+            lists = ListRows(trainer.train_dataset, args.num_candidates, args.seed)
+            largest = largest_lists((lists[0, i] for i in range(len(lists))), args.per_device_train_batch_size)
+            batch = to_device(trainer.data_collator(largest), args.device)
+        with trainer.compute_loss_context_manager():
+            found = candidates_that_fit(trainer.model_wrapped, batch, impl=args.logps_impl)
+        trainer._at_once = int(trainer.accelerator.gather(torch.tensor(found, device=args.device)).min())
+        if trainer.is_world_process_zero():
+            logger.info("candidates_at_once: %d fit into memory; the largest batch has %d", trainer._at_once,
+                        len(batch["list_index"]))
+    return trainer._at_once
 
-# %% ../nbs/18_training.ipynb #f62b2408
-def _check_model(model, tokenizer) -> None:
-    "What cannot be trained on lists is said before the work."
-    if tokenizer is None:
-        raise LireError(
-            "missing",
-            field="processing_class",
-            value=None,
-            allowed="the policy's tokenizer",
-            remedy="pass processing_class=tokenizer",
-        )
-    lm = causal_lm(model)
-    if (
-        getattr(getattr(lm, "config", None), "is_encoder_decoder", False)
-        or getattr(lm, "get_output_embeddings", lambda: None)() is None
-    ):
-        raise LireError(
-            "not a causal language model",
-            field="model",
-            value=type(lm).__name__,
-            allowed="a decoder with a head over the vocabulary",
-            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported",
-        )
-    if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
-        raise LireError(
-            "has neither an end token nor one for padding",
-            field="processing_class",
-            value=type(tokenizer).__name__,
-            allowed="a tokenizer with an end token",
-            remedy="set tokenizer.eos_token to a token of its vocabulary",
-        )
+# %% ../nbs/18_training.ipynb #6f174ea0
+def first_look(trainer: LIRETrainer) -> None:
+    "Before step 1, one line for what would make the training learn nothing."
+    lost, kind = lost_updates(trainer.model, trainer.args.learning_rate)
+    # DeepSpeed keeps its own float32 weights
+    if lost > 0.25 and not trainer.is_deepspeed_enabled and trainer.is_world_process_zero():
+        logger.warning("weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
+                       "load float32 weights and set bf16=True, which computes in bfloat16",
+                       kind, trainer.args.learning_rate, 100 * lost)
+    settings = trainer.args.loss_settings()
+    fixed = isinstance(settings.get("temperature"), (int, float))
+    if fixed and not str(settings.get("score")).endswith("ratio") and trainer.train_dataset is not None:
+        rows = _first_logps(trainer)
+        if trainer.is_world_process_zero() and (line := _saturated(rows, settings["temperature"])):
+            logger.warning(line)
 
-# %% ../nbs/18_training.ipynb #5def0273
-def prepare_lists(
-    lists,  # lists with rewards, or None
-    tokenizer,
-    args: LIREConfig,
-    ref_model=False,  # a model to compute reference log-probs with
-    context: int | None = None,  # tokens that the policy can read at most
-) -> datasets.Dataset | None:
-    "Token ids, rewards and, where asked for, reference log-probs of every list."
-    if lists is None:
+# %% ../nbs/18_training.ipynb #b1f31e05
+def _saturated(rows: list[list[float]], T: float) -> str | None:
+    "One line where P is one-hot on more than a quarter of the lists."
+    lost = sum(p > SATURATED for p in largest_weights(rows, T))
+    if lost <= len(rows) / 4:
         return None
-    lists = list(lists)  # they are read twice where there is a reference
-    warn_text_prompts(lists, tokenizer)
-    limits = {"max_prompt_length": args.max_prompt_length, "max_completion_length": args.max_completion_length}
-    tokenized = []
-    for record in lists:
-        _check_rewards(record)
-        tokenized.append(tokenize_list(record, tokenizer, context=context, **limits))
-    if not tokenized:
-        raise LireError("empty", field="lists", allowed="at least one list",
-                        remedy="check the file or split they come from")
-    if ref_model:
-        autocast = torch.bfloat16 if args.bf16 else None
-        for one, logps in zip(tokenized,
-                              reference_logps(ref_model, tokenizer, lists, args.reference_cache, autocast=autocast,
-                                              context=context, **limits)):
-            one["ref_logps"] = logps
-    if again := sum(one.pop("retokenized") for one in tokenized):
-        logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an "
-                       "edited text): their text is tokenized anew", again)
-    prompts, completions = (sum(counts) for counts in zip(*(one.pop("cut") for one in tokenized)))
-    if prompts or completions:
-        logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)
-    for one in tokenized:  # for train_sampling_strategy="group_by_length"
-        one[args.length_column_name] = len(one["prompt_ids"]) + sum(map(len, one["completion_ids"]))
-    return datasets.Dataset.from_list(tokenized)
+    better = temperature_for(rows)
+    return (f"P is one-hot on {lost} of {len(rows)} lists at T = {T:g}, where the gradient is zero; "
+            f"T ≈ {better:g} gives a median largest P of {median(largest_weights(rows, better)):.2f}: "
+            f"set temperature={better:g}, or ask lire_nb.suggest_temperature")
 
-# %% ../nbs/18_training.ipynb #ee46b413
-def _check_rewards(record: dict) -> list[float | None]:
-    "The rewards: something is scored, and float32 can hold it."
-    where = f"rewards of list {record['id']!r}"
-    if all(r is None for r in record["rewards"]):
-        raise LireError("nothing is scored", field=where, value=record["rewards"], allowed="at least one number",
-                        remedy="score the lists first: rewards.score_lists(lists, reward)")
-    for reward in record["rewards"]:
-        if reward is not None and not abs(reward) <= torch.finfo(torch.float32).max:
-            raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null",
-                            remedy="drop this candidate or scale the rewards")
-    return record["rewards"]
+# %% ../nbs/18_training.ipynb #99fa727e
+def _first_logps(trainer: LIRETrainer) -> list[list[float]]:
+    "What P is made of, for at most 64 lists that can teach; random numbers, weights and modes stay as they are."
+    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
+    lists = ListRows(trainer.train_dataset, args.num_candidates, args.seed)
+    able = [i for i, rewards in enumerate(trainer.train_dataset["rewards"]) if why_mute(rewards) is None]
+    chosen = [lists[0, able[i]] for i in spread_out(len(able))] if able else []
+    # every process takes as many, since a sharded model is computed by all of them together
+    world, size = accelerator.num_processes, args.per_device_eval_batch_size
+    share = -(-len(chosen) // world)
+    mine = [chosen[(accelerator.process_index * share + i) % len(chosen)] for i in range(share)]
+    modes, found, settings = {m: m.training for m in model.modules()}, [], args.loss_settings()
+    per_token = settings.get("length_normalize") or settings.get("score") == "token"
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            for start in range(0, len(mine), size):
+                batch = to_device(trainer.data_collator(mine[start : start + size]), args.device)
+                logps, lengths = list_logps(model, batch, impl=args.logps_impl)
+                scores = logps / lengths.clamp(min=1) if per_token else logps
+                seen = scored_mask(batch["rewards"], batch["mask"])
+                found += [row[kept].float().tolist() for row, kept in zip(scores, seen)]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return gather_object(found)[: len(chosen)] if world > 1 else found
 
 # %% ../nbs/18_training.ipynb #671bc7cc
 class TrainingBar(TrainerCallback):

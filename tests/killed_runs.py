@@ -1,6 +1,7 @@
 """Kill a self-enhancement run at random moments, start it again, and compare what it leaves with an undisturbed run.
 
-A script, started by test_enhancement.py. This process imports everything once and computes nothing; every run is a fork of it, so that a kill costs a run and no start of Python.
+A script, started by test_enhancement.py. This process imports everything once and computes nothing; every run is a fork
+of it, so that a kill costs a run and no start of Python.
 Prints one JSON object.
 """
 import gc
@@ -21,9 +22,9 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from tiny_policy import make_start
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from lire_nb import evaluation
-from lire_nb.base import errors as enhancement
+from lire_nb import enhancement, evaluation
 from lire_nb.base import files
+from lire_nb.base.errors import LireError
 from lire_nb.enhancement import self_enhance
 from lire_nb.resume import ExactTrainer
 from lire_nb.sampling import SamplingSettings
@@ -113,7 +114,7 @@ def fork(place: Path, stages: Stages, limit: int | None = None) -> int:
         stages.watch_all()
         run(place)
         code = 0
-    except enhancement.LireError as e:
+    except LireError as e:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         (place / "error").write_text(str(e))
         code = 3

@@ -1,6 +1,8 @@
-"""What one of two processes does, for test_scale.py: a policy trained with its weights shared out by FSDP2, on CPU with gloo. accelerate launch --config_file X sharded_processes.py PLACE
+"""What one of two processes does, for test_scale.py: a policy trained with its weights shared out by FSDP2, on CPU with
+gloo. accelerate launch --config_file X sharded_processes.py PLACE
 
-accelerate takes FSDP for accelerators only: on a CPU it says MULTI_CPU and leaves ACCELERATE_USE_FSDP unread (accelerate/state.py). The one line that decides is told otherwise here;
+accelerate takes FSDP for accelerators only: on a CPU it says MULTI_CPU and leaves ACCELERATE_USE_FSDP unread
+(accelerate/state.py). The one line that decides is told otherwise here;
 the wrapping, the collectives, the clipping and the saving are those of a machine with GPUs."""
 import json
 import sys

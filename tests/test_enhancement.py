@@ -58,7 +58,8 @@ def test_sigterm(report, stage):
 def test_full_disk(report, what, words):
     case = report["cases"][f"disk-{what}"]
     assert case["code"] == 3 and not case["left"] and case["wrong"] is None, case
-    assert words in case["error"] and "cannot be written" in case["error"] and "remedy" in case["error"] and "\n" not in case["error"]
+    assert (words in case["error"] and "cannot be written" in case["error"] and "remedy" in case["error"]
+            and "\n" not in case["error"])
 
 
 @pytest.mark.parametrize("what, file, word, remedy", [
@@ -110,6 +111,16 @@ def test_a_moved_run_goes_on(tmp_path, start):
     before = files(tmp_path / "there")
     self_enhance(start, PROMPTS, short, tmp_path / "there", evolve=2, **OPTIONS)
     assert files(tmp_path / "there") == before
+
+
+def test_the_same_policy_under_another_path_goes_on(tmp_path):
+    make_start(tmp_path / "start")
+    self_enhance(tmp_path / "start", PROMPTS, short, tmp_path / "run", evolve=1, **OPTIONS)
+    before = files(tmp_path / "run")
+    (tmp_path / "start").rename(tmp_path / "moved")
+    self_enhance(tmp_path / "moved", PROMPTS, short, tmp_path / "run", evolve=1, **OPTIONS)
+    changed = {name for name, content in files(tmp_path / "run").items() if before[name] != content}
+    assert changed <= {"round-1/manifest.json"}  # where the policy lay
 
 
 def test_another_policy_under_the_same_path_is_refused(tmp_path):
@@ -169,11 +180,13 @@ def test_the_pool_keeps_its_origin(tmp_path, start):
     assert {s for r in second for s in r["sources"]} == {"human", "policy:round-1", "policy:round-2"}
     for old, new in zip(first, second):
         assert new["completions"][0] == " by hand" and new["rewards"][0] == 0.5
-        assert len(new["completions"]) == len(set(new["completions"])) <= 5 and len(new["meta"]["finish_reasons"]) == len(new["completions"])
+        assert (len(new["completions"]) == len(set(new["completions"])) <= 5
+                and len(new["meta"]["finish_reasons"]) == len(new["completions"]))
         assert max(new["rewards"]) >= max(old["rewards"]) and min(new["rewards"]) <= min(old["rewards"])
     sampled = [json.loads((tmp_path / "run" / f"round-{n}" / "manifest.json").read_text())["sampled_by"]
                for n in (1, 2)]
-    assert sampled[1]["policy"] == "round-1/policy" and sampled[0]["fingerprint"] != sampled[1]["fingerprint"] and sampled[0]["seed"] != sampled[1]["seed"]
+    assert (sampled[1]["policy"] == "round-1/policy" and sampled[0]["fingerprint"] != sampled[1]["fingerprint"]
+            and sampled[0]["seed"] != sampled[1]["seed"])
 
 
 def test_contrastive_rewards_train_the_same_policy(tmp_path, start):

@@ -16,9 +16,9 @@ from lire_nb.enhancement import self_enhance, train_policy
 from lire_nb.identity import policy_identity
 from lire_nb.lists import save_lists
 from lire_nb.logprobs import dataset_logps
-from lire_nb.models import load_policy
+from lire_nb.models import load_policy, Policy
 from lire_nb.records import make_record
-from lire_nb.sampling import SamplingSettings
+from lire_nb.sampling import sample_lists, SamplingSettings
 from lire_nb.training import LIREConfig, LIRETrainer
 
 LISTS = [make_record(f"film {i} was", [" good", " bad", " so so"], rewards=[1.0, 0.0, 0.5], id=str(i))
@@ -186,6 +186,28 @@ def test_12_an_adapter_is_told_apart_by_alpha_and_by_its_base(place, tmp_path):
     assert policy_identity(folder) == before
     make_start(tmp_path / "base", dropout=0.0, seed=5)
     assert policy_identity(folder) != before
+
+
+def test_a_policy_is_one_value_at_every_door(place, tmp_path, monkeypatch):
+    """Made once, it stands where a name or a folder stands; its content is hashed once."""
+    policy, calls = Policy.of(place / "r1"), []
+    assert Policy.of(policy) is policy and Policy.of(str(place / "r1")) == policy
+    assert Path(policy.base.folder) == place / "base" and policy.base.adapter is None and policy.base.base is None
+    monkeypatch.setattr("lire_nb.models._content_hash", lambda path: calls.append(path.name) or path.name)
+    assert policy.fingerprint == policy_identity(policy) and len(set(calls)) < len(calls) < 20  # and that of the base
+    hashed = len(calls)
+    assert policy.fingerprint and len(calls) == hashed
+    monkeypatch.undo()
+    assert policy_identity(policy) != policy_identity(place / "r1") == Policy.of(place / "r1").fingerprint
+    assert logps(policy.load(device="cpu")) == logps(place / "r1") and load_policy(pair := policy.load()) is pair
+    settings = SamplingSettings(max_new_tokens=3)
+    drawn = [sample_lists(one, ["film"], 2, settings=settings, progress=False)["completions"]
+             for one in (policy, place / "r1")]
+    assert drawn[0] == drawn[1]
+    train_policy(policy, LISTS, tmp_path / "r2", trainer_options={"peft_config": lora()}, **STILL)
+    assert logps(tmp_path / "r2") == logps(place / "r1")
+    trainer = LIRETrainer(policy, LIREConfig(output_dir=str(tmp_path), report_to="none", **STILL), LISTS)
+    assert isinstance(trainer.model, PeftModel)
 
 
 def test_12_rounds_of_self_enhancement_go_on_with_one_adapter(place, tmp_path):

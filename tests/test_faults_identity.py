@@ -226,7 +226,8 @@ def test_11_the_state_of_a_reward_counts_and_what_it_notes_down_does_not(make):
 @pytest.fixture(scope="module")
 def elsewhere() -> list[str]:
     """What another process, which orders sets in another way, says of rewards and of states: a line each."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_faults_identity as t; print([t.reward_identity(r) for r in (t.short, t.Scaled(3), t.Scaled(1).score)]); print(t.several())"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import test_faults_identity as t; "
+            "print([t.reward_identity(r) for r in (t.short, t.Scaled(3), t.Scaled(1).score)]); print(t.several())")
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], env={**ENV, "PYTHONHASHSEED": "7"},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
@@ -442,8 +443,10 @@ def test_24_a_name_given_twice_is_refused(tmp_path, capfd, start, twice):
 
 def test_25_evaluate_with_one_prompt_fails_before_it_samples_and_claims_nothing(tmp_path, capfd, start, monkeypatch):
     (tmp_path / "p.txt").write_text("One.\nTwo.\n")
-    command = lambda *more: ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge",
-                             "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")  # noqa: E731
+    def command(*more):
+        return ("evaluate", "--prompts", tmp_path / "p.txt", "--system", f"start={start}", "--judge",
+                "l=length", "--max-new-tokens", "2", *more, "--out", tmp_path / "run")
+
     with monkeypatch.context() as patch:
         patch.setattr("lire_nb.sampling.sample_lists", lambda *a, **k: pytest.fail("sampled"))
         refused(capfd, tmp_path, command("--limit", "1"), "2 or more")
@@ -479,7 +482,7 @@ TWO = """
 import sys, time
 from pathlib import Path
 from lire_nb.enhancement import self_enhance
-from lire_nb.lists import LireError
+from lire_nb.base.errors import LireError
 from lire_nb.sampling import SamplingSettings
 def slow(prompts, completions):
     time.sleep(float(sys.argv[3]))
@@ -489,7 +492,8 @@ print("ready", flush=True)
 sys.stdin.readline()
 began = time.monotonic()
 try:
-    self_enhance(sys.argv[1], prompts, slow, sys.argv[2], evolve=2, num_candidates=2, settings=SamplingSettings(max_new_tokens=2), progress=False,
+    self_enhance(sys.argv[1], prompts, slow, sys.argv[2], evolve=2, num_candidates=2,
+                 settings=SamplingSettings(max_new_tokens=2), progress=False,
                  training=dict(bf16=False, use_cpu=True, save_steps=1, per_device_train_batch_size=1))
 except LireError as e:
     print(f"{time.monotonic() - began:.2f} {e}", flush=True)
@@ -546,8 +550,9 @@ def test_27_every_writer_holds_a_lock(tmp_path, start):
     from lire_nb.base.files import one_writer
     from lire_nb.servers import Journal
 
-    code = "import sys, time\nfrom lire_nb.identity import one_writer, take_lock\n"
-    code += "kept = [one_writer(p, inside=i == '1') for p, i in zip(sys.argv[1::2], sys.argv[2::2])]\n[k.__enter__() for k in kept]\nlock = take_lock('j.jsonl.lock')\nprint('held', flush=True)\ntime.sleep(60)"
+    code = "import sys, time\nfrom lire_nb.base.files import one_writer, take_lock\n"
+    code += ("kept = [one_writer(p, inside=i == '1') for p, i in zip(sys.argv[1::2], sys.argv[2::2])]\n[k.__enter__() "
+             "for k in kept]\nlock = take_lock('j.jsonl.lock')\nprint('held', flush=True)\ntime.sleep(60)")
     places = {"run": "1", "policy": "0", "eval": "1"}
     holder = subprocess.Popen([sys.executable, "-c", code, *(x for pair in places.items() for x in pair)], env=ENV,
                               stdout=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -736,7 +741,7 @@ def test_11_a_method_of_a_type_may_be_a_default():
 def test_26_all_linear_is_the_same_adapter_in_the_second_round(tmp_path, start):
     from peft import LoraConfig
 
-    from lire_nb.enhancement import check_adapter
+    from lire_nb.adapters import check_adapter
 
     asked = dict(r=2, lora_alpha=4, task_type="CAUSAL_LM")
     options = {"trainer_options": {"peft_config": LoraConfig(target_modules="all-linear", **asked)}}

@@ -169,7 +169,7 @@ def two(place) -> list[dict]:
 
 
 def test_two_processes_give_what_one_gives(two, place, tmp_path):
-    """Losses, metrics, weights over five steps, and an evaluation, of 11 lists that two processes cannot share evenly."""
+    """Losses, metrics, weights over five steps, and an evaluation; two processes cannot share 11 lists evenly."""
     one = trainer(place / "start", tmp_path, eval_lists=LISTS[:7], max_steps=5, per_device_train_batch_size=2,
                   gradient_accumulation_steps=2, per_device_eval_batch_size=2)
     log, weights = course(one)
@@ -185,13 +185,15 @@ def test_two_processes_give_what_one_gives(two, place, tmp_path):
 def test_all_processes_stop_with_one_line(two, what, ids):
     """What is not finite on process 1 alone stops both, before the weights are touched, and names the lists."""
     first, second = (rank[what] for rank in two)
-    assert first["error"] == second["error"] and first["error"].startswith(f"{what} of ") and first["untouched"] and second["untouched"]
+    assert (first["error"] == second["error"] and first["error"].startswith(f"{what} of ") and first["untouched"]
+            and second["untouched"])
     assert sum(f"'{i}'" in first["error"] for i in first["ids"]) == ids
 
 
 def test_sigterm_to_one_process_stops_all_at_the_same_step(two):
     for rank in two:
-        assert rank["stopped"] == {"stopped": "stopped by SIGTERM after step 3 of 5; a checkpoint is kept, start again to go on", "kept": ["checkpoint-3"], "equal": True}
+        said = "stopped by SIGTERM after step 3 of 5; a checkpoint is kept, start again to go on"
+        assert rank["stopped"] == {"stopped": said, "kept": ["checkpoint-3"], "equal": True}
 
 
 def test_only_the_main_process_samples_and_scores(two):
@@ -254,7 +256,8 @@ def test_a_checkpoint_of_the_last_step_trains_no_more(place, tmp_path):
     one.train()
     two = trainer(place / "start-dropout", tmp_path, **settings)
     two.train(resume_from_checkpoint=True)
-    assert last_checkpoint(tmp_path).name == "checkpoint-4" and two.state.global_step == 4 and torch.equal(flat(one.model), flat(two.model))
+    assert (last_checkpoint(tmp_path).name == "checkpoint-4" and two.state.global_step == 4
+            and torch.equal(flat(one.model), flat(two.model)))
 
 
 def test_half_written_and_damaged_checkpoints_are_never_taken(place, tmp_path):

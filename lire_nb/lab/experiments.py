@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..base.errors import LireError
 from ..base.files import atomic_folder, one_writer, write_json
@@ -27,8 +27,8 @@ from ..enhancement import self_enhance, train_policy
 from ..evaluation import judge_policy
 from .plans import config_key, _made_by
 from ..lists import load_lists, save_lists
-from ..models import compute_dtype, load_policy, load_tokenizer, quiet_transformers, resolve_model
-from ..records import candidate_columns, make_record, merge_candidates, select_candidates
+from ..models import compute_dtype, load_policy, load_tokenizer, Policy, quiet_transformers
+from ..records import best_and_worst, candidate_columns, make_record, merge_candidates, select_candidates
 from lire_nb.rewards import (
     load_scalar_head_model, longer_wins, pair_accuracy, RewardModel, score_lists, train_reward_model, VaderReward,
 )
@@ -62,7 +62,7 @@ def stand_in(
     **smaller,  # fields of the model's configuration
 ) -> Path:
     "A random model of the same class, small."
-    config = AutoConfig.from_pretrained(resolve_model(name))
+    config = Policy.of(name).config
     smaller = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                "num_key_value_heads": 1, "head_dim": 16} | smaller
     config.update({k: v for k, v in smaller.items() if hasattr(config, k)})
@@ -171,8 +171,7 @@ def given_candidates(
              if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
     if len(short) < 2:
         return []
-    best, worst = max(short, key=lambda j: record["rewards"][j]), min(short, key=lambda j: record["rewards"][j])
-    return [(record["completions"][j], record["sources"][j]) for j in (best, worst)]
+    return [(record["completions"][j], record["sources"][j]) for j in best_and_worst(record["rewards"], short)]
 
 # %% ../../nbs/40_experiments.ipynb #4509a857
 def _make_lists(draft: Path, config: dict, work: Path) -> None:
@@ -232,8 +231,7 @@ def take_candidates(
     for record, count, total in zip(lists, counts, own):
         keep = [*range(count), *range(total, len(record["completions"]))]
         if how == "extremes":
-            keep = sorted({max(keep, key=lambda j: record["rewards"][j]),
-                           min(keep, key=lambda j: record["rewards"][j])})
+            keep = sorted(set(best_and_worst(record["rewards"], keep)))
         chosen.append(select_candidates(record, keep))
     return chosen
 

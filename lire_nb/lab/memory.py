@@ -16,12 +16,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig, LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig, LlamaConfig
 
 from ..base.errors import LireError
-from ..models import resolve_model
+from ..models import Policy
 from ..shared_prompt import CHUNK
 from ..training import LIREConfig
 
@@ -40,7 +38,7 @@ def model_config(
     "The configuration of a model; weights are not read."
     if not isinstance(model, (str, Path)):
         return model
-    return MODELS[model] if model in MODELS else AutoConfig.from_pretrained(resolve_model(model))
+    return MODELS[model] if model in MODELS else Policy.of(model).config
 
 # %% ../../nbs/48_memory.ipynb #1820c9c5
 def meta_model(

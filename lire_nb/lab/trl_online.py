@@ -21,12 +21,13 @@ import datasets
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
+from ..adapters import check_adapter
 from ..base.errors import LireError
 from ..base.files import atomic_folder, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
-from ..enhancement import by_id, check_adapter
+from ..enhancement import by_id
 from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity
-from ..models import adapter_config, has_bf16, load_policy, quiet_transformers
+from ..models import has_bf16, load_policy, Policy, quiet_transformers
 from ..records import make_record
 from ..rewards import Reward, score_lists
 from ..sampling import SamplingSettings
@@ -249,7 +250,7 @@ def _trainer(method: str, policy, records: list[dict], reward: Reward, max_promp
     rows = [{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i, r in enumerate(records)]
     args = config_class(output_dir=folder, **online_settings(tokenizer, **told))
     args._n_gpu = min(args.n_gpu, 1)
-    peft_config = None if adapter_config(policy) else peft_config  # its own adapter is trained further
+    peft_config = None if Policy.of(policy).adapter else peft_config  # its own adapter is trained further
     with quiet_transformers():
         trainer = _reading(trainer_class, encoded)(model, scored, args, datasets.Dataset.from_list(rows),
                                                    processing_class=tokenizer, peft_config=peft_config)
