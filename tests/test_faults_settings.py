@@ -15,6 +15,7 @@ import torch
 from tiny_policy import make_start
 from transformers import TrainerCallback
 
+from lire_nb import evaluation, sampling  # before a test puts something else in their place
 from lire_nb.base.errors import LireError
 from lire_nb.cli import main, settings_of
 from lire_nb.enhancement import train_policy
@@ -566,8 +567,6 @@ def test_the_suggestion_reads_what_the_trainer_reads(place):
 
 
 def test_an_evaluation_says_first_what_it_cannot_use(place, tmp_path, capsys, monkeypatch):
-    from lire_nb import evaluation, sampling
-
     start, prompts = place / "start", [{"id": f"p{n}", "prompt": f"film {n}"} for n in range(2)]
     judges = {"length": lambda prompt, texts: [float(len(t)) for t in texts]}
 
