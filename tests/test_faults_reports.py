@@ -65,7 +65,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """A report whose text alone counts: drawing takes most of its time."""
-    monkeypatch.setattr(report, "_png", lambda figure: b"", raising=False)
+    monkeypatch.setattr(report, "png", lambda figure: b"")
     monkeypatch.setattr(report, "save_figure", lambda *args: [])
 
 
@@ -90,7 +90,8 @@ def test_31_report_runs_nothing_that_lies_in_the_run_folder(tmp_path, where):
     for name, text in TRAPS.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(text.format(trap=f"open({str(proof)!r}, 'a').write(__file__ + chr(10))"))
-    command = "import sys; sys.path = [p for p in sys.path if p]; from lire_nb.cli import main; sys.exit(main(['report', '--out', sys.argv[1]]))"
+    command = ("import sys; sys.path = [p for p in sys.path if p]; from lire_nb.cli import main; "
+               "sys.exit(main(['report', '--out', sys.argv[1]]))")
     done = subprocess.run([sys.executable, "-P", "-c", command, "." if where == "inside" else str(run)],
                           cwd=run if where == "inside" else tmp_path,
                           env={**ENV, "PYTHONPATH": str(Path(report.__file__).parents[1])},
@@ -159,8 +160,10 @@ def test_32_page_shows_every_letter_and_no_markup(hostile):
     assert sum(tag == "h1" for tag, _ in page.tags) == 1 and not [a for _,
                                                                   a in page.tags if "href" in a or "onerror" in a]
     assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
-    assert "[x](javascript:alert(1)) <img src=x onerror=alert(1)>" in page.text and "_gold_ [a](http://example.org)" in page.text
-    assert "\\u202e" in page.text and "\\x1b[31m" in page.text and not re.search("[\u202a-\u202e\u2066-\u2069\x1b\x9b\x07\u200b]", text)
+    assert "[x](javascript:alert(1)) <img src=x onerror=alert(1)>" in page.text
+    assert "_gold_ [a](http://example.org)" in page.text
+    assert "\\u202e" in page.text and "\\x1b[31m" in page.text
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b\x9b\x07\u200b]", text)
     assert "s3cret" not in text and "pw@" not in text
 
 
@@ -310,7 +313,8 @@ def test_34_interval_of_a_win_rate_covers_with_few_prompts(prompts, rate):
 
 def test_34_results_say_their_method():
     draw = np.random.default_rng(0)
-    assert statistics.bootstrap_interval(draw.normal(size=10)).method == "t" and statistics.bootstrap_interval(draw.normal(size=20)).method == "bootstrap"
+    assert statistics.bootstrap_interval(draw.normal(size=10)).method == "t"
+    assert statistics.bootstrap_interval(draw.normal(size=20)).method == "bootstrap"
     assert (
         preferences.win_rate([1.0] * 12)["method"] == "wilson"
         and preferences.win_rate([1.0] * 50)["method"] == "wilson"
@@ -414,11 +418,11 @@ def test_34_tables_and_reports_with_few_prompts(tmp_path, no_pictures):
 
 
 def made_up(means: dict[int, float], prompts: int = 6) -> claims.pd.DataFrame:
-    result = lambda seed, mean: {"ids": "x",
-                                 "scores": {j: [[mean + 0.1 * ((k * 7 + seed) % 5)] for k in range(prompts)]
-                                            for j in ("gold", "proxy")},  # noqa: E731
-                                 **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")},
-                                 "ended": [[1]] * prompts}
+    def result(seed, mean):
+        scores = [[mean + 0.1 * ((k * 7 + seed) % 5)] for k in range(prompts)]
+        return {"ids": "x", "scores": {"gold": scores, "proxy": scores}, "ended": [[1]] * prompts,
+                **{k: [[1.0]] * prompts for k in ("tokens", "logps", "start_logps")}}
+
     return claims.pd.DataFrame([{"seed": seed, "result": result(seed, mean)} for seed, mean in means.items()])
 
 
@@ -444,7 +448,7 @@ def test_35_matrix_says_what_the_table_says():
 
 def test_35_one_seed_is_hollow_and_not_on_the_frontier():
     systems = {"start": made_up({0: 0.0, 1: 0.0}), "A": made_up({0: 1.0, 1: 1.1}), "B": made_up({0: 5.0})}
-    axis = figures.plot_frontier(systems).axes[0]
+    axis = figures.plot_frontier(figures.frontier_points(systems)).axes[0]
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in axis.containers}
     assert faces["B (1 seed)"] == "white" and faces["A"] != "white"
     joined = next(line for line in axis.get_lines() if line.get_label() == "frontier")
@@ -462,7 +466,7 @@ def test_35_no_text_counts_the_claims_by_hand():
 def test_35_stored_samples_hold_no_slur():
     # beginnings of words that a policy of random letters may come upon
     parts = ("nigg", "fagg", "kike", "spic ", "tranny", "retard")
-    for path in (ROOT / "nbs").glob("2*.ipynb"):
+    for path in (ROOT / "nbs").glob("9*.ipynb"):  # the pages of findings
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             text = (
                 json.dumps(cell.get("outputs", []), ensure_ascii=False)
@@ -505,7 +509,7 @@ def test_38_nothing_is_said_without_a_record(judged):
                  {"systems": {"start": "smollm2", "LIRE": "nowhere/a", "DPO": "nowhere/b"},
                   "judges": {"proxy": "a", "gold": "b"}})
     page = page_of(run)
-    assert "held-out prompt" not in page and "Training saw" not in page and "training saw" not in page and "24 prompts" in page
+    assert "held-out prompt" not in page and "raining saw" not in page and "24 prompts" in page
     assert "Over-optimization" not in page, "alternatives are no course"
     axis = next(f for n, f in report._figures(run, results.read_systems(run)) if n == "reward_kl").axes[0]
     assert not [line for line in axis.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1
@@ -531,12 +535,14 @@ def test_38_training_prompts_are_no_held_out_prompts(judged, tmp_path):
     systems = {"start": "smollm2", "LIRE": str(home / "round-1" / "policy"), "LIRE 2": str(home / "round-2" / "policy")}
     run = judged(PROMPTS, {"systems": systems, "judges": {"proxy": "vader-1", "gold": "b"}}, names=tuple(systems))
     page = page_of(run)
-    assert "24 prompts, 10 of which training saw" in page and "held-out prompts" not in page and "reward only" not in page
+    assert "24 prompts, 10 of which training saw" in page
+    assert "held-out prompts" not in page and "reward only" not in page
     home2 = trained(tmp_path / "again", ["new"], "smollm2", "vader-1")
     systems = {n: p.replace(str(home), str(home2)) for n, p in systems.items()}
     (run / "config.json").write_text(json.dumps({"systems": systems, "judges": {"proxy": "vader-1", "gold": "b"}}))
     page = page_of(run)
-    assert "24 held-out prompts" in page and "Training saw the proxy reward only." in page and "Over-optimization" in page
+    assert "24 held-out prompts" in page and "Training saw the proxy reward only." in page
+    assert "Over-optimization" in page
 
 
 @pytest.mark.parametrize("config",
@@ -554,10 +560,10 @@ def test_38_strange_records_are_no_records(judged, config):
 def versions(folder: Path, **edits) -> dict:
     from lire_nb.base.versions import Package
 
-    copy = folder / f"copy{len(list(folder.iterdir()))}" / "lire_nb"
-    copy.mkdir(parents=True)
-    for path in Path(experiments.__file__).parent.glob("*.py"):
-        (copy / path.name).write_text(edits.get(path.stem, str)(path.read_text()))
+    copy, home = folder / f"copy{len(list(folder.iterdir()))}" / "lire_nb", Path(experiments.__file__).parents[1]
+    for path in home.rglob("*.py"):
+        (copy / path.relative_to(home)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(home)).write_text(edits.get(path.stem, str)(path.read_text()))
     package = Package(copy)
     return {kind: plans.code_version(kind, package) for kind in ("train", "reward")}
 
@@ -572,13 +578,13 @@ def test_code_version_follows_definitions_not_files(tmp_path):
     moved = versions(
         tmp_path,
         experiments=lambda t: t.replace(text, "").replace(
-            "\nimport torch\n", "\nimport torch\nfrom .scale import ragged_lengths\n", 1
+            "\nimport torch\n", "\nimport torch\nfrom .memory import ragged_lengths\n", 1
         ),
-        scale=lambda t: f"{t}\nimport random\n\n\n{text}",
+        memory=lambda t: f"{t}\nimport random\n\n\n{text}",
     )
     assert moved == now, "a function moved to another module stales nothing"
     remarked = versions(tmp_path, losses=lambda t: "# a remark\n" + t.replace('"""AUTO', '"""auto'),
-                        reporting=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
+                        report=lambda t: t + "\nX = 1\n", bench=lambda t: t.replace("5", "6"))
     assert remarked == now, "remarks and what is not reached stale nothing"
     changed = versions(tmp_path, losses=lambda t: t.replace("temperature: float = 2.0", "temperature: float = 3.0"))
     assert changed["train"] != now["train"] and changed["reward"] == now["reward"]
@@ -646,10 +652,10 @@ def test_42_the_wheel_works_in_an_empty_directory(wheel):
 import lire_nb, pathlib
 assert pathlib.Path(lire_nb.__file__).parents[1].name == "site", lire_nb.__file__
 from lire_nb.tasks import load_task
-from lire_nb import reproduce, tables
+from lire_nb.lab import claims, results, runner
 assert len(load_task("dialogue").reward_lists["train"]) > 100 and len(load_task("summarization").prompts["test"]) > 50
-assert not tables.paper_table("dialogue").empty and len(reproduce.paper_plan("summarization")) == 8
-assert len(tables.load_runs("sentiment")) > 40
+assert not claims.paper_table("dialogue").empty and len(runner.paper_plan("summarization")) == 8
+assert len(results.load_runs("sentiment")) > 40
 from lire_nb.cli import main
 raise SystemExit(main(["reproduce", "--list"]))
 """
@@ -664,7 +670,7 @@ def test_42_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
         monkeypatch.chdir(place)
         assert len(results.load_runs("sentiment")) > 40
         assert not claims.paper_table("dialogue").empty and runner.paper_plan("dialogue")
-        assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_dialogue")
+        assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_methods")
 
 
 def test_helpers_find_markup():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lire_nb.base.errors import LireError, in_markdown
-from lire_nb.lab import figures, report, results
+from lire_nb.lab import claims, figures, report, results
+from lire_nb.proxy import calibration, overoptimization_steps, parting_point
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "data" / "results" / "quickstart"
@@ -37,7 +38,10 @@ def test_report_writes_every_figure_as_png_and_svg(run):
                                                                          for kind in ("png", "svg"))
     for path in (run / "figures").iterdir():
         head = path.read_bytes()
-        assert head[:8] == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else b"<svg" in head and head.rstrip().endswith(b"</svg>")
+        if path.suffix == ".png":
+            assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        else:
+            assert b"<svg" in head and head.rstrip().endswith(b"</svg>")
 
 
 def test_report_is_the_same_for_the_same_files(run, tmp_path):
@@ -57,7 +61,8 @@ def test_report_leaves_out_what_has_no_files(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name in ("start", "lire"):
         lines = [json.loads(line) for line in (RUN / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
-        (tmp_path / "evaluation" / f"{name}.jsonl").write_text("".join(json.dumps(r | {"scores": {"vader": r["scores"]["vader"]}}) + "\n" for r in lines))
+        lines = [r | {"scores": {"vader": r["scores"]["vader"]}} for r in lines]
+        (tmp_path / "evaluation" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     page = report.report(tmp_path).read_text()
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"before_after", "reward_kl"}
     assert "Over-optimization" not in page and "What got worse" in page
@@ -76,12 +81,18 @@ addEventListener('load', () => setTimeout(() => {
   }
   parent.postMessage({
     width: innerWidth, scroll: Math.max(document.documentElement.scrollWidth, document.body.scrollWidth), small: small,
-    images: [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt]), words: document.body.innerText.length
+    images: [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width, i.alt]),
+    words: document.body.innerText.length
   }, '*');
 }, 50));
 </script></body>"""
-FRAME = """<!DOCTYPE html><meta charset="utf-8"><body><iframe src="probe.html" style="border:0;width:{width}px;height:900px"></iframe><script>
-addEventListener('message', e => {{ const out = document.createElement('script'); out.type = 'application/json'; out.id = 'found'; out.textContent = JSON.stringify(e.data); document.body.append(out); }});
+FRAME = """<!DOCTYPE html><meta charset="utf-8"><body>
+<iframe src="probe.html" style="border:0;width:{width}px;height:900px"></iframe><script>
+addEventListener('message', e => {{
+  const out = document.createElement('script');
+  out.type = 'application/json'; out.id = 'found'; out.textContent = JSON.stringify(e.data);
+  document.body.append(out);
+}});
 </script></body>"""
 
 
@@ -144,25 +155,25 @@ def curves(turn, after, prompts, seed, points=9, step=0.25):
 @pytest.mark.parametrize("turn", [0, 3, 6])
 @pytest.mark.parametrize("after, kind", [(-0.25, "falls"), (0.0, "stalls")])
 def test_parting_point_of_known_curves(turn, after, kind):
-    found = [report.parting_point(*curves(turn, after, 200, seed), resamples=1000) for seed in range(40)]
+    found = [parting_point(*curves(turn, after, 200, seed), resamples=1000) for seed in range(40)]
     near = [p is not None and (p == (turn, kind) if kind == "falls" else abs(p[0] - turn) <= 1) for p in found]
     assert sum(near) >= 36, found  # measured over 150 draws: a stall within one point in 94 % or more
 
 
 def test_no_parting_point_where_gold_follows():
-    assert sum(report.parting_point(*curves(99, 0.0, 200, seed), resamples=1000) is None for seed in range(40)) >= 38
+    assert sum(parting_point(*curves(99, 0.0, 200, seed), resamples=1000) is None for seed in range(40)) >= 38
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 1, (2, 6, 200))
-    assert report.parting_point(*noise, resamples=1000) is None  # nothing rises: not over-optimised
+    assert parting_point(*noise, resamples=1000) is None  # nothing rises: not over-optimised
     falling = -0.3 * np.arange(6)[:, None] + noise
-    assert report.parting_point(*falling, resamples=1000) is None
-    few = [report.parting_point(*curves(99, 0.0, 20, seed), resamples=500) for seed in range(40)]
+    assert parting_point(*falling, resamples=1000) is None
+    few = [parting_point(*curves(99, 0.0, 20, seed), resamples=500) for seed in range(40)]
     assert sum(p is None for p in few) >= 34  # measured: 74 of 80 with 20 prompts
 
 
 def test_parting_does_not_depend_on_units():
     proxy, gold = curves(4, -0.2, 200, 0)
-    assert report.parting_point(proxy, gold) == report.parting_point(100 * proxy - 7, 0.01 * gold + 3) == (4, "falls")
+    assert parting_point(proxy, gold) == parting_point(100 * proxy - 7, 0.01 * gold + 3) == (4, "falls")
 
 
 @pytest.mark.parametrize("after, kind", [(-0.25, "falls"), (0.0, "stalls")])
@@ -177,11 +188,11 @@ def test_parting_point_from_the_log_of_a_trainer(after, kind):
                                                   "eval_gold_reward": g.mean(),
                                                  "eval_gold_reward_se": g.std(ddof=1) / 300**0.5} for k,
                                                 (p, g) in enumerate(zip(proxy, gold))]
-        frame = report.overoptimization_steps(history, 300)
+        frame = overoptimization_steps(history, 300)
         found += frame[frame["parts"] != ""][["position", "parts"]].values.tolist()
     assert len(found) == 20 and sum(abs(position - 20) <= 5 and what == kind for position, what in found) >= 18, found
     with pytest.raises(LireError, match="too few evaluations.*eval_gold_reward"):
-        report.overoptimization_steps([{"step": 1, "loss": 0.1}], 300)
+        overoptimization_steps([{"step": 1, "loss": 0.1}], 300)
 
 
 def test_frontier_against_brute_force():
@@ -233,7 +244,8 @@ def test_nothing_got_worse():
     row = {"id": "a", "prompt": "p", "completions": ["x"], "tokens": [3], "logps": [-1.0], "start_logps": [-1.0]}
     systems = {"start": [row | {"scores": {"gold": [0.0]}}] * 3, "new": [row | {"scores": {"gold": [1.0]}}] * 3}
     found = report.explain_worse(systems)
-    assert found.prompts.empty and found.reasons["worse"].isna().all() and "No prompt" in report.markdown_worse(found)
+    assert found.prompts.empty and found.reasons["worse"].isna().all()
+    assert "No prompt got worse." in [content for _, content in report._worse_parts(found)]
 
 
 def test_calibration_against_a_plain_loop():
@@ -249,7 +261,7 @@ def test_calibration_against_a_plain_loop():
                     pairs.append((1 / (1 + math.exp(row["scores"][b] - row["scores"][a])),
                                   row["grades"][a] > row["grades"][b]))
     pairs.sort()
-    found = report.calibration(rows, bins=5)
+    found = calibration(rows, bins=5)
     assert found.pairs == len(pairs) and found.lists == 30 and found.bins["pairs"].sum() == len(pairs)
     error, start = 0.0, 0
     for size, predicted, observed in found.bins[["pairs", "predicted", "observed"]].itertuples(index=False):
@@ -259,7 +271,8 @@ def test_calibration_against_a_plain_loop():
             sum(r for _, r in part) / size
         )
         error += abs(predicted - observed) * size / len(pairs)
-    assert found.error.value == pytest.approx(error) and found.accuracy.value == pytest.approx(sum(r for _, r in pairs) / len(pairs))
+    assert found.error.value == pytest.approx(error)
+    assert found.accuracy.value == pytest.approx(sum(r for _, r in pairs) / len(pairs))
 
 
 def test_calibration_intervals_draw_lists_and_cover():
@@ -274,7 +287,7 @@ def test_calibration_intervals_draw_lists_and_cover():
             good = flip < 1 / (1 + math.exp(-gap))
             rows.append({"id": str(i), "grades": [1.0, 0.0, 0.0, 0.0] if good else [0.0, 1.0, 1.0, 1.0],
                          "scores": [gap, 0.0, 0.0, 0.0]})
-        bins = report.calibration(rows, bins=3, resamples=400, seed=seed).bins
+        bins = calibration(rows, bins=3, resamples=400, seed=seed).bins
         covered += int(((bins["low"] <= bins["predicted"]) & (bins["predicted"] <= bins["high"])).sum())
         total += len(bins)
     assert 0.88 <= covered / total <= 0.99, covered / total
@@ -282,9 +295,9 @@ def test_calibration_intervals_draw_lists_and_cover():
 
 def test_calibration_says_when_there_is_too_little():
     with pytest.raises(LireError, match="too few pairs"):
-        report.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1, 0.2]}] * 3)
+        calibration([{"id": "a", "grades": [1, 0], "scores": [0.1, 0.2]}] * 3)
     with pytest.raises(LireError, match="unequal numbers"):
-        report.calibration([{"id": "a", "grades": [1, 0], "scores": [0.1]}])
+        calibration([{"id": "a", "grades": [1, 0], "scores": [0.1]}])
 
 
 def test_win_matrix_shows_every_pair_with_its_interval(run):
@@ -317,7 +330,8 @@ def test_unmeasured_kl_is_a_dash_and_no_picture(run, tmp_path):
     assert {name for name, _ in report._figures(again, systems)} == set(FIGURES) - {"reward_kl", "frontier"}
     assert "Reward against distance" not in report.report(again).read_text()
     worse = report.explain_worse(systems)
-    assert worse.prompts["KL"].isna().all() and "far from the start" not in " ".join(worse.prompts["reasons"]) and "nan" not in report.markdown_worse(worse)
+    assert worse.prompts["KL"].isna().all() and "far from the start" not in " ".join(worse.prompts["reasons"])
+    assert not [table for table in report.worse_tables(worse) if "nan" in report.markdown_table(table)]
     assert "KL not measured" in report.findings(results.read_metrics(again))[0]
     with pytest.raises(LireError, match="no trained system with a KL"):
         figures.reward_kl_frontier([again])
@@ -328,3 +342,60 @@ def test_text_of_strangers_stays_text():
     text = "<script>x</script> | a_b *c* `d` $e$\n\n# f"
     shown = in_markdown(text)
     assert html.unescape(shown) == " ".join(text.split()) and not set(shown) & set("<>|_*`$")
+
+
+# ---------------------------------------------------------------- one look
+
+
+def test_a_method_has_its_color_in_every_figure():
+    """Points, rows and lines of a method, whatever else is in the figure; judges have colors that no method has."""
+    systems = results.systems_of(results.load_runs("sentiment", ROOT / "data" / "results"))
+    axes = figures.plot_frontier(figures.frontier_points(systems)).axes[0]
+    drawn = {c.get_label(): c.lines[0].get_color() for c in axes.containers}
+    assert drawn == {name: figures.METHOD_COLORS[name] for name in systems if name != "start"}
+    line = figures.along({k: systems["LIRE"] for k in (1, 2)}, lambda runs: results.values_of(runs, "gold"))
+    axes = figures.plot_lines({"mine": line, "LIRE, longer": line, "DPO": line, "vader": line}, "x", "y", "t").axes[0]
+    shown = {c.get_label().split(" (")[0]: c.lines[0].get_color() for c in axes.containers}
+    assert shown["LIRE, longer"] == figures.METHOD_COLORS["LIRE"] and shown["DPO"] == figures.METHOD_COLORS["DPO"]
+    assert shown["vader"] == figures.JUDGE_COLORS["vader"] and shown["mine"] not in figures.METHOD_COLORS.values()
+    judges = {c.lines[0].get_color() for c in figures.plot_gains(systems).axes[0].containers}
+    assert judges == {figures.JUDGE_COLORS["gold"], figures.JUDGE_COLORS["proxy"]}
+
+
+def test_frontier_bars_are_over_prompts_and_dots_are_seeds():
+    systems = results.systems_of(results.load_runs("sentiment", ROOT / "data" / "results"))
+    points = figures.frontier_points(systems).set_index("group")
+    values = results.gain_values(systems["LIRE"], systems["start"])
+    found, wide = points.loc["LIRE"], results.gain(systems["LIRE"], systems["start"])
+    assert [y for _, y in found["dots"]] == pytest.approx(values.mean(1).tolist()) and len(values) == 3
+    assert found["gain"] == pytest.approx(wide.value) and found["gain_high"] - found["gain_low"] < wide.high - wide.low
+
+
+def test_claims_figure_draws_what_decides():
+    store = results.Results(ROOT / "data" / "results")
+    found = {claim.text: claim.measured(store) for claim in claims.CLAIMS}
+    figure = figures.plot_claims(found)
+    drawn = sorted((c.lines[0].get_xdata()[0], c.lines[0].get_color()) for axes in figure.axes for c in axes.containers)
+    assert drawn == sorted((q.interval.value, figures.VERDICT_COLORS[m.verdict]) for m in found.values()
+                           for q in m.quantities if q.decides)
+
+
+def test_pictures_of_the_readme_follow_from_the_rows(tmp_path):
+    """Drawn again they are the stored ones; another matplotlib or another font draws other pixels."""
+    import matplotlib
+
+    pinned = re.search(r"^matplotlib==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if pinned is None or matplotlib.__version__ != pinned[1]:
+        pytest.skip("the stored pictures are those of the pinned matplotlib")
+    store = results.Results(ROOT / "data" / "results")
+    figure = figures.plot_claims({claim.text: claim.measured(store) for claim in claims.CLAIMS})
+    for name, made in (("figures/claims", figure), ("quickstart/figures/reward_kl", figures.plot_reward_kl(RUN))):
+        stored = ROOT / "data" / "results" / f"{name}.png"
+        assert figures.save_figure(made, tmp_path, stored.stem)[0].read_bytes() == stored.read_bytes(), name
+
+
+def test_every_page_is_on_the_map():
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(c["source"]) for c in index["cells"] if c["cell_type"] == "markdown").split("## The map")[1]
+    pages = {path.stem for path in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+    assert pages <= set(re.findall(r"\]\((\w+)\.ipynb\)", text))
