@@ -375,6 +375,16 @@ print(json.dumps([first, loaded(), sorted({"torch", "transformers", "datasets"} 
     assert sum(Path(path).read_text(encoding="utf-8").count("\n") for path in imported.values()) <= 2000
 
 
+def test_a_figure_is_drawn_from_rows_alone():
+    """Tables and figures together import 2,500 lines of this package, and no torch."""
+    code = ("import json, sys; from lire_nb.lab import claims, figures\n"
+            "print(json.dumps([[m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'lire_nb'],"
+            " 'torch' in sys.modules]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    files, torch = json.loads(done.stdout.splitlines()[-1])
+    assert not torch and sum(Path(f).read_text(encoding="utf-8").count("\n") for f in files) <= 2500
+
+
 def test_intervals_cover_what_they_should():
     """Student's interval where only prompts or only seeds vary; the full count is in the notebook."""
     draw = np.random.default_rng(0)

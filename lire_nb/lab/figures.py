@@ -26,9 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..base.errors import in_figure, LireError
-from ..base.files import atomic_write, read_jsonl
-from ..preferences import win_matrix
-from ..proxy import calibration, graded_pairs, independent_judge, prompt_means
 from ..statistics import bootstrap_interval, crossed_interval, FEW, Interval
 from .results import gain_values, read_metrics, read_records, read_systems, values_of, wins
 
@@ -137,6 +134,8 @@ def picture(
 # %% ../../nbs/45_figures.ipynb #a8e87f84
 def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     "Write a figure as PNG and SVG, the same bytes for the same data."
+    from lire_nb.base.files import atomic_write
+
     paths = [Path(folder) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         with figure_style(), atomic_write(path, "wb") as f:
@@ -193,6 +192,8 @@ def run_points(
     run: str | Path,  # the folder of a judged run
 ) -> pd.DataFrame:  # judge, system, kl, kl_low, kl_high, gain, gain_low, gain_high
     "Every trained system of a run by every judge; gains in standard deviations of the start's reward over prompts."
+    from lire_nb.proxy import prompt_means
+
     metrics, start = read_metrics(run), next(iter(read_systems(run).values()))
     kl = metrics[metrics["metric"] == "KL to start"].dropna(subset="value").set_index("system")
     columns, rows = ["value", "low", "high"], []
@@ -208,6 +209,8 @@ def reward_kl_frontier(
     judge: str | None = None,  # default: gold, else the first that is not the proxy
 ) -> pd.DataFrame:  # run, system, kl, kl_low, kl_high, gain, gain_low, gain_high, frontier, and what draws them
     "Every trained system of every run as a point, and whether it is on the reward-KL frontier."
+    from lire_nb.proxy import independent_judge
+
     runs, parts = runs if isinstance(runs, dict) else {Path(run).name: run for run in runs}, []
     for name, run in runs.items():
         systems = read_systems(run)
@@ -429,6 +432,9 @@ def plot_matrix(systems: dict[str, pd.DataFrame], judge: str = "gold") -> Figure
 # %% ../../nbs/45_figures.ipynb #1485c2fa
 def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None = None) -> Figure:
     "The same of the systems of one run."
+    from lire_nb.preferences import win_matrix
+    from lire_nb.proxy import independent_judge
+
     systems = run if isinstance(run, dict) else read_systems(run)
     judge = judge or independent_judge(systems)
     cells = {(c["system"], c["opponent"]): Interval(c["win_rate"], c["low"], c["high"], c["method"])
@@ -464,6 +470,8 @@ def plot_claims(
 # %% ../../nbs/45_figures.ipynb #a2e37765
 def plot_before_after(run: str | Path, judge: str | None = None, system: str | None = None) -> Figure:
     "Reward of every prompt, start policy against another system (the last by default)."
+    from lire_nb.proxy import independent_judge, prompt_means
+
     systems = read_systems(run)
     judge = judge or independent_judge(systems)
     start, system = next(iter(systems)), system or list(systems)[-1]
@@ -486,6 +494,8 @@ def plot_before_after(run: str | Path, judge: str | None = None, system: str | N
 # %% ../../nbs/45_figures.ipynb #4d2d1f97
 def plot_training(run: str | Path) -> Figure:
     "Expected reward of the lists over the optimizer steps of all rounds: the reward that training saw."
+    from lire_nb.base.files import read_jsonl
+
     logs = [read_jsonl(p) for p in sorted(Path(run).glob("round-*/policy/training.jsonl"),
                                           key=lambda p: int(p.parts[-3].split("-")[1]))]
 
@@ -507,6 +517,8 @@ def plot_training(run: str | Path) -> Figure:
 # %% ../../nbs/45_figures.ipynb #ff25d115
 def plot_calibration(rows: list[dict], name: str = "reward model", bins: int = 8) -> Figure:
     "Reliability diagram of a reward model with intervals, and where its confidences lie."
+    from lire_nb.proxy import calibration, graded_pairs
+
     found = calibration(rows, bins)
     table, error = found.bins, found.error
     said = f" [{error.low:.3f}, {error.high:.3f}]" if error.method else f", no interval from fewer than {FEW} lists"
