@@ -416,7 +416,7 @@ def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str,
         if str(policy).startswith(("http://", "https://")):
             raise LireError("is a server, and KL and perplexity need its weights", field=f"system {name}",
                             value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
-                            remedy="compare a server's answers with lire_nb.judges.chat")
+                            remedy="draw its answers with lire sample, and compare them with lire judge")
     slugs = [slug(name) for name in systems]
     if "" in slugs or len(set(slugs)) < len(slugs):
         raise LireError("names that are not different as file names", field="systems", value=list(systems),

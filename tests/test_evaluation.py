@@ -7,6 +7,7 @@ import time
 from itertools import product
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -14,12 +15,21 @@ from scipy import optimize, stats
 from scipy.special import expit, xlogy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    TrainerCallback,
+)
 
 from lire_nb.base.errors import LireError
 from lire_nb.evaluation import (
     KLDivergence,
     LengthControlledWinRate,
+    MeanReward,
     PairAccuracy,
     Perplexity,
     RankingAgreement,
@@ -47,7 +57,7 @@ from lire_nb.sampling import SamplingSettings
 from lire_nb.shared_prompt import ListCollator, padded_rows
 from lire_nb.statistics import bootstrap_interval, paired_difference
 from lire_nb.training import LIREConfig, LIRETrainer
-from lire_nb.watching import EvaluationCallback, undisturbed
+from lire_nb.watching import EvaluationCallback, Onlooker, undisturbed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PUBLISHED = SHARED / "alpaca_eval_leaderboard.csv"
@@ -307,7 +317,7 @@ def test_a_system_that_wins_everything_still_has_a_figure():
 
 @needs_shared
 def test_distance_of_the_length_controlled_figures_from_the_published_ones(verdicts, published):
-    """22_evaluation states these distances and why they are there; both are measured here."""
+    """21_preferences states these distances and why they are there; both are measured here."""
     groups = {name: [v for v in verdicts if v["system"] == name] for name in published}
     columns = {name: tuple([v[key] for v in group] for key in ("preference", "length", "baseline_length")) for name,
                group in groups.items()}
@@ -632,6 +642,33 @@ def test_variety_measures_have_their_limits():
     assert self_bleu(["one two three four five", "six seven eight nine ten"]) < half < 1
 
 
+def test_the_figures_of_systems_are_those_of_the_metrics_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
+    generator = np.random.default_rng(0)
+    rows = {name: [{"id": str(i), "scores": {"gold": list(generator.normal(q, 1, 2))}, "tokens": [3, 4],
+                    "finish_reasons": ["stop", "length"], "logps": list(generator.normal(-9, 1, 2)),
+                    "start_logps": list(generator.normal(-10, 1, 2))} for i in range(30)]
+            for name, q in (("start", 0.0), ("new", 0.5))}
+    found = {(f["system"], f["metric"]): f for f in compare_systems(rows, seed=3)}
+    column = lambda name, key: [r["scores"]["gold"] if key == "gold" else r[key] for r in rows[name]]  # noqa: E731
+    sums = {"predictions": [sum(v) for v in column("new", "start_logps")], "references": [7] * 30}
+    for metric, own in (
+        ("reward", MeanReward.of(predictions=column("new", "gold"), seed=3)),
+        ("win rate", WinRate.of(predictions=column("new", "gold"), references=column("start", "gold"), seed=3)),
+        ("KL to start", KLDivergence.of(predictions=column("new", "logps"), references=column("new", "start_logps"),
+                                        seed=3)),
+        ("perplexity under start", Perplexity.of(**sums, seed=3)),
+    ):
+        assert [found["new", metric][k] for k in ("value", "low", "high", "method")] == list(own.values())[:4], metric
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
+    by_files = WinRate().compute(predictions=column("new", "gold"), references=column("start", "gold"), seed=3)
+    assert by_files["low"] == found["new", "win rate"]["low"] and (tmp_path / "cache").exists()
+    broken = {**rows, "new": [{**rows["new"][0], "scores": {"gold": [1.0, math.nan]}}, *rows["new"][1:]]}
+    with pytest.raises(LireError, match="finite"):
+        compare_systems(broken)
+
+
 # Looking on while a policy trains
 
 
@@ -677,6 +714,26 @@ def test_looking_on_changes_no_bit(words, tmp_path, lora, every):
     assert abs(history[0]["eval_kl"]) < 1e-6 < history[-1]["eval_kl"] and {"eval_letters_reward",
                                                                            "eval_letters_reward_se", "eval_kl_se",
                                                                            "eval_length"} <= set(history[0])
+
+
+def test_an_onlooker_looks_before_the_first_step_and_every_so_many(words, tmp_path):
+    class Steps(Onlooker):
+        seen, modes = [], []
+
+        def measure(self, model, tokenizer):
+            self.modes.append((torch.is_grad_enabled(), tokenizer is words))
+            model.eval()
+            return {"drawn": float(torch.rand(1))}
+
+        def keep(self, found, state, control):
+            self.seen.append((state.global_step, found["drawn"]))
+
+    alone, seen = trained(words, tmp_path), trained(words, tmp_path, also=[look := Steps(every=4)])
+    assert [step for step, _ in look.seen] == [0, 4, 8] and set(look.modes) == {(False, True)}
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.state_dict().values(), seen.model.state_dict().values()))
+    from lire_nb.lab.experiments import _Course
+
+    assert issubclass(_Course, Onlooker) and issubclass(EvaluationCallback, Onlooker)
 
 
 def test_modes_and_random_states_come_back(words):

@@ -176,7 +176,8 @@ class Endpoint:
     or None to cut the connection."""
 
     def __init__(self, behave):
-        self.asked, self.served, self.keys, self.now, self.most, self.lock, self.bodies = Counter(), Counter(), set(), 0, 0, threading.Lock(), []
+        self.asked, self.served, self.keys, self.bodies = Counter(), Counter(), set(), []
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
