@@ -136,7 +136,7 @@ def draw_tokens(
     scores: torch.Tensor,  # (N, V) unnormalized, float32; −inf is never drawn
     uniform: torch.Tensor | None,  # (N,) in [0, 1); None takes the most likely token
 ) -> torch.Tensor:  # (N,) token ids
-    "Draw one token a row; raises `LireError` when a row holds no distribution (NaN, or nothing but −inf)."
+    "Draw one token per row; raises `LireError` when a row holds no distribution (NaN, or nothing but −inf)."
     if uniform is None:
         return scores.argmax(-1)
     heap = scores.softmax(-1).cumsum(-1)
@@ -249,7 +249,7 @@ class _Decoding:
         self.mask, self.scores, self.position = self.mask[rows], self.scores[rows], self.position[rows]
 
     def append(self, tokens: torch.Tensor) -> None:
-        "Write one more token a row."
+        "Write one more token per row."
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         self._forward(tokens[:, None], self.position + 1)
 

@@ -80,7 +80,7 @@ class Patience:
             error = NoAnswer if failures > self.max_retries else LireError  # a server that is away answers nobody
             raise error(f"gave up: {reason}", remedy="look whether the server runs and what it logs, then run the same "
                         "command again: with a journal, only what is missing is asked") from reason
-        if not self.told:  # once an outage, not once a request
+        if not self.told:  # once per outage, not per request
             self.told = True
             limit = f"up to {self.max_retries}×" if self.patience == math.inf else f"for up to {self.patience:g} s"
             logger.warning("%s; trying again %s", reason, limit)
