@@ -39,7 +39,8 @@ VERBS = {
     "trl_online": "train_online",
     "online": "train_online", "verdicts": "judge_pairs", "judging": "judge_pairs", "chat": "ChatJudge",
     "sheets": "make_sheets", "cli": "main",
-    "long_lists": "list_logps_in_parts",
+    "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
+    "proxy": "calibration|overoptimization",
 }
 
 
@@ -47,8 +48,8 @@ VERBS = {
 LAYERS = {
     "base": ("base.errors", "base.files", "base.versions"),
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
-    "statistics": ("statistics", "preferences"),
-    "tasks, models": ("tasks", "models", "identity", "servers"),
+    "statistics": ("statistics", "preferences", "proxy"),
+    "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
