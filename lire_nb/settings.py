@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'UNUSED_ARGUMENTS', 'field_kinds', 'parse_value', 'parse_settings', 'refuse_decided', 'check_ranges',
-           'loss_settings_of', 'usual_value', 'check_used', 'check_arguments']
+           'usual_value', 'loss_settings_of', 'check_used', 'check_arguments']
 
 # %% ../nbs/26_settings.ipynb #cbc1c6b2
 import dataclasses
@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable
 from enum import Enum
 from functools import cache
+from typing import Any
 
 from .base.errors import LireError
 from .rivals import LOSSES, LossSpec
@@ -82,40 +83,33 @@ def field_kinds(
 ) -> dict[str, tuple]:  # name -> the types that its field may have
     "The types of a configuration's fields, from their annotations."
     hints = typing.get_type_hints(config)
-    return {
-        f.name: _kinds(hints[f.name]) + ((type(None),) if f.default is None else ())
-        for f in dataclasses.fields(config)
-        if f.init
-    }
+    return {f.name: tuple(dict.fromkeys((*_kinds(hints[f.name]), *[type(None)] * (f.default is None))))
+            for f in dataclasses.fields(config) if f.init}
 
 # %% ../nbs/26_settings.ipynb #e950e5f4
 def parse_value(
     name: str,  # of the setting, for the message
-    value,  # a text, a number, a boolean, None, or an object that is left as it is
+    value: Any,  # a text, a number, a boolean, None, or an object that is left as it is
     kinds: tuple,  # the types of its field
-):  # the value in the type of its field
+) -> Any:  # the value in the type of its field
     "Read a value by the types of its field; raises `LireError`."
     nothing, plain = type(None) in kinds, isinstance(value, (str, int, float, dict, list, numbers.Real))
     if nothing and (value is None or isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
         return None
     if isinstance(value, Enum) or value is not None and not plain:
         return value
-    readers = [_READERS[kind] for kind in kinds if kind in _READERS]
-    open_text = isinstance(value, str) and (
-        str in kinds or any(isinstance(k, type) and issubclass(k, Enum) for k in kinds)
-    )
-    reasons = []
+    readers, reasons = [_READERS[kind] for kind in kinds if kind in _READERS], []
     for read, _ in readers:
         try:
             return read(value)
         except (ValueError, OverflowError) as e:
             reasons.append(str(e) if not isinstance(e, json.JSONDecodeError) else "not JSON")
-    if open_text or not readers and value is not None:
+    open_text = any(isinstance(kind, type) and issubclass(kind, (str, Enum)) for kind in kinds)
+    if isinstance(value, str) and open_text or not readers and value is not None:
         return value
-    allowed = " or ".join([*(allowed for _, allowed in readers), *(["nothing (none)"] if nothing else [])]) or "a value"
-    raise LireError(
-        reasons[0] if reasons else "missing", field=name, value=value, allowed=allowed, remedy="change this setting"
-    )
+    allowed = [allowed for _, allowed in readers] + ["nothing (none)"] * nothing
+    raise LireError(reasons[0] if reasons else "missing", field=name, value=value,
+                    allowed=" or ".join(allowed) or "a value", remedy="change this setting")
 
 # %% ../nbs/26_settings.ipynb #b9d63137
 _FORMER = {
@@ -136,93 +130,65 @@ def parse_settings(
     config: type,  # the dataclass that they are for
 ) -> dict:  # the same names, with values of the types of their fields
     "Read settings by the types of a configuration's fields; raises `LireError` for an unknown name or an odd value."
-    kinds = field_kinds(config)
+    kinds, defaults = field_kinds(config), {f.name: f.default for f in dataclasses.fields(config)}
     for name in settings:
         if name not in kinds:
-            near = (
-                [_FORMER[name]]
-                if name in _FORMER
-                else difflib.get_close_matches(name, kinds, n=3) or ["loss_type", "temperature", "learning_rate"]
-            )
-            raise LireError(
-                "unknown setting",
-                field=name,
-                allowed=f"a field of {config.__name__}",
-                remedy=f"did you mean {' or '.join(near)}?",
-            )
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+            near = [_FORMER[name]] if name in _FORMER else difflib.get_close_matches(name, kinds, n=3)
+            near = " or ".join(near or ["loss_type", "temperature", "learning_rate"])
+            raise LireError("unknown setting", field=name, allowed=f"a field of {config.__name__}",
+                            remedy=f"did you mean {near}?")
     same = lambda name, value: isinstance(value, str) and value == defaults[name]  # noqa: E731, such as the text "none"
-    return {
-        name: value if same(name, value) else parse_value(name, value, kinds[name]) for name, value in settings.items()
-    }
-
-# %% ../nbs/26_settings.ipynb #fff42978
-_DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}
+    return {name: value if same(name, value) else parse_value(name, value, kinds[name])
+            for name, value in settings.items()}
 
 # %% ../nbs/26_settings.ipynb #546ad4de
+_DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}
+
+
 def refuse_decided(settings: dict) -> None:
     "Raise `LireError` for a setting that the caller of `train_policy` decides in another way."
     for name in sorted(_DECIDED.keys() & settings):
-        raise LireError(
-            f"is decided elsewhere: {_DECIDED[name]}",
-            field=name,
-            value=settings[name],
-            allowed="any other setting",
-            remedy="leave it out of the settings",
-        )
+        raise LireError(f"is decided elsewhere: {_DECIDED[name]}", field=name, value=settings[name],
+                        allowed="any other setting", remedy="leave it out of the settings")
 
 # %% ../nbs/26_settings.ipynb #d7a5af16
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_prompt_length",
-    "max_completion_length",
-    "save_total_limit",
-    "dataloader_prefetch_factor",
-    "torch_empty_cache_steps",
-)
-
-# %% ../nbs/26_settings.ipynb #9872266c
-_AT_LEAST_ZERO = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "save_minutes",
-    "adam_beta1",
-    "adam_beta2",
-    "dataloader_num_workers",
-    "seed",
-    "data_seed",
-    "eval_delay",
-    "adam_epsilon",
-)
-
-# %% ../nbs/26_settings.ipynb #bfbe51e8
-_ABOVE_ZERO = ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")
+_RANGES = {  # what is allowed -> (its test, the fields)
+    "1 or more": (lambda v: v >= 1, (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_prompt_length",
+        "max_completion_length", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps")),
+    "0 or more": (lambda v: v >= 0, (
+        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_minutes", "dataloader_num_workers",
+        "seed", "data_seed", "eval_delay", "adam_epsilon")),
+    "more than 0": (lambda v: v > 0, ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, ("adam_beta1", "adam_beta2")),
+    "1 or more, or -1 for whole passes": (lambda v: v == -1 or v >= 1, ("max_steps",)),
+}
 
 # %% ../nbs/26_settings.ipynb #871ecab1
-def check_ranges(config) -> None:
+def check_ranges(
+    config: Any,  # with fields of `TrainingArguments`
+) -> None:
     "Raise `LireError` for a number that no training can use."
-
-    def check(name, fine: bool, allowed: str):
-        if not fine:
-            raise LireError(
-                "out of range", field=name, value=getattr(config, name), allowed=allowed, remedy="change this setting"
-            )
-
-    for names, test, allowed in (
-        (_AT_LEAST_ONE, lambda v: v >= 1, "1 or more"),
-        (_AT_LEAST_ZERO, lambda v: v >= 0, "0 or more"),
-        (_ABOVE_ZERO, lambda v: v > 0, "more than 0"),
-    ):
+    for allowed, (fits, names) in _RANGES.items():
         for name in names:
             value = getattr(config, name, None)
-            check(name, value is None or test(value), allowed)
-    for name in ("adam_beta1", "adam_beta2"):
-        check(name, getattr(config, name) < 1, "at least 0 and below 1")
-    check("max_steps", config.max_steps == -1 or config.max_steps >= 1, "1 or more, or -1 for whole passes")
+            if value is not None and not fits(value):
+                raise LireError("out of range", field=name, value=value, allowed=allowed, remedy="change this setting")
+
+# %% ../nbs/26_settings.ipynb #9ee0cdb2
+def usual_value(
+    name: str,  # of a setting
+) -> Any:  # None where no registered loss takes it
+    "The default of the first registered loss that takes this setting."
+    return next((spec.settings[name] for spec in LOSSES.values() if name in spec.settings), None)
+
+
+def _check_taken(loss: LossSpec, name: str, value) -> None:
+    "Raise for a setting that the loss does not take."
+    if not loss.takes(name):
+        raise LireError(f"the loss {loss.name} does not take it, so it would have no effect", field=name, value=value,
+                        allowed=", ".join(loss.settings) or "no setting at all",
+                        remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
 
 # %% ../nbs/26_settings.ipynb #6798ccdd
 def loss_settings_of(
@@ -233,57 +199,27 @@ def loss_settings_of(
     "What a loss is called with; raises `LireError` for a setting that it does not take."
     settings = {}
     for name, value in {**given, **kwargs}.items():
-        own, usual = loss.settings.get(name, inspect.Parameter.empty), usual_value(name)
-        if value is None and own is not inspect.Parameter.empty:
-            value = own
-        elif value is None and name in loss.settings:
-            value = usual
+        usual = usual_value(name)
+        if value is None and name in loss.settings:
+            value = usual if loss.settings[name] is inspect.Parameter.empty else loss.settings[name]
         if value is None or name not in kwargs and not value and value == usual and not loss.takes(name):
             continue  # nothing is asked for, or a supervised term of weight 0
         if name in kwargs and given.get(name) not in (None, value):
-            raise LireError(
-                "given twice",
-                field=name,
-                value=(given[name], value),
-                allowed="one value",
-                remedy="leave it out of loss_kwargs",
-            )
+            raise LireError("given twice", field=name, value=(given[name], value), allowed="one value",
+                            remedy="leave it out of loss_kwargs")
         _check_taken(loss, name, value)
         settings[name] = value
     return settings
 
-# %% ../nbs/26_settings.ipynb #9ee0cdb2
-def usual_value(
-    name: str,  # of a setting
-):  # None where no registered loss takes it
-    "The default of the first registered loss that takes this setting."
-    return next((spec.settings[name] for spec in LOSSES.values() if name in spec.settings), None)
-
-# %% ../nbs/26_settings.ipynb #82bdfb82
-def _check_taken(loss: LossSpec, name: str, value) -> None:
-    "Raise for a setting that the loss does not take."
-    if not loss.takes(name):
-        raise LireError(
-            f"the loss {loss.name} does not take it, so it would have no effect",
-            field=name,
-            value=value,
-            allowed=", ".join(loss.settings) or "no setting at all",
-            remedy="leave it out, or choose a loss that takes it; 00_losses has the table of all losses",
-        )
-
-# %% ../nbs/26_settings.ipynb #829a8502
+# %% ../nbs/26_settings.ipynb #b841b396
 _NO_LOGITS = "an evaluation here gives losses and figures of lists, it keeps no predictions"
 _NO_LABELS = "there are no labels, a list has rewards"
 _BATCHES = "our batches hold no input_ids, and the model never reads one column by its name"
 
-# %% ../nbs/26_settings.ipynb #b841b396
 # setting of TrainingArguments -> (values that ask for nothing, why any other has no effect or does harm, what to do)
 UNUSED = {
-    "label_smoothing_factor": (
-        (0, None),
-        _NO_LABELS,
-        "leave it out; sft_weight or a higher temperature make LIRE softer",
-    ),
+    "label_smoothing_factor": ((0, None), _NO_LABELS,
+                               "leave it out; sft_weight or a higher temperature make LIRE softer"),
     "label_names": ((None, []), _NO_LABELS, "leave it out"),
     "include_for_metrics": (([], None), _NO_LOGITS, "leave it out"),
     "batch_eval_metrics": ((False,), _NO_LOGITS, "leave it out"),
@@ -293,32 +229,31 @@ UNUSED = {
     "remove_unused_columns": ((False,), _BATCHES, "leave it at False"),
     "include_num_input_tokens_seen": (("no", False), _BATCHES, "leave it out"),
     "use_liger_kernel": (
-        (False,),
-        "it fuses a cross-entropy with labels, which is not computed here; the head runs in chunks already",
-        "leave it out",
-    ),
+        (False,), "it fuses a cross-entropy with labels, which is not computed here; the head runs in chunks already",
+        "leave it out"),
     "liger_kernel_config": ((None,), "it belongs to use_liger_kernel", "leave it out"),
-    "save_only_model": (
-        (False,),
-        "a checkpoint without the optimizer's state cannot be gone on from exactly",
-        "leave it out; save_total_limit=1 keeps one checkpoint",
-    ),
+    "save_only_model": ((False,), "a checkpoint without the optimizer's state cannot be gone on from exactly",
+                        "leave it out; save_total_limit=1 keeps one checkpoint"),
     "dataloader_in_order": ((True,), "lists would come in an order that depends on the machine's load", "leave it out"),
-    "ignore_data_skip": (
-        (False,),
-        "a run that was stopped would read lists twice and leave others out",
-        "leave it out",
-    ),
-    "resume_from_checkpoint": (
-        (None,),
-        "only scripts of transformers read it",
-        "call train(resume_from_checkpoint=…); lire train goes on by itself",
-    ),
+    "ignore_data_skip": ((False,), "a run that was stopped would read lists twice and leave others out",
+                         "leave it out"),
+    "resume_from_checkpoint": ((None,), "only scripts of transformers read it",
+                               "call train(resume_from_checkpoint=…); lire train goes on by itself"),
 }
 
-# %% ../nbs/26_settings.ipynb #ecdabebf
-# argument of Trainer -> why
-UNUSED_ARGUMENTS = {
+# %% ../nbs/26_settings.ipynb #98224e8e
+def check_used(
+    config: Any,  # with fields of `TrainingArguments`
+) -> None:
+    "Raise `LireError` for an inherited setting that would have no effect."
+    for name, (fine, why, remedy) in UNUSED.items():
+        value = getattr(config, name, fine[0])
+        if not any(value == nothing for nothing in fine):
+            raise LireError(f"has no effect in LIRETrainer: {why}", field=name, value=value, allowed=repr(fine[0]),
+                            remedy=remedy)
+
+# %% ../nbs/26_settings.ipynb #4d2f9809
+UNUSED_ARGUMENTS = {  # argument of Trainer -> why
     "compute_metrics": _NO_LOGITS,
     "preprocess_logits_for_metrics": _NO_LOGITS,
     "compute_loss_func": "the loss is chosen by loss_type, which takes a function too",
@@ -326,17 +261,7 @@ UNUSED_ARGUMENTS = {
     "model_init": "the policy is given as model",
 }
 
-# %% ../nbs/26_settings.ipynb #98224e8e
-def check_used(config) -> None:
-    "Raise `LireError` for an inherited setting that would have no effect."
-    for name, (fine, why, remedy) in UNUSED.items():
-        value = getattr(config, name, fine[0])
-        if not any(value == nothing for nothing in fine):
-            raise LireError(
-                f"has no effect in LIRETrainer: {why}", field=name, value=value, allowed=repr(fine[0]), remedy=remedy
-            )
 
-# %% ../nbs/26_settings.ipynb #4d2f9809
 def check_arguments(
     given: dict,  # further arguments of the trainer
     known: Callable,  # the function that takes them
@@ -344,17 +269,8 @@ def check_arguments(
     "Raise `LireError` for an argument of the trainer that would have no effect, or that it does not have."
     for name, value in given.items():
         if name in UNUSED_ARGUMENTS and value is not None:
-            raise LireError(
-                f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}",
-                field=name,
-                value=value,
-                allowed="None",
-                remedy="leave it out",
-            )
+            raise LireError(f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}", field=name, value=value,
+                            allowed="None", remedy="leave it out")
         if name not in inspect.signature(known).parameters:
-            raise LireError(
-                "unknown argument",
-                field=name,
-                allowed="an argument of transformers.Trainer",
-                remedy="check the spelling; settings belong into LIREConfig",
-            )
+            raise LireError("unknown argument", field=name, allowed="an argument of transformers.Trainer",
+                            remedy="check the spelling; settings belong into LIREConfig")

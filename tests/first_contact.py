@@ -1,8 +1,10 @@
-"""Does LIRE learn with its defaults? 20 steps on list sets of different kinds, each from the same policy. A command, not a test:
+"""Does LIRE learn with its defaults? 20 steps on list sets of different kinds, each from the same policy. A command,
+not a test:
 
     python tests/first_contact.py --out data/results/first_contact.jsonl --hh HH.jsonl.gz --graded GRADED.jsonl
 
-Rows are added as they come; a set and setting that has a row is not run again. `--setting paper` takes `LIREConfig.paper`."""
+Rows are added as they come; a set and setting that has a row is not run again. `--setting paper` takes
+`LIREConfig.paper`."""
 import argparse
 import copy
 import datetime
@@ -49,9 +51,9 @@ def sets(args) -> dict:
 def chosen_lists(source) -> list[dict]:
     """80 lists that can teach, the same at every call."""
     with tempfile.TemporaryDirectory() as place:  # for damaged rows, not beside the source
-        damaged = {"on_error": "quarantine",
-                   "quarantine": Path(place, "damaged.jsonl")} if isinstance(source, (str, Path)) else {}
-        lists = [r for r in load_lists(source, **damaged) if why_mute(r["rewards"]) is None]
+        aside = {"on_error": "quarantine", "quarantine": Path(place, "damaged.jsonl")}
+        rows = load_lists(source, **(aside if isinstance(source, (str, Path)) else {}))
+        lists = [r for r in rows if why_mute(r["rewards"]) is None]
     return random.Random(0).sample(lists, min(len(lists), 4 * STEPS))
 
 
@@ -59,8 +61,8 @@ def look(rows: list[list[float]], lists: list[dict], temperatures: list[float], 
     """P, its best answer, and T times the gradient of each list, at each list's own fixed T."""
     largest, best, moving = [], [], []
     for row, record, T in zip(rows, lists, temperatures):
-        s, r = torch.tensor([row], dtype=torch.float64,
-                            requires_grad=True), torch.tensor([record["rewards"]], dtype=torch.float64)
+        s = torch.tensor([row], dtype=torch.float64, requires_grad=True)
+        r = torch.tensor([record["rewards"]], dtype=torch.float64)
         (gradient,) = torch.autograd.grad(lire_loss(s, r, temperature=T, reward_transform=transform).sum(), s)
         largest.append(list_probs(s.detach(), temperature=T).max().item())
         best.append(list_metrics(s, r, temperature=T)["best_weight"].item())
@@ -74,8 +76,10 @@ def run(name: str, source, setting: str) -> dict:
     seen = [{**r, **{k: [v for v, x in zip(r[k], r["rewards"]) if x is not None] for k in ("completions", "rewards")},
              "meta": {}} for r in lists[:LOOKED_AT]]
     model, tokenizer = load_policy("smollm2")
-    measure = lambda: [row for row,
-                       _ in dataset_logps(model, tokenizer, copy.deepcopy(seen), batch_size=4)]  # noqa: E731
+
+    def measure() -> list[list[float]]:
+        return [row for row, _ in dataset_logps(model, tokenizer, copy.deepcopy(seen), batch_size=4)]
+
     before = measure()
     auto = [statistics.pstdev(row) or 1.0 for row in before]
     with tempfile.TemporaryDirectory() as place:
@@ -85,9 +89,8 @@ def run(name: str, source, setting: str) -> dict:
         trainer = LIRETrainer(model, args, lists, processing_class=tokenizer)
         trainer.train()
     after, history = measure(), trainer.state.log_history
-    first, last, cold = look(before, seen, auto), look(after, seen, auto), look(before, seen, [2.0] * len(seen),
-                                                                                "softmax")
-    flat = look(before, seen, auto, "softmax")
+    first, last = look(before, seen, auto), look(after, seen, auto)
+    cold, flat = (look(before, seen, temperatures, "softmax") for temperatures in ([2.0] * len(seen), auto))
     rise = [b - a for a, b in zip(first["best"], last["best"])]
     return {
         "set": name, "setting": setting, "steps": STEPS, "lists": len(lists),
@@ -112,8 +115,8 @@ def main() -> None:
     parser.add_argument("--graded", help="graded lists of AlpacaEval")
     parser.add_argument("--setting", choices=("default", "paper"), default="default")
     args = parser.parse_args()
-    done = {(r["set"], r["setting"])
-            for r in map(json.loads, args.out.read_text().splitlines())} if args.out.exists() else set()
+    rows = map(json.loads, args.out.read_text().splitlines()) if args.out.exists() else ()
+    done = {(r["set"], r["setting"]) for r in rows}
     for name, source in sets(args).items():
         if (name, args.setting) not in done:
             row = run(name, source, args.setting)

@@ -1,7 +1,8 @@
-"""Every loss a second time: float64, plain Python loops, no torch. Written from the formulas, to be slow and easy to check.
+"""Every loss a second time: float64, plain Python loops, no torch. Written from the formulas, to be slow and easy to
+check.
 
-A list is a Python list of candidates that are real and scored; there is no mask here. The gradient comes from dual numbers: a value
-together with its partial derivatives by each candidate's log-prob.
+A list is a Python list of candidates that are real and scored; there is no mask here. The gradient comes from dual
+numbers: a value together with its partial derivatives by each candidate's log-prob.
 """
 import math
 from dataclasses import dataclass

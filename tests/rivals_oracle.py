@@ -114,7 +114,8 @@ def offline_pg(cands, variant="clip", beta=0.01, clip=0.01, delta=0.1, score="ra
             terms.append(-A * own if A > 0 else -A * min(1.0, math.exp(log_rho.value)) * own)
         else:
             rho = log_rho.exp()
-            clipped = rho if 1 - clip <= rho.value <= 1 + clip else zero(cands) + min(max(rho.value, 1 - clip), 1 + clip)
+            edge = min(max(rho.value, 1 - clip), 1 + clip)
+            clipped = rho if edge == rho.value else zero(cands) + edge
             low = rho * A if rho.value * A <= clipped.value * A else clipped * A
             terms.append(-low + beta * ((-log_rho).exp() + log_rho - 1.0))
     return total(cands, terms)
@@ -209,7 +210,6 @@ def dpo(cands, beta=0.1, pairs="best_worst", variant="sigmoid", score="ratio"):
 
 
 ORACLES = {"infonca": infonca, "nca": nca, "regression": regression, "lipo": lipo, "offline_pg": offline_pg, "awr": awr,
-           "simpo": simpo,
-           "odpo": odpo, "qrpo": qrpo, "swepo": swepo, "kto": kto, "apo": apo, "plackett_luce_dpo": plackett_luce,
-           "dpo": dpo,
+           "simpo": simpo, "odpo": odpo, "qrpo": qrpo, "swepo": swepo, "kto": kto, "apo": apo,
+           "plackett_luce_dpo": plackett_luce, "dpo": dpo,
            "lire": lambda cands, score="sum", **options: lire(cands, score_=score, **options)}

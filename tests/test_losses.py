@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from losses_oracle import ORACLES, candidates, probs
 from torch.testing import assert_close
 
+import lire_nb.losses
 from lire_nb import rivals as losses
 from lire_nb.losses import lire_loss, list_metrics, list_probs, scored_mask, transform_rewards
 from lire_nb.rivals import LOSSES as EVERY
@@ -516,13 +517,17 @@ def test_scored_mask():
     assert scored_mask(torch.tensor([[1, 2]])).all()  # integers are never missing
 
 
-def test_module_needs_only_torch_and_the_standard_library():
-    tree = ast.parse(inspect.getsource(losses))
-    roots = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    roots |= {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-              for alias in node.names}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
-    subprocess.run([sys.executable, "-c", "from lire_nb.losses import *; lire_loss"], check=True)
+def test_both_modules_need_only_torch_and_the_standard_library():
+    for module in (lire_nb.losses, losses):
+        found = [node for node in ast.walk(ast.parse(inspect.getsource(module)))
+                 if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {"." * getattr(node, "level", 0) + (getattr(node, "module", None) or node.names[0].name)
+                 for node in found}
+        inside = {name for name in names if name.startswith((".", "lire_nb"))}
+        assert inside <= {".base.errors", "lire_nb.losses"}
+        assert {name.split(".")[0] for name in names - inside} - set(sys.stdlib_module_names) == {"torch"}
+    code = "from lire_nb.losses import *; lire_loss; import sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---------------------------------------------------------------- TRL

@@ -1,20 +1,23 @@
 """Every rival against a second implementation, against identities, and against TRL on the same log-probs."""
 import inspect
 import math
+import pickle
 import random
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from losses_oracle import ORACLES as FIRST
 from losses_oracle import candidates
 from rivals_oracle import ORACLES
 from test_losses import INF, NAN, FixedLogps, call, pack, random_list
 from torch.testing import assert_close
 
 from lire_nb.losses import lire_loss, list_metrics, scored_mask
-from lire_nb.rivals import LOSSES, RIVALS, get_loss, kto_loss, lipo_loss, offline_pg_loss, qrpo_loss
+from lire_nb.rivals import LOSSES, get_loss, kto_loss, lipo_loss, loss_card, offline_pg_loss, qrpo_loss
 
+RIVALS = {name: spec for name, spec in LOSSES.items() if name not in FIRST}  # test_losses has the others
 SCORES = ("sum", "token", "ratio", "token_ratio")
 CONFIGS = [
     *(("infonca", {"direction": d, "alpha": a}) for d in ("forward", "reverse") for a in (1.0, 3.0)),
@@ -83,8 +86,8 @@ def test_nothing_overflows(name, options, dtype):
 def test_one_candidate_and_tied_lists(name):
     "No preference comes from nothing. InfoNCA and NCA hold a tied list level, and say so on their cards."
     more = {"reward_transform": "rank"} if name == "lipo" else {"delta": 0.0} if name == "offline_pg" else {}
-    logps, refs, lengths = torch.tensor([[-3.0, -5.0, -4.0]]), torch.tensor([[-3.5, -4.0,
-                                                                              -4.0]]), torch.tensor([[3, 4, 5]])
+    logps, refs = torch.tensor([[-3.0, -5.0, -4.0], [-3.5, -4.0, -4.0]]).split(1)
+    lengths = torch.tensor([[3, 4, 5]])
     _, tied = call(name, logps, torch.full((1, 3), 0.3), refs, lengths, **more)
     if name in ("lipo", "simpo", "odpo", "swepo", "kto", "apo"):
         assert tied.tolist() == [[0, 0, 0]]
@@ -115,12 +118,35 @@ def test_every_rival_has_its_card_and_refuses_what_it_cannot_read():
         lire_loss(logps, rewards, score="ratio")
 
 
+def test_a_card_says_what_the_code_does():
+    for name, spec in LOSSES.items():
+        card = loss_card(name)
+        facts = [spec.source, spec.pitfall, spec.optimum, *(f"`{k}={v!r}`" for k, v in spec.settings.items())]
+        assert all(fact in card for fact in facts) and spec.formula in card.replace(r"\|", "|")
+        assert {line.replace(r"\|", "").count("|") for line in card.splitlines()} == {3}, "a cell is broken in two"
+    assert len(loss_card().splitlines()) == 2 + len(LOSSES) and "pitfall" in loss_card("lire", "dpo").splitlines()[0]
+
+
+def test_one_head_for_all_is_a_function_like_any_other():
+    assert pickle.loads(pickle.dumps(kto_loss)) is kto_loss and "arXiv 2402.01306" in kto_loss.__doc__
+    for spec in LOSSES.values():
+        with pytest.raises(TypeError, match="nonsense"):
+            spec.fn(torch.zeros(1, 2), torch.zeros(1, 2), ref_logps=torch.zeros(1, 2), nonsense=1)
+
+
+def test_reverse_infonca_pushes_down_what_is_hopeless():
+    "A share q that rounds to 0 is the smallest number, not one without a say."
+    logps, rewards = torch.tensor([[-3.0, -3.0]]), torch.tensor([[0.0, -200.0]])
+    value, grad = call("infonca", logps, rewards, logps, None, direction="reverse")
+    assert value.item() > 10 and grad[0, 1] > 0 > grad[0, 0]
+
+
 def test_every_rival_keeps_the_rules_of_all_losses():
     "One signature, a nan log-prob of a real candidate is seen, and rewards and reference are data."
     for name, spec in RIVALS.items():
         parameters = inspect.signature(spec.fn).parameters
-        assert list(parameters)[:3] == ["logps", "rewards", "mask"] and {"ref_logps", "lengths",
-                                                                         "score"} <= set(parameters)
+        assert list(parameters)[:3] == ["logps", "rewards", "mask"]
+        assert {"ref_logps", "lengths", "score"} <= set(parameters)
         assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
         more = {"reward_transform": "minmax"} if name == "lipo" else {"z": 0.0} if name == "kto" else {}
         logps, rewards = torch.tensor([[NAN, -1.0], [-2.0, -1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -132,9 +158,12 @@ def test_every_rival_keeps_the_rules_of_all_losses():
 
 
 def test_asks_ref_follows_the_settings():
-    assert not LOSSES["lire"].asks_ref() and LOSSES["lire"].asks_ref(score="ratio") and not LOSSES["dpo"].asks_ref(score="sum")
-    assert LOSSES["offline_pg"].asks_ref() and not LOSSES["offline_pg"].asks_ref(variant="asymre")
-    assert not LOSSES["rrhf"].asks_ref() and not LOSSES["simpo"].asks_ref() and LOSSES["simpo"].asks_ref(score="token_ratio")
+    for name, settings, asked in (
+        ("lire", {}, False), ("lire", {"score": "ratio"}, True), ("dpo", {"score": "sum"}, False),
+        ("offline_pg", {}, True), ("offline_pg", {"variant": "asymre"}, False), ("rrhf", {}, False),
+        ("simpo", {}, False), ("simpo", {"score": "token_ratio"}, True),
+    ):
+        assert LOSSES[name].asks_ref(**settings) is asked, (name, settings)
 
 
 def test_auto_temperature_is_the_spread_and_lists_without_one_teach_nothing():
@@ -154,8 +183,8 @@ def test_auto_temperature_is_the_spread_and_lists_without_one_teach_nothing():
 
 
 def test_kto_reads_the_other_lists_for_its_reference_point():
-    logps, refs = torch.tensor([[-3.0, -5.0], [-2.0, -1.0],
-                                [-9.0, -8.0]]), torch.tensor([[-4.0, -7.0], [-2.5, -3.0], [-8.0, -9.5]])
+    logps = torch.tensor([[-3.0, -5.0], [-2.0, -1.0], [-9.0, -8.0]])
+    refs = torch.tensor([[-4.0, -7.0], [-2.5, -3.0], [-8.0, -9.5]])
     rewards = torch.tensor([[1.0, 0.0]] * 3)
     together = kto_loss(logps, rewards, ref_logps=refs)
     for b in range(3):
@@ -219,8 +248,8 @@ def test_simpo_is_TRLs_loss_on_the_same_log_probs():
     trainer = object.__new__(cpo.CPOTrainer)
     vars(trainer).update(loss_type="simpo", simpo_gamma=0.8, beta=2.5, alpha=0.0, label_smoothing=0.0,
                          accelerator=SimpleNamespace(device="cpu"))
-    logps, lengths = torch.tensor([[-30.0, -44.0], [-20.0, -9.0]],
-                                  dtype=torch.float64), torch.tensor([[20, 31], [9, 8]])
+    logps = torch.tensor([[-30.0, -44.0], [-20.0, -9.0]], dtype=torch.float64)
+    lengths = torch.tensor([[20, 31], [9, 8]])
     theirs = trainer.cpo_loss(*(logps / lengths).T)[0]
     assert_close(LOSSES["simpo"].fn(logps, torch.tensor([[1.0, 0.0]] * 2), lengths=lengths, beta=2.5, gamma=0.8),
                  theirs)
