@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LoadReport', 'iter_lists', 'load_lists', 'as_lists', 'checked_prompts', 'prompt_facts', 'read_lines',
            'load_prompts', 'save_lists', 'check_ending', 'to_trl_pairs', 'to_rrhf']
 
-# %% ../nbs/33_lists.ipynb #a52610ee
+# %% ../nbs/33_lists.ipynb #a7d8c478
 import copy
 import gzip
 import io
@@ -141,7 +141,7 @@ class _Seen:
         self.prompts.add(prompt)
         return True
 
-# %% ../nbs/33_lists.ipynb #8172cdce
+# %% ../nbs/33_lists.ipynb #bd66d998
 def _records(
     source: Any, mapping: dict | None, errors: _Errors, report: LoadReport, seen: _Seen | None, chat: bool | None
 ) -> Iterator[dict]:
@@ -176,7 +176,7 @@ def _instructs(row: dict, record: dict) -> bool | None:
     """True where the row calls its prompt an instruction: a text that is said to a model, so a user turn."""
     return True if isinstance(row.get("instruction"), str) and record["prompt"] != row.get("prompt") else None
 
-# %% ../nbs/33_lists.ipynb #22a6fe24
+# %% ../nbs/33_lists.ipynb #c148eae9
 def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: _Errors, report: LoadReport,
               seen: _Seen | None) -> bool:
     """Whether a record goes on; its rows are counted, or put aside."""
@@ -193,7 +193,7 @@ def _admitted(record: dict, rows: list[Row], layout: str, notes: Notes, errors: 
         report.add_list(record)
     return fresh
 
-# %% ../nbs/33_lists.ipynb #0174fe02
+# %% ../nbs/33_lists.ipynb #3689d89a
 def _run(source: Any, mapping: dict | None, on_error: str, quarantine: Any, report: LoadReport, seen: _Seen | None,
          chat: bool | None) -> Iterator[dict]:
     file = str(source) if isinstance(source, (str, os.PathLike)) else None
@@ -230,7 +230,7 @@ def iter_lists(
 
     Memory does not grow with the file (except for long rows, which must be grouped), and for that reason duplicates are
     not looked for: `load_lists` does. Raises `ListError`.
-    mapping: our field → column(s), dotted paths allowed; without it the layout is recognised. chat: see `as_chat`.
+    mapping: our field → column(s), dotted paths allowed; without it the layout is recognized. chat: see `as_chat`.
     on_error: "raise" or "quarantine". quarantine: where bad rows go, by default `<file>.quarantine.jsonl`; the file
     appears at the end. report: filled while reading.
     """
@@ -337,7 +337,7 @@ def prompt_facts(record: dict) -> dict:
 
 _DRAWN = ("finish_reasons", "token_ids", "logps", "tokenizer")  # never facts about a prompt
 
-# %% ../nbs/33_lists.ipynb #1a4258a4
+# %% ../nbs/33_lists.ipynb #20f6852c
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a UTF-8 file. Only a line feed ends a line, with or without a carriage return before it.
 

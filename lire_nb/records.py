@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'validate_record', 'prompt_id', 'make_record', 'as_chat', 'lists_dataset',
            'candidate_columns', 'select_candidates', 'merge_candidates', 'merge_lists']
 
-# %% ../nbs/12_records.ipynb #2d91f5f6
+# %% ../nbs/12_records.ipynb #3c2dda29
 import hashlib
 import itertools
 import math
@@ -164,7 +164,7 @@ def validate_record(
     except ListError as error:
         raise error.at(None if file is None else str(file), line, num) from None
 
-# %% ../nbs/12_records.ipynb #6310b86b
+# %% ../nbs/12_records.ipynb #2a5cd026
 def prompt_id(prompt: str | list[dict]) -> str:
     """A stable id: 16 hexadecimal digits that depend on the content of `prompt` only."""
     return json_digest(prompt)

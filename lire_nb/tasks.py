@@ -6,7 +6,7 @@
 __all__ = ['logger', 'PROMPT_LENGTHS', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'ASSETS', 'REVIEW_HEADER', 'TASKS',
            'Task', 'text_hash', 'split_of', 'prompt_text', 'split_lists', 'Asset', 'asset_path', 'load_task']
 
-# %% ../nbs/34_tasks.ipynb #e16399ee
+# %% ../nbs/34_tasks.ipynb #ba1258c7
 import csv
 import hashlib
 import html
@@ -190,7 +190,7 @@ def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:
                        stop=("\n\nHuman:", "\n\nAssistant:"),
                        out_of_distribution="several turns, requests to decline, knowledge the prompt does not hold")
 
-# %% ../nbs/34_tasks.ipynb #ddf0c656
+# %% ../nbs/34_tasks.ipynb #c08af948
 def _summarization(path=None, chat: bool = True) -> Task:
     def template(post: str) -> str | list[dict]:
         return as_chat(SUMMARY_REQUEST.format(post=post)) if chat else SUMMARY_PLAIN.format(post=post)
@@ -207,7 +207,7 @@ class Asset:
     package: str  # distribution name on the package index
     version: str  # the version that the stored results were made with
     path: str  # the file or folder inside site-packages
-    what: str  # what it is, with its licence
+    what: str  # what it is, with its license
 
 # %% ../nbs/34_tasks.ipynb #f18ecb17
 ASSETS = {
@@ -244,7 +244,7 @@ _SENTIMENT_SHARES = {"prompts": 0.12, "reward-test": 0.04, "proxy": 0.42, "gold"
 _PROMPT_SHARES = {"train": 0.6, "validation": 0.15, "test": 0.25}
 _OPENING_WORDS = 12
 
-# %% ../nbs/34_tasks.ipynb #51d7280c
+# %% ../nbs/34_tasks.ipynb #ab9eb269
 def _opening(text: str, words: int = _OPENING_WORDS) -> str:
     return " ".join(text.split()[:words])
 
@@ -306,7 +306,7 @@ def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int =
                 "free continuation of a text, no request and no answer; opinion, informal prose",
                 notes={k: len(v) for k, v in parts.items()})
 
-# %% ../nbs/34_tasks.ipynb #fe4ea0bb
+# %% ../nbs/34_tasks.ipynb #1fffba94
 TASKS: dict[str, Callable[..., Task]] = {"dialogue": _dialogue, "summarization": _summarization,
                                          "sentiment": _sentiment}
 

@@ -7,7 +7,7 @@ __all__ = ['logger', 'BLANK', 'atomic_write', 'disk_errors', 'atomic_folder', 's
            'append_jsonl', 'write_json', 'json_digest', 'slug', 'Row', 'read_rows', 'jsonl_rows', 'read_jsonl',
            'take_lock', 'free_lock', 'one_writer', 'sweep_locks']
 
-# %% ../../nbs/31_files.ipynb #7fb8069f
+# %% ../../nbs/31_files.ipynb #45c9321a
 import ast
 import csv
 import errno
@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 
 from .errors import LireError, ListError, without_secrets
 
-# %% ../../nbs/31_files.ipynb #2779fe27
+# %% ../../nbs/31_files.ipynb #a1af364d
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/31_files.ipynb #35ab7d27
@@ -57,7 +57,7 @@ _DISK = {
     errno.ENOENT: "choose a folder that exists or can be made",
 }
 
-# %% ../../nbs/31_files.ipynb #6bcb8e5a
+# %% ../../nbs/31_files.ipynb #1307aab6
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase]:
     """Open `path` for writing so that it appears whole or not at all.
@@ -148,7 +148,7 @@ def _runs(process: int) -> bool:
         return True
     return process != os.getpid()  # a number is given again; we have no draft yet
 
-# %% ../../nbs/31_files.ipynb #72d03d02
+# %% ../../nbs/31_files.ipynb #b965baa4
 def json_line(value: Any) -> bytes:
     "A JSON value on a line of its own, in UTF-8."
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
@@ -159,7 +159,7 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[Any]) -> None:
     with atomic_write(path, "wb") as f:
         f.writelines(map(json_line, records))
 
-# %% ../../nbs/31_files.ipynb #5ddf4546
+# %% ../../nbs/31_files.ipynb #44fb8159
 def append_jsonl(path: str | os.PathLike, records: Iterable[Any]) -> None:
     "Lines at the end of a file, on the disk when this returns; half a line that a crash left there goes first."
     with open(path, "ab+") as f:
@@ -183,7 +183,7 @@ def write_json(path: str | Path, value) -> None:
     with atomic_write(path) as f:
         f.write(json.dumps(without_secrets(value), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/31_files.ipynb #b966c47b
+# %% ../../nbs/31_files.ipynb #ce0906bd
 def json_digest(value: Any, digits: int = 16) -> str:
     "The first hexadecimal digits of a SHA-256 over a JSON value; the order of keys does not count."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
@@ -243,7 +243,7 @@ def _parse_line(line: int, raw: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         return Row(line, text, _bad_json(error))
 
-# %% ../../nbs/31_files.ipynb #ccd18244
+# %% ../../nbs/31_files.ipynb #d3fe2624
 def _read_jsonl(stream: io.IOBase) -> Iterator[Row]:
     return itertools.starmap(_parse_line, enumerate(stream, 1))
 
@@ -255,7 +255,7 @@ def _read_json(stream: io.IOBase) -> Iterator[Row]:
     array = raw.lstrip().startswith(b"[")
     yield from _array_rows(raw.decode(errors="surrogateescape")) if array else _read_jsonl(io.BytesIO(raw))
 
-# %% ../../nbs/31_files.ipynb #68a65170
+# %% ../../nbs/31_files.ipynb #f7bda391
 _gap = re.compile(r"[ \t\r\n]*")
 
 
@@ -351,7 +351,7 @@ def _printed_items(tokens: list[tokenize.TokenInfo], end: str, pairs: bool = Fal
     tokens.pop()
     return found
 
-# %% ../../nbs/31_files.ipynb #49ef26de
+# %% ../../nbs/31_files.ipynb #fc96e137
 def _printed_array(tokens: list[tokenize.TokenInfo], name: str) -> Any:
     """array([…], dtype=object), np.float64(9.0), np.str_('a'): what they hold."""
     while tokens[-1].string == ".":
@@ -375,7 +375,7 @@ _opens = re.compile(
     r"\s*(array\()?[\[{][\[({\s]*(['\"\d.\]}-]|(null|true|false|None|True|False|nan|inf)\b|array\(|np\.|numpy\.)"
 )
 
-# %% ../../nbs/31_files.ipynb #6a1d6479
+# %% ../../nbs/31_files.ipynb #d55784ac
 def _written(text: str) -> Any:
     """The list or dict whose JSON or printed form `text` is; `BLANK` where it is neither."""
     if not _opens.match(text) or not text.rstrip().endswith(("]", "}", ")")):
@@ -414,7 +414,7 @@ def _csv_cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
             return
         yield cells
 
-# %% ../../nbs/31_files.ipynb #0d4e7f0a
+# %% ../../nbs/31_files.ipynb #96ecfd70
 def _read_csv(stream: io.IOBase) -> Iterator[Row]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader, header, line = csv.reader(text, strict=True), None, 1
@@ -450,7 +450,7 @@ def _table_rows(table: pa.Table) -> Iterator[dict]:
             row[name] = None if row[name] is None else json.loads(row[name])
         yield row
 
-# %% ../../nbs/31_files.ipynb #2f1d844b
+# %% ../../nbs/31_files.ipynb #5a90db43
 def _read_parquet(stream: io.IOBase) -> Iterator[Row]:
     batches = pq.ParquetFile(stream).iter_batches(batch_size=500)
     rows = (row for batch in batches for row in _decoded(pa.Table.from_batches([batch])))
@@ -468,7 +468,7 @@ def _decoded(table: pa.Table) -> list:
             ]
     return [row for i in range(len(table)) for row in _decoded(table.slice(i, 1))]
 
-# %% ../../nbs/31_files.ipynb #8c915727
+# %% ../../nbs/31_files.ipynb #0fd16095
 def _plain_rows(rows: Iterable[dict]) -> Iterator[dict]:
     """The rows of a `datasets.Dataset`, or of any iterable, as plain Python values."""
     if isinstance(rows, dict):
@@ -481,7 +481,7 @@ def _plain_rows(rows: Iterable[dict]) -> Iterator[dict]:
     else:
         yield from rows
 
-# %% ../../nbs/31_files.ipynb #0dba22df
+# %% ../../nbs/31_files.ipynb #f8f826ab
 _READERS = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -490,7 +490,7 @@ _READERS = {
     ".parquet": _read_parquet,
 }
 
-# %% ../../nbs/31_files.ipynb #b0cf5df0
+# %% ../../nbs/31_files.ipynb #a2548249
 def _chosen(path: Path, table: dict, what: str) -> Callable:
     """The entry of `table` whose suffix `path` has."""
     for suffix, entry in table.items():
@@ -514,7 +514,7 @@ def _open(path: Path, remedy: str = "check the path") -> io.IOBase:
         return gzip.open(path)
     return stream
 
-# %% ../../nbs/31_files.ipynb #ebf0f9a3
+# %% ../../nbs/31_files.ipynb #a5b5b55b
 def _rows_of(path: Path, read: Callable, remedy: str = "check the path") -> Iterator[Row]:
     """The rows of a file. What could be read before a damage counts; the damage is one bad row more."""
     line = 0
@@ -539,7 +539,7 @@ def read_rows(source: str | os.PathLike | Iterable[dict]) -> Iterator[Row]:
     reader = _chosen(path.with_suffix("") if path.suffix.lower() == ".gz" else path, _READERS, "read")
     yield from _rows_of(path, reader)
 
-# %% ../../nbs/31_files.ipynb #b92d0364
+# %% ../../nbs/31_files.ipynb #8ffa82c8
 def jsonl_rows(path: str | os.PathLike, torn: bool = False, remedy: str = "check the path") -> Iterator[Row]:
     "The lines of a file, whatever it is called; torn: half a line at its end is cut off the file. Raises `LireError`."
     if torn:
@@ -583,7 +583,7 @@ def free_lock(lock: filelock.BaseFileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
-# %% ../../nbs/31_files.ipynb #5ff24a4a
+# %% ../../nbs/31_files.ipynb #2992ff58
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
 
@@ -621,7 +621,7 @@ def one_writer(
         if fresh and not any(path.parent.iterdir()):
             path.parent.rmdir()  # nothing came of it
 
-# %% ../../nbs/31_files.ipynb #609ff83d
+# %% ../../nbs/31_files.ipynb #4621bc0a
 def sweep_locks(
     folder: str | Path,
 ) -> list[Path]:  # what was deleted
@@ -643,7 +643,7 @@ def _batches(items: Iterable, size: int = _BATCH) -> Iterator[list]:
     while batch := list(itertools.islice(items, size)):
         yield batch
 
-# %% ../../nbs/31_files.ipynb #a043106a
+# %% ../../nbs/31_files.ipynb #1195ae9b
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 # for meta: equal dicts, equal bytes
 _sorted_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True).encode
