@@ -195,6 +195,7 @@ def online_settings(
     return {**same, **training, **sampling, **budget}
 
 # %% ../../nbs/49_trl_online.ipynb #08dc26ac
+# long: half of it is the signature
 def train_online(
     policy: str | Path,  # the start policy: asset, folder or hub id
     prompts: Iterable[dict],  # records with "id", "prompt", "meta"
