@@ -11,7 +11,7 @@ _HOMES = {
     "conversations": ("render_prompt",),
     "lists": ("load_lists", "save_lists"),
     "tasks": ("load_task",),
-    "models": ("load_policy", "load_tokenizer"),
+    "models": ("Policy", "load_policy", "load_tokenizer"),
     "sampling": ("sample_lists",),
     "rewards": ("RewardModel", "score_lists", "train_reward_model"),
     "shared_prompt": ("ListCollator", "tokenize_list"),

@@ -14,19 +14,19 @@ from yardstick import import_seconds
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 EXPECTED = [
-    "00_whole_way", "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards",
-    "16_shared_prompt",
-    "17_logprobs",
-    "18_training", "19_enhancement", "20_statistics", "21_preferences", "22_evaluation", "23_watching",
-    "24_temperature",
-    "25_path_check", "26_settings", "30_errors", "31_files", "32_layouts", "33_lists", "34_tasks", "35_models",
-    "36_identity",
-    "37_versions", "38_resume", "39_servers", "40_experiments", "41_plans", "42_runner", "43_results", "44_claims",
-    "45_figures",
-    "46_report", "47_bench", "48_memory", "49_trl_online", "50_verdicts", "51_chat", "52_sheets", "60_cli",
-    "70_long_lists",
-    "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds",
-    "95_overoptimization", "96_transfer", "97_cost", "index",
+    "00_whole_way",
+    "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards", "16_shared_prompt",
+    "17_logprobs", "18_training", "19_enhancement",
+    "20_statistics", "21_preferences", "22_evaluation", "23_watching", "24_temperature", "25_path_check", "26_settings",
+    "27_adapters", "28_proxy",
+    "30_errors", "31_files", "32_layouts", "33_lists", "34_tasks", "35_models", "36_identity", "37_versions",
+    "38_resume", "39_servers",
+    "40_experiments", "41_plans", "42_runner", "43_results", "44_claims", "45_figures", "46_report", "47_bench",
+    "48_memory", "49_trl_online",
+    "50_verdicts", "51_chat", "52_sheets", "60_cli", "70_long_lists",
+    "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
+    "97_cost",
+    "index",
 ]
 DRAWN = [name for name in EXPECTED if name >= "90"]  # from data/results alone
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HUB_OFFLINE": "1"}
