@@ -353,7 +353,8 @@ def verdict_frame(
     verdicts: Iterable[dict],  # of several judges
     system: str | None = None,
     against: str | None = None,
-) -> pd.DataFrame:  # a row per prompt, a column per judge: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
+# a row per prompt, a column per judge: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
+) -> pd.DataFrame:
     "Who said what about which prompt; identical answers are left out, as nobody was asked."
     verdicts, _, _ = _select(verdicts, system, against)
     said = defaultdict(list)
