@@ -34,13 +34,13 @@ VERBS = {
     "servers": "run_requests", "experiments": "run_experiment", "plans": "plan", "runner": "reproduce",
     "reproduce": "reproduce",
     "results": "load_runs|read_systems", "claims": "verdict_table", "tables": "verdict_table",
-    "figures": "plot_gains|plot_before_after", "report": "report",
+    "figures": "plot_frontier|plot_before_after", "report": "report",
     "reporting": "report", "bench": "bench_point|interleaved", "memory": "memory_plan", "scale": "memory_plan",
     "trl_online": "train_online",
     "online": "train_online", "verdicts": "judge_pairs", "judging": "judge_pairs", "chat": "ChatJudge",
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
-    "proxy": "calibration|overoptimization",
+    "proxy": "parting_point|calibration",
 }
 
 

@@ -65,7 +65,10 @@ def _in_parts(model, batch: dict, candidates_at_once: int, impl: str) -> tuple[t
     if path_of(model, batch, impl) == "shared" and not prompt_again(model, batch):
         return summed(batch, after_kept_prompts(model, batch, candidates_at_once))
     call = Twice(model, batch["prompt_ids"].device.type)
-    of_part = lambda part: list_logps(model, part, impl=impl)[0][part["list_index"], part["candidate_index"]]  # noqa: E731
+
+    def of_part(part):
+        return list_logps(model, part, impl=impl)[0][part["list_index"], part["candidate_index"]]
+
     values = torch.cat([call(of_part, part) for part in batch_parts(batch, candidates_at_once)])
     return in_table(batch, values), in_table(batch, batch["completion_lengths"])
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .base.errors import moved
 from lire_nb.losses import (
     _add_sft, _as_lists, _better, _both, _centered, _check_choice, _check_number, _check_tensor, _fail, _finite, _gaps,
     lire_loss, _Lists, _masked_mean, _pair_mean, _per_token, _rank, _refuse, _score, _sft, _softmax, _spread,
@@ -610,3 +611,8 @@ def loss_card(
     else:
         head, *rows = [[*facts[0]][:-1], *([*one.values()][:-1] for one in facts)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+# %% ../nbs/11_rivals.ipynb #300b99c9
+def __getattr__(name: str):
+    "Say where a name that moved is now."
+    raise moved(__name__, name)

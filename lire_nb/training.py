@@ -66,7 +66,7 @@ class LIREConfig(TrainingArguments):
     logging_steps: float = 1
     remove_unused_columns: bool = False  # our columns are not arguments of the model
     bf16: bool | None = None  # None: where the processor is fast at it
-    loss_type: str | Callable = "lire"  # a name in `losses.LOSSES`, or a callable with the same signature
+    loss_type: str | Callable = "lire"  # a name in `rivals.LOSSES`, or a callable with the same signature
     # T, or "auto"; None, here and below: the loss's own default, for LIRE "auto"
     temperature: float | str | None = None
     reward_transform: str | None = None  # of LIRE: "zscore" (its default), "softmax", "none" or "rank"

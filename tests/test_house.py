@@ -68,23 +68,25 @@ def test_the_house_keeps_its_measures():
     assert found["verb past a third"] == 0, [p.stem for p in PAGES if house.notebook(p)["verb at"] > 1 / 3]
 
 
-def moved() -> list[tuple[str, str, str]]:
+def moved() -> list[tuple[str, str, str, str]]:
+    """Old module, new module, old name, new name."""
     from lire_nb.base.errors import MOVED
 
-    return [(old, new, name) for old, rooms in MOVED.items() for new, names in rooms.items() for name in names.split()]
+    return [(old, new, *(entry.split("=") * 2)[:2]) for old, rooms in MOVED.items() for new, names in rooms.items()
+            for entry in names.split()]
 
 
 def test_every_name_that_moved_is_where_it_is_said_to_be():
-    for old, new, name in moved():
-        assert hasattr(importlib.import_module(f"lire_nb.{new}"),
-                       name), f"lire_nb.{new} has no {name}, which lire_nb.{old} had"
+    for old, new, name, now in moved():
+        found = importlib.import_module(f"lire_nb.{new}")
+        assert hasattr(found, now), f"lire_nb.{new} has no {now}, which was lire_nb.{old}.{name}"
 
 
 def test_an_old_import_is_told_the_new_place():
     """Every moved name is either still importable from its old room, or an ImportError names the new one."""
-    code = ("import importlib, json, sys\nlost = []\nfor old, new, name in json.load(sys.stdin):\n"
+    code = ("import importlib, json, sys\nlost = []\nfor old, new, name, now in json.load(sys.stdin):\n"
             "    try:\n        exec(f'from lire_nb.{old} import {name}')\n"
-            "    except ImportError as e:\n        lost += [] if f'lire_nb.{new}' in str(e) and name in str(e) else "
+            "    except ImportError as e:\n        lost += [] if f'lire_nb.{new}' in str(e) and now in str(e) else "
             "[(old, name, str(e))]\n"
             "print(json.dumps(lost))")
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(moved()), capture_output=True, text=True,

@@ -183,9 +183,48 @@ def data_path(
 
 # %% ../../nbs/30_errors.ipynb #937ef4a7
 # long: a table
-MOVED = {  # old module -> {new module: the names that are there now}
-    "losses": {
-        "rivals": "dpo_loss get_loss LOSSES LossSpec plackett_luce_dpo_loss pro_loss rrhf_loss sft_loss slic_loss",
+MOVED = {  # old module -> {new module: the names that are there now, old=new where the name changed too}
+    "evaluation": {
+        "statistics": "bootstrap_interval FEW Interval paired_difference wilson_interval",
+        "judges.verdicts": "load_verdicts read_preference VERDICT_LAYOUTS VerdictReport",
+        "preferences": (
+            "has_kl judge_agreement judge_verdicts leaderboard length_controlled_win_rate length_slope "
+            "preferences RIDGE share_interval system_difference win_matrix win_rate"
+        ),
+        "base.files": "slug write_jsonl",
+        "watching": "EvaluationCallback undisturbed",
+    },
+    "sampling": {
+        "servers": "check_address Journal NoAnswer run_requests TryLater",
+    },
+    "enhancement": {
+        "base.files": "atomic_folder disk_errors sweep_drafts write_json",
+        "identity": "check_claim claim_folder",
+        "adapters": "check_adapter",
+    },
+    "reporting": {
+        "base.files": "read_jsonl",
+        "lab.results": "read_metrics read_records read_systems Records",
+        "lab.report": (
+            "explain_worse findings markdown_samples=samples_text markdown_table pick_samples read_held_out "
+            "report results_table Worse worse_tables"
+        ),
+        "lab.figures": (
+            "COLORS=METHOD_COLORS draw_win_matrix=heat_map figure_style non_dominated picture plot_before_after "
+            "plot_calibration plot_overoptimization plot_reward_kl plot_reward_kl_frontier=plot_frontier "
+            "plot_training plot_win_matrix reward_kl_frontier save_figure"
+        ),
+        "proxy": (
+            "Calibration calibration independent_judge overoptimization overoptimization_steps parting_point "
+            "parting_sentence prompt_means"
+        ),
+    },
+    "bench": {
+        "lab.bench": (
+            "AT_ONCE authors_logps bench_batch bench_long bench_pairs bench_point forward_flops gradient_step "
+            "GRID interleaved layer_parameters LONG peak_growth Point profile_step review_pairs spread trl_steps "
+            "WAYS"
+        ),
     },
     "shown": {
         "base.errors": (
@@ -198,19 +237,64 @@ MOVED = {  # old module -> {new module: the names that are there now}
             "as_chat candidate_columns FEATURES FIELDS lists_dataset make_record merge_candidates merge_lists "
             "prompt_id ROLES select_candidates validate_record"
         ),
-        "base.errors": "LireError ListError",
         "base.files": "atomic_write BLANK read_rows Row",
         "layouts": "join_transcript Layout LAYOUTS Notes parse_transcript rank_rewards spaced unspaced",
+        "base.errors": "LireError ListError",
         "conversations": "describe_lists list_table plot_lists",
     },
-    "tasks": {
-        "base.errors": "data_path",
+    "tables": {
+        "lab.claims": (
+            "beside_paper CLAIMS NotMeasured off_mean paper_table reward_table sample_text summary_table "
+            "transfer_gain verdict verdict_table verdict_text"
+        ),
+        "lab.results": (
+            "about_runs difference distance final_runs gain gain_values load_runs points_of search_table shown "
+            "spread_of start_perplexity system_table systems_of values_of wins"
+        ),
+        "statistics": "crossed_bootstrap crossed_interval",
+        "lab.figures": "along Line plot_frontier plot_gains plot_lines plot_matrix",
+    },
+    "training": {
+        "resume": (
+            "changed_files checkpoints ExactTrainer Interrupted last_checkpoint on_sigterm read_manifest Stopped "
+            "write_manifest"
+        ),
+        "adapters": "check_peft_config check_same_adapter put_adapter with_adapter",
+        "lists": "as_lists",
+    },
+    "versions": {
+        "base.versions": "definitions installed Module Package read_module version",
+    },
+    "scale": {
+        "lab.memory": (
+            "batch_bytes CARDS count_parameters DTYPES launch_command launch_plan lora_config memory_plan "
+            "memory_table meta_model model_config MODELS OPTIMIZERS PAPER_TARGETS read_recipe resting_bytes "
+            "SHARDINGS step_settings"
+        ),
+    },
+    "online": {
+        "lab.trl_online": "encode_prompts generation_budget METHODS online_settings OnlineReward train_online",
+    },
+    "reproduce": {
+        "lab.plans": (
+            "CORE experiment Find grid_settings GRIDS mean_score NAMES plan Run SCALES SEARCH search Table "
+            "table_of TABLES"
+        ),
+        "lab.runner": "dry_run HUB PAPER paper_plan progress_rows RECIPES reproduce reward_stand_in",
+        "lab.results": "code_of Results results_folder",
+    },
+    "judging": {
+        "judges.verdicts": (
+            "Agreement agreement Comparison CRITERION fill_template FunctionJudge judge_pairs JudgedPrompts "
+            "make_pairs Pair parse_verdict read_comparison TEMPLATE verdict_table=verdict_frame VERDICTS "
+            "verdicts_to_preferences"
+        ),
+        "judges.chat": "ChatJudge Cost",
+        "judges.sheets": "check_sheets COLUMNS make_sheets read_sheets SheetWidget",
     },
     "identity": {
+        "models": "digest",
         "base.files": "free_lock one_writer sweep_locks take_lock",
-    },
-    "sampling": {
-        "servers": "check_address Journal NoAnswer run_requests TryLater",
     },
     "logprobs": {
         "shared_prompt": (
@@ -220,96 +304,28 @@ MOVED = {  # old module -> {new module: the names that are there now}
         ),
         "path_check": "check_paths PathCheck to_device verified",
     },
-    "training": {
-        "resume": (
-            "changed_files checkpoints ExactTrainer Interrupted last_checkpoint on_sigterm read_manifest Stopped "
-            "write_manifest"
-        ),
-        "lists": "as_lists",
-    },
-    "scale": {
-        "lab.memory": (
-            "batch_bytes CARDS count_parameters DTYPES launch_command launch_plan lora_config memory_plan "
-            "memory_table meta_model model_config MODELS OPTIMIZERS PAPER_TARGETS read_recipe resting_bytes "
-            "SHARDINGS step_settings"
-        ),
-    },
-    "enhancement": {
-        "base.files": "atomic_folder disk_errors sweep_drafts write_json",
-        "identity": "check_claim claim_folder",
-    },
-    "online": {
-        "lab.trl_online": "encode_prompts generation_budget METHODS online_settings OnlineReward train_online",
-    },
-    "evaluation": {
-        "statistics": "bootstrap_interval FEW has_kl Interval paired_difference wilson_interval",
-        "preferences": (
-            "judge_agreement judge_verdicts leaderboard length_controlled_win_rate length_slope preferences RIDGE "
-            "share_interval system_difference win_matrix win_rate"
-        ),
-        "judges.verdicts": "load_verdicts read_preference VERDICT_LAYOUTS VerdictReport",
-        "base.files": "slug write_jsonl",
-        "watching": "EvaluationCallback undisturbed",
-    },
-    "judging": {
-        "judges.verdicts": (
-            "Agreement agreement Comparison CRITERION fill_template FunctionJudge judge_pairs JudgedPrompts "
-            "make_pairs Pair parse_verdict read_comparison TEMPLATE verdict_table VERDICTS "
-            "verdicts_to_preferences"
-        ),
-        "judges.chat": "ChatJudge Cost",
-        "judges.sheets": "check_sheets COLUMNS make_sheets read_sheets SheetWidget",
-    },
-    "reporting": {
-        "base.files": "read_jsonl",
-        "lab.results": "read_metrics read_records read_systems Records",
-        "lab.report": (
-            "Calibration calibration explain_worse findings markdown_samples markdown_table markdown_worse "
-            "overoptimization overoptimization_steps parting_point parting_sentence pick_samples plot_calibration "
-            "plot_overoptimization read_held_out report results_table Worse worse_tables"
-        ),
-        "lab.figures": (
-            "COLORS draw_win_matrix figure_style independent_judge non_dominated picture plot_before_after "
-            "plot_reward_kl plot_reward_kl_frontier plot_training plot_win_matrix prompt_means reward_kl_frontier "
-            "save_figure"
-        ),
-    },
-    "bench": {
-        "lab.bench": (
-            "AT_ONCE authors_logps bench_batch bench_long bench_pairs bench_point forward_flops gradient_step "
-            "GRID interleaved layer_parameters LONG peak_growth Point profile_step review_pairs spread trl_steps "
-            "WAYS"
-        ),
-    },
-    "versions": {
-        "base.versions": "definitions installed Module Package read_module version",
-    },
     "experiments": {
-        "lab.plans": "code_version config_key",
+        "lab.plans": "code_version config_key MADE",
         "lab.experiments": (
             "compact given_candidates judges_of KINDS prompts_of ragged_lengths reward_folder reward_lists "
             "reward_spec run_experiment source_lists stand_in take_candidates trained_lists"
         ),
     },
-    "reproduce": {
-        "lab.plans": (
-            "CORE experiment Find grid_settings GRIDS mean_score NAMES plan Run SCALES SEARCH search Table "
-            "table_of TABLES"
-        ),
-        "lab.results": "code_of Results results_folder",
-        "lab.runner": "dry_run HUB PAPER paper_plan progress_rows RECIPES reproduce reward_stand_in",
+    "models": {
+        "adapters": "merged_policy",
+        "models": "adapter_base=Policy adapter_config=Policy",
     },
-    "tables": {
-        "lab.results": (
-            "about_runs difference distance final_runs gain gain_values load_runs points_of search_table shown "
-            "spread_of start_perplexity system_table systems_of values_of wins"
-        ),
-        "statistics": "crossed_bootstrap crossed_interval",
-        "lab.figures": "along Line plot_frontier plot_gains plot_lines plot_matrix",
-        "lab.claims": (
-            "beside_paper CLAIMS NotMeasured off_mean paper_table reward_table sample_text summary_table "
-            "transfer_gain verdict verdict_table verdict_text"
-        ),
+    "losses": {
+        "rivals": "dpo_loss get_loss LOSSES LossSpec plackett_luce_dpo_loss pro_loss rrhf_loss sft_loss slic_loss",
+    },
+    "tasks": {
+        "base.errors": "data_path",
+    },
+    "rivals": {
+        "rivals": "RIVALS=LOSSES",
+    },
+    "cli": {
+        "base.files": "read_rows_of=read_jsonl",
     },
 }
 
@@ -321,8 +337,9 @@ def moved(
     "`ImportError` with the new place of a name that moved, else Python's own `AttributeError`."
     old = module.partition(".")[2]
     for new, names in MOVED.get(old, {}).items():
-        if name in names.split():
-            return ImportError(f"{name} is no longer in {module}: from lire_nb.{new} import {name}")
+        now = {entry.partition("=")[0]: entry.rpartition("=")[2] for entry in names.split()}
+        if name in now:
+            return ImportError(f"{name} is no longer in {module}: from lire_nb.{new} import {now[name]}")
     return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 # %% ../../nbs/30_errors.ipynb #dd1fe3f9

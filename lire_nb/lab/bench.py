@@ -86,7 +86,7 @@ def gradient_step(
     model: torch.nn.Module,
     batch: dict,
     way: str,  # a key of `WAYS` or `LONG`
-    loss: str = "lire",  # a name in `losses.LOSSES`
+    loss: str = "lire",  # a name in `rivals.LOSSES`
 ) -> None:
     "Forward, loss, backward. Without the optimizer's update and a reference model's pass, the same for all ways."
     model.zero_grad(set_to_none=True)
@@ -309,7 +309,7 @@ def bench_point(
     ways: Iterable[str] = tuple(WAYS),
     repeats: int = 5,
     memory: bool = True,
-    loss: str = "lire",  # a name in `losses.LOSSES`
+    loss: str = "lire",  # a name in `rivals.LOSSES`
 ) -> list[dict]:  # one row a way
     "Time and memory of one gradient step of each way, beside the ratio that arithmetic allows."
     batch = bench_batch(point, model.config.vocab_size, device=next(model.parameters()).device)
