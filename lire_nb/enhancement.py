@@ -81,7 +81,6 @@ class Rounds:
 # %% ../nbs/19_enhancement.ipynb #d0f835cb
 def _checked(asked: Rounds, policy: Policy) -> Rounds:
     "The same with each prompt once and the stop rule's limit; raises `LireError` for what cannot be run."
-    _check_arguments(asked)
     check_options(policy, asked.training, asked.trainer_options)
     limit, stop, tokenizer = prompt_limit(asked.training), asked.stop, policy.tokenizer()
     if isinstance(stop, StopRule):
@@ -143,10 +142,13 @@ def self_enhance(
 ) -> list[Path]:  # the policy folder of every round
     """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
     it goes on where it stopped."""
-    start, run_folder, folders = Policy.of(policy), Path(run_folder), []
-    asked = _checked(Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,
-                            check_settings(training or {}), seed, progress, pool, max_candidates, contrastive, stop,
-                            trainer_options), start)
+    run_folder, folders = Path(run_folder), []
+    asked = Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,
+                   check_settings(training or {}), seed, progress, pool, max_candidates, contrastive, stop,
+                   trainer_options)
+    _check_arguments(asked)
+    start = Policy.of(policy)
+    asked = _checked(asked, start)
     kept = "the stages that are finished are kept, start again to go on"
     with one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
         _claim_run(run_folder, asked.identity(start), start)
@@ -367,8 +369,8 @@ def train_policy(
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
-    policy, folder, lists = Policy.of(policy), Path(folder), by_id(as_lists(lists, "lists"))
-    settings = check_settings(settings)
+    folder, lists, settings = Path(folder), by_id(as_lists(lists, "lists")), check_settings(settings)
+    policy = Policy.of(policy)
     check_options(policy, settings, trainer_options, merge_adapter)
     options, partial = trainer_options or {}, folder.with_name(f"{folder.name}.partial")
     with one_writer(folder, "another training", inside=False):
