@@ -324,9 +324,6 @@ MOVED = {  # old module -> {new module: the names that are there now, old=new wh
     "rivals": {
         "rivals": "RIVALS=LOSSES",
     },
-    "cli": {
-        "base.files": "read_rows_of=read_jsonl",
-    },
 }
 
 # %% ../../nbs/30_errors.ipynb #158e2941
