@@ -268,8 +268,8 @@ def self_bleu(
         raise LireError("not installed", field="self_bleu", value="sacrebleu",
                         allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
     bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100 for i,
-              text in enumerate(texts) if len(texts) > 1]
+    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100
+              for i, text in enumerate(texts) if len(texts) > 1]
     return float(np.mean(scores)) if scores else math.nan
 
 # %% ../nbs/22_evaluation.ipynb #7212285a
@@ -434,11 +434,11 @@ def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str,
 # %% ../nbs/22_evaluation.ipynb #633ebff7
 def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict) -> dict[str, dict]:
     "What each system's rows are made from."
-    limits = {name: p.default for name,
-              p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty
+    limits = {name: p.default
+              for name, p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty
               and name not in ("seed", "progress")}
-    limits = {k: asdict(v) if is_dataclass(v) else v for k,
-              v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
+    limits = {k: asdict(v) if is_dataclass(v) else v
+              for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
     same = {"prompts": prompts_identity(prompts),
             "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
             "options": plain_value(limits)}
@@ -500,7 +500,7 @@ def _logits_at(model, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor
 def token_kl(
     policy: torch.nn.Module,
     start: torch.nn.Module | None,  # None: the policy that its adapter's training began with, see `policy_at_start`
-    batch: dict,  # from `logprobs.ListCollator`, on the models' device
+    batch: dict,  # from `shared_prompt.ListCollator`, on the models' device
     chunk: int = CHUNK,  # positions whose distributions exist at once
 ) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
     "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."

@@ -416,8 +416,8 @@ def _holds_turns(value: Any) -> bool:
 # %% ../nbs/33_lists.ipynb #66472106
 def _jsonl(record: dict) -> str:
     """One line: the fields in their order, meta sorted."""
-    return "{" + ", ".join(f'"{name}": {(_sorted_json if name == "meta" else _json)(value)}' for name,
-                           value in record.items()) + "}\n"
+    return "{" + ", ".join(f'"{name}": {(_sorted_json if name == "meta" else _json)(value)}'
+                           for name, value in record.items()) + "}\n"
 
 
 def _write_jsonl(records: Iterable[dict], handle: io.IOBase) -> None:

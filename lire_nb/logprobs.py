@@ -279,8 +279,8 @@ def measure_candidates(
 ) -> list[list]:
     "What `measure` finds for the candidates that have something to measure."
     said = [[bool(text or ids) for text, ids in zip(r["completions"], _column(r, "token_ids"))] for r in lists]
-    kept = [[j for j, good in enumerate(row) if good and (wanted is None or wanted[i][j])] for i,
-            row in enumerate(said)]
+    kept = [[j for j, good in enumerate(row) if good and (wanted is None or wanted[i][j])]
+            for i, row in enumerate(said)]
     parts = [select_candidates(r, keep) for r, keep in zip(lists, kept) if keep]
     found, results = iter(measure(parts) if parts else []), []
     for r, keep in zip(lists, kept):

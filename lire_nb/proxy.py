@@ -108,7 +108,7 @@ def parting_sentence(frame: pd.DataFrame) -> str:
 
 # %% ../nbs/28_proxy.ipynb #b98dd473
 def overoptimization_steps(
-    # a trainer's log, with the eval_<judge>_reward and eval_<judge>_reward_se of `evaluation.EvaluationCallback`
+    # a trainer's log, with the eval_<judge>_reward and eval_<judge>_reward_se of `watching.EvaluationCallback`
     history: list[dict],
     prompts: int,  # held-out prompts behind each of them
     proxy: str = "proxy",

@@ -108,8 +108,8 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)) and depth < 50:
         return [_check_meta(item, f"{field}[{i}]", depth + 1) for i, item in enumerate(value)]
     if isinstance(value, dict) and depth < 50:
-        return {_check_text(key, f"{field} key"): _check_meta(item, f"{field}.{key}", depth + 1) for key,
-                item in value.items()}
+        return {_check_text(key, f"{field} key"): _check_meta(item, f"{field}.{key}", depth + 1)
+                for key, item in value.items()}
     raise ListError(
         "JSON cannot hold this value",
         field=field,

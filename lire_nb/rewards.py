@@ -466,8 +466,8 @@ class ScalarHead(torch.nn.Module):
         "Configuration and safetensors, under the names that `load_scalar_head_model` reads."
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        body = {f"{self.transformer.base_model_prefix}.{k}": v.contiguous() for k,
-                v in self.transformer.state_dict().items()}
+        body = {f"{self.transformer.base_model_prefix}.{k}": v.contiguous()
+                for k, v in self.transformer.state_dict().items()}
         save_file(body | {"v_head.weight": self.v_head.weight.detach().contiguous()}, Path(folder, "model.safetensors"),
                   metadata={"format": "pt"})
 
@@ -569,8 +569,8 @@ def load_scalar_head_model(
     prefix = cls.base_model_prefix + "."
     with torch.device("meta"):
         empty = cls(config).state_dict()
-    weights = {k: v for k,
-               v in _read_weights(files).items() if not k.startswith("lm_head.")
+    weights = {k: v
+               for k, v in _read_weights(files).items() if not k.startswith("lm_head.")
                and (k.removeprefix(prefix) in empty or not k.endswith(_OLD_BUFFERS))}
     _check_weights(weights,
                    {prefix + k: tuple(v.shape) for k, v in empty.items()} | {"v_head.weight": (1, config.hidden_size)},

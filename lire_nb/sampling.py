@@ -114,8 +114,8 @@ def uniform_numbers(
     length: int,  # how many numbers for each candidate
 ) -> torch.Tensor:  # (B·M, length) float64 in [0, 1)
     "The random numbers of each candidate, which depend on `seed`, its prompt and its number only."
-    rows = [np.random.Generator(np.random.Philox(key=derive_seed(seed, p, n))).random(length) for p,
-            ns in zip(prompts, numbers, strict=True) for n in ns]
+    rows = [np.random.Generator(np.random.Philox(key=derive_seed(seed, p, n))).random(length)
+            for p, ns in zip(prompts, numbers, strict=True) for n in ns]
     return torch.from_numpy(np.stack(rows))
 
 # %% ../nbs/14_sampling.ipynb #c1396859
@@ -448,8 +448,7 @@ def sample_lists(
     seed: int = 0,
     source: str = "policy",  # written into `sources`, e.g. "policy:round-2"
     chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
-    # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, progress
-    # …
+    # for `LocalSampler`: batch_size, max_prompt_length, progress; for `ServerSampler`: journal, max_in_flight, …
     **sampler_options,
 ) -> datasets.Dataset:  # lists, rewards not yet given
     """Sample M candidates for every prompt; raises `LireError` when there is no prompt or M < 1, and before sampling

@@ -170,10 +170,10 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
     sources, counts = _read_source(name, path, tuple(tranches))
     parts, counts["also in test, taken out"] = split_lists(sources)
     if template is not None:
-        parts = {s: [as_chat(_templated(r, template), options["chat"]) for r in records] for s,
-                 records in parts.items()}
-    prompts = {split: [{"id": r["id"], "prompt": r["prompt"], "meta": prompt_facts(r)} for r in records] for split,
-               records in parts.items()}
+        parts = {s: [as_chat(_templated(r, template), options["chat"]) for r in records]
+                 for s, records in parts.items()}
+    prompts = {split: [{"id": r["id"], "prompt": r["prompt"], "meta": prompt_facts(r)} for r in records]
+               for split, records in parts.items()}
     lists = {split: lists_dataset(records) for split, records in parts.items() if records}
     return Task(name, prompts=prompts, reward_lists=lists, notes={s: len(r) for s, r in parts.items()} | counts,
                 **options)
@@ -292,14 +292,14 @@ def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int =
     for text, label in _read_reviews(Path(path)):
         parts[split_of(_opening(text), _SENTIMENT_SHARES, salt="part")].append((text, label))
     prompts = {split: [] for split in _PROMPT_SHARES}
-    openings = {_opening(text, opening_words): label for text,
-                label in parts["prompts"] if len(text.split()) > 2 * opening_words}
+    openings = {_opening(text, opening_words): label
+                for text, label in parts["prompts"] if len(text.split()) > 2 * opening_words}
     for opening, label in openings.items():
         prompt = _sentiment_prompt(opening, chat)
         record = as_chat({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}}, chat)
         prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append(record)
-    lists = {name: _review_pairs(parts[part], review_words) for name,
-             part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
+    lists = {name: _review_pairs(parts[part], review_words)
+             for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
     return Task("sentiment", "continue the opening of an IMDb review", prompts, lists,
                 "1 for a positive, 0 for a negative review; policies should become positive",
                 PROMPT_LENGTHS["sentiment"], 64, chat,

@@ -174,8 +174,8 @@ def error(model, sums: torch.Tensor, truth: torch.Tensor, right: list) -> float:
     "Relative, over the values and each parameter's gradient."
     total = torch.stack([g.norm() for g in right if g is not None]).norm()
     found = gradients(model, sums)
-    worst = max(float((a - b).norm() / b.norm().clamp(min=1e-2 * total)) if a is not None else float("inf") for a,
-                b in zip(found, right) if b is not None)
+    worst = max(float((a - b).norm() / b.norm().clamp(min=1e-2 * total)) if a is not None else float("inf")
+                for a, b in zip(found, right) if b is not None)
     return max(float((sums.double() - truth).detach().norm() / truth.detach().norm()), worst)
 
 

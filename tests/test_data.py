@@ -77,8 +77,8 @@ def test_length_and_position_do_not_tell_the_grade(graded):
 
 def test_nothing_is_filled_from_a_template(graded):
     task, lists = graded
-    texts = [t for r in lists for t in messages(r)] + [c for r in lists for c,
-                                                       s in zip(r["completions"], r["sources"])
+    texts = [t for r in lists for t in messages(r)] + [c for r in lists
+                                                       for c, s in zip(r["completions"], r["sources"])
                                                        if s != "author:extractive"]
     counts = five_grams(texts)
     share = sum(n for n in counts.values() if n > 1) / counts.total()

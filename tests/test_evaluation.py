@@ -300,14 +300,14 @@ def test_the_fit_is_the_maximum_of_the_stated_likelihood():
     xs = [np.tanh((a - b) / np.std(np.asarray(a) - b, ddof=1)) for _, a, b in systems]
 
     def joint(v):
-        return sum(-(xlogy(y, q) + xlogy(1 - y, 1 - q)).sum() for (y, _, _), x,
-                   t in zip(systems, xs, v[1:]) for q in [expit(t + v[0] * x)]) + 0.005 * (v**2).sum()
+        return sum(-(xlogy(y, q) + xlogy(1 - y, 1 - q)).sum()
+                   for (y, _, _), x, t in zip(systems, xs, v[1:]) for q in [expit(t + v[0] * x)]) + 0.005 * (v**2).sum()
 
     oracle = optimize.minimize(joint, np.zeros(3), tol=1e-12).x
     slope = length_slope(systems)
     assert math.isclose(slope, oracle[0], abs_tol=1e-5)
-    assert all(abs(length_controlled_win_rate(*s, slope=slope, resamples=5)["theta"] - t) < 1e-5 for s,
-               t in zip(systems, oracle[1:]))
+    assert all(abs(length_controlled_win_rate(*s, slope=slope, resamples=5)["theta"] - t) < 1e-5
+               for s, t in zip(systems, oracle[1:]))
 
 
 def test_a_system_that_wins_everything_still_has_a_figure():
@@ -319,8 +319,8 @@ def test_a_system_that_wins_everything_still_has_a_figure():
 def test_distance_of_the_length_controlled_figures_from_the_published_ones(verdicts, published):
     """21_preferences states these distances and why they are there; both are measured here."""
     groups = {name: [v for v in verdicts if v["system"] == name] for name in published}
-    columns = {name: tuple([v[key] for v in group] for key in ("preference", "length", "baseline_length")) for name,
-               group in groups.items()}
+    columns = {name: tuple([v[key] for v in group] for key in ("preference", "length", "baseline_length"))
+               for name, group in groups.items()}
     slope = length_slope(columns.values())
     theirs = np.array([float(row["length_controlled_winrate"]) for row in published.values()])
     raw = np.array([float(row["win_rate"]) for row in published.values()])
@@ -329,8 +329,8 @@ def test_distance_of_the_length_controlled_figures_from_the_published_ones(verdi
         lc = [length_controlled_win_rate(*columns[name], slope=phi, resamples=99) for name in published]
         values = 100 * np.array([one["win_rate"] for one in lc])
         found[kind] = np.abs(values - theirs)
-        assert all(100 * one["low"] <= v <= 100 * one["high"] for one,
-                   v in zip(lc, values)) and (values > theirs).all() and (theirs > raw).all()
+        assert all(100 * one["low"] <= v <= 100 * one["high"]
+                   for one, v in zip(lc, values)) and (values > theirs).all() and (theirs > raw).all()
         print(f"{kind}: mean {found[kind].mean():.2f}, largest {found[kind].max():.2f} "
               f"({list(published)[found[kind].argmax()]}), Spearman {stats.spearmanr(values, theirs).statistic:.3f}",
               dict(zip(published, values.round(2))))
@@ -462,8 +462,8 @@ def test_per_token_kl_is_that_of_the_full_distributions(family):
     generator = torch.Generator().manual_seed(0)
     lists = [{"id": str(b), "prompt_ids": torch.randint(3, 8, (p,), generator=generator).tolist(),
               "rewards": [0.0] * len(rs),
-              "completion_ids": [torch.randint(3, 8, (r,), generator=generator).tolist() for r in rs]} for b,
-             (p, rs) in enumerate([(7, [3, 1, 9]), (2, [5]), (11, [4, 6])])]
+              "completion_ids": [torch.randint(3, 8, (r,), generator=generator).tolist() for r in rs]}
+             for b, (p, rs) in enumerate([(7, [3, 1, 9]), (2, [5]), (11, [4, 6])])]
     oracle = []
     with torch.no_grad():
         for one in lists:

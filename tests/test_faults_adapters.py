@@ -300,5 +300,5 @@ def test_13_a_peft_model_in_memory_with_a_trained_adapter(place):
     trainer.train()
     assert trainer.evaluate(LATE)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     with trainer.model.disable_adapter():
-        assert max(abs(a - b) for a,
-                   b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3
+        assert max(abs(a - b)
+                   for a, b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3

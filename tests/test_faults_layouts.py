@@ -261,8 +261,8 @@ def test_17_system_and_history_come_before(name):
 
 
 def test_17_long_rows(tmp_path):
-    rows = [ASK | {"output": text, "score": score} for text,
-            score in (("Bonjour", 9), ("Hi", 2))] + [ASK | {"input": "Bye", "output": "Salut", "score": 5}]
+    rows = [ASK | {"output": text, "score": score}
+            for text, score in (("Bonjour", 9), ("Hi", 2))] + [ASK | {"input": "Bye", "output": "Salut", "score": 5}]
     pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
     for source in (rows, tmp_path / "x.csv"):
         first, second = load_lists(source)
@@ -394,8 +394,8 @@ def test_18_nothing_is_evaluated(tmp_path):
 
 
 def test_19_a_cell_of_any_length(tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "x" * size, "score": 1} for i,
-            size in enumerate((10, 131_072, 131_073, 400_000))]
+    rows = [{"prompt": f"p{i}", "completion": "x" * size, "score": 1}
+            for i, size in enumerate((10, 131_072, 131_073, 400_000))]
     limit = csv.field_size_limit()
     data, report = load_lists(as_pandas_writes(rows, tmp_path / "x.csv"), on_error="quarantine", return_report=True)
     assert (
@@ -413,8 +413,8 @@ def test_19_a_cell_of_any_length(tmp_path):
 
 
 def scored(*candidates):
-    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine} for text, overall,
-            fine in candidates]
+    rows = [{"response": text, "overall_score": overall, "fine-grained_score": fine}
+            for text, overall, fine in candidates]
     data, report = load_lists([{"instruction": "p", "completions": rows}], return_report=True)
     return data[0]["rewards"], {k: v for k, v in report.oddities.items()}, data[0]["meta"]
 

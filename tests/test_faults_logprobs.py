@@ -469,8 +469,8 @@ def test_29_a_generator_is_read_once_with_a_reference(tmp_path):
                for data in (trainer.train_dataset, trainer.eval_dataset["held"]) for row in data)
     assert len(trainer.train_dataset) == 2
     model = tiny()
-    assert reference_logps(model, Letters(), iter(RECORDS)) == [logps for logps,
-                                                                _ in dataset_logps(model, Letters(),
+    assert reference_logps(model, Letters(), iter(RECORDS)) == [logps
+                                                                for logps, _ in dataset_logps(model, Letters(),
                                                                                    (r for r in RECORDS))]
 
 

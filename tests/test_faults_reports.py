@@ -106,14 +106,14 @@ def test_31_page_needs_no_network_and_forbids_scripts(tmp_path):
     run = write_run(tmp_path / "run", {"start": rows_of(["a"] * 24), "new": rows_of(["b"] * 24, 1.0)}, {"seed": 0})
     text = report.report(run).read_text(encoding="utf-8")
     page = Page(text)
-    assert not [tag for tag,
-                _ in page.tags if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video",
+    assert not [tag
+        for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "embed", "base", "form", "video",
                                           "audio")]
     assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in page.tags if tag == "img")
     assert not [attrs for _, attrs in page.tags if "href" in attrs or any(name.startswith("on") for name in attrs)]
     assert not re.search(r"url\(|@import|https?:", text)
-    assert [a for t,
-            a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    assert [a
+            for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
             and "default-src 'none'" in a["content"]]
     assert not (run / "report.ipynb").exists(), "a notebook that is started in the folder would run what lies there"
 
@@ -137,8 +137,8 @@ def hostile(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hostile") / "run"
     judges = ("proxy <b>x</b> | $y$", "_gold_ [a](http://example.org)")
     texts = (HOSTILE * 2)[:24]
-    systems = {name: rows_of(texts, shift, judges, prompts=[f"{t} {i}" for i, t in enumerate(texts)], seed=k) for k,
-               (name, shift) in enumerate(zip(BAD_NAMES, (0.0, 0.7, -0.4)))}
+    systems = {name: rows_of(texts, shift, judges, prompts=[f"{t} {i}" for i, t in enumerate(texts)], seed=k)
+               for k, (name, shift) in enumerate(zip(BAD_NAMES, (0.0, 0.7, -0.4)))}
     write_run(folder, systems,
               {"systems": {n: "x" for n in BAD_NAMES},
                "note": "<script>alert(1)</script> http://me:pw@example.org/?api_key=s3cret"})
@@ -157,8 +157,8 @@ def test_32_page_shows_every_letter_and_no_markup(hostile):
     assert {tag for tag, _ in page.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p",
                                              "ul", "li", "b", "i", "table", "thead", "tbody", "tr", "th", "td", "div",
                                              "img", "pre"}
-    assert sum(tag == "h1" for tag, _ in page.tags) == 1 and not [a for _,
-                                                                  a in page.tags if "href" in a or "onerror" in a]
+    assert sum(tag == "h1" for tag, _ in page.tags) == 1 and not [a
+        for _, a in page.tags if "href" in a or "onerror" in a]
     assert all(a["src"].startswith("data:") for tag, a in page.tags if tag == "img")
     assert "[x](javascript:alert(1)) <img src=x onerror=alert(1)>" in page.text
     assert "_gold_ [a](http://example.org)" in page.text

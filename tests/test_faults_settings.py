@@ -123,8 +123,8 @@ def test_23_defaults_are_quiet_for_every_loss(recwarn):
 
     for loss in LOSSES:
         config = LIREConfig(**ARGS, loss_type=loss, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
-        again = LIREConfig(**{k: v for k,
-                              v in config.to_dict().items()
+        again = LIREConfig(**{k: v
+                              for k, v in config.to_dict().items()
                               if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
     assert LIREConfig(**ARGS).temperature == "auto"

@@ -102,8 +102,8 @@ def test_links_between_pages_lead_somewhere():
              for p in (ROOT / "nbs").glob("*.ipynb")}
     texts |= {ROOT / n: (ROOT / n).read_text(encoding="utf-8")
               for n in ("README.md", "CONTRIBUTING.md", "data/README.md")}
-    lost = [(p.name, link) for p,
-            text in texts.items() for link in re.findall(r"\]\((?:nbs/)?(\w+)\.ipynb", text) if link not in names]
+    lost = [(p.name, link)
+        for p, text in texts.items() for link in re.findall(r"\]\((?:nbs/)?(\w+)\.ipynb", text) if link not in names]
     assert not lost, lost
 
 

@@ -618,11 +618,11 @@ def alpha_by_hand(units, distance):
     units."""
     units = [u for u in units if len(u) >= 2]
     n = sum(map(len, units))
-    observed = sum(distance(a, b) / (len(u) - 1) for u in units for i, a in enumerate(u) for j,
-                   b in enumerate(u) if i != j) / n
+    observed = sum(distance(a, b) / (len(u) - 1) for u in units for i, a in enumerate(u)
+                   for j, b in enumerate(u) if i != j) / n
     everything = [v for u in units for v in u]
-    expected = sum(distance(a, b) for i, a in enumerate(everything) for j,
-                   b in enumerate(everything) if i != j) / (n * (n - 1))
+    expected = sum(distance(a, b) for i, a in enumerate(everything)
+                   for j, b in enumerate(everything) if i != j) / (n * (n - 1))
     return 1 - observed / expected
 
 

@@ -528,8 +528,8 @@ def damaged_files(folder, made, ending, data):
             refused = {entry["line"] for entry in bad}
             assert {i for i, verdict in enumerate(verdicts, 1) if verdict is False} <= refused
             kept = [row for row in expected if row is not None]
-            assert has_twin or [i for i,
-                                verdict in enumerate(verdicts, 1)
+            assert has_twin or [i
+                                for i, verdict in enumerate(verdicts, 1)
                                 if verdict] == sorted(set(range(1, len(lines) + 1)) - refused)
             assert has_twin or records == validated(kept)
             assert all(entry["row"] == lines[entry["line"] - 1].decode(errors="backslashreplace").strip("\r\n")
@@ -757,8 +757,8 @@ def test_pairs_for_trl_come_back():
 def test_all_pairs_are_all_strict_pairs(rewards):
     record = make_record("p", [str(i) for i in range(len(rewards))], rewards)
     got = {(row["chosen"], row["rejected"]) for row in to_trl_pairs([record], pairs="all")}
-    assert got == {(str(i), str(j)) for i, a in enumerate(rewards) for j,
-                   b in enumerate(rewards) if None not in (a, b) and a > b}
+    assert got == {(str(i), str(j)) for i, a in enumerate(rewards)
+                   for j, b in enumerate(rewards) if None not in (a, b) and a > b}
     best = to_trl_pairs([record])
     known = [reward for reward in rewards if reward is not None]
     assert [(row["score_chosen"], row["score_rejected"]) for row in best] == ([(max(known), min(known))]
@@ -797,8 +797,8 @@ def test_the_description_counts_what_it_says():
 
 
 def test_merged_lists_hold_every_candidate_once():
-    pairs = [make_record("p", [a, b], [1, 0], ["chosen", "rejected"], id=a + b) for a,
-             b in ("AB", "AC", "CB")] + [make_record("q", ["x"])]
+    pairs = [make_record("p", [a, b], [1, 0], ["chosen", "rejected"], id=a + b)
+             for a, b in ("AB", "AC", "CB")] + [make_record("q", ["x"])]
     first, second = records.merge_lists(pairs)
     assert (
         dict(zip(first["completions"], first["rewards"])) == {"A": 1.0, "B": 0.0, "C": 0.5}

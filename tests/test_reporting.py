@@ -186,8 +186,8 @@ def test_parting_point_from_the_log_of_a_trainer(after, kind):
         history = [{"loss": 1.0, "step": 1}] + [{"step": 5 * k, "eval_proxy_reward": p.mean(),
                                                  "eval_proxy_reward_se": p.std(ddof=1) / 300**0.5,
                                                   "eval_gold_reward": g.mean(),
-                                                 "eval_gold_reward_se": g.std(ddof=1) / 300**0.5} for k,
-                                                (p, g) in enumerate(zip(proxy, gold))]
+                                                 "eval_gold_reward_se": g.std(ddof=1) / 300**0.5}
+                                                for k, (p, g) in enumerate(zip(proxy, gold))]
         frame = overoptimization_steps(history, 300)
         found += frame[frame["parts"] != ""][["position", "parts"]].values.tolist()
     assert len(found) == 20 and sum(abs(position - 20) <= 5 and what == kind for position, what in found) >= 18, found

@@ -282,8 +282,8 @@ def test_no_prompt_that_judges_is_trained_on(task):
     from lire_nb.tasks import load_task
 
     loaded, sizes = load_task(task), plans.SCALES["laptop"]["tasks"][task]
-    ids = {split: {p["id"] for p in prompts_of(loaded, split, count)} for split,
-           count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
+    ids = {split: {p["id"] for p in prompts_of(loaded, split, count)}
+           for split, count in (("train", sizes["pool"]), ("validation", sizes["validation"]), ("test", sizes["test"]))}
     assert [len(v) for v in ids.values()] == [sizes["pool"], sizes["validation"], sizes["test"]]
     assert not ids["train"] & ids["validation"] and not ids["train"] & ids["test"]
     assert not ids["validation"] & ids["test"]

@@ -98,8 +98,8 @@ def enhanced(place) -> dict:
         calls.append(len(completions))
         return [-float(len(c)) for c in completions]
 
-    training = {k: v for k,
-                v in SETTINGS.items() if k not in ("max_steps", "report_to")} | {"per_device_train_batch_size": 1,
+    training = {k: v
+        for k, v in SETTINGS.items() if k not in ("max_steps", "report_to")} | {"per_device_train_batch_size": 1,
                                                                                  "gradient_accumulation_steps": 1}
     folders = self_enhance(place / "start", prompts, short, place / "run", num_candidates=3,
                            settings=SamplingSettings(max_new_tokens=4), training=training, progress=False)

@@ -149,9 +149,9 @@ class Package:
         if (module, name) not in self.found:
             looks = [_Look(self, module, statement) for statement in self.modules[module].defined[name]]
             own = _hash("".join(sorted(look.text for look in looks)))
-            self.found[module, name] = own, {k: v for look in looks for k,
-                                             v in look.inside.items()}, {k: v for look in looks for k,
-                                                                         v in look.outside.items()}
+            self.found[module, name] = own, {k: v for look in looks
+                                             for k, v in look.inside.items()}, {k: v for look in looks
+                                                                         for k, v in look.outside.items()}
         return self.found[module, name]
 
     def reached(self, roots: Iterable[tuple[str, str]], without: Iterable[str] = ()) -> dict[tuple[str, str], str]:
@@ -167,9 +167,9 @@ class Package:
             if place in hashes or place[1] in without:
                 continue
             own, inside, outside = self.look(*place)
-            aims = [f"{name}>{self.look(*aim)[0]}" for name,
-                    aim in inside.items() if aim[1] not in without] + [f"{name}>{what}" for name,
-                                                                       what in outside.items()]
+            aims = [f"{name}>{self.look(*aim)[0]}"
+                    for name, aim in inside.items() if aim[1] not in without] + [f"{name}>{what}"
+                                                                       for name, what in outside.items()]
             hashes[place] = _hash(own + "".join(sorted(aims)))
             todo += inside.values()
         return hashes
@@ -265,8 +265,8 @@ def _global_names(statement: ast.stmt) -> set[str]:
 def _dump(node) -> str:
     "A tree as text: types and non-empty fields."
     if isinstance(node, ast.AST):
-        fields = ((name, value) for name,
-                  value in ast.iter_fields(node) if value not in (None, [])
+        fields = ((name, value)
+                  for name, value in ast.iter_fields(node) if value not in (None, [])
                   and name not in ("ctx", "kind", "type_comment"))
         return f"{type(node).__name__}({','.join(f'{name}={_dump(value)}' for name, value in fields)})"
     return f"[{','.join(map(_dump, node))}]" if isinstance(node, list) else f"{type(node).__name__}:{node!r}"

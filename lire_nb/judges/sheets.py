@@ -177,8 +177,8 @@ def check_sheets(
                 problems.append(LireError(**problem).at(str(path), line))
             else:
                 verdicts[row["item"]] = row["verdict"].strip().lower()
-    return [_sheet_verdict(code, entry, words.get(verdicts.get(code, ""))) for code,
-            entry in key["items"].items()], problems
+    return [_sheet_verdict(code, entry, words.get(verdicts.get(code, "")))
+            for code, entry in key["items"].items()], problems
 
 # %% ../../nbs/52_sheets.ipynb #912fc0d7
 def _row_problem(row: dict, key: dict, words: dict, verdicts: dict) -> dict | None:

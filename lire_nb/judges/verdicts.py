@@ -70,8 +70,8 @@ def make_pairs(
         _check_same_prompts(old, rows[old], new, rows[new])
         for id, row in rows[new].items():
             answers = zip(row["completions"][:samples], rows[old][id]["completions"][:samples])
-            pairs += [Pair(id, k, render_prompt(row["prompt"]).strip(), _text(a), _text(b), new, old) for k,
-                      (a, b) in enumerate(answers)]
+            pairs += [Pair(id, k, render_prompt(row["prompt"]).strip(), _text(a), _text(b), new, old)
+                      for k, (a, b) in enumerate(answers)]
     return pairs
 
 # %% ../../nbs/50_verdicts.ipynb #33d45c4e
@@ -217,8 +217,8 @@ def judge_pairs(
         logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared),
                        dict(Counter(c.failure for c in failed)))
     replies = iter(compared)
-    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None) for pair,
-            order in asked]
+    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None)
+            for pair, order in asked]
 
 # %% ../../nbs/50_verdicts.ipynb #8abf23ca
 def _as_judge(judge):
@@ -585,8 +585,8 @@ def _read_verdict(row, mapping, scale, values) -> dict:
             raise LireError("a missing side", field=columns.get(side, side), value=get(side),
                             allowed="a prompt, a system and a baseline in every row",
                             remedy="say in the row what was compared; a constant can be added as a column")
-    lengths = {side: _length(get(side), get(text), columns.get(side)) for side,
-               text in (("length", "answer"), ("baseline_length", "baseline_answer"))}
+    lengths = {side: _length(get(side), get(text), columns.get(side))
+               for side, text in (("length", "answer"), ("baseline_length", "baseline_answer"))}
     name = get("id") if "id" in columns else prompt_id(get("prompt"))
     return {"id": str(name), "system": str(get("system")), "baseline": str(get("baseline")),
             "preference": read_preference(get("preference"), scale, values), **lengths}
@@ -602,8 +602,8 @@ def _columns(row: dict, mapping: dict | None) -> dict[str, str]:
                         allowed=" or ".join(", ".join(layout.values()) for layout in VERDICT_LAYOUTS),
                         remedy="give mapping={'id': …, 'system': …, 'baseline': …, 'preference': …}")
     known = {name for layout in VERDICT_LAYOUTS for name in layout}
-    wrong = [name for name in columns if name not in known] + [f"{name}={column}" for name,
-                                                               column in columns.items() if column not in row
+    wrong = [name for name in columns if name not in known] + [f"{name}={column}"
+                                                               for name, column in columns.items() if column not in row
                                                                and "length" not in name and "answer" not in name]
     if wrong or "preference" not in columns:
         raise LireError("the mapping does not fit the columns", field="mapping", value=wrong or list(columns),

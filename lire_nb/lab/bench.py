@@ -369,8 +369,8 @@ def bench_long(
     points = {Point(prompt, completion, m): "long, in parts" if n else first for n, m in enumerate(candidates)}
     batches = {point: bench_batch(point, model.config.vocab_size, device=device) for point in points}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    steps = {point: lambda point=point, way=way: gradient_step(model, batches[point], way) for point,
-             way in points.items()}
+    steps = {point: lambda point=point, way=way: gradient_step(model, batches[point], way)
+             for point, way in points.items()}
     seconds, rows = interleaved(steps, repeats, clock), []
     one = [s / next(iter(points)).M for s in next(iter(seconds.values()))]
     for point, way in points.items():

@@ -166,8 +166,8 @@ def given_candidates(
     most: int,  # tokens
 ) -> list[tuple[str, str]]:  # (completion, source): the best and the worst, or nothing
     "The best and the worst of a list's texts of at most `most` tokens."
-    short = [j for j,
-             text in enumerate(record["completions"])
+    short = [j
+             for j, text in enumerate(record["completions"])
              if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
     if len(short) < 2:
         return []

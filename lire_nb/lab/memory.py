@@ -207,8 +207,8 @@ def memory_table(
     plans: dict[str, dict[str, int]],  # name -> plan
 ) -> pd.DataFrame:
     "Plans as a table in GiB, with the smallest usual card that holds total and start, and a tenth more."
-    table = pd.DataFrame({name: {part: round(n / 2**30, 2) for part, n in plan.items()} for name,
-                          plan in plans.items()}).T
+    table = pd.DataFrame({name: {part: round(n / 2**30, 2) for part, n in plan.items()}
+                          for name, plan in plans.items()}).T
     table["card"] = [next((f"{c} GB" for c in CARDS if 1.1 * max(plan["total"], plan["start"]) <= c * 1e9), "none")
                      for plan in plans.values()]
     return table
@@ -275,8 +275,8 @@ def launch_command(
 ) -> str:
     "The line that trains this recipe with this start file."
     settings = {**recipe["training"], **step_settings(launch_plan(config)["processes"], recipe["lists_per_step"])}
-    pairs = [f"--set {name}={value if isinstance(value, str) else json.dumps(value)}" for name,
-             value in settings.items()]
+    pairs = [f"--set {name}={value if isinstance(value, str) else json.dumps(value)}"
+             for name, value in settings.items()]
     return " ".join(["accelerate launch --config_file", shlex.quote(str(config)), "-m lire_nb.cli train --lists", lists,
                      "--policy", shlex.quote(recipe["policy"]), "--out", out, *pairs,
                      *_lora_options(recipe.get("lora"))])

@@ -82,8 +82,8 @@ class OnlineReward:
         self.num_candidates, self.scored, self.__name__ = num_candidates, 0, "reward"
 
     def __call__(self, prompts, completions, completion_ids, index, **_):
-        texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer) for i,
-                 ids in zip(index, completion_ids, strict=True)]
+        texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer)
+                 for i, ids in zip(index, completion_ids, strict=True)]
         lists, M = [], self.num_candidates
         for start in range(0, len(texts), M):
             record = self.records[index[start]]
