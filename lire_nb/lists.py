@@ -381,7 +381,7 @@ def _prompt_record(row: Any) -> dict:
     require(isinstance(row, dict), "not an object", error=ListError, value=row, allowed="one JSON object per row",
             remedy="repair or remove it")
     row = _with_turns(row)
-    answers = (row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row)
+    answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
     needed = "chosen" in row or "prompt" not in row or any(map(_holds_turns, answers))
     if needed and any(layout.matches(row) for layout in LAYOUTS):
         record = adapt_row(row)[1]

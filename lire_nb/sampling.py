@@ -425,11 +425,11 @@ def _check_room(model, encoded: Iterable[list[int]], ids: Iterable[str], new: in
     "Models with rotary positions would go on beyond their context without a word."
     context = context_of(model)
     for tokens, name in zip(encoded, ids):
-        require(context is None or len(tokens) + new <= context, "too long for the model",
-                field=f"prompt of list {name!r}",
-                value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
-                allowed=f"{context} tokens, the model's context",
-                remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
+        if context is not None and len(tokens) + new > context:
+            raise LireError("too long for the model", field=f"prompt of list {name!r}",
+                            value=f"{len(tokens)} tokens of prompt + {new} new ones = {len(tokens) + new}",
+                            allowed=f"{context} tokens, the model's context",
+                            remedy=f"lower max_new_tokens, or max_prompt_length to {max(1, context - new)}")
 
 # %% ../nbs/14_sampling.ipynb #7169e7ee
 def sample_lists(

@@ -131,7 +131,8 @@ def _seeds(*runs: pd.DataFrame) -> int:
 
 def _minus(name: str, new: pd.DataFrame, old: pd.DataFrame, unit: float) -> Quantity:
     "The gold reward of `new` minus that of `old`."
-    return Quantity(name, seeds=_seeds(new, old), interval=difference(new, old, unit=unit))
+    seeds = _seeds(new, old)
+    return Quantity(name, difference(new, old, unit=unit), seeds)
 
 # %% ../../nbs/44_claims.ipynb #a6dd91b3
 def _over_start(task: str, results: Results) -> list[Quantity]:

@@ -121,7 +121,8 @@ class Experiment:
     def config(self) -> dict:
         "As JSON."
         parts = asdict(self) | {"training": self.training.config()}
-        return parts | parts.pop("more")
+        more = parts.pop("more")
+        return parts | more
 
 # %% ../../nbs/41_plans.ipynb #09f1ae7b
 def _check(made: Experiment) -> None:

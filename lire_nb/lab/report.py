@@ -344,13 +344,14 @@ def _worse_parts(worse: Worse):
 
 # %% ../../nbs/46_report.ipynb #5d866798
 def _last_parts(run: Path, samples: pd.DataFrame):
-    config = _json(run / "config.json")
-    told = [] if config is None else [("h2", "Configuration"), ("pre", json.dumps(without_secrets(config), indent=1,
-                                                                                  ensure_ascii=False))]
-    return [("h2", "Samples"),
-            ("p", "The prompts with the largest gain, the median and the largest loss of the independent judge's "
-                  "reward; the first sample of each system."),
-            ("samples", samples), *told]
+    parts = [("h2", "Samples"),
+             ("p", "The prompts with the largest gain, the median and the largest loss of the independent judge's "
+                   "reward; the first sample of each system."),
+             ("samples", samples)]
+    if (config := _json(run / "config.json")) is None:
+        return parts
+    return [*parts, ("h2", "Configuration"),
+            ("pre", json.dumps(without_secrets(config), indent=1, ensure_ascii=False))]
 
 # %% ../../nbs/46_report.ipynb #23d74e6d
 def _html(kind: str, content) -> str:
