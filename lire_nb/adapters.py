@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from .base.files import write_json
 from .identity import differences
 from .models import causal_lm, config_content, import_peft, MODEL_ASSETS, Policy, quiet_transformers
@@ -30,12 +30,12 @@ def put_adapter(
 ) -> torch.nn.Module:
     "The model with a fresh adapter, or with the one it has when that is what is asked for. Raises `LireError`."
     has = getattr(model, "peft_config", None)
-    if has and not hasattr(model, "disable_adapter"):
-        raise LireError("an adapter inside a model that does not know it", field="model", value=type(model).__name__,
-                        allowed="a full model or a peft.PeftModel", remedy="load it with load_policy(folder)")
-    if has and not any(p.requires_grad for p in model.parameters()):
-        raise LireError("nothing to train: all weights are frozen", field="model", value=type(model).__name__,
-                        allowed="an adapter that may be trained", remedy="load it with load_policy(folder)")
+    require(not has or hasattr(model, "disable_adapter"), "an adapter inside a model that does not know it",
+            field="model", value=type(model).__name__, allowed="a full model or a peft.PeftModel",
+            remedy="load it with load_policy(folder)")
+    require(not has or any(p.requires_grad for p in model.parameters()), "nothing to train: all weights are frozen",
+            field="model", value=type(model).__name__, allowed="an adapter that may be trained",
+            remedy="load it with load_policy(folder)")
     if peft_config is None:
         return model
     if has:
@@ -47,10 +47,9 @@ def put_adapter(
 # %% ../nbs/27_adapters.ipynb #fd47fe6d
 def check_peft_config(peft_config) -> None:
     "Raise `LireError` for what is no configuration of an adapter."
-    if not (peft_config is None or isinstance(peft_config, dict) or hasattr(peft_config, "peft_type")):
-        raise LireError("not a configuration of an adapter", field="peft_config", value=peft_config,
-                        allowed="a peft configuration such as LoraConfig, or a dict of its settings",
-                        remedy="for example {'r': 8}")
+    require(peft_config is None or isinstance(peft_config, dict) or hasattr(peft_config, "peft_type"),
+            "not a configuration of an adapter", field="peft_config", value=peft_config,
+            allowed="a peft configuration such as LoraConfig, or a dict of its settings", remedy="for example {'r': 8}")
 
 # %% ../nbs/27_adapters.ipynb #8b9d1b94
 def with_adapter(
@@ -117,17 +116,15 @@ def check_adapter(
     "Raise `LireError` where what would be trained of a policy with an adapter is not clear; nothing is loaded."
     policy = Policy.of(policy)
     there = policy.adapter
-    if there is None and merge:
-        raise LireError("has no adapter to merge", field="merge_adapter", value=policy.name,
-                        allowed="the folder of an adapter", remedy="leave merge_adapter out")
+    require(there is not None or not merge, "has no adapter to merge", field="merge_adapter", value=policy.name,
+            allowed="the folder of an adapter", remedy="leave merge_adapter out")
     if there is None or merge:
         return
     base = policy.base  # it must be there
-    if peft_config is None:
-        raise LireError("is an adapter, and full training of it is not defined", field="policy", value=policy.name,
-                        allowed="the adapter trained further, or merged into its base first",
-                        remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it "
-                               "(peft_config=, merge_adapter=True)")
+    require(peft_config is not None, "is an adapter, and full training of it is not defined", field="policy",
+            value=policy.name, allowed="the adapter trained further, or merged into its base first",
+            remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it "
+                   "(peft_config=, merge_adapter=True)")
     check_same_adapter(there, peft_config, base.config)
 
 # %% ../nbs/27_adapters.ipynb #ecbffada

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from .base.errors import in_terminal, LireError, public_address, visible
+from .base.errors import in_terminal, LireError, public_address, require, visible
 from .base.files import atomic_folder, one_writer, read_jsonl, slug, write_json, write_jsonl
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
 
@@ -158,21 +158,17 @@ def read_prompts(
     name, _, split = source.partition(":")
     if split and not Path(source).exists():
         prompts = load_task(name).prompts.get(split)
-        if prompts is None:
-            raise LireError("unknown split", field="prompts", value=source,
-                            allowed=f"{name}:train, {name}:validation or {name}:test", remedy="choose one of these")
+        require(prompts is not None, "unknown split", field="prompts", value=source,
+                allowed=f"{name}:train, {name}:validation or {name}:test", remedy="choose one of these")
         prompts = checked_prompts(prompts, chat)
     else:
-        if not Path(source).is_file():
-            raise LireError("no such file", field="prompts", value=source,
-                            allowed="a .txt or .jsonl file, or task:split", remedy="check the path")
+        require(Path(source).is_file(), "no such file", field="prompts", value=source,
+                allowed="a .txt or .jsonl file, or task:split", remedy="check the path")
         prompts = load_prompts(source, chat)
-    if not prompts:
-        raise LireError("no prompt", file=source, field="prompts", allowed="at least one prompt",
-                        remedy="give a file with one prompt per line, or records with a prompt")
-    if limit is not None and limit < 1:
-        raise LireError("too few", field="--limit", value=limit, allowed="1 or more",
-                        remedy="leave it out to use all prompts")
+    require(prompts, "no prompt", file=source, field="prompts", allowed="at least one prompt",
+            remedy="give a file with one prompt per line, or records with a prompt")
+    require(limit is None or limit >= 1, "too few", field="--limit", value=limit, allowed="1 or more",
+            remedy="leave it out to use all prompts")
     return prompts[:limit]
 
 # %% ../nbs/60_cli.ipynb #4276f2dc
@@ -197,14 +193,12 @@ def read_reward(name: str):
 def named(pairs: list[str], flag: str, example: str = "gold=runs/gold") -> dict[str, str]:
     "['gold=folder'] -> {'gold': 'folder'}"
     for pair in pairs:
-        if not pair.partition("=")[2]:
-            raise LireError("not a pair", field=flag, value=pair, allowed="name=value",
-                            remedy=f"for example {flag} {example}")
+        require(pair.partition("=")[2], "not a pair", field=flag, value=pair, allowed="name=value",
+                remedy=f"for example {flag} {example}")
     names = [pair.partition("=")[0] for pair in pairs]
     for name in names:
-        if names.count(name) > 1:
-            raise LireError("given twice", field=flag, value=name, allowed="a name of its own for each",
-                            remedy="rename one, or leave it out")
+        require(names.count(name) == 1, "given twice", field=flag, value=name, allowed="a name of its own for each",
+                remedy="rename one, or leave it out")
     return dict(pair.split("=", 1) for pair in pairs)
 
 # %% ../nbs/60_cli.ipynb #39cfeedf
@@ -224,9 +218,8 @@ def limit_of(
     from lire_nb.conversations import MAX_PROMPT_LENGTH
     from lire_nb.tasks import PROMPT_LENGTHS
 
-    if given is not None and not (type(given) is int and given >= 1):
-        raise LireError("not a length", field="max_prompt_length", value=given,
-                        allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
+    require(given is None or type(given) is int and given >= 1, "not a length", field="max_prompt_length", value=given,
+            allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
     name, _, split = source.partition(":")
     usual = PROMPT_LENGTHS.get(name) if split and not Path(source).exists() else None
     return given or usual or MAX_PROMPT_LENGTH
@@ -243,9 +236,8 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
         yield not path.exists()
         return
     with one_writer(path, "another command", inside=False):
-        if path.exists() and not path.with_name(name).exists():
-            raise LireError("is there already and was not made by this command", field="--out", value=out,
-                            allowed="a new name", remedy="move it away or choose another name")
+        require(not path.exists() or path.with_name(name).exists(), "is there already and was not made by this command",
+                field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
         claim_folder(path.parent, {"output": path.name, **config}, name,
                      f"give another --out, or delete {path.name} to make it again",
                      # of an attempt that left no output nothing counts
@@ -258,8 +250,8 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
 def _hash(path: str) -> str:
     from lire_nb.models import file_hash
 
-    if not Path(path).is_file():
-        raise LireError("no such file", field="lists", value=path, allowed="a file of lists", remedy="check the path")
+    require(Path(path).is_file(), "no such file", field="lists", value=path, allowed="a file of lists",
+            remedy="check the path")
     return file_hash(path)[:16]
 
 # %% ../nbs/60_cli.ipynb #f7e74f3e
@@ -343,21 +335,17 @@ def _lora(args) -> dict | None:
     unknowingly."""
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
-        if rank is None and value is not None:
-            raise LireError("has no effect without --lora-rank", field=option, value=value, allowed="a rank beside it",
-                            remedy="give --lora-rank, or leave it out to train all weights")
+        require(rank is not None or value is None, "has no effect without --lora-rank", field=option, value=value,
+                allowed="a rank beside it", remedy="give --lora-rank, or leave it out to train all weights")
     if rank is None:
         return None
-    if rank < 1:
-        raise LireError("not a rank", field="--lora-rank", value=rank, allowed="1 or more",
-                        remedy="leave it out to train all weights")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise LireError("out of range", field="--lora-alpha", value=alpha, allowed="more than 0",
-                        remedy="leave it out: the rank is taken")
+    require(rank >= 1, "not a rank", field="--lora-rank", value=rank, allowed="1 or more",
+            remedy="leave it out to train all weights")
+    require(alpha is None or 0 < alpha < float("inf"), "out of range", field="--lora-alpha", value=alpha,
+            allowed="more than 0", remedy="leave it out: the rank is taken")
     names = ["q_proj", "v_proj"] if targets is None else sorted(_with_commas(targets))
-    if not names:
-        raise LireError("no matrix", field="--lora-targets", value=targets, allowed="names of matrices, with commas",
-                        remedy="leave it out for q_proj,v_proj")
+    require(names, "no matrix", field="--lora-targets", value=targets, allowed="names of matrices, with commas",
+            remedy="leave it out for q_proj,v_proj")
     return {"rank": rank, "alpha": alpha or rank, "targets": names}
 
 # %% ../nbs/60_cli.ipynb #d077f8be
@@ -426,9 +414,8 @@ def _stop_rule(args):
 
     if not args.stop_gold and args.stop_kl is None:
         return None
-    if not args.stop_prompts:
-        raise LireError("missing", field="--stop-prompts", allowed="a file, or task:split",
-                        remedy="give the held-out prompts that the stop rule measures on")
+    require(args.stop_prompts, "missing", field="--stop-prompts", allowed="a file, or task:split",
+            remedy="give the held-out prompts that the stop rule measures on")
     return StopRule(read_prompts(args.stop_prompts, args.limit, **_chat(args)),
                     args.stop_gold and read_reward(args.stop_gold), args.stop_kl, settings=_sampling_of(args),
                     seed=args.seed)
@@ -438,9 +425,9 @@ def _with_limit(training: dict, args) -> dict:
     """The settings of training, with the limit of prompts in them; it may be given there or as an option, but not as
     two."""
     name, set_ = "max_prompt_length", training.get("max_prompt_length")
-    if None not in (set_, args.max_prompt_length) and set_ != args.max_prompt_length:
-        raise LireError("two values for one limit", field="--max-prompt-length", value=(args.max_prompt_length, set_),
-                        allowed="one value", remedy=f"leave out --set {name}=")
+    require(set_ is None or args.max_prompt_length in (None, set_), "two values for one limit",
+            field="--max-prompt-length", value=(args.max_prompt_length, set_), allowed="one value",
+            remedy=f"leave out --set {name}=")
     return {**training, name: limit_of(args.prompts, args.max_prompt_length if set_ is None else set_)}
 
 # %% ../nbs/60_cli.ipynb #6479406c
@@ -477,10 +464,9 @@ def _answers(args) -> dict:
     "The systems that are judged: rows of a folder, or files."
     from lire_nb.lab.results import read_systems
 
-    if bool(args.run) == bool(args.system):
-        raise LireError("one of both is needed", field="--run, --system", value=(args.run, args.system),
-                        allowed="--run FOLDER of lire evaluate, or --system NAME=FILE twice or more",
-                        remedy="give the answers that are to be judged")
+    require(bool(args.run) != bool(args.system), "one of both is needed", field="--run, --system",
+            value=(args.run, args.system), allowed="--run FOLDER of lire evaluate, or --system NAME=FILE twice or more",
+            remedy="give the answers that are to be judged")
     return read_systems(args.run) if args.run else named(args.system, "--system", "LIRE=answers.jsonl")
 
 # %% ../nbs/60_cli.ipynb #f1d65a26
@@ -491,17 +477,16 @@ def _chat_judges(args) -> dict:
 
     judges = named(args.judge, "--judge", "qwen=http://127.0.0.1:8000/v1#Qwen/Qwen3-8B")
     names = [slug(name) for name in judges]
-    if "" in names or len({*names, "people"}) <= len(names):
-        raise LireError("names that are not different as file names", field="--judge", value=list(judges),
-                        allowed="names that differ in letters and digits, none of them people", remedy="rename one")
+    require("" not in names and len({*names, "people"}) > len(names), "names that are not different as file names",
+            field="--judge", value=list(judges), allowed="names that differ in letters and digits, none of them people",
+            remedy="rename one")
     options = {"template": _template(args.template), "criterion": args.criterion or verdicts.CRITERION,
                "max_tokens": args.max_tokens, "max_in_flight": args.in_flight, "patience": args.patience}
     found = {}
     for name, address in judges.items():
         url, _, model = check_address(address).partition("#")
-        if not model:
-            raise LireError("no model", field=f"--judge {name}", value=address, allowed="http://HOST:PORT/v1#MODEL",
-                            remedy="add # and the name that the endpoint gives the model")
+        require(model, "no model", field=f"--judge {name}", value=address, allowed="http://HOST:PORT/v1#MODEL",
+                remedy="add # and the name that the endpoint gives the model")
         cache = Path(args.out, "replies", f"{slug(name)}.jsonl")
         found[name] = chat.ChatJudge(url, model, name=name, cache=cache, **options)
     return found
@@ -552,9 +537,9 @@ def judge_command(args) -> None:
     from lire_nb.judges import verdicts
 
     systems, people, judges = _answers(args), _with_commas(args.people), _chat_judges(args)
-    if not judges and not people:
-        raise LireError("nobody to judge", field="--judge, --people", allowed="a chat model, a person, or several",
-                        remedy="give --judge NAME=http://HOST:PORT/v1#MODEL, or --people NAMES")
+    require(judges or people, "nobody to judge", field="--judge, --people",
+            allowed="a chat model, a person, or several",
+            remedy="give --judge NAME=http://HOST:PORT/v1#MODEL, or --people NAMES")
     pairs = verdicts.make_pairs(systems, args.samples)
     if args.dry_run:
         _show_pairs(pairs, judges, people)
@@ -718,9 +703,8 @@ def _check_bench(args) -> None:
     except ValueError as e:
         remedy = "10_losses and 11_rivals have the losses"
         raise LireError(str(e), field="--loss", value=args.loss, remedy=remedy) from e
-    if args.loss != "lire" and (args.long or args.peers):
-        raise LireError("has no effect with --long and --peers", field="--loss", value=args.loss, allowed="lire",
-                        remedy="leave one of them out")
+    require(args.loss == "lire" or not (args.long or args.peers), "has no effect with --long and --peers",
+            field="--loss", value=args.loss, allowed="lire", remedy="leave one of them out")
 
 # %% ../nbs/60_cli.ipynb #2e6a59b0
 def _point(text: str):
@@ -764,17 +748,14 @@ def reproduce_command(args) -> None:
     about = machine()
     about = {"date": about.pop("date"), "machine": about}
     for name, value in (("--policy", args.policy), ("--reward", args.reward)):
-        if value and (args.list or args.dry_run):
-            raise LireError("is not used by --list and --dry-run", field=name, value=value, allowed="nothing",
-                            remedy=f"leave {name} out, or --list and --dry-run")
+        require(not (value and (args.list or args.dry_run)), "is not used by --list and --dry-run", field=name,
+                value=value, allowed="nothing", remedy=f"leave {name} out, or --list and --dry-run")
     if args.list:
         return _list_tables(runner.progress_rows(args.results, args.scale, args.seeds))
-    if not args.name:
-        raise LireError("missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]),
-                        remedy="lire reproduce --list shows what each one is")
-    if args.name == "cost":
-        raise LireError("is made by another command", field="NAME", value="cost", allowed=", ".join(plans.TABLES),
-                        remedy="lire bench --peers --out data/results/cost.jsonl")
+    require(args.name, "missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]),
+            remedy="lire reproduce --list shows what each one is")
+    require(args.name != "cost", "is made by another command", field="NAME", value="cost",
+            allowed=", ".join(plans.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
     every = plans.TABLES if args.scale != "paper" and not args.dry_run else runner.RECIPES
     names = list(every) if args.name == "all" else [args.name]
     if args.dry_run:

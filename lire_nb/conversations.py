@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .base.errors import LireError, ListError
+from .base.errors import LireError, ListError, require
 from .base.files import _plain_rows
 from .layouts import join_transcript, spaced, unspaced
-from .records import _check_message, _check_prompt, _listed, validate_record
+from .records import _check_message, _check_prompt, _listed, _validated
 
 # %% ../nbs/13_conversations.ipynb #b67af5a8
 logger = logging.getLogger(__name__)
@@ -274,8 +274,7 @@ def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list
         head = len(start) if ids[: len(start)] == start else 0
     else:
         said = next((m["content"].strip() for m in prompt if m["content"].strip()), "")
-        header = _text_ids(text[: max(0, text.find(said))], prompt, tokenizer)
-        head = _common(header, ids)
+        head = _common(_text_ids(text[: max(0, text.find(said))], prompt, tokenizer), ids)
     head = head if head < limit else limit // 2
     return ids[:head] + ids[len(ids) - (limit - head):]
 
@@ -301,12 +300,11 @@ def encode_prompt(
 # %% ../nbs/13_conversations.ipynb #27df5b37
 def _start_token(tokenizer, id: str | None) -> int:
     "A text without tokens still needs one to predict from."
-    known = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-    start = next((i for i in known if i is not None), None)
-    if start is None:
+    known = [i for name in ("bos", "eos") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None]
+    if not known:
         raise LireError("no token to predict from", field=_where(id), allowed="a prompt with at least one token",
                         remedy="give the prompt some text")
-    return start
+    return known[0]
 
 # %% ../nbs/13_conversations.ipynb #603d64a6
 def check_limit(
@@ -315,9 +313,9 @@ def check_limit(
     least: int = 1,
 ) -> int:
     "A number of tokens; raises `LireError` for what cannot be one."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise LireError("not a number of tokens", field=field, value=value, allowed=f"a whole number, {least} or more",
-                        remedy="change this limit")
+    require(isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least,
+            "not a number of tokens", field=field, value=value, allowed=f"a whole number, {least} or more",
+            remedy="change this limit")
     return int(value)
 
 # %% ../nbs/13_conversations.ipynb #fa5b448d
@@ -378,15 +376,13 @@ def _encode_completions(prompt, completions: list[str], tokenizer, ended: list[b
     text = render_prompt(prompt, tokenizer, id=id)
     before = _text_ids(text, prompt, tokenizer)
     glue, end, ends = _glue(prompt, tokenizer), end_token(prompt, tokenizer), end_tokens(tokenizer)
-    if any(ended) and end is None and hasattr(tokenizer, "eos_token_id"):
-        raise LireError("no token ends an answer", field="tokenizer", allowed="one with an end-of-text token",
-                        remedy='set tokenizer.eos_token, or say that the answers were cut: meta["finish_reasons"] = '
-                               '["length", …]')
-    rows = []
-    for completion, closed in zip(completions, ended, strict=True):
-        ids = _continued(text, before, spaced(completion, glue), prompt, tokenizer)
-        rows.append(ids + [end] if closed and end is not None and not (ids and ids[-1] in ends) else ids)
-    return rows
+    require(end is not None or not any(ended) or not hasattr(tokenizer, "eos_token_id"), "no token ends an answer",
+            field="tokenizer", allowed="one with an end-of-text token",
+            remedy='set tokenizer.eos_token, or say that the answers were cut: meta["finish_reasons"] = '
+                   '["length", …]')
+    rows = [_continued(text, before, spaced(completion, glue), prompt, tokenizer) for completion in completions]
+    return [ids + [end] if closed and end is not None and not (ids and ids[-1] in ends) else ids
+            for ids, closed in zip(rows, ended, strict=True)]
 
 # %% ../nbs/13_conversations.ipynb #ead224af
 def completion_text(
@@ -396,8 +392,7 @@ def completion_text(
 ) -> str:
     "Drawn ids as the text of a record: what `encode_completion` undoes."
     special = {*tokenizer.all_special_ids, *end_tokens(tokenizer)}
-    said = [i for i in ids if i not in special]
-    return answer_text(prompt, _after_text(said, tokenizer), tokenizer)
+    return answer_text(prompt, _after_text([i for i in ids if i not in special], tokenizer), tokenizer)
 
 # %% ../nbs/13_conversations.ipynb #2ca1dffb
 def _after_text(ids: list[int], tokenizer) -> str:
@@ -482,8 +477,7 @@ def encode_conversation(
     limit = len(ids) if max_length is None else check_limit(max_length, "max_length")
     if len(ids) <= limit:
         return ids
-    shorter = _shortened(prompt, lambda p: len(encode(p)) <= limit)
-    if shorter:
+    if shorter := _shortened(prompt, lambda p: len(encode(p)) <= limit):
         return encode(shorter)
     return _ends_only(render_conversation(prompt, completion, tokenizer, id=id), ids, prompt, tokenizer, limit)
 
@@ -496,15 +490,13 @@ def warn_text_prompts(
     if not getattr(tokenizer, "chat_template", None):
         return 0
     marks = [s for s in getattr(tokenizer, "all_special_tokens", ()) if s.strip()]  # in a rendered text
-    plain = total = 0
-    for r in records:
-        total += 1
-        meant = (r.get("meta") or {}).get("chat") is False
-        plain += isinstance(r["prompt"], str) and not meant and not any(s in r["prompt"] for s in marks)
-    if plain:
+    plain = [isinstance(r["prompt"], str) and (r.get("meta") or {}).get("chat") is not False
+             and not any(s in r["prompt"] for s in marks) for r in records]
+    if any(plain):
         logger.warning("%d of %d prompts are plain text and do not pass through the tokenizer's chat template; "
-                       "chat=True makes each one user turn, chat=False says that plain text is meant", plain, total)
-    return plain
+                       "chat=True makes each one user turn, chat=False says that plain text is meant", sum(plain),
+                       len(plain))
+    return sum(plain)
 
 # %% ../nbs/13_conversations.ipynb #2865e406
 def _lengths(record: dict, tokenizer) -> tuple[int, list[int]]:
@@ -523,8 +515,7 @@ def list_table(
 ) -> pd.DataFrame:  # one row per list
     "Candidates, scored, tied (that share their reward), signal, empty, rewards' range, prompt and completion lengths."
     rows = []
-    for num, record in enumerate(_plain_rows(lists), 1):
-        record = validate_record(record, num=num)
+    for record in _validated(_plain_rows(lists)):
         known = Counter(reward for reward in record["rewards"] if reward is not None)
         prompt, completions = _lengths(record, tokenizer)
         rows.append({"candidates": len(completions), "scored": known.total(),
@@ -532,8 +523,8 @@ def list_table(
                      "tied": sum(count for count in known.values() if count > 1), "signal": len(known) > 1,
                      "empty": sum(not text.strip() for text in record["completions"]),
                      "prompt_length": prompt, "completion_lengths": completions})
-    if not rows:
-        raise ListError("no lists", field="lists", allowed="at least one list", remedy="check what was loaded")
+    require(rows, "no lists", error=ListError, field="lists", allowed="at least one list",
+            remedy="check what was loaded")
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_conversations.ipynb #de76ebf1
@@ -545,9 +536,9 @@ def describe_lists(
 ) -> pd.DataFrame:  # with the columns value and share
     "Candidates, rewards, ties, signal, and lengths: how many texts are longer than the limits, that is, will be cut."
     table, unit = list_table(lists, tokenizer), "words" if tokenizer is None else "tokens"
-    rows = _describe(table)
-    rows |= _length_rows("prompt", table["prompt_length"], unit, max_prompt_length)
-    rows |= _length_rows("completion", table["completion_lengths"].explode().astype(int), unit, max_completion_length)
+    rows = {**_describe(table), **_length_rows("prompt", table["prompt_length"], unit, max_prompt_length),
+            **_length_rows("completion", table["completion_lengths"].explode().astype(int), unit,
+                           max_completion_length)}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "share"]).astype(float)
 
 # %% ../nbs/13_conversations.ipynb #50ab4772
@@ -561,13 +552,17 @@ def _length_rows(name: str, lengths: pd.Series, unit: str, limit: int | None) ->
 # %% ../nbs/13_conversations.ipynb #ee392dcf
 def _describe(table: pd.DataFrame) -> dict:
     "Counts and rewards: name -> (value, share of the lists)."
-    count, spread = len(table), (table["reward_max"] - table["reward_min"])[table["scored"] > 1]
-    rows = {"lists": (count, None), "candidates": (int(table["candidates"].sum()), None)}
-    rows |= {f"lists with M = {m}": (n, n / count) for m, n in table["candidates"].value_counts().sort_index().items()}
-    rows["candidates scored"] = (int(table["scored"].sum()), table["scored"].sum() / table["candidates"].sum())
-    rows |= {"lowest reward": (table["reward_min"].min(), None), "highest reward": (table["reward_max"].max(), None)}
-    rows["spread of rewards in a list, mean"] = (spread.mean(), None)
-    rows["spread of rewards in a list, median"] = (spread.median(), None)
+    count, sizes, spread = len(table), table["candidates"].value_counts().sort_index(), _spread(table)
+    rows = {
+        "lists": (count, None),
+        "candidates": (int(table["candidates"].sum()), None),
+        **{f"lists with M = {m}": (n, n / count) for m, n in sizes.items()},
+        "candidates scored": (int(table["scored"].sum()), table["scored"].sum() / table["candidates"].sum()),
+        "lowest reward": (table["reward_min"].min(), None),
+        "highest reward": (table["reward_max"].max(), None),
+        "spread of rewards in a list, mean": (spread.mean(), None),
+        "spread of rewards in a list, median": (spread.median(), None),
+    }
     kinds = {
         "lists with a tie": table["tied"] > 0,
         "lists without signal": ~table["signal"],
@@ -577,6 +572,11 @@ def _describe(table: pd.DataFrame) -> dict:
         "lists with an empty completion": table["empty"] > 0,
     }
     return rows | {name: (int(which.sum()), which.mean()) for name, which in kinds.items()}
+
+
+def _spread(table: pd.DataFrame) -> pd.Series:
+    "Highest minus lowest reward of each list with two scored candidates."
+    return (table["reward_max"] - table["reward_min"])[table["scored"] > 1]
 
 # %% ../nbs/13_conversations.ipynb #5a613e45
 def plot_lists(
@@ -593,16 +593,15 @@ def plot_lists(
     sizes = table["candidates"].value_counts().sort_index()
     axes[0].bar(sizes.index, sizes)
     axes[0].set_xticks(sizes.index)
-    spread = (table["reward_max"] - table["reward_min"])[table["scored"] > 1]
-    axes[1].hist(spread, bins=20)
+    axes[1].hist(_spread(table), bins=20)
     axes[2].hist(table["prompt_length"], bins=30)
     axes[3].hist(table["completion_lengths"].explode().astype(int), bins=30)
     for axis, limit in ((axes[2], max_prompt_length), (axes[3], max_completion_length)):
         if limit is not None:
             axis.axvline(limit, color="black", linestyle="--", label="cut here")
             axis.legend(frameon=False)
-    tied = f"spread of rewards ({(spread == 0).sum()} lists tied)"
-    labels = ("candidates M", tied, f"prompt, {unit}", f"completion, {unit}")
+    labels = ("candidates M", f"spread of rewards ({(_spread(table) == 0).sum()} lists tied)", f"prompt, {unit}",
+              f"completion, {unit}")
     for axis, label, what in zip(axes, labels, ("lists", "lists", "lists", "completions")):
         axis.set(xlabel=label, ylabel=what)
     plt.close(figure)  # a notebook would show it twice

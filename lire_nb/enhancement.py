@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
-from .base.errors import LireError, moved
+from .base.errors import LireError, moved, require
 from .base.files import disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from lire_nb.identity import (
@@ -113,8 +113,7 @@ def _check_arguments(asked: Rounds) -> None:
          f"{least} or more: what a prompt brings along, the best and the worst", "raise it, or leave it out"),
     ]
     for name, fine, reason, allowed, remedy in rules:
-        if not fine:
-            raise LireError(reason, field=name, value=getattr(asked, name), allowed=allowed, remedy=remedy)
+        require(fine, reason, field=name, value=getattr(asked, name), allowed=allowed, remedy=remedy)
 
 # %% ../nbs/19_enhancement.ipynb #7c57782b
 # long: an argument a line
@@ -273,9 +272,8 @@ def _check_round(folder: Path, sampled: dict) -> None:
     "Raise for a file that is not what the manifest says; what was deleted is made again."
     manifest = read_manifest(folder)
     if manifest is None:
-        if (folder / "manifest.json").exists():
-            raise LireError("cannot be read", file=folder / "manifest.json",
-                            remedy=f"delete {folder.name}, or only this file if you trust the others")
+        require(not (folder / "manifest.json").exists(), "cannot be read", file=folder / "manifest.json",
+                remedy=f"delete {folder.name}, or only this file if you trust the others")
         return
     was = manifest.get("sampled_by", {})
     now = {k: v for k, v in json.loads(json.dumps(sampled)).items() if k != "policy"}  # its path may have changed
@@ -284,10 +282,9 @@ def _check_round(folder: Path, sampled: dict) -> None:
                         allowed="the policy of before", remedy=f"delete {folder.name} and the rounds after it")
     for name, what in changed_files(folder, manifest).items():
         top = name.split("/")[0]
-        if what != "missing" or (folder / top).exists():
-            raise LireError(f"{what} since it was written", file=folder / name,
-                            allowed="the file that manifest.json describes",
-                            remedy=f"delete {folder.name}/{top} and start again: it is made anew, as it was")
+        require(what == "missing" and not (folder / top).exists(), f"{what} since it was written", file=folder / name,
+                allowed="the file that manifest.json describes",
+                remedy=f"delete {folder.name}/{top} and start again: it is made anew, as it was")
 
 # %% ../nbs/19_enhancement.ipynb #ca45280b
 def _within(policy: Policy, run_folder: Path) -> str:
@@ -410,9 +407,8 @@ def check_options(
     merge: bool = False,  # the policy's own adapter into its base first
 ) -> None:
     "What LIRETrainer would refuse of its arguments is said before a model is loaded; raises `LireError`."
-    if not (options is None or isinstance(options, dict)):
-        raise LireError("not arguments of LIRETrainer", field="trainer_options", value=options, allowed="a dict",
-                        remedy="for example {'peft_config': …}")
+    require(options is None or isinstance(options, dict), "not arguments of LIRETrainer", field="trainer_options",
+            value=options, allowed="a dict", remedy="for example {'peft_config': …}")
     options, policy = dict(options or {}), Policy.of(policy)
     for name in ("model", "args", "train_dataset", "processing_class", "callbacks"):
         if name in options:
@@ -531,17 +527,15 @@ class StopRule:
 
     def __post_init__(self):
         self.prompts = by_id(checked_prompts(self.prompts))
-        if self.gold is None and self.max_kl is None:
-            raise LireError("nothing to stop for", field="gold, max_kl", value=None,
-                            allowed="a reward, a limit in nats, or both", remedy="give one")
+        require(self.gold is not None or self.max_kl is not None, "nothing to stop for", field="gold, max_kl",
+                value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
         rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0,
                             "above 0 nats: the start itself is at 0"),
                  "num_samples": (self.num_samples >= 1, "1 or more"),
                  "prompts": (bool(self.prompts), "one held-out prompt or more")}
         for name, (good, allowed) in rules.items():
-            if not good:
-                raise LireError("cannot be used", field=name, value=getattr(self, name), allowed=allowed,
-                                remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
+            require(good, "cannot be used", field=name, value=getattr(self, name), allowed=allowed,
+                    remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
 
     def identity(self) -> dict:
         gold = self.gold and reward_identity(self.gold)
@@ -566,9 +560,8 @@ class StopRule:
             lists = lists if plain else draw(self.settings.plain)
             other = model if policy == start else start.load(compute_dtype())
             rows = sampled_logps(model, other, lists, stopped=bool(self.settings.stop), **limit)
-            if not rows[0]["same_tokenizer"]:
-                raise LireError("no KL between policies with different tokenizers", field="max_kl", value=self.max_kl,
-                                allowed="a start policy with the same tokenizer", remedy="leave max_kl out")
+            require(rows[0]["same_tokenizer"], "no KL between policies with different tokenizers", field="max_kl",
+                    value=self.max_kl, allowed="a start policy with the same tokenizer", remedy="leave max_kl out")
             found["kl"] = _mean([a - b for a, b in zip(r["logps"], r["start_logps"])] for r in rows)
         return found
 

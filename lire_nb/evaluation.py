@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .base.errors import LireError, moved, public_address
+from .base.errors import LireError, moved, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
@@ -123,9 +123,8 @@ class LireMetric(evaluate.Metric):
         given = {"predictions": predictions, "references": references, **kwargs}
         columns = {name: [] if given.get(name) is None else given[name] for name in self._feature_names()}
         _same_number(**columns)
-        if not len(next(iter(columns.values()))):
-            raise LireError("empty", field=", ".join(columns), allowed="one entry per prompt",
-                            remedy="give the values that the metric describes: metric.inputs_description")
+        require(len(next(iter(columns.values()))), "empty", field=", ".join(columns), allowed="one entry per prompt",
+                remedy="give the values that the metric describes: metric.inputs_description")
         self._called("add_batch", predictions=predictions, references=references, **kwargs)
 
     def compute(self, *, predictions=None, references=None, **kwargs):
@@ -199,9 +198,8 @@ KLDivergence = _metric(
 def _each(function, predictions, references) -> list[float]:
     "A function of each prompt's two lists, which must be of equal length."
     for i, (a, b) in enumerate(zip(predictions, references)):
-        if len(a) != len(b):
-            raise LireError("unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)),
-                            allowed="as many in both", remedy="look for a candidate that was dropped on one side")
+        require(len(a) == len(b), "unequal numbers", field=f"predictions[{i}], references[{i}]", value=(len(a), len(b)),
+                allowed="as many in both", remedy="look for a candidate that was dropped on one side")
     return [function(a, b) for a, b in zip(predictions, references)]
 
 # %% ../nbs/22_evaluation.ipynb #9d31aff3
@@ -211,9 +209,8 @@ def perplexity(
 ) -> float:
     "exp(−mean log-prob per token)."
     _same_number(logps=logps, lengths=lengths)
-    if sum(lengths) <= 0:
-        raise LireError("no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
-                        remedy="drop empty completions")
+    require(sum(lengths) > 0, "no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
+            remedy="drop empty completions")
     return math.exp(-sum(logps) / sum(lengths))
 
 # %% ../nbs/22_evaluation.ipynb #7284c2c4
@@ -221,9 +218,8 @@ def _perplexity_interval(logps: list[float], lengths: list[int], seed: int) -> I
     """A ratio of sums over prompts, so prompts are drawn by index; below 20 prompts Student's interval of the ratio
     (delta method), on the log scale."""
     logps, lengths = np.asarray(logps, float), np.asarray(lengths, float)
-    if len(logps) < 2:
-        raise LireError("too few", field="values", value=len(logps), allowed="two prompts or more",
-                        remedy="evaluate more prompts")
+    require(len(logps) > 1, "too few", field="values", value=len(logps), allowed="two prompts or more",
+            remedy="evaluate more prompts")
     if len(logps) < FEW:
         rest = _t_interval(-(logps - lengths * logps.sum() / lengths.sum()) / lengths.mean())
         return Interval(*(perplexity(logps, lengths) * math.exp(v) for v in rest), rest.method)
@@ -408,22 +404,19 @@ def evaluate_systems(
 # %% ../nbs/22_evaluation.ipynb #54641fce
 def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str, Path]:
     "The file of each system; what would fail after the work is said before it."
-    if not isinstance(systems, dict) or not systems:
-        raise LireError("no system", field="systems", value=systems,
-                        allowed="a dict of names and policies, the start policy first",
-                        remedy="give at least the start policy")
+    require(isinstance(systems, dict) and systems, "no system", field="systems", value=systems,
+            allowed="a dict of names and policies, the start policy first", remedy="give at least the start policy")
     for name, policy in systems.items():
-        if str(policy).startswith(("http://", "https://")):
-            raise LireError("is a server, and KL and perplexity need its weights", field=f"system {name}",
-                            value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
-                            remedy="draw its answers with lire sample, and compare them with lire judge")
+        require(not str(policy).startswith(("http://", "https://")),
+                "is a server, and KL and perplexity need its weights", field=f"system {name}",
+                value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
+                remedy="draw its answers with lire sample, and compare them with lire judge")
     slugs = [slug(name) for name in systems]
-    if "" in slugs or len(set(slugs)) < len(slugs):
-        raise LireError("names that are not different as file names", field="systems", value=list(systems),
-                        allowed="names that differ in letters and digits", remedy="rename one")
-    if len(prompts) < 2:
-        raise LireError("too few", field="prompts", value=len(prompts), allowed="2 or more: intervals are over prompts",
-                        remedy="give more prompts, or raise --limit")
+    require("" not in slugs and len(set(slugs)) == len(slugs), "names that are not different as file names",
+            field="systems", value=list(systems), allowed="names that differ in letters and digits",
+            remedy="rename one")
+    require(len(prompts) > 1, "too few", field="prompts", value=len(prompts),
+            allowed="2 or more: intervals are over prompts", remedy="give more prompts, or raise --limit")
     twice = [name for name, count in Counter(r["id"] for r in prompts).items() if count > 1]
     if twice:
         raise LireError("the same id twice", field="prompts", value=twice[0],
@@ -451,18 +444,14 @@ def _check_options(judges: dict, options: dict) -> None:
     known = [n for n in inspect.signature(judge_policy).parameters
              if n not in ("policy", "prompts", "judges", "start", "seed")]
     for name in options:
-        if name not in known:
-            raise LireError("unknown option", field=name, allowed=", ".join(known), remedy="check the spelling")
+        require(name in known, "unknown option", field=name, allowed=", ".join(known), remedy="check the spelling")
     count, settings = options.get("num_samples", 2), options.get("settings", SamplingSettings())
-    if type(count) is not int or count < 1:
-        raise LireError("not a number of samples", field="num_samples", value=count,
-                        allowed="a whole number, 1 or more", remedy="change it, or leave it out")
-    if not isinstance(settings, SamplingSettings):
-        raise LireError("not sampling settings", field="settings", value=settings, allowed="a SamplingSettings",
-                        remedy="for example SamplingSettings(max_new_tokens=32)")
-    if not isinstance(judges, dict) or not all(map(callable, judges.values())):
-        raise LireError("not judges", field="judges", value=judges, allowed="a dict of names and rewards",
-                        remedy="for example {'vader': VaderReward()}")
+    require(type(count) is int and count >= 1, "not a number of samples", field="num_samples", value=count,
+            allowed="a whole number, 1 or more", remedy="change it, or leave it out")
+    require(isinstance(settings, SamplingSettings), "not sampling settings", field="settings", value=settings,
+            allowed="a SamplingSettings", remedy="for example SamplingSettings(max_new_tokens=32)")
+    require(isinstance(judges, dict) and all(map(callable, judges.values())), "not judges", field="judges",
+            value=judges, allowed="a dict of names and rewards", remedy="for example {'vader': VaderReward()}")
 
 # %% ../nbs/22_evaluation.ipynb #9c4e24df
 def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
@@ -473,10 +462,8 @@ def _judged_rows(path: Path, prompts: list[dict], judges: dict) -> list[dict]:
                                                                               and _WHOLE <= r.keys() for r in rows)
     except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
-    if not whole:
-        raise LireError("not the rows of an evaluation of these prompts", file=path,
-                        allowed="what evaluate_systems wrote",
-                        remedy="delete the file to make it again, or put the right one back")
+    require(whole, "not the rows of an evaluation of these prompts", file=path, allowed="what evaluate_systems wrote",
+            remedy="delete the file to make it again, or put the right one back")
     return rows
 
 # %% ../nbs/22_evaluation.ipynb #6fda04ae
@@ -504,10 +491,9 @@ def token_kl(
     chunk: int = CHUNK,  # positions whose distributions exist at once
 ) -> torch.Tensor:  # (T,) float32: KL(policy ‖ start) at every completion token's position, rows one after the other
     "The exact divergence of the next-token distributions; raises `LireError` for models with different vocabularies."
-    if start is None and not hasattr(unwrap(policy), "disable_adapter"):
-        raise LireError("no start policy", field="start", value=None,
-                        allowed="a model, or None for a policy with a peft adapter",
-                        remedy="give the policy that training started from")
+    require(start is not None or hasattr(unwrap(policy), "disable_adapter"), "no start policy", field="start",
+            value=None, allowed="a model, or None for a policy with a peft adapter",
+            remedy="give the policy that training started from")
     for model in [policy] + [start] * (start is not None):
         verified(model, int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max()))
     if both_sides(policy, batch):
@@ -522,10 +508,9 @@ def token_kl(
         new = _logits_at(policy, *inputs)
         with policy_at_start(policy) if start is None else nullcontext():
             old = _logits_at(start or policy, *inputs)
-        if new.shape != old.shape:
-            raise LireError("different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]),
-                            allowed="two models with the same tokenizer",
-                            remedy="compare a policy with the one it was trained from")
+        require(new.shape == old.shape, "different vocabularies", field="start", value=(new.shape[-1], old.shape[-1]),
+                allowed="two models with the same tokenizer",
+                remedy="compare a policy with the one it was trained from")
         parts.append((new.exp() * (new - old)).sum(-1))
     return torch.cat(parts)
 
@@ -542,10 +527,9 @@ def text_kl(
     """Exact per-token KL on given texts, on the tokens that were drawn where they are known; its mean over a text's
     positions, or their sum, is what to report."""
     (model, tokenizer), (start, other) = _loaded(policy), (None, None) if start is None else _loaded(start)
-    if other is not None and tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer):
-        raise LireError("another tokenizer than the policy's", field="start", value=type(other).__name__,
-                        allowed="two models with the same tokenizer",
-                        remedy="compare a policy with the one it was trained from")
+    require(other is None or tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer),
+            "another tokenizer than the policy's", field="start", value=type(other).__name__,
+            allowed="two models with the same tokenizer", remedy="compare a policy with the one it was trained from")
     modes = [(m, m.training) for m in (model, start) if m is not None]
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
               "context": common_context(model, start)}

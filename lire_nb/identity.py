@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from .base.errors import has_password, LireError, moved, public_address, without_secrets
+from .base.errors import has_password, LireError, moved, public_address, require, without_secrets
 from .base.files import write_json
 from .models import config_content, digest, file_hash, model_fingerprint, Policy
 
@@ -85,10 +85,9 @@ def plain_address(
     address: str,  # "http://host:port/path?query#model"
 ) -> str:
     "The address without values of keys and tokens in its query; raises `LireError` for one with a password."
-    if has_password(address):
-        raise LireError("a password in an address", field="address", value=public_address(address),
-                        allowed="an address without user and password",
-                        remedy="give the key in the environment (OPENAI_API_KEY) or as headers=")
+    require(not has_password(address), "a password in an address", field="address", value=public_address(address),
+            allowed="an address without user and password",
+            remedy="give the key in the environment (OPENAI_API_KEY) or as headers=")
     return public_address(address)
 
 # %% ../nbs/36_identity.ipynb #edc0d3e0
@@ -165,10 +164,10 @@ def check_claim(
     except (OSError, ValueError, AttributeError) as e:
         raise LireError("cannot be read", file=path, field="run folder", allowed="what a run wrote there",
                         remedy="give another folder, or put the file back") from e
-    if stored.get("format") != FORMAT:
-        raise LireError("an older version of lire_nb made this, and did not note all that it was made from", file=path,
-                        field="run folder", allowed="a folder of this version",
-                        remedy="give another folder, or finish this one with the version that began it")
+    require(stored.get("format") == FORMAT,
+            "an older version of lire_nb made this, and did not note all that it was made from", file=path,
+            field="run folder", allowed="a folder of this version",
+            remedy="give another folder, or finish this one with the version that began it")
     if differ := differences(stored, json.loads(json.dumps({"format": FORMAT, **config}))):
         raise LireError(f"the folder holds a run of another configuration ({differ})", file=path, field="run folder",
                         allowed="the same configuration, or a new folder", remedy=remedy)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .base.errors import ListError, _shown
+from .base.errors import ListError, require, _shown
 from .base.files import _CellDict, _CellList, _check_text, _written
 from lire_nb.records import (
     _check_message, _check_prompt, _check_reward, FEATURES, FIELDS, _listed, make_record, _REWARD, ROLES,
@@ -52,9 +52,8 @@ def parse_transcript(text: str) -> list[dict]:
     """The messages of an HH transcript. The blank line before the first mark may be missing. Raises `ListError`."""
     _check_text(text, "transcript")
     before, *parts = _turn.split(text if text.startswith("\n\n") else "\n\n" + text)
-    if before.strip() or not parts:
-        raise ListError("text before the first turn", field="transcript", value=text,
-                        allowed='"\\n\\nHuman: …\\n\\nAssistant: …"', remedy="remove it, or give a mapping")
+    require(parts and not before.strip(), "text before the first turn", error=ListError, field="transcript", value=text,
+            allowed='"\\n\\nHuman: …\\n\\nAssistant: …"', remedy="remove it, or give a mapping")
     return [{"role": _SPEAKERS[who], "content": unspaced(said)} for who, said in zip(parts[::2], parts[1::2])]
 
 
@@ -66,12 +65,10 @@ def join_transcript(messages: list[dict]) -> str:
 def _note_turns(prompt: list[dict], answers: list[str], notes: Notes) -> None:
     """Count what is odd about a pair of dialogues."""
     roles = [message["role"] for message in prompt] + ["assistant"]
-    if any(a == b for a, b in itertools.pairwise(roles)):
-        notes.append("one speaker twice in a row")
-    if not all(message["content"].strip() for message in prompt):
-        notes.append("empty turn in the prompt")
-    if answers[0] == answers[1]:
-        notes.append("chosen and rejected are equal")
+    odd = {"one speaker twice in a row": any(a == b for a, b in itertools.pairwise(roles)),
+           "empty turn in the prompt": not all(message["content"].strip() for message in prompt),
+           "chosen and rejected are equal": answers[0] == answers[1]}
+    notes += [note for note, there in odd.items() if there]
 
 # %% ../nbs/32_layouts.ipynb #414dafd4
 def _transcript_prompt(prompt: Any) -> list[dict] | None:
@@ -88,8 +85,7 @@ def _transcript_prompt(prompt: Any) -> list[dict] | None:
 # %% ../nbs/32_layouts.ipynb #b38b0b9b
 def _row_id(row: dict) -> str | None:
     """The value of the column "id", else "prompt_id"."""
-    name = _id_column(row)
-    value = row.get(name)
+    value = row.get(name := _id_column(row))
     if isinstance(value, int) and not isinstance(value, bool):
         return _shown(value)
     return None if value is None else _check_text(value, name)
@@ -145,10 +141,7 @@ def _turn_keys(message: Any, keys: tuple = _TURN_KEYS) -> tuple[str, str] | None
     """The names under which `message` keeps its role and its text."""
     if not isinstance(message, dict):
         return None
-    for role, text in keys:
-        if message.get(role) is not None and message.get(text) is not None:
-            return role, text
-    return None
+    return next((pair for pair in keys if all(message.get(name) is not None for name in pair)), None)
 
 
 def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
@@ -210,19 +203,14 @@ def _with_turns(row: dict, roles: dict | None = None, keys: dict | None = None) 
     if roles is None and keys is None and any(names <= row.keys() for names in _EXPORTED):
         return row
     options = _turn_options(roles, keys)
-    row = dict(row)
-    for name in (*_PROMPTS, *_SYSTEM, "history"):
-        if name in row:
-            row[name] = _as_turns(row[name], *options, field=name)
+    row = row | {name: _as_turns(row[name], *options, field=name) for name in (*_PROMPTS, *_SYSTEM, "history")
+                 if name in row}
     asked = row.get(_prompt_column(row, _PROMPTS))
     talk = _is_empty(asked) or isinstance(asked, list)
-    for name in (*_PAIRED, *_ANSWERS):
-        if name in row:
-            row[name] = _answer_turns(row[name], options, talk)
-    for name in _ANSWER_LISTS:
-        if isinstance(values := _as_list(row.get(name)), list):
-            row[name] = [_answer_turns(value, options, talk) for value in values]
-    return row
+    answers = {name: _answer_turns(row[name], options, talk) for name in (*_PAIRED, *_ANSWERS) if name in row}
+    lists = {name: [_answer_turns(value, options, talk) for value in values] for name in _ANSWER_LISTS
+             if isinstance(values := _as_list(row.get(name)), list)}
+    return row | answers | lists
 
 # %% ../nbs/32_layouts.ipynb #9c347eff
 def _turn_options(roles: dict | None, keys: dict | None) -> tuple[dict, tuple]:
@@ -306,22 +294,19 @@ def _split_answers(prompt: Any, answers: list, names: list[str]) -> tuple[Any, l
         raise ListError("the two dialogues part before the last answer", field=names[parted],
                         value=f"{len(first) + 1} and {len(other) + 1} turns, {same} of them shared",
                         allowed="one shared prompt", remedy=_ASIDE)
-    if not first:
-        raise ListError("an answer without a prompt", field=names[0], value=said,
-                        allowed="at least one turn before the answer", remedy=_ASIDE)
+    require(first, "an answer without a prompt", error=ListError, field=names[0], value=said,
+            allowed="at least one turn before the answer", remedy=_ASIDE)
     return first, [text for _, text in talks]
 
 # %% ../nbs/32_layouts.ipynb #cf3d5547
 def _talk(before: list[dict], answer: Any, name: str) -> tuple[list[dict], str]:
     """All turns before an answer, and its text."""
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    if not isinstance(answer, list) or not answer:
-        raise ListError("not an answer", field=name, value=answer, allowed="a string or messages",
-                        remedy="drop the row")
+    require(isinstance(answer, list) and answer, "not an answer", error=ListError, field=name, value=answer,
+            allowed="a string or messages", remedy="drop the row")
     *said, last = [_check_message(message, f"{name}[{i}]") for i, message in enumerate(answer)]
-    if last["role"] != "assistant":
-        raise ListError("does not end with an answer", field=name, value=last,
-                        allowed="an assistant turn at the end", remedy=_ASIDE)
+    require(last["role"] == "assistant", "does not end with an answer", error=ListError, field=name, value=last,
+            allowed="an assistant turn at the end", remedy=_ASIDE)
     return _continued(before, said, name), last["content"]
 
 # %% ../nbs/32_layouts.ipynb #153dff20
@@ -349,9 +334,9 @@ def _history(value: Any) -> list[dict]:
     pairs = _as_list(value)
     if _is_turns(pairs):
         return [_check_message(message, f"history[{i}]") for i, message in enumerate(pairs)]
-    if not isinstance(pairs, list) or not all(isinstance(_listed(pair), list) and len(pair) == 2 for pair in pairs):
-        raise ListError("not a history", field="history", value=value, allowed="messages, or [[question, answer], …]",
-                        remedy="correct the row")
+    require(isinstance(pairs, list) and all(isinstance(_listed(pair), list) and len(pair) == 2 for pair in pairs),
+            "not a history", error=ListError, field="history", value=value,
+            allowed="messages, or [[question, answer], …]", remedy="correct the row")
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
     return [_check_message(message, f"history[{i // 2}]") for i, message in enumerate(turns)]
 
@@ -398,17 +383,14 @@ def _left_over(row: dict, used: Iterable[str]) -> dict:
 def _check_parts(row: dict, used: set) -> None:
     """Refuse a column that belongs to the prompt, unless the prompt contains it already."""
     for name in (name for name in row if name in _PARTS | _TEXT_PARTS and name not in used):
-        value = row[name]
-        if name in _TEXT_PARTS and not isinstance(value, str):
+        value, text = row[name], isinstance(row[name], str)
+        if (name in _TEXT_PARTS and not text or _is_empty(value if name in _MORE else _as_list(value))
+                or text and _is_known(name, value, _texts(row, used))):
             continue
-        if _is_empty(value if name in _MORE else _as_list(value)):
-            continue
-        if isinstance(value, str) and _is_known(name, value, _texts(row, used)):
-            continue
-        allowed = "one prompt column, with instruction + input, system and history beside it"
-        remedy = 'say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the column'
-        raise ListError("belongs to the prompt and would be lost", field=name, value=value, allowed=allowed,
-                        remedy=remedy)
+        raise ListError("belongs to the prompt and would be lost", field=name, value=value,
+                        allowed="one prompt column, with instruction + input, system and history beside it",
+                        remedy='say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the '
+                               'column')
 
 # %% ../nbs/32_layouts.ipynb #b99ce1bb
 def _is_known(name: str, value: str, texts: list[str]) -> bool:
@@ -430,8 +412,7 @@ def _rest(row: dict, used: Iterable[str]) -> dict:
         rest = _jsonable({name: value for name, value in row.items() if name not in used})
     except RecursionError:
         raise ListError("nested too deeply", allowed="at most 50 levels", remedy="drop the row") from None
-    meta = {} if row.get("meta") is None else row["meta"]
-    meta = meta if isinstance(meta, dict) else {"meta": meta}
+    meta = {} if row.get("meta") is None else row["meta"] if isinstance(row["meta"], dict) else {"meta": row["meta"]}
     if both := [name for name in rest if name in meta]:
         raise ListError("the same name as a column and in meta", field=both[0], value=rest[both[0]],
                         remedy="rename one of them")
@@ -473,8 +454,8 @@ def _read_own(row: dict, notes: Notes) -> dict:
         raise ListError("not a dict", field="meta", value=row["meta"], allowed="a dict",
                         remedy="write {} where there is nothing")
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
-        own = {name: row[name] for name in ("completions", "rewards", "sources")}
-        return make_record(row["prompt"], **own, id=_row_id(row), meta=_rest(row, FIELDS))
+        return make_record(*(row[name] for name in ("prompt", "completions", "rewards", "sources")), _row_id(row),
+                           _rest(row, FIELDS))
     rewards = _first(row, ("rewards", "scores", "ratings"))
     fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
     return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
@@ -482,9 +463,8 @@ def _read_own(row: dict, notes: Notes) -> dict:
 # %% ../nbs/32_layouts.ipynb #9052d3b9
 def _read_ranks(row: dict, notes: Notes) -> dict:
     ranks = _numbers(row["ranks"], "ranks")
-    if not isinstance(ranks, list):
-        raise ListError("not a list", field="ranks", value=ranks, allowed="one rank per completion, 1 = best",
-                        remedy="repair the row")
+    require(isinstance(ranks, list), "not a list", error=ListError, field="ranks", value=ranks,
+            allowed="one rank per completion, 1 = best", remedy="repair the row")
     return _read_list(row, ("prompt",), "completions", "ranks", "sources", rewards=rank_rewards(ranks))
 
 # %% ../nbs/32_layouts.ipynb #8a5cb58e
@@ -521,9 +501,8 @@ def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[An
     candidates = row["completions"]
     names = [f"completions[{i}]" for i in range(len(candidates))]
     for candidate, name in zip(candidates, names):
-        if not isinstance(candidate, dict) or answer not in candidate:
-            raise ListError("not a candidate", field=name, value=candidate, allowed=f'a dict with "{answer}"',
-                            remedy="drop the row")
+        require(isinstance(candidate, dict) and answer in candidate, "not a candidate", error=ListError, field=name,
+                value=candidate, allowed=f'a dict with "{answer}"', remedy="drop the row")
     prompt, columns = _row_prompt(row, prompts)
     prompt, texts = _split_answers(prompt, [candidate[answer] for candidate in candidates], names)
     rest = [{k: v for k, v in candidate.items() if k not in (answer, *used)} for candidate in candidates]
@@ -564,9 +543,8 @@ def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
 # %% ../nbs/32_layouts.ipynb #65ec37b7
 def _read_ranked(row: dict, notes: Notes) -> dict:
     """NeMo-RL: context and completions of {rank, completion}, the lower rank is better; or {score, completion}."""
-    keys = ("rank", "score", "reward", "rating")
     candidates = [candidate for candidate in row["completions"] if isinstance(candidate, dict)]
-    key = next((key for key in keys if any(key in candidate for candidate in candidates)), "rank")
+    key = _first(dict.fromkeys(itertools.chain(*candidates)), ("rank", "score", "reward", "rating")) or "rank"
     prompt, texts, names, meta = _read_dicts(row, "completion", ("context", *_PROMPTS), (key,))
     rewards = [_number(candidate.get(key), f"{name}.{key}") for candidate, name in zip(candidates, names)]
     return make_record(prompt, texts, rank_rewards(rewards) if key == "rank" else rewards, id=_row_id(row), meta=meta)
@@ -575,18 +553,16 @@ def _read_ranked(row: dict, notes: Notes) -> dict:
 def _read_tldr(row: dict, notes: Notes) -> dict:
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     post = info.get("post") or info.get("article") if isinstance(info, dict) else None
-    if not post:
-        raise ListError("no post", field="info", value=info, allowed='a dict with "post" or "article"',
-                        remedy="drop the row")
+    require(post, "no post", error=ListError, field="info", value=info, allowed='a dict with "post" or "article"',
+            remedy="drop the row")
     texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
-    if not isinstance(summaries, list) or sum(isinstance(text, str) for text in texts) < len(summaries):
-        raise ListError("not summaries", field="summaries", value=summaries, allowed='a list of dicts with "text"',
-                        remedy="drop the row")
-    if type(choice) is not int or not 0 <= choice < len(summaries):
-        raise ListError("not a choice", field="choice", value=choice, allowed=f"0 … {len(summaries) - 1}",
-                        remedy="drop the row")
-    kept = {"info": {k: v for k, v in info.items() if k not in ("id", "post", "article", "title") and v is not None}}
-    kept["notes"] = [s.get("note") for s in summaries]
+    require(isinstance(summaries, list) and sum(isinstance(text, str) for text in texts) == len(summaries),
+            "not summaries", error=ListError, field="summaries", value=summaries, allowed='a list of dicts with "text"',
+            remedy="drop the row")
+    require(type(choice) is int and 0 <= choice < len(summaries), "not a choice", error=ListError, field="choice",
+            value=choice, allowed=f"0 … {len(summaries) - 1}", remedy="drop the row")
+    kept = {"info": {k: v for k, v in info.items() if k not in ("id", "post", "article", "title") and v is not None},
+            "notes": [s.get("note") for s in summaries]}
     return make_record(
         prompt=f"TITLE: {info['title']}\n\n{post}" if info.get("title") else post,
         completions=texts,  # " A cat came back.": the space belongs to the text after the post
@@ -639,8 +615,8 @@ def _asks(answer: Any) -> bool:
 # %% ../nbs/32_layouts.ipynb #651d02c9
 def _two_names(word: str) -> list[tuple[str, str]]:
     """How columns are called that say `word` about the two answers: score_chosen, chosen_score, chosen-score …"""
-    forms = (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}", f"{word}-{{}}")
-    return [(form.format("chosen"), form.format("rejected")) for form in forms]
+    return [(form.format("chosen", word), form.format("rejected", word))
+            for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}", "{1}-{0}")]
 
 
 _WORDS = [f"{how}{word}{s}" for how in ("", "avg_", "average_", "mean_", "overall_")
@@ -661,8 +637,7 @@ def _two_scores(row: dict) -> dict[str, Any]:
     """The columns with the scores of a pair, both known; or "rewards", by a mapping."""
     if isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2:
         return {"rewards": [_check_reward(value, f"rewards[{i}]") for i, value in enumerate(row["rewards"])]}
-    names = _two_columns(row, _SCORES)
-    scores = {name: _check_reward(_number(row[name], name), name) for name in names}
+    scores = {name: _check_reward(_number(row[name], name), name) for name in _two_columns(row, _SCORES)}
     return {} if None in scores.values() else scores
 
 # %% ../nbs/32_layouts.ipynb #f6401706
@@ -705,10 +680,10 @@ def _preference(row: dict) -> tuple[list[float | None], set[str]]:
     value, read = _number(row["preference"], "preference"), {"preference"}
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return [None, None], read
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (1 <= value <= 2 or value == 0):
-        raise ListError("not a preference", field="preference", value=value,
-                        allowed="1 (output_1 is better) … 2 (output_2 is), 0 or 1.5 for a tie",
-                        remedy="correct it, or drop the row")
+    require(not isinstance(value, bool) and isinstance(value, numbers.Real) and (1 <= value <= 2 or value == 0),
+            "not a preference", error=ListError, field="preference", value=value,
+            allowed="1 (output_1 is better) … 2 (output_2 is), 0 or 1.5 for a tie",
+            remedy="correct it, or drop the row")
     return [0.5, 0.5] if value == 0 else [2.0 - value, value - 1.0], read
 
 
@@ -720,9 +695,8 @@ def _label(row: dict, notes: Notes) -> tuple[list[float | None], set[str]]:
         if label is not None:
             _note_order(*(rewards if label else rewards[::-1]), notes)
         return rewards, set(names)
-    if label not in (0, 1, None):
-        raise ListError("unknown value", field="label", value=label, allowed="0, 1, None",
-                        remedy="correct it, or drop the row")
+    require(label in (0, 1, None), "unknown value", error=ListError, field="label", value=label, allowed="0, 1, None",
+            remedy="correct it, or drop the row")
     return [None, None] if label is None else [float(label), 1.0 - label], {*names, "label"}
 
 # %% ../nbs/32_layouts.ipynb #ceb9872f
@@ -752,7 +726,7 @@ def _read_long(row: dict, notes: Notes) -> dict:
         reward = _LABELS.get(str(reward).strip().lower(), reward)
     prompt, used = _row_prompt(row, (*_LONG["prompt"], *_TALKS), answered=names["completion"] is None)
     answer = row[names["completion"]] if names["completion"] else None
-    if answer is None and isinstance(prompt, list) and names["completion"] is None:
+    if isinstance(prompt, list) and names["completion"] is None:
         prompt, answer = None, prompt
     prompt, texts = _split_answers(prompt, [answer], [names["completion"] or "conversations"])
     source = row.get(names["source"])
@@ -785,14 +759,14 @@ def _group(rows: list[dict]) -> dict:
     return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
 
 # %% ../nbs/32_layouts.ipynb #7c1a4cf6
-def _has(*names: str) -> Callable[[dict], bool]:
-    return lambda row: all(name in row for name in names)
+def _has(*names: str | tuple[str, ...]) -> Callable[[dict], bool]:
+    "Whether a row has these columns; of a tuple any one."
+    return lambda row: all(_first(row, (name,) if isinstance(name, str) else name) for name in names)
 
 
 def _holds_dicts(row: dict) -> bool:
     completions = row.get("completions")
-    dicts = isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
-    return bool(_first(row, _PROMPTS)) and dicts
+    return _has(_PROMPTS)(row) and isinstance(completions, list) and any(isinstance(c, dict) for c in completions)
 
 # %% ../nbs/32_layouts.ipynb #ebb8fbc6
 def _is_ranked(row: dict) -> bool:
@@ -803,14 +777,12 @@ def _is_outputs(row: dict) -> bool:
     return _has("output_1", "output_2", "preference")(row) or _has("output_A", "output_B")(row)
 
 
-def _is_distilabel(row: dict) -> bool:
-    return "generations" in row and _first(row, _ASKED) is not None
+
 
 
 def _is_hh(row: dict) -> bool:
-    pair = [row.get("chosen"), row.get("rejected")]
-    asked = _is_empty(row.get(_prompt_column(row, _PROMPTS)))
-    return asked and _has("chosen", "rejected")(row) and any(isinstance(text, str) for text in pair)
+    texts = any(isinstance(row.get(name), str) for name in ("chosen", "rejected"))
+    return texts and _has("chosen", "rejected")(row) and _is_empty(row.get(_prompt_column(row, _PROMPTS)))
 
 # %% ../nbs/32_layouts.ipynb #fa0b455c
 LAYOUTS = [
@@ -820,7 +792,8 @@ LAYOUTS = [
     Layout("ranks", "prompt, completions, ranks", _has("prompt", "completions", "ranks"), _read_ranks),
     Layout("lists", "prompt, completions, rewards, …", _has("prompt", "completions"), _read_own),
     Layout("RRHF", "query, responses, scores", _has("query", "responses", "scores"), _read_rrhf),
-    Layout("distilabel", "instruction (and input) or prompt, generations, ratings", _is_distilabel, _read_distilabel),
+    Layout("distilabel", "instruction (and input) or prompt, generations, ratings", _has("generations", _ASKED),
+           _read_distilabel),
     Layout("TL;DR comparisons", "info, summaries, choice", _has("info", "summaries", "choice"), _read_tldr),
     Layout("HH transcripts", "chosen, rejected (text)", _is_hh, _scored(_read_hh)),
     Layout("pairs", "prompt, instruction … or conversations, chosen, rejected; or chosen, rejected (messages)",
@@ -869,9 +842,7 @@ def _mapped(row: dict, mapping: dict, options: tuple) -> dict:
     """The row under our field names."""
     mapping = {name: path for name, path in mapping.items() if name not in _RENAMING}
     new = {name: _picked(row, name, path, options) for name, path in mapping.items() if name != "meta"}
-    for name in ("rewards", "ranks"):
-        if name in new:
-            new[name] = _numbers(new[name], name)
+    new |= {name: _numbers(new[name], name) for name in ("rewards", "ranks") if name in new}
     asked = mapping.get("meta")
     if asked is None:
         whole = {p for path in mapping.values() for p in ([path] if isinstance(path, str) else path)}
@@ -885,11 +856,10 @@ def _check_mapping(mapping: dict | None) -> None:
     for name, path in (mapping or {}).items():
         if name in _RENAMING:
             _check_renaming(name, path)
-            continue
-        if name not in _MAPPABLE:
+        elif name not in _MAPPABLE:
             raise ListError("unknown field", field="mapping", value=name, allowed=", ".join((*_MAPPABLE, *_RENAMING)),
                             remedy="map our fields to your columns")
-        if not isinstance(path, str) and not (
+        elif not isinstance(path, str) and not (
             isinstance(path, (list, tuple)) and path and all(isinstance(p, str) for p in path)
         ):
             raise ListError("not a column", field=f"mapping[{name!r}]", value=path,
@@ -910,15 +880,14 @@ def adapt_row(
     notes: Notes | None = None,  # oddities that were kept are added here
 ) -> tuple[Layout, dict]:  # the layout that read it, and the record
     "One foreign row as a record; raises `ListError`."
-    if not isinstance(row, dict):
-        raise ListError("not an object", value=row, allowed="one JSON object per row", remedy="repair or remove it")
+    require(isinstance(row, dict), "not an object", error=ListError, value=row, allowed="one JSON object per row",
+            remedy="repair or remove it")
     roles, keys = ((mapping or {}).get(name) for name in _RENAMING)
     if set(mapping or ()) - {*_RENAMING}:
         row = _mapped(row, mapping, _turn_options(roles, keys))
     row = _with_turns(row, roles, keys)
-    for layout in LAYOUTS:
-        if layout.matches(row):
-            return layout, layout.read(row, [] if notes is None else notes)
-    known = "; ".join(f"{layout.name} ({layout.columns})" for layout in LAYOUTS)
-    raise ListError("unknown layout", field="columns", value=list(row), allowed=known,
+    if layout := next((layout for layout in LAYOUTS if layout.matches(row)), None):
+        return layout, layout.read(row, [] if notes is None else notes)
+    raise ListError("unknown layout", field="columns", value=list(row),
+                    allowed="; ".join(f"{layout.name} ({layout.columns})" for layout in LAYOUTS),
                     remedy='give a mapping, e.g. {"prompt": "question", "completions": "answers", "rewards": "marks"}')

@@ -24,7 +24,7 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
-from .base.errors import _shown, LireError, ListError, moved
+from .base.errors import LireError, ListError, moved, require, _shown
 from lire_nb.base.files import (
     atomic_write, _batches, BLANK, _chosen, _json, json_digest, _open, _plain_rows, read_rows, Row, _sorted_json,
 )
@@ -35,7 +35,7 @@ from lire_nb.layouts import (
 )
 from lire_nb.records import (
     as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
-    validate_record,
+    _validated,
 )
 
 # %% ../nbs/33_lists.ipynb #085262ab
@@ -126,9 +126,8 @@ class _Seen:
         prompt = prompt_id(record["prompt"])
         content = json_digest(record, 32)
         known = self.ids.get(record["id"])
-        if known not in (None, prompt):
-            raise ListError("the same id already belongs to another prompt", field="id", value=record["id"],
-                            allowed="one prompt per id", remedy="correct the id, or leave it out")
+        require(known in (None, prompt), "the same id already belongs to another prompt", error=ListError, field="id",
+                value=record["id"], allowed="one prompt per id", remedy="correct the id, or leave it out")
         if content in self.contents:
             self.report.duplicates += 1
             return False
@@ -165,8 +164,7 @@ def _records(
             groups.setdefault(prompt_id(record["prompt"]), []).append((row, record))
         elif _admitted(record, [row], layout.name, notes, errors, report, seen):
             yield record
-    for members in groups.values():
-        rows, records = zip(*members)
+    for rows, records in (zip(*members) for members in groups.values()):
         record = _group(records)
         if _admitted(record, rows, "long rows", [], errors, report, seen):
             yield record
@@ -201,19 +199,18 @@ def _run(source: Any, mapping: dict | None, on_error: str, quarantine: Any, repo
     path = Path(quarantine or f"{file}.quarantine.jsonl") if on_error == "quarantine" else None
     with _Errors(report, file, path) as errors:
         yield from _records(source, mapping, errors, report, seen, chat)
-        if not report.rows and path is None and file:
-            raise ListError("no rows", file=file, line=1, allowed="at least one row",
-                            remedy="check that the file is complete")
+        require(report.rows or path is not None or not file, "no rows", error=ListError, file=file, line=1,
+                allowed="at least one row", remedy="check that the file is complete")
     logger.log(logging.WARNING if report.quarantined_rows else logging.INFO, "%s", report)
 
 # %% ../nbs/33_lists.ipynb #93f72cc1
 def _check_options(source: Any, mapping: dict | None, on_error: str, quarantine: Any, chat: bool | None) -> None:
     as_chat("", chat)
-    if on_error not in ("raise", "quarantine"):
-        raise ListError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"')
-    if on_error == "quarantine" and quarantine is None and not isinstance(source, (str, os.PathLike)):
-        raise ListError("rows in memory have no folder for bad rows", field="quarantine",
-                        remedy="give quarantine=, the file they go to")
+    require(on_error in ("raise", "quarantine"), "unknown choice", error=ListError, field="on_error", value=on_error,
+            allowed='"raise" or "quarantine"')
+    require(on_error == "raise" or quarantine is not None or isinstance(source, (str, os.PathLike)),
+            "rows in memory have no folder for bad rows", error=ListError, field="quarantine",
+            remedy="give quarantine=, the file they go to")
     _check_mapping(mapping)
 
 # %% ../nbs/33_lists.ipynb #bf5c3b6b
@@ -268,9 +265,8 @@ def as_lists(
     if _is_prepared(lists):
         return lists
     if isinstance(lists, dict):
-        if name == "train_dataset":
-            raise LireError("several data sets", field=name, value=list(lists), allowed="one data set",
-                            remedy="choose a split, such as data['train']")
+        require(name != "train_dataset", "several data sets", field=name, value=list(lists), allowed="one data set",
+                remedy="choose a split, such as data['train']")
         return {key: as_lists(part, f"{name}[{key!r}]") for key, part in lists.items()}
     rows = lists if isinstance(lists, datasets.Dataset) else list(lists)
     columns = [rows.column_names] if isinstance(rows, datasets.Dataset) else rows
@@ -298,32 +294,27 @@ def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
     prompts: texts, lists of messages, or records; what else a record holds (completions, rewards, sources) stays.
     Without an id it is `prompt_id(prompt)`. One id belongs to one prompt. chat: see `as_chat`.
     """
-    if isinstance(prompts, (str, bytes, dict)):
-        raise ListError("not a list of prompts", field="prompts", value=prompts,
-                        allowed="an iterable of texts, messages or records")
-    known, records = {}, []
-    for num, prompt in enumerate(_plain_rows(prompts), 1):
-        records.append(_checked_prompt(prompt, num, chat, known))
-    return records
+    require(not isinstance(prompts, (str, bytes, dict)), "not a list of prompts", error=ListError, field="prompts",
+            value=prompts, allowed="an iterable of texts, messages or records")
+    known: dict[str, dict] = {}
+    return [_checked_prompt(prompt, num, chat, known) for num, prompt in enumerate(_plain_rows(prompts), 1)]
 
 # %% ../nbs/33_lists.ipynb #02272fe0
 def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, dict]) -> dict:
     """The record of a prompt; `known` holds the first record of every id."""
     try:
         record = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
-        if record.get("prompt") is None:
-            raise ListError("no prompt", field="prompt", value=prompt,
-                            allowed="a text, messages, or a record with a prompt", remedy="give every record a prompt")
+        require(record.get("prompt") is not None, "no prompt", error=ListError, field="prompt", value=prompt,
+                allowed="a text, messages, or a record with a prompt", remedy="give every record a prompt")
         record["prompt"] = _check_prompt(record["prompt"])
         record["id"] = _row_id(record) or prompt_id(record["prompt"])
         meta = {} if record.get("meta") is None else record["meta"]
-        if not isinstance(meta, dict):
-            raise ListError("not a dict", field="meta", value=meta, allowed="a dict",
-                            remedy="write {} where there is nothing")
+        require(isinstance(meta, dict), "not a dict", error=ListError, field="meta", value=meta, allowed="a dict",
+                remedy="write {} where there is nothing")
         record = as_chat(record | {"meta": _check_meta(meta)}, chat)
-        if known.setdefault(record["id"], record)["prompt"] != record["prompt"]:
-            raise ListError("the same id already belongs to another prompt", field="id", value=record["id"],
-                            allowed="one prompt per id", remedy="correct the id, or leave it out")
+        require(known.setdefault(record["id"], record)["prompt"] == record["prompt"],
+                "the same id already belongs to another prompt", error=ListError, field="id", value=record["id"],
+                allowed="one prompt per id", remedy="correct the id, or leave it out")
         return record
     except ListError as error:
         raise error.at(None, None, num) from None
@@ -387,8 +378,8 @@ def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
 # %% ../nbs/33_lists.ipynb #87d2ed04
 def _prompt_record(row: Any) -> dict:
     """Prompt, id and meta of a row, whose answers are not needed, but may hold a part of the prompt."""
-    if not isinstance(row, dict):
-        raise ListError("not an object", value=row, allowed="one JSON object per row", remedy="repair or remove it")
+    require(isinstance(row, dict), "not an object", error=ListError, value=row, allowed="one JSON object per row",
+            remedy="repair or remove it")
     row = _with_turns(row)
     answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
     needed = "chosen" in row or "prompt" not in row or any(map(_holds_turns, answers))
@@ -397,9 +388,8 @@ def _prompt_record(row: Any) -> dict:
         meta = {name: value for name, value in prompt_facts(record).items() if name != _RANKED}
         return {"id": record["id"], "prompt": record["prompt"], "meta": meta}
     prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)
-    if _is_empty(prompt):
-        raise ListError("no prompt", field="prompt", value=prompt, allowed="a text or messages",
-                        remedy="give every record a prompt")
+    require(not _is_empty(prompt), "no prompt", error=ListError, field="prompt", value=prompt,
+            allowed="a text or messages", remedy="give every record a prompt")
     _check_parts(row, used)
     meta = row.get("meta")
     if isinstance(meta, dict) and isinstance(row.get("completions"), list):
@@ -448,7 +438,7 @@ def save_lists(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path
     path = Path(path)
     writer = _chosen(path, _WRITERS, "write")
     with atomic_write(path, "wb") as handle:
-        writer((validate_record(record, num=num) for num, record in enumerate(_plain_rows(lists), 1)), handle)
+        writer(_validated(_plain_rows(lists)), handle)
     return path
 
 # %% ../nbs/33_lists.ipynb #94f3711f
@@ -459,10 +449,10 @@ def check_ending(path: str | os.PathLike) -> None:
 # %% ../nbs/33_lists.ipynb #71828551
 def _pair_indices(rewards: list[float | None], pairs: str) -> list[tuple[int, int]]:
     """(better, worse) positions; of equal candidates the first is taken for best_worst."""
-    known = [i for i, reward in enumerate(rewards) if reward is not None]
     if pairs == "best_worst":
         ends = best_and_worst(rewards)
         return [ends] if ends and rewards[ends[0]] > rewards[ends[1]] else []
+    known = [i for i, reward in enumerate(rewards) if reward is not None]
     return [(i, j) for i in known for j in known if rewards[i] > rewards[j]]
 
 # %% ../nbs/33_lists.ipynb #7463d80a
@@ -473,23 +463,14 @@ def to_trl_pairs(lists: Dataset | Iterable[dict], pairs: str = "best_worst") -> 
     pairs: "best_worst" (at most one per list) or "all" (every pair with different rewards). How many lists gave none is
     logged. Raises `ListError`.
     """
-    if pairs not in ("best_worst", "all"):
-        raise ListError("unknown choice", field="pairs", value=pairs, allowed='"best_worst" or "all"')
-    rows, kinds, without = [], set(), 0
-    for num, record in enumerate(_plain_rows(lists), 1):
-        record = validate_record(record, num=num)
-        chat = isinstance(record["prompt"], list)
-        found = _pair_indices(record["rewards"], pairs)
-        kinds |= {chat} if found else set()
-        without += not found
-        rows += [_pair_row(record, better, worse) for better, worse in found]
-    if len(kinds) > 1:
-        raise ListError(
-            "both string and message prompts",
-            field="prompt",
-            allowed="one kind per data set",
-            remedy="filter the lists by type of prompt first",
-        )
+    require(pairs in ("best_worst", "all"), "unknown choice", error=ListError, field="pairs", value=pairs,
+            allowed='"best_worst" or "all"')
+    found = [[_pair_row(record, better, worse) for better, worse in _pair_indices(record["rewards"], pairs)]
+             for record in _validated(_plain_rows(lists))]
+    rows, without = list(itertools.chain(*found)), found.count([])
+    kinds = {isinstance(row["prompt"], list) for row in rows}
+    require(len(kinds) < 2, "both string and message prompts", error=ListError, field="prompt",
+            allowed="one kind per data set", remedy="filter the lists by type of prompt first")
     logger.info("%d pairs; %d lists gave none (tied, unscored, or one candidate)", len(rows), without)
     features = _pair_features(
         kinds == {True}, [name for name in ("source", "finish_reason") if any(f"{name}_chosen" in row for row in rows)]
@@ -540,8 +521,7 @@ def to_rrhf(lists: Dataset | Iterable[dict], path: str | os.PathLike) -> Path:
     """Write lists as RRHF JSONL, atomically; unscored candidates have the score null. Returns the path. Raises
     `ListError`."""
     with atomic_write(path, "wb") as handle:
-        rows = (_rrhf_row(validate_record(record, num=num)) for num, record in enumerate(_plain_rows(lists), 1))
-        _write_jsonl(rows, handle)
+        _write_jsonl(map(_rrhf_row, _validated(_plain_rows(lists))), handle)
     return Path(path)
 
 # %% ../nbs/33_lists.ipynb #3bf139f1

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .base.errors import LireError, moved
+from .base.errors import LireError, moved, require
 from .tasks import asset_path, ASSETS
 
 # %% ../nbs/35_models.ipynb #4e43f978
@@ -107,10 +107,10 @@ def resolve_model(
         return str(target)
     if Path(name).is_dir():
         return _check_folder(Path(name))
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError("unknown model", field="model", value=name,
-                         allowed=f"an existing folder, a hub id owner/name, or one of {', '.join(MODEL_ASSETS)}",
-                         remedy="check the spelling, or give a folder written by save_pretrained")
+    require(not name.startswith((".", "/", "~")) and name.count("/") == 1, "unknown model", error=ModelError,
+            field="model", value=name,
+            allowed=f"an existing folder, a hub id owner/name, or one of {', '.join(MODEL_ASSETS)}",
+            remedy="check the spelling, or give a folder written by save_pretrained")
     return name
 
 # %% ../nbs/35_models.ipynb #87de2b9c
@@ -121,9 +121,9 @@ def _check_folder(folder: Path) -> str:
     config = adapter or (folder / "config.json").is_file()
     files = [p.name for p in folder.glob("*.safetensors")]
     weights = any(name.startswith("adapter_model") for name in files) if adapter else bool(files)
-    if adapter and any(not name.startswith("adapter_model") for name in files):
-        raise ModelError("holds an adapter and a full model", file=folder, field="model", allowed="one of the two",
-                         remedy="move adapter_config.json or the full weights into a folder of their own")
+    require(not adapter or all(name.startswith("adapter_model") for name in files), "holds an adapter and a full model",
+            error=ModelError, file=folder, field="model", allowed="one of the two",
+            remedy="move adapter_config.json or the full weights into a folder of their own")
     if not (config and weights):
         missing = "config.json" if not config else "adapter_model.safetensors" if adapter else "*.safetensors weights"
         raise ModelError(f"no {missing} in this folder", file=folder, field="model",
@@ -192,11 +192,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(Policy.of(name)))
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError("no end-of-text token and no padding token", field="tokenizer", value=str(name),
-                         allowed="a tokenizer that says how a text ends",
-                         remedy="set tokenizer.eos_token to the token that ended the texts of pretraining, and "
-                                "save_pretrained it beside the model")
+    require(tokenizer.pad_token_id is not None or tokenizer.eos_token_id is not None,
+            "no end-of-text token and no padding token", error=ModelError, field="tokenizer", value=str(name),
+            allowed="a tokenizer that says how a text ends",
+            remedy="set tokenizer.eos_token to the token that ended the texts of pretraining, and "
+                   "save_pretrained it beside the model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -288,11 +288,11 @@ def _base_of(policy: Policy) -> Policy:
     "The full model that an adapter sits on."
     named, folder = policy.adapter["base_model_name_or_path"], Path(policy.folder)
     places = [p for p in (Path(named), folder / named) if named and p.is_dir() and p.resolve() != folder.resolve()]
-    if places and (places[0] / "adapter_config.json").is_file():
-        raise ModelError("the base of this adapter is an adapter itself", file=folder,
-                         field="base_model_name_or_path", value=named, allowed="a full model",
-                         remedy="train again from that adapter: lire train --merge-adapter, or with its own "
-                                "rank and targets")
+    require(not places or not (places[0] / "adapter_config.json").is_file(),
+            "the base of this adapter is an adapter itself", error=ModelError, file=folder,
+            field="base_model_name_or_path", value=named, allowed="a full model",
+            remedy="train again from that adapter: lire train --merge-adapter, or with its own "
+                   "rank and targets")
     try:
         return Policy.of(places[0] if places else named)
     except LireError as e:
@@ -351,10 +351,9 @@ def load_reward_backbone(
 
     model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1,
                                    output_loading_info=True, **kwargs)
-    if info["missing_keys"] and not new_head:
-        raise ModelError("no trained reward head in the weights", field="reward model", value=str(name),
-                         allowed="a sequence classification model with one label",
-                         remedy="train one: rewards.train_reward_model, or lire train-reward")
+    require(not (info["missing_keys"] and not new_head), "no trained reward head in the weights", error=ModelError,
+            field="reward model", value=str(name), allowed="a sequence classification model with one label",
+            remedy="train one: rewards.train_reward_model, or lire train-reward")
     tokenizer = load_tokenizer(name)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device or default_device()).eval(), tokenizer

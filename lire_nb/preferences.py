@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from lire_nb.statistics import (
     bootstrap_interval, FEW, Interval, paired_difference, _standard_error, wilson_interval,
 )
@@ -30,10 +30,9 @@ def preferences(
     _same_number(new=new, old=old)
     for side, lists in (("new", new), ("old", old)):
         for i, scores in enumerate(lists):
-            if len(scores) == 0 or not all(s is not None and math.isfinite(s) for s in scores):
-                raise LireError("no score to compare", field=f"{side}, prompt {i}", value=list(scores),
-                                allowed="one finite score or more",
-                                remedy="score this prompt's samples again, or leave the prompt out of both")
+            require(len(scores) and all(s is not None and math.isfinite(s) for s in scores), "no score to compare",
+                    field=f"{side}, prompt {i}", value=list(scores), allowed="one finite score or more",
+                    remedy="score this prompt's samples again, or leave the prompt out of both")
     return [float(np.mean((np.sign(np.subtract.outer(np.asarray(a, float), np.asarray(b, float))) + 1) / 2))
             for a, b in zip(new, old)]
 
@@ -41,10 +40,9 @@ def preferences(
 def _same_number(**columns) -> None:
     "All columns hold one entry per prompt."
     counts = {name: len(values) for name, values in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise LireError("unequal numbers", field=", ".join(counts), value=tuple(counts.values()),
-                        allowed="the same prompts in all of them",
-                        remedy="evaluate all of them on the same prompts, in the same order")
+    require(len(set(counts.values())) <= 1, "unequal numbers", field=", ".join(counts), value=tuple(counts.values()),
+            allowed="the same prompts in all of them",
+            remedy="evaluate all of them on the same prompts, in the same order")
 
 # %% ../nbs/21_preferences.ipynb #4a32d6af
 def share_interval(
@@ -89,10 +87,8 @@ def _check_same_prompts(rows: dict[str, list[dict]]) -> None:
     first = next(iter(rows))
     ids = [r["id"] for r in rows[first]]
     for system, own in rows.items():
-        if [r["id"] for r in own] != ids:
-            raise LireError("not the same prompts in the same order", field=f"rows of {system!r}",
-                            allowed=f"the {len(ids)} prompts of {first!r}",
-                            remedy="evaluate all systems on the same prompts")
+        require([r["id"] for r in own] == ids, "not the same prompts in the same order", field=f"rows of {system!r}",
+                allowed=f"the {len(ids)} prompts of {first!r}", remedy="evaluate all systems on the same prompts")
 
 # %% ../nbs/21_preferences.ipynb #eca4c5bd
 def has_kl(
@@ -184,11 +180,9 @@ def judge_agreement(
     domain = np.unique(ratings[~np.isnan(ratings)])
     counts = (ratings.T[:, :, None] == domain).sum(1)  # (prompts, values)
     counts = counts[counts.sum(1) >= 2]
-    if len(verdicts) < 2 or not len(counts):
-        raise LireError("nothing to agree on", field="verdicts",
-                        value=f"{len(verdicts)} judges, {len(counts)} prompts judged by two",
-                        allowed="two judges and one common prompt, or more",
-                        remedy="have the same prompts judged by several")
+    require(len(verdicts) > 1 and len(counts), "nothing to agree on", field="verdicts",
+            value=f"{len(verdicts)} judges, {len(counts)} prompts judged by two",
+            allowed="two judges and one common prompt, or more", remedy="have the same prompts judged by several")
 
     def alpha(c: np.ndarray) -> float:
         seen = c.sum(0) > 0
@@ -210,10 +204,9 @@ def _length_term(lengths, reference_lengths) -> np.ndarray:
     columns = [np.array([math.nan if v is None else v for v in values], dtype=float)
                for values in (lengths, reference_lengths)]
     missing = int(np.isnan(columns).any(0).sum())
-    if missing:
-        raise LireError("not a length", field="lengths, reference_lengths",
-                        value=f"{missing} of {len(columns[0])} unknown", allowed="a length for every judged prompt",
-                        remedy="give the lengths of both answers, or leave length control out")
+    require(not missing, "not a length", field="lengths, reference_lengths",
+            value=f"{missing} of {len(columns[0])} unknown", allowed="a length for every judged prompt",
+            remedy="give the lengths of both answers, or leave length control out")
     return columns[0] - columns[1]
 
 # %% ../nbs/21_preferences.ipynb #7bcde5e0
@@ -262,9 +255,8 @@ def length_controlled_win_rate(
     without instruction difficulty)."""
     _same_number(preferences=preferences, lengths=lengths, reference_lengths=reference_lengths)
     y, delta = _checked_preferences(preferences), _length_term(lengths, reference_lengths)
-    if len(y) < 2:
-        raise LireError("too few", field="preferences", value=len(y), allowed="two prompts or more",
-                        remedy="judge more prompts")
+    require(len(y) > 1, "too few", field="preferences", value=len(y), allowed="two prompts or more",
+            remedy="judge more prompts")
     (theta,), (phi,) = _fit_length(y, delta, np.ones((1, len(y))), slope)
     found = {"win_rate": float(expit(theta)), "low": None, "high": None, "method": None, "theta": float(theta),
              "slope": float(phi)}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .base.errors import LireError
+from .base.errors import require
 from .statistics import FEW, Interval, paired_difference
 
 # %% ../nbs/28_proxy.ipynb #09552a48
@@ -61,9 +61,8 @@ def independent_judge(systems: dict[str, list[dict]]) -> str:
 # %% ../nbs/28_proxy.ipynb #635ab0af
 def prompt_means(rows: list[dict], judge: str) -> np.ndarray:
     "(N,) mean score of each prompt's samples; raises `LireError` for a judge that did not score them."
-    if judge not in rows[0]["scores"]:
-        raise LireError("no such judge", field="judge", value=judge, allowed=", ".join(rows[0]["scores"]),
-                        remedy="name one that scored this evaluation")
+    require(judge in rows[0]["scores"], "no such judge", field="judge", value=judge,
+            allowed=", ".join(rows[0]["scores"]), remedy="name one that scored this evaluation")
     return np.array([np.mean(r["scores"][judge]) for r in rows])
 
 # %% ../nbs/28_proxy.ipynb #577ccce2
@@ -77,10 +76,9 @@ def overoptimization(
     """Gains of proxy and gold over the start, in its standard deviations, paired; `parts` says 'falls' or 'stalls' at
     the parting point."""
     gold = gold or independent_judge(systems)
-    if len(systems) < 2 or gold == proxy:
-        raise LireError("nothing to compare", field="systems", value=(list(systems), proxy, gold),
-                        allowed="two systems or more, and two judges",
-                        remedy="evaluate with a second judge: lire evaluate --judge gold=…")
+    require(len(systems) >= 2 and gold != proxy, "nothing to compare", field="systems",
+            value=(list(systems), proxy, gold), allowed="two systems or more, and two judges",
+            remedy="evaluate with a second judge: lire evaluate --judge gold=…")
     values = [np.array([prompt_means(rows, judge) for rows in systems.values()]) for judge in (proxy, gold)]
     units = [v[0].std(ddof=1) or 1.0 for v in values]
     gains = [[paired_difference(point / unit, v[0] / unit) for point in v] for v, unit in zip(values, units)]
@@ -118,10 +116,9 @@ def overoptimization_steps(
     paired: wider intervals, later findings."""
     names = [f"eval_{judge}_reward" for judge in (proxy, gold)]
     log = [h for h in history if all(n in h and f"{n}_se" in h for n in names)]
-    if len(log) < 2:
-        raise LireError("too few evaluations in the log", field="history", value=len(log),
-                        allowed=f"two records or more with {', '.join(names)} and their _se",
-                        remedy="train with an EvaluationCallback that has both judges")
+    require(len(log) >= 2, "too few evaluations in the log", field="history", value=len(log),
+            allowed=f"two records or more with {', '.join(names)} and their _se",
+            remedy="train with an EvaluationCallback that has both judges")
     mean, error = (np.array([[h[n + end] for h in log] for n in names]) for end in ("", "_se"))  # (2, K)
     # the start's standard deviation; 1.96 for many prompts
     unit, student = error[:, :1] * prompts**0.5, stats.t.ppf(0.975, prompts - 1)
@@ -150,9 +147,9 @@ def graded_pairs(
     pairs, number = [], 0
     for row in rows:
         grades, scores = row["grades"], row["scores"]
-        if len(grades) != len(scores):
-            raise LireError("unequal numbers", field=f"row {row.get('id')!r}", value=(len(grades), len(scores)),
-                            allowed="one score per grade", remedy="write the file with rewards.graded_scores")
+        require(len(grades) == len(scores), "unequal numbers", field=f"row {row.get('id')!r}",
+                value=(len(grades), len(scores)), allowed="one score per grade",
+                remedy="write the file with rewards.graded_scores")
         own = [(scores[i] - scores[j], grades[i] - grades[j]) for i in range(len(grades)) for j in range(i)
                if grades[i] != grades[j]]
         pairs += [(number, 1 / (1 + np.exp(-abs(s))), (np.sign(s * g) + 1) / 2) for s, g in own]
@@ -181,10 +178,9 @@ def calibration(
     "Predicted against observed preference on held-out pairs; raises `LireError` when there are too few."
     owner, confidence, right = graded_pairs(rows)
     lists = int(owner[-1]) + 1 if len(owner) else 0
-    if lists < 2 or len(owner) < 2 * bins:
-        raise LireError("too few pairs", field="rows", value=len(owner),
-                        allowed=f"two lists and {2 * bins} pairs with different grades",
-                        remedy="give more held-out lists, or fewer bins")
+    require(lists >= 2 and len(owner) >= 2 * bins, "too few pairs", field="rows", value=len(owner),
+            allowed=f"two lists and {2 * bins} pairs with different grades",
+            remedy="give more held-out lists, or fewer bins")
     rng, rank = np.random.default_rng(seed), np.argsort(np.argsort(confidence, kind="stable"), kind="stable")
     member = np.eye(bins)[rank * bins // len(confidence)]  # (pairs, bins)
     # (resamples, pairs): whole lists are drawn

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 
-from .base.errors import ListError
+from .base.errors import ListError, require
 from .base.files import _batches, _CellList, _check_text, _json, json_digest, _plain_rows, _sorted_json
 
 # %% ../nbs/12_records.ipynb #4af37471
@@ -42,24 +42,20 @@ ROLES = ("system", "user", "assistant")
 # %% ../nbs/12_records.ipynb #e2fde0ca
 def _listed(value: Any) -> Any:
     """Tuples, arrays and tensors as lists; anything else as it is."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, tuple) else value
 
 # %% ../nbs/12_records.ipynb #9b37e0cf
 def _check_message(message: Any, field: str) -> dict:
     """`{"role", "content"}` and nothing else."""
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ListError("not a chat message", field=field, value=message, allowed='{"role": …, "content": …}',
-                        remedy="give both keys")
+    require(isinstance(message, dict) and {"role", "content"} <= message.keys(), "not a chat message", error=ListError,
+            field=field, value=message, allowed='{"role": …, "content": …}', remedy="give both keys")
     # Parquet fills the keys that other messages have with None; those carry nothing.
-    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
-    if extra:
+    if extra := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
         raise ListError("unknown key in a chat message", field=field, value=extra, allowed="role and content",
                         remedy="move it into meta")
-    if message["role"] not in ROLES:
-        raise ListError("unknown role", field=f"{field}.role", value=message["role"], allowed=", ".join(ROLES),
-                        remedy="rename the role")
+    require(message["role"] in ROLES, "unknown role", error=ListError, field=f"{field}.role", value=message["role"],
+            allowed=", ".join(ROLES), remedy="rename the role")
     return {"role": message["role"], "content": _check_text(message["content"], f"{field}.content")}
 
 # %% ../nbs/12_records.ipynb #3cf95188
@@ -69,11 +65,9 @@ def _check_prompt(prompt: Any) -> str | list[dict]:
     as_text = isinstance(prompt, _CellList) and not any(isinstance(message, dict) for message in prompt)
     if isinstance(prompt, list) and not as_text:
         prompt = [_check_message(message, f"prompt[{i}]") for i, message in enumerate(prompt)]
-        blank = not any(message["content"].strip() for message in prompt)
     else:
         prompt = _check_text(prompt, "prompt")
-        blank = not prompt.strip()
-    if blank:
+    if not any(text.strip() for text in ([prompt] if isinstance(prompt, str) else [m["content"] for m in prompt])):
         raise ListError("empty prompt", field="prompt", value=prompt, allowed="a non-empty string or messages",
                         remedy="drop the row")
     return prompt
@@ -86,14 +80,13 @@ def _check_reward(value: Any, field: str) -> float | None:
     """A finite float, or None."""
     if value is None or (type(value) is float and math.isfinite(value)):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ListError("not a number", field=field, value=value, **_REWARD)
+    require(not isinstance(value, bool) and isinstance(value, numbers.Real), "not a number", error=ListError,
+            field=field, value=value, **_REWARD)
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ListError("not a finite number", field=field, value=value, **_REWARD)
+    require(math.isfinite(number), "not a finite number", error=ListError, field=field, value=value, **_REWARD)
     return number
 
 # %% ../nbs/12_records.ipynb #02f348c1
@@ -122,34 +115,28 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
 # %% ../nbs/12_records.ipynb #e3daee5f
 def _checked(record: Any) -> dict:
     """The clean copy; errors without a place."""
-    if not isinstance(record, dict):
-        raise ListError("not a record", value=record, allowed=f"a dict with {', '.join(FIELDS)}",
-                        remedy="use make_record")
+    require(isinstance(record, dict), "not a record", error=ListError, value=record,
+            allowed=f"a dict with {', '.join(FIELDS)}", remedy="use make_record")
     if record.keys() != FEATURES.keys():
         missing, extra = [f for f in FIELDS if f not in record], [f for f in record if f not in FIELDS]
-        what = "missing field" if missing else "unknown field"
-        raise ListError(what, field=str((missing or extra)[0]), allowed=", ".join(FIELDS),
+        raise ListError("missing field" if missing else "unknown field", field=str((missing or extra)[0]),
+                        allowed=", ".join(FIELDS),
                         remedy="use make_record; put what else there is into meta")
-    if not _check_text(record["id"], "id"):
-        raise ListError("empty id", field="id", value="", allowed="a non-empty string",
-                        remedy="leave id out: make_record derives one")
+    require(_check_text(record["id"], "id"), "empty id", error=ListError, field="id", value="",
+            allowed="a non-empty string", remedy="leave id out: make_record derives one")
     clean = {"id": record["id"], "prompt": _check_prompt(record["prompt"])}
     for name in ("completions", "rewards", "sources"):
         clean[name] = _listed(record[name])
-        if not isinstance(clean[name], list) or not clean[name]:
-            raise ListError("not a list of at least one", field=name, value=record[name], allowed="a list, M ≥ 1",
-                            remedy="give one entry per candidate")
-        if len(clean[name]) != len(clean["completions"]):
-            raise ListError("unequal lengths", field=name,
-                            value=f"{len(clean['completions'])} completions, {len(clean[name])} {name}",
-                            allowed="one entry per completion", remedy="complete it, or drop the row")
+        require(isinstance(clean[name], list) and clean[name], "not a list of at least one", error=ListError,
+                field=name, value=record[name], allowed="a list, M ≥ 1", remedy="give one entry per candidate")
+        require(len(clean[name]) == len(clean["completions"]), "unequal lengths", error=ListError, field=name,
+                value=f"{len(clean['completions'])} completions, {len(clean[name])} {name}",
+                allowed="one entry per completion", remedy="complete it, or drop the row")
     for name, check in (("completions", _check_text), ("rewards", _check_reward), ("sources", _check_text)):
         clean[name] = [check(value, f"{name}[{i}]") for i, value in enumerate(clean[name])]
-    if not isinstance(record["meta"], dict):
-        raise ListError("not a dict", field="meta", value=record["meta"], allowed="a dict",
-                        remedy="write {} where there is nothing")
-    clean["meta"] = _check_meta(record["meta"])
-    return clean
+    require(isinstance(record["meta"], dict), "not a dict", error=ListError, field="meta", value=record["meta"],
+            allowed="a dict", remedy="write {} where there is nothing")
+    return clean | {"meta": _check_meta(record["meta"])}
 
 # %% ../nbs/12_records.ipynb #ad8ab032
 def validate_record(
@@ -164,6 +151,11 @@ def validate_record(
         return _checked(record)
     except ListError as error:
         raise error.at(None if file is None else str(file), line, num) from None
+
+
+def _validated(records: Iterable[dict]) -> Iterator[dict]:
+    "Clean copies, one after the other; an error says the number of its record."
+    return (validate_record(record, num=num) for num, record in enumerate(records, 1))
 
 # %% ../nbs/12_records.ipynb #2a5cd026
 def prompt_id(prompt: str | list[dict]) -> str:
@@ -209,8 +201,8 @@ def as_chat(prompt: str | list[dict] | dict, chat: bool | None = True) -> str | 
     chat: True makes a text one user turn, False states that plain text is meant (meta["chat"]), None leaves it.
     Messages stay as they are. An id that was given stays; one that was derived follows the prompt.
     """
-    if chat not in (True, False, None):
-        raise ListError("unknown choice", field="chat", value=chat, allowed="True, False or None")
+    require(chat in (True, False, None), "unknown choice", error=ListError, field="chat", value=chat,
+            allowed="True, False or None")
     if not isinstance(prompt, dict):
         return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
     text, meta = prompt["prompt"], {k: v for k, v in (prompt.get("meta") or {}).items() if k != "chat"}
@@ -244,24 +236,24 @@ def _to_dataset(records: Iterable[dict]) -> Dataset:
 # %% ../nbs/12_records.ipynb #74ec05dc
 def lists_dataset(records: Iterable[dict]) -> Dataset:
     """Validated records as a `datasets.Dataset` with `FEATURES`. Raises `ListError` with the number of the record."""
-    return _to_dataset(validate_record(record, num=num) for num, record in enumerate(records, 1))
+    return _to_dataset(_validated(records))
 
 # %% ../nbs/12_records.ipynb #1ff4b10e
 def candidate_columns(record: dict) -> dict[str, list]:
     """The columns of `meta` that hold one value per candidate: lists with exactly M entries."""
     count, meta = len(record["completions"]), record.get("meta") or {}
     reasons = meta.get("finish_reasons", [None] * count)
-    if not isinstance(reasons, list) or len(reasons) != count:
-        raise ListError("not one per completion", field="meta.finish_reasons", value=reasons,
-                        allowed=f"{count} reasons", remedy="drop a candidate's reason together with the candidate")
+    require(isinstance(reasons, list) and len(reasons) == count, "not one per completion", error=ListError,
+            field="meta.finish_reasons", value=reasons, allowed=f"{count} reasons",
+            remedy="drop a candidate's reason together with the candidate")
     return {k: v for k, v in meta.items() if isinstance(v, list) and len(v) == count and k != "merged"}
 
 # %% ../nbs/12_records.ipynb #28ada007
 def select_candidates(record: dict, keep: list[int]) -> dict:
     """The record with the candidates at `keep` (from 0), each with its reward, source and columns of `meta`."""
     count = len(record["completions"])
-    if not keep or not all(isinstance(j, int) and 0 <= j < count for j in keep):
-        raise ListError("no such candidates", field="keep", value=keep, allowed=f"at least one of 0 … {count - 1}")
+    require(keep and all(isinstance(j, int) and 0 <= j < count for j in keep), "no such candidates", error=ListError,
+            field="keep", value=keep, allowed=f"at least one of 0 … {count - 1}")
     own = {name: [record[name][j] for j in keep] for name in ("completions", "rewards", "sources")}
     columns = {name: [values[j] for j in keep] for name, values in candidate_columns(record).items()}
     return {**record, **own, "meta": {**(record.get("meta") or {}), **columns}}
@@ -302,13 +294,12 @@ def merge_candidates(records: list[dict], rewards: str = "mean", *, once: bool =
     once: False keeps equal candidates apart. What belongs to the prompt stays where all agree, else it goes to
     meta["merged"]. Raises `ListError`.
     """
-    if rewards not in ("mean", "first"):
-        raise ListError("unknown choice", field="rewards", value=rewards, allowed='"mean" or "first"')
-    records = [validate_record(record, num=num) for num, record in enumerate(records, 1)]
+    require(rewards in ("mean", "first"), "unknown choice", error=ListError, field="rewards", value=rewards,
+            allowed='"mean" or "first"')
+    records = list(_validated(records))
     prompts = {prompt_id(record["prompt"]): record["prompt"] for record in records}
-    if len(prompts) != 1:
-        raise ListError("not one prompt", field="prompt", value=list(prompts.values()), allowed="lists of one prompt",
-                        remedy="use merge_lists")
+    require(len(prompts) == 1, "not one prompt", error=ListError, field="prompt", value=list(prompts.values()),
+            allowed="lists of one prompt", remedy="use merge_lists")
     drawn = [r["meta"].get("tokenizer") for r in records if any(candidate_columns(r).get("token_ids", []))]
     tokenizer = drawn[0] if drawn else None
     groups: dict[tuple, list[dict]] = {}
@@ -372,7 +363,6 @@ def merge_lists(lists: Dataset | Iterable[dict]) -> list[dict]:
     Lists with a prompt of their own stay as they are.
     """
     groups: dict[str, list[dict]] = {}
-    for num, record in enumerate(_plain_rows(lists), 1):
-        record = validate_record(record, num=num)
+    for record in _validated(_plain_rows(lists)):
         groups.setdefault(prompt_id(record["prompt"]), []).append(record)
     return [group[0] if len(group) == 1 else merge_candidates(group) for group in groups.values()]

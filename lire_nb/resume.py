@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from .base.files import write_json
 from .models import file_hash, quiet_transformers
 
@@ -109,9 +109,8 @@ class WholeTrainer(Trainer):
         "As the Trainer's. True takes the newest whole checkpoint in output_dir; one that is not whole is an error."
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise LireError("no whole checkpoint", file=self.args.output_dir, field="resume_from_checkpoint",
-                                remedy="start without it")
+            require(resume_from_checkpoint is not None, "no whole checkpoint", file=self.args.output_dir,
+                    field="resume_from_checkpoint", remedy="start without it")
         self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
         manifest = self._resumed and read_manifest(self._resumed)
         for name, what in (changed_files(self._resumed, manifest) if manifest else {}).items():

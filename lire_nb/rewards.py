@@ -14,6 +14,7 @@ import math
 import pickle
 import urllib.request
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from .base.errors import LireError
+from .base.errors import LireError, require
+from .base.files import _batches
 from .conversations import encode_conversation, render_conversation
 from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
@@ -72,7 +74,7 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     "As many scores as completions, or a `RewardError`; nobody is asked about nothing."
     if not todo:
         return []
-    field, allowed = f"reward {reward_name(reward)!r}", f"{len(todo)}, one for each completion"
+    field = f"reward {reward_name(reward)!r}"
     try:
         scores = list(reward([r["prompt"] for r, _ in todo], [r["completions"][j] for r, j in todo]))
     except LireError:
@@ -81,18 +83,15 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
         raise RewardError(f"raised {type(e).__name__}", field=field, value=str(e),
                           allowed="one number for each completion",
                           remedy="look at this list; return a number for every text") from e
-    if len(scores) != len(todo):
-        raise RewardError("wrong number of scores", field=field, value=len(scores), allowed=allowed,
-                          remedy="return a list as long as the completions")
+    require(len(scores) == len(todo), "wrong number of scores", error=RewardError, field=field, value=len(scores),
+            allowed=f"{len(todo)}, one for each completion", remedy="return a list as long as the completions")
     return scores
 
 # %% ../nbs/15_rewards.ipynb #fa92d0a7
 def _blame(error: RewardError, reward: Reward, todo: list[tuple[dict, int]]) -> RewardError:
     "The error with its list: known from its span, or found by asking again, list by list."
-    parts = {}
-    for record, j in todo[slice(*(error.span or (0, len(todo))))]:
-        parts.setdefault(id(record), []).append((record, j))
-    parts = list(parts.values())
+    asked = todo[slice(*(error.span or (0, len(todo))))]
+    parts = [list(part) for _, part in groupby(asked, key=lambda one: id(one[0]))]
     for part in parts if error.span is None else ():
         try:
             _ask(reward, part)
@@ -110,10 +109,9 @@ def _finite(score, field: str) -> float:
         value = float(score)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         value = score
-    if not (isinstance(value, float) and math.isfinite(value)):
-        raise RewardError("not finite" if isinstance(value, float) else "not a number", field=field, value=value,
-                          allowed="a finite number",
-                          remedy="look at this completion; return a number for every text")
+    require(isinstance(value, float) and math.isfinite(value),
+            "not finite" if isinstance(value, float) else "not a number", error=RewardError, field=field, value=value,
+            allowed="a finite number", remedy="look at this completion; return a number for every text")
     return value
 
 # %% ../nbs/15_rewards.ipynb #6e43b0da
@@ -178,13 +176,10 @@ class RewardModel:
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         self.model.eval()
         rows = [self._checked_row(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        results = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
-            for i, s in zip(chunk, self._scores(self._batch([rows[i] for i in chunk])).tolist()):
-                results[i] = s
-        return results
+        found = {}  # place -> score, the short texts first
+        for chunk in _batches(sorted(range(len(rows)), key=lambda i: len(rows[i])), self.batch_size):
+            found |= zip(chunk, self._scores(self._batch([rows[i] for i in chunk])).tolist())
+        return [found[i] for i in range(len(rows))]
 
     def _checked_row(self, i: int, prompt, completion: str) -> list[int]:
         "A row, before anything is computed; an error says which of the texts it is about."
@@ -247,10 +242,9 @@ def train_reward_model(
 ) -> RewardModel:  # its `history` holds the loss of every step
     "Train a scalar reward from graded lists; raises `LireError` when no list holds an ordered pair."
     lists = [r for r in lists if len({grade for grade in r["rewards"] if grade is not None}) > 1]
-    if not lists:
-        raise LireError("no list holds two different rewards", field="lists",
-                        allowed="lists with at least two different rewards",
-                        remedy="score the lists, or give preferences as rewards 1 and 0")
+    require(lists, "no list holds two different rewards", field="lists",
+            allowed="lists with at least two different rewards",
+            remedy="score the lists, or give preferences as rewards 1 and 0")
     devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -289,12 +283,10 @@ def graded_scores(
 ) -> list[dict]:  # id, grades, scores; candidates without a grade are left out
     "Grades and scores of the same candidates, as rows to keep in a file."
     lists = list(lists)
-    rows = []
-    for record, scored in zip(lists, score_lists(lists, reward)):
-        known = [j for j, grade in enumerate(record["rewards"]) if grade is not None]
-        rows.append({"id": record["id"], "grades": [record["rewards"][j] for j in known],
-                     "scores": [scored["rewards"][j] for j in known]})
-    return rows
+    known = [[j for j, grade in enumerate(record["rewards"]) if grade is not None] for record in lists]
+    return [{"id": record["id"], "grades": [record["rewards"][j] for j in own],
+             "scores": [scored["rewards"][j] for j in own]}
+            for record, scored, own in zip(lists, score_lists(lists, reward), known)]
 
 # %% ../nbs/15_rewards.ipynb #b309af61
 def pair_accuracy(
@@ -351,10 +343,10 @@ class ServerReward:
         timeout: float = 60.0,  # seconds of silence
     ):
         check_address(url, query=True)
-        if min(batch_size, in_flight) < 1 or min(retries, backoff) < 0 or timeout <= 0:
-            raise LireError("out of range", field="batch_size, in_flight, retries, backoff, timeout",
-                            value=(batch_size, in_flight, retries, backoff, timeout),
-                            allowed="at least 1, 1, 0, 0, and more than 0", remedy="change the one out of range")
+        require(min(batch_size, in_flight) >= 1 and min(retries, backoff) >= 0 and timeout > 0, "out of range",
+                field="batch_size, in_flight, retries, backoff, timeout",
+                value=(batch_size, in_flight, retries, backoff, timeout),
+                allowed="at least 1, 1, 0, 0, and more than 0", remedy="change the one out of range")
         parts = urlsplit(url)
         self.url, self.name = url, name or f"{parts.netloc}{parts.path}"
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", **(headers or {})}
@@ -523,9 +515,9 @@ def _read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
         except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
             raise ModelError(f"cannot be read: {str(e)[:120]}", file=file, field="reward model",
                              remedy="fetch the file again, whole") from e
-        if not isinstance(part, dict) or not all(isinstance(v, torch.Tensor) for v in part.values()):
-            raise ModelError("not a state dict", file=file, field="reward model", value=type(part).__name__,
-                             allowed="names with tensors", remedy="save model.state_dict()")
+        require(isinstance(part, dict) and all(isinstance(v, torch.Tensor) for v in part.values()), "not a state dict",
+                error=ModelError, file=file, field="reward model", value=type(part).__name__,
+                allowed="names with tensors", remedy="save model.state_dict()")
         if weights.keys() & part.keys():
             raise ModelError("the same tensor in two files", file=file, field="reward model",
                              value=sorted(weights.keys() & part.keys())[0], allowed="each tensor once",
@@ -543,10 +535,9 @@ def _check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, tuple], f
                              allowed="the configuration's decoder and v_head.weight",
                              remedy="give the backbone that this reward model was trained from")
     for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
-            raise ModelError("another shape than the configuration says", file=file, field=name,
-                             value=tuple(weights[name].shape), allowed=str(shape),
-                             remedy="give the backbone that this reward model was trained from")
+        require(tuple(weights[name].shape) == shape, "another shape than the configuration says", error=ModelError,
+                file=file, field=name, value=tuple(weights[name].shape), allowed=str(shape),
+                remedy="give the backbone that this reward model was trained from")
 
 # %% ../nbs/15_rewards.ipynb #ad7c39b7
 def load_scalar_head_model(
@@ -598,8 +589,8 @@ def _config_and_tokenizer(name: str | Path):
         raise ModelError(f"no configuration and tokenizer: {str(e).splitlines()[0][:120]}", field="backbone",
                          value=source, allowed="a folder or hub id with both",
                          remedy='give backbone=, for example "EleutherAI/gpt-j-6B"') from e
-    if tokenizer.eos_token_id is None or len(tokenizer) > config.vocab_size:
-        raise ModelError("a tokenizer of another model", field="backbone", value=source,
-                         allowed=f"an end-of-text token, and at most {config.vocab_size} tokens",
-                         remedy="give the backbone that this reward model was trained from")
+    require(tokenizer.eos_token_id is not None and len(tokenizer) <= config.vocab_size, "a tokenizer of another model",
+            error=ModelError, field="backbone", value=source,
+            allowed=f"an end-of-text token, and at most {config.vocab_size} tokens",
+            remedy="give the backbone that this reward model was trained from")
     return config, tokenizer

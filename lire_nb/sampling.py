@@ -27,14 +27,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .base.errors import LireError, moved, public_address
+from .base.errors import LireError, moved, public_address, require
+from .base.files import _batches
 from lire_nb.conversations import (
     answer_text, check_limit, completion_text, encode_prompt, end_tokens, MAX_PROMPT_LENGTH, render_prompt,
     tokenizer_fingerprint, warn_text_prompts,
 )
 from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy
-from .records import lists_dataset, make_record, prompt_id
+from .records import as_chat, lists_dataset, make_record, prompt_id
 from lire_nb.servers import (
     check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, run_requests, TryLater,
 )
@@ -63,9 +64,8 @@ class SamplingSettings:
                      "a tuple of strings, none of them empty"),
         }
         for name, (good, allowed) in rules.items():
-            if not good:
-                raise LireError("out of range", field=name, value=getattr(self, name), allowed=allowed,
-                                remedy="change this sampling setting")
+            require(good, "out of range", field=name, value=getattr(self, name), allowed=allowed,
+                    remedy="change this sampling setting")
 
     @property
     def plain(self) -> "SamplingSettings":
@@ -153,14 +153,10 @@ def draw_tokens(
 # %% ../nbs/14_sampling.ipynb #3842a761
 def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
     "Temperature, then top-k, then top-p."
-    warpers = LogitsProcessorList()
-    if settings.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_k and settings.temperature:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1 and settings.temperature:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
+    temperature, top_k, top_p = settings.temperature, settings.top_k, settings.top_p
+    kinds = [(TemperatureLogitsWarper, float(temperature), temperature != 1), (TopKLogitsWarper, top_k, top_k),
+             (TopPLogitsWarper, top_p, top_p < 1)]
+    return LogitsProcessorList(kind(value) for kind, value, wanted in kinds if wanted and temperature)
 
 # %% ../nbs/14_sampling.ipynb #afad0a86
 class _Chooser:
@@ -385,13 +381,11 @@ class LocalSampler:
             self._find_route()
         numbers = candidate_numbers(map(tuple, encoded), num_candidates)
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
-        step = max(1, self.batch_size // num_candidates)
         results, ends = [None] * len(prompts), end_tokens(self.tokenizer, self.model)
         with progress_bar(self.progress, total=len(prompts), desc="sampling", unit="prompt") as bar:
-            for start in range(0, len(order), step):
-                chunk = order[start : start + step]
-                asked = [prompts[i] for i in chunk], [encoded[i] for i in chunk]
-                rows = iter(self._rows(*asked, [numbers[i] for i in chunk], settings, seed, ends))
+            for chunk in _batches(order, max(1, self.batch_size // num_candidates)):
+                asked = ([part[i] for i in chunk] for part in (prompts, encoded, numbers))
+                rows = iter(self._rows(*asked, settings, seed, ends))
                 for i in chunk:
                     results[i] = [_completion(prompts[i], next(rows), self.tokenizer, settings, ends)
                                   for _ in range(num_candidates)]
@@ -400,9 +394,8 @@ class LocalSampler:
 
     def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
         "Tokens of B·M rows with their log-probs."
-        uniform = None
-        if settings.temperature:
-            uniform = uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device)
+        uniform = (uniform_numbers(seed, encoded, numbers, settings.max_new_tokens).float().to(self.model.device)
+                   if settings.temperature else None)
         choose = _Chooser(self.tokenizer, settings, uniform, ends)
         write = _write if self.share_prompt else _generate
         return write(self.model, self.tokenizer, prompts, encoded, len(numbers[0]), choose, settings)
@@ -424,8 +417,8 @@ class LocalSampler:
 
 # %% ../nbs/14_sampling.ipynb #6ad598f9
 def _check_count(value, field: str, remedy: str) -> None:
-    if not (_is_whole(value) and value >= 1):
-        raise LireError("not a count", field=field, value=value, allowed="a whole number, 1 or more", remedy=remedy)
+    require(_is_whole(value) and value >= 1, "not a count", field=field, value=value,
+            allowed="a whole number, 1 or more", remedy=remedy)
 
 
 def _check_room(model, encoded: Iterable[list[int]], ids: Iterable[str], new: int) -> None:
@@ -473,9 +466,8 @@ def _prompts_of(prompts, chat: bool | None) -> list[dict]:
     "Records without candidates, one at least."
     records = [{**r, "meta": {k: v for k, v in prompt_facts(r).items() if k != "failed"}}
                for r in checked_prompts(prompts, chat)]
-    if not records:
-        raise LireError("no prompt", field="prompts", allowed="at least one prompt",
-                        remedy="check the file or the split that they come from")
+    require(records, "no prompt", field="prompts", allowed="at least one prompt",
+            remedy="check the file or the split that they come from")
     return records
 
 # %% ../nbs/14_sampling.ipynb #e6d03a7f
@@ -496,10 +488,9 @@ def _sampled_record(record: dict, completions: list[Completion], source: str, dr
     ids = [None if c.token_ids is None else list(c.token_ids) for c in good]
     meta = {**record["meta"], "finish_reasons": [c.finish_reason for c in good], "token_ids": ids,
             "logps": [c.logp for c in good]}
-    if drawn_by and any(i is not None for i in ids):
-        meta["tokenizer"] = drawn_by
-    if len(good) < len(completions):
-        meta["failed"] = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
+    meta |= {"tokenizer": drawn_by} if drawn_by and any(i is not None for i in ids) else {}
+    failed = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
+    meta |= {"failed": failed} if failed else {}
     return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good),
                        id=record["id"], meta=meta)
 
@@ -583,9 +574,8 @@ class ServerSampler:
         progress: bool = True,
     ):
         self.server = OpenAIServer(base_url, api_key, timeout)
-        if api not in _APIS:
-            raise LireError("unknown API", field="api", value=api, allowed=", ".join(_APIS),
-                            remedy="choose one of these")
+        require(api in _APIS, "unknown API", field="api", value=api, allowed=", ".join(_APIS),
+                remedy="choose one of these")
         self.model, self.api, self.extra_body, self.kind = model, api, extra_body or {}, None
         self.running = dict(journal=journal, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries,
                             progress=progress)
@@ -631,16 +621,13 @@ class ServerSampler:
     def _request(self, prompt, settings, seed) -> tuple[str, dict]:
         "Where to send it, and what."
         chat = self._is_chat(prompt)
-        if chat:
-            content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-        else:
-            content = {"prompt": render_prompt(prompt)}
+        content = {"messages": as_chat(prompt)} if chat else {"prompt": render_prompt(prompt)}
         if self._is_prefilled(prompt):
             content |= {"add_generation_prompt": False, "continue_final_message": True}
         body = {"model": self.model, **content, "max_tokens": settings.max_new_tokens,
-                "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
-        body |= {"stop": list(settings.stop)} if settings.stop else {}
-        body = {**body, **_SPECIAL_FIELDS[self.kind](settings), **self.extra_body}
+                "temperature": settings.temperature, "top_p": settings.top_p, "seed": seed,
+                **({"stop": list(settings.stop)} if settings.stop else {}),
+                **_SPECIAL_FIELDS[self.kind](settings), **self.extra_body}
         return "/chat/completions" if chat else "/completions", {k: v for k, v in body.items() if v is not None}
 
     def _ask(self, path: str, body: dict) -> dict:
@@ -669,8 +656,7 @@ class ServerSampler:
         if self.kind == "transformers" and self.model:
             return  # its list names the models of a cache, not the one it was started with
         models = [m for m in look("/models").get("data") or [] if isinstance(m, dict)]
-        if any(m.get("owned_by") == "vllm" for m in models):
-            self.kind = "vllm"
+        self.kind = "vllm" if any(m.get("owned_by") == "vllm" for m in models) else self.kind
         if self.model is None and len(models) != 1:
             self.kind, names = None, ", ".join(str(m.get("id")) for m in models[:5])
             raise LireError("which model?", field="policy", value=url,

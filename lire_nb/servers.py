@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import filelock
 from tqdm.auto import tqdm
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from .base.files import append_jsonl, free_lock, jsonl_rows, take_lock
 
 # %% ../nbs/39_servers.ipynb #057a2a7d
@@ -175,9 +175,8 @@ def run_requests(
 ) -> dict[str, Any]:  # key → answer, in the order of `requests`
     """Ask many things at once, each until it is answered; raises the first error that waiting does not mend, after the
     answers under way are kept."""
-    if max_in_flight < 1:
-        raise LireError("out of range", field="max_in_flight", value=max_in_flight, allowed="1 or more",
-                        remedy="16 suits most servers")
+    require(max_in_flight >= 1, "out of range", field="max_in_flight", value=max_in_flight, allowed="1 or more",
+            remedy="16 suits most servers")
     with Journal(journal) as kept, progress_bar(progress, total=len(requests), desc=desc, unit="request") as bar:
         missing = [item for item in requests.items() if item[0] not in kept.answers]
         bar.update(len(requests) - len(missing))
@@ -220,10 +219,10 @@ def check_address(
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:  # not a port
         good = False
-    if secret or not good:
-        raise LireError("not an address of a server", field="address", value=f"{scheme}://…" if secret else address,
-                        allowed=f"http:// or https://, a host, no password{'' if query else ' and no query'} in it",
-                        remedy="give the plain address; a key goes into OPENAI_API_KEY, api_key= or headers=")
+    require(good and not secret, "not an address of a server", field="address",
+            value=f"{scheme}://…" if secret else address,
+            allowed=f"http:// or https://, a host, no password{'' if query else ' and no query'} in it",
+            remedy="give the plain address; a key goes into OPENAI_API_KEY, api_key= or headers=")
     return address
 
 # %% ../nbs/39_servers.ipynb #061ad19d

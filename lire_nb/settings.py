@@ -27,7 +27,7 @@ from accelerate.utils import DynamoBackend
 from transformers import get_scheduler, Trainer
 from transformers.training_args import trainer_log_levels
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from .rivals import LOSSES, LossSpec
 
 # %% ../nbs/26_settings.ipynb #1e3a2ae9
@@ -36,34 +36,29 @@ _BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(
 
 def _as_bool(value) -> bool:
     known = _BOOLEANS.get(str(value).strip().lower()) if isinstance(value, (bool, str, numbers.Real)) else None
-    if known is None:
-        raise ValueError("not a yes or no")
+    require(known is not None, "not a yes or no")
     return known
 
 # %% ../nbs/26_settings.ipynb #699b4232
 def _as_float(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
-        raise ValueError("not a number")
+    require(isinstance(value, (str, numbers.Real)) and not isinstance(value, bool), "not a number")
     try:
         number = float(value)
     except ValueError:
         raise ValueError("not a number") from None
-    if not math.isfinite(number):
-        raise ValueError("not a finite number")
+    require(math.isfinite(number), "not a finite number")
     return number
 
 # %% ../nbs/26_settings.ipynb #c7c94c7e
 def _as_int(value) -> int:
     number = _as_float(value)
-    if number != int(number):
-        raise ValueError("not a whole number")
+    require(number == int(number), "not a whole number")
     return int(value) if isinstance(value, numbers.Integral) else int(number)
 
 
 def _as_json(value, kind: type):
     found = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(found, kind):
-        raise ValueError(f"not a {kind.__name__}")
+    require(isinstance(found, kind), f"not a {kind.__name__}")
     return found
 
 # %% ../nbs/26_settings.ipynb #0b9eac0c
@@ -179,8 +174,8 @@ def check_ranges(
     for allowed, (fits, names) in _RANGES.items():
         for name in names:
             value = getattr(config, name, None)
-            if value is not None and not fits(value):
-                raise LireError("out of range", field=name, value=value, allowed=allowed, remedy="change this setting")
+            require(value is None or fits(value), "out of range", field=name, value=value, allowed=allowed,
+                    remedy="change this setting")
 
 # %% ../nbs/26_settings.ipynb #9ee0cdb2
 def usual_value(
@@ -192,10 +187,9 @@ def usual_value(
 
 def _check_taken(loss: LossSpec, name: str, value) -> None:
     "Raise for a setting that the loss does not take."
-    if not loss.takes(name):
-        raise LireError(f"the loss {loss.name} does not take it, so it would have no effect", field=name, value=value,
-                        allowed=", ".join(loss.settings) or "no setting at all",
-                        remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
+    require(loss.takes(name), f"the loss {loss.name} does not take it, so it would have no effect", field=name,
+            value=value, allowed=", ".join(loss.settings) or "no setting at all",
+            remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
 
 # %% ../nbs/26_settings.ipynb #6798ccdd
 def loss_settings_of(
@@ -211,9 +205,8 @@ def loss_settings_of(
             value = usual if loss.settings[name] is inspect.Parameter.empty else loss.settings[name]
         if value is None or name not in kwargs and not value and value == usual and not loss.takes(name):
             continue  # nothing is asked for, or a supervised term of weight 0
-        if name in kwargs and given.get(name) not in (None, value):
-            raise LireError("given twice", field=name, value=(given[name], value), allowed="one value",
-                            remedy="leave it out of loss_kwargs")
+        require(name not in kwargs or given.get(name) in (None, value), "given twice", field=name,
+                value=(given[name], value), allowed="one value", remedy="leave it out of loss_kwargs")
         _check_taken(loss, name, value)
         settings[name] = value
     return settings
@@ -255,9 +248,8 @@ def check_used(
     "Raise `LireError` for an inherited setting that would have no effect."
     for name, (fine, why, remedy) in UNUSED.items():
         value = getattr(config, name, fine[0])
-        if not any(value == nothing for nothing in fine):
-            raise LireError(f"has no effect in LIRETrainer: {why}", field=name, value=value, allowed=repr(fine[0]),
-                            remedy=remedy)
+        require(any(value == nothing for nothing in fine), f"has no effect in LIRETrainer: {why}", field=name,
+                value=value, allowed=repr(fine[0]), remedy=remedy)
 
 # %% ../nbs/26_settings.ipynb #4d2f9809
 UNUSED_ARGUMENTS = {  # argument of Trainer -> why
@@ -278,9 +270,9 @@ def check_arguments(
         if name in UNUSED_ARGUMENTS and value is not None:
             raise LireError(f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}", field=name, value=value,
                             allowed="None", remedy="leave it out")
-        if name not in inspect.signature(known).parameters:
-            raise LireError("unknown argument", field=name, allowed="an argument of transformers.Trainer",
-                            remedy="check the spelling; settings belong into LIREConfig")
+        require(name in inspect.signature(known).parameters, "unknown argument", field=name,
+                allowed="an argument of transformers.Trainer",
+                remedy="check the spelling; settings belong into LIREConfig")
 
 # %% ../nbs/26_settings.ipynb #0579172c
 def check_words(config) -> None:
@@ -292,9 +284,8 @@ def check_words(config) -> None:
         ("log_level_replica", config.log_level_replica, trainer_log_levels, "level"),
         ("torch_compile_backend", compiler, backends, "backend"),
     ):
-        if value is not None and value not in known:
-            raise LireError(f"unknown {what}", field=name, value=getattr(config, name), allowed=", ".join(known),
-                            remedy="leave it out")
+        require(value is None or value in known, f"unknown {what}", field=name, value=getattr(config, name),
+                allowed=", ".join(known), remedy="leave it out")
     _check_trackers(config.report_to)
 
 # %% ../nbs/26_settings.ipynb #7f062244
@@ -305,12 +296,10 @@ def _check_trackers(report_to) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name in ("all", "none", "flyte", "kubeflow"):
             continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise LireError("unknown tracker", field="report_to", value=name,
-                            allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)), remedy="leave it at none")
-        if name not in get_available_reporting_integrations():
-            raise LireError("is not installed here", field="report_to", value=name,
-                            allowed="a tracker that is installed, or none", remedy=f"pip install {name}")
+        require(name in INTEGRATION_TO_CALLBACK, "unknown tracker", field="report_to", value=name,
+                allowed=", ".join(sorted(INTEGRATION_TO_CALLBACK)), remedy="leave it at none")
+        require(name in get_available_reporting_integrations(), "is not installed here", field="report_to", value=name,
+                allowed="a tracker that is installed, or none", remedy=f"pip install {name}")
 
 # %% ../nbs/26_settings.ipynb #af2a6a38
 def check_optimizer(config) -> None:
@@ -347,10 +336,9 @@ def check_optimizer(config) -> None:
 # %% ../nbs/26_settings.ipynb #16c0e089
 def check_schedule(config) -> None:
     "Raise `LireError` for settings that the schedule of the learning rate does not take."
-    if config.lr_scheduler_kwargs and config.lr_scheduler_type in ("constant", "constant_with_warmup"):
-        raise LireError("has no effect on a constant learning rate", field="lr_scheduler_kwargs",
-                        value=config.lr_scheduler_kwargs, allowed="nothing with this schedule",
-                        remedy="leave it out, or choose another lr_scheduler_type")
+    require(not config.lr_scheduler_kwargs or config.lr_scheduler_type not in ("constant", "constant_with_warmup"),
+            "has no effect on a constant learning rate", field="lr_scheduler_kwargs", value=config.lr_scheduler_kwargs,
+            allowed="nothing with this schedule", remedy="leave it out, or choose another lr_scheduler_type")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         schedule = get_scheduler(config.lr_scheduler_type, optimizer, 2, 8,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .base.errors import LireError
+from .base.errors import require
 
 # %% ../nbs/20_statistics.ipynb #b34bdcae
 FEW = 20  # prompts; below, a percentile bootstrap misses too often
@@ -64,14 +64,12 @@ def bootstrap_interval(
     """An interval over prompts: percentile bootstrap (scipy) from 20 prompts on, Student's t for the mean of fewer,
     Wilson's for few 0s and 1s; raises `LireError` where none covers."""
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise LireError("not a plain list of finite numbers", field="values", value=values.tolist()[:5],
-                        allowed="one finite number per prompt, two prompts or more",
-                        remedy="average the samples of a prompt first; look for prompts without a score")
+    require(values.ndim == 1 and len(values) > 1 and np.isfinite(values).all(), "not a plain list of finite numbers",
+            field="values", value=values.tolist()[:5], allowed="one finite number per prompt, two prompts or more",
+            remedy="average the samples of a prompt first; look for prompts without a score")
     if len(values) < FEW:
-        if statistic not in (_mean, np.mean):
-            raise LireError("too few for a bootstrap interval", field="values", value=len(values),
-                            allowed=f"{FEW} prompts or more; the mean of two or more", remedy="evaluate more prompts")
+        require(statistic in (_mean, np.mean), "too few for a bootstrap interval", field="values", value=len(values),
+                allowed=f"{FEW} prompts or more; the mean of two or more", remedy="evaluate more prompts")
         if share and np.isin(values, (0, 1)).all():
             return wilson_interval(float(values.mean()), len(values), confidence)
         return _t_interval(values, confidence)
@@ -113,9 +111,8 @@ def paired_difference(
     **options,  # for `bootstrap_interval`
 ) -> Interval:
     "Mean of new − old over prompts, with a paired interval."
-    if len(new) != len(old):
-        raise LireError("unequal numbers", field="new, old", value=(len(new), len(old)),
-                        allowed="one value per prompt in both", remedy="evaluate both on the same prompts")
+    require(len(new) == len(old), "unequal numbers", field="new, old", value=(len(new), len(old)),
+            allowed="one value per prompt in both", remedy="evaluate both on the same prompts")
     return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float),
                               **{"share": False, **options})
 

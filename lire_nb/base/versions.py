@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import LireError
+from .errors import require
 
 # %% ../../nbs/37_versions.ipynb #14aac08d
 class Module(NamedTuple):
@@ -290,9 +290,8 @@ def definitions(
         where, _, alone = name.rpartition(".")
         inside = (m for m in package.modules if f".{m}".endswith(f".{where}".rstrip(".")))
         holders = [m for m in inside if alone in package.modules[m].defined]
-        if len(holders) != 1:
-            raise LireError("not one definition", field="names", value=name,
-                            allowed="a name that one module of the package defines", remedy="write it as module.name")
+        require(len(holders) == 1, "not one definition", field="names", value=name,
+                allowed="a name that one module of the package defines", remedy="write it as module.name")
         roots.append((holders[0], alone))
     return package.reached(roots, without)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.errors import LireError
+from ..base.errors import LireError, require
 from ..base.files import json_digest
 from lire_nb.judges.verdicts import (
     _check_template, Comparison, CRITERION, fill_template, parse_verdict, read_comparison, TEMPLATE,
@@ -117,9 +117,8 @@ class ChatJudge:
         progress: bool = True,
     ):
         _check_template(template)
-        if max_tokens < 1 or temperature < 0:
-            raise LireError("out of range", field="max_tokens, temperature", value=(max_tokens, temperature),
-                            allowed="1 or more, 0 or more", remedy="change this setting")
+        require(max_tokens >= 1 and temperature >= 0, "out of range", field="max_tokens, temperature",
+                value=(max_tokens, temperature), allowed="1 or more, 0 or more", remedy="change this setting")
         self.template, self.criterion, self.parse = template, criterion, parse
         self.model, self.name, self.cost = model, name or Path(model).name, Cost()
         asked = {"temperature": temperature, "max_tokens": max_tokens, **(extra_body or {})}

@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..base.errors import in_cell, in_html, LireError
+from ..base.errors import in_cell, in_html, LireError, require
 from ..base.files import atomic_write, slug
 from .verdicts import Comparison, make_pairs, Pair, _verdict, VERDICTS
 
@@ -41,19 +41,19 @@ def make_sheets(
     to the same key."""
     folder, names = Path(folder), [slug(j) for j in judges]
     key = Path(key or folder / "key.json")
-    if "" in names or len(set(names)) < len(names) or not 1 <= overlap <= len(names):
-        raise LireError("do not fit", field="judges, overlap", value=(list(judges), overlap),
-                        allowed="judges whose names differ in letters and digits, 1 ≤ overlap ≤ their number",
-                        remedy="rename a judge, or lower overlap")
+    require("" not in names and len(set(names)) == len(names) and 1 <= overlap <= len(names), "do not fit",
+            field="judges, overlap", value=(list(judges), overlap),
+            allowed="judges whose names differ in letters and digits, 1 ≤ overlap ≤ their number",
+            remedy="rename a judge, or lower overlap")
     dealt = _deal(make_pairs(systems, samples), list(judges), overlap, seed)
     content = {"seed": seed, "items": {code: _key_entry(*entry) for code, entry in dealt.items()}}
     run = _digest(content)
     sheets = [folder / "sheets" / f"{name}.csv" for name in names]
     if key.exists() or any(s.exists() for s in sheets):
-        if not (key.exists() and _read_key(key)["run"] == run and all(s.exists() for s in sheets)):
-            raise LireError("sheets of another run are there already", file=key, field="folder",
-                            allowed="a new folder, or the same systems, judges, overlap, samples and seed",
-                            remedy="choose another folder")
+        require(key.exists() and _read_key(key)["run"] == run and all(s.exists() for s in sheets),
+                "sheets of another run are there already", file=key, field="folder",
+                allowed="a new folder, or the same systems, judges, overlap, samples and seed",
+                remedy="choose another folder")
         return sheets
     for sheet, judge in zip(sheets, judges):
         _write_sheet(sheet, [{"run": run, "item": code, **_cells(pair, order), "verdict": "", "comment": ""}
@@ -117,9 +117,8 @@ def _read_key(path: Path) -> dict:
         raise LireError(f"cannot be read as a key: {e.strerror if isinstance(e, OSError) else type(e).__name__}",
                         file=path, field="key", allowed="the key.json that make_sheets wrote",
                         remedy="give its path: key=…") from e
-    if not sound:
-        raise LireError("was changed after it was written: its hash does not fit", file=path, field="key",
-                        allowed="the key.json that make_sheets wrote", remedy="fetch the original")
+    require(sound, "was changed after it was written: its hash does not fit", file=path, field="key",
+            allowed="the key.json that make_sheets wrote", remedy="fetch the original")
     return key
 
 # %% ../../nbs/52_sheets.ipynb #8cfa9440
@@ -134,16 +133,14 @@ def _read_sheet(path: Path) -> list[tuple[int, dict]]:
                         remedy="save it again as 'CSV UTF-8'") from e
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     missing = [c for c in COLUMNS[:-1] if c not in (reader.fieldnames or ())]
-    if missing:
-        raise LireError(f"no column {', '.join(missing)}", file=path, line=1, field="sheet", value=reader.fieldnames,
-                        allowed=f"the columns {', '.join(COLUMNS)}, separated by commas",
-                        remedy="save the sheet as comma-separated CSV with its first line unchanged")
+    require(not missing, f"no column {', '.join(missing)}", file=path, line=1, field="sheet", value=reader.fieldnames,
+            allowed=f"the columns {', '.join(COLUMNS)}, separated by commas",
+            remedy="save the sheet as comma-separated CSV with its first line unchanged")
     rows, line = [], 2
     for row in reader:
         extra = row.pop(None, None)
-        if extra:
-            raise LireError("more cells than columns", file=path, line=line, field="sheet", value=extra,
-                            allowed=f"{len(reader.fieldnames)} cells", remedy="quote texts with commas in them")
+        require(not extra, "more cells than columns", file=path, line=line, field="sheet", value=extra,
+                allowed=f"{len(reader.fieldnames)} cells", remedy="quote texts with commas in them")
         rows.append((line, {c: row.get(c) or "" for c in COLUMNS}))
         line = reader.line_num + 1
     return rows
@@ -161,15 +158,13 @@ def check_sheets(
         if alone and Path(sheets).is_dir()
         else [Path(s) for s in ([sheets] if alone else sheets)]
     )
-    if not paths or (key is None and not (alone and Path(sheets).is_dir())):
-        raise LireError("no sheet" if not paths else "no key", field="sheets" if not paths else "key",
-                        value=str(sheets), allowed="the folder given to make_sheets, or sheets and key=",
-                        remedy="check the path")
+    require(paths and (key is not None or alone and Path(sheets).is_dir()), "no sheet" if not paths else "no key",
+            field="sheets" if not paths else "key", value=str(sheets),
+            allowed="the folder given to make_sheets, or sheets and key=", remedy="check the path")
     key = _read_key(Path(key or Path(sheets, "key.json")))
     words, problems, verdicts = {**{v: v for v in VERDICTS}, **(mapping or {})}, [], {}
-    if set(words.values()) != set(VERDICTS):
-        raise LireError("unknown verdict", field="mapping", value=mapping, allowed=f"values {', '.join(VERDICTS)}",
-                        remedy="map each notation to one of them")
+    require(set(words.values()) == set(VERDICTS), "unknown verdict", field="mapping", value=mapping,
+            allowed=f"values {', '.join(VERDICTS)}", remedy="map each notation to one of them")
     for path in paths:
         for line, row in _read_sheet(path):
             problem = _row_problem(row, key, words, verdicts)

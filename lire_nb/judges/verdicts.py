@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError
+from ..base.errors import LireError, require
 from ..base.files import BLANK, read_rows, Row, write_jsonl
 from ..conversations import render_prompt
 from ..identity import claim_folder, digest, value_identity
@@ -61,9 +61,9 @@ def make_pairs(
     samples: int = 1,  # how many samples of a prompt are compared: number k of one system with number k of the other
 ) -> list[Pair]:  # for every two systems; system_a is the later one, so a win rate above a half means progress
     "The pairs of all systems; raises `LireError` when they did not answer the same prompts."
-    if len(systems) < 2 or samples < 1:
-        raise LireError("nothing to compare", field="systems, samples", value=(list(systems), samples),
-                        allowed="two systems or more, one sample or more", remedy="name another system")
+    require(len(systems) >= 2 and samples >= 1, "nothing to compare", field="systems, samples",
+            value=(list(systems), samples), allowed="two systems or more, one sample or more",
+            remedy="name another system")
     rows = {name: _rows_by_id(name, r) for name, r in systems.items()}
     pairs = []
     for old, new in itertools.combinations(rows, 2):
@@ -106,10 +106,9 @@ def _rows_by_id(name: str, rows) -> dict[str, dict]:
 def _check_same_prompts(old: str, old_rows: dict, new: str, new_rows: dict) -> None:
     other = [id for id in {**old_rows, **new_rows}
              if old_rows.get(id, {}).get("prompt") != new_rows.get(id, {}).get("prompt")]
-    if other or not old_rows:
-        raise LireError(f"{len(other)} prompts are not the same in both", field=f"rows of {old!r} and {new!r}",
-                        value=other[:3], allowed="the same prompts under the same ids",
-                        remedy="evaluate both systems on the same prompts")
+    require(old_rows and not other, f"{len(other)} prompts are not the same in both",
+            field=f"rows of {old!r} and {new!r}", value=other[:3], allowed="the same prompts under the same ids",
+            remedy="evaluate both systems on the same prompts")
 
 # %% ../../nbs/50_verdicts.ipynb #995f7e7c
 CRITERION = (
@@ -141,10 +140,9 @@ def _check_template(template) -> None:
     except (TypeError, LookupError):
         text = ""
     missing = [f for f in ("{prompt}", "{first}", "{second}") if f not in text]
-    if missing:
-        raise LireError(f"does not show {', '.join(missing)}", field="template", value=template,
-                        allowed='messages {"role", "content"} that hold {prompt}, {first} and {second}',
-                        remedy="start from judges.verdicts.TEMPLATE")
+    require(not missing, f"does not show {', '.join(missing)}", field="template", value=template,
+            allowed='messages {"role", "content"} that hold {prompt}, {first} and {second}',
+            remedy="start from judges.verdicts.TEMPLATE")
 
 # %% ../../nbs/50_verdicts.ipynb #77c24e43
 _LAST_LINE = re.compile(r"""[\s>#*_`"'(\[]*(?:[Vv]erdict\s*:[\s*_`"'(\[]*)?(A|B|[Tt]ie|TIE)[\s*_`"')\].]*""")
@@ -169,10 +167,8 @@ class Comparison(NamedTuple):
 def read_comparison(reply: str, parse: Callable = parse_verdict) -> Comparison:
     "A reply with its verdict, or with the reason why it has none."
     verdict = parse(reply)
-    if verdict is not None and verdict not in VERDICTS:
-        raise LireError("gave an unknown verdict", field="parse", value=verdict,
-                        allowed=f"{', '.join(VERDICTS)} or None",
-                        remedy="translate the judge's words in the parse function")
+    require(verdict is None or verdict in VERDICTS, "gave an unknown verdict", field="parse", value=verdict,
+            allowed=f"{', '.join(VERDICTS)} or None", remedy="translate the judge's words in the parse function")
     return Comparison(verdict, reply,
                       None if verdict else "no verdict in the last line" if reply.strip() else "an empty reply")
 
@@ -263,9 +259,8 @@ def verdicts_to_preferences(
     failures: str = "drop",  # a pair without a verdict: "drop" leaves it out, "tie" counts it as one
 ) -> JudgedPrompts:
     "One preference per prompt, with flips, position bias and failures counted."
-    if failures not in ("drop", "tie"):
-        raise LireError("unknown choice", field="failures", value=failures, allowed="drop, tie",
-                        remedy="choose one of them")
+    require(failures in ("drop", "tie"), "unknown choice", field="failures", value=failures, allowed="drop, tie",
+            remedy="choose one of them")
     verdicts, system, against = _select(verdicts, system, against)
     groups = list(_resolve(verdicts))
     kept = [g for g in groups if g.value is not None or failures == "tie"]
@@ -328,11 +323,10 @@ def _select(verdicts: Iterable[dict], system: str | None, against: str | None) -
     verdicts = list(verdicts)
     present = list(dict.fromkeys((v["system_a"], v["system_b"]) for v in verdicts))
     wanted = [p for p in present if (system is None or system in p) and (against is None or against in p)]
-    if len({frozenset(p) for p in wanted}) != 1 or (system is not None and system == against):
-        raise LireError("not exactly one pair of systems" if verdicts else "no verdict", field="verdicts",
-                        value=[" / ".join(p) for p in wanted or present][:6],
-                        allowed="the verdicts on two systems",
-                        remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
+    require(len({frozenset(p) for p in wanted}) == 1 and (system is None or system != against),
+            "not exactly one pair of systems" if verdicts else "no verdict", field="verdicts",
+            value=[" / ".join(p) for p in wanted or present][:6], allowed="the verdicts on two systems",
+            remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
     system = system or next(name for name in wanted[0] if name != against)
     against = next(name for name in wanted[0] if name != system)
     chosen = [v for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
@@ -375,9 +369,8 @@ def agreement(
 ) -> Agreement:
     "Agreement of all judges, and of every two."
     table = verdict_frame([v for one in verdicts for v in one], system, against)
-    if table.shape[1] < 2:
-        raise LireError("only one judge", field="verdicts", value=list(table), allowed="two judges or more",
-                        remedy="add the verdicts of another judge, under another name")
+    require(table.shape[1] >= 2, "only one judge", field="verdicts", value=list(table), allowed="two judges or more",
+            remedy="add the verdicts of another judge, under another name")
     share, alphas, shared = (pd.DataFrame(np.nan, index=table.columns, columns=table.columns) for _ in range(3))
     for one, two in itertools.product(table, repeat=2):
         both = table[[one, two]].dropna().to_numpy()
@@ -492,15 +485,13 @@ def read_preference(
     plain = _plain_value(value)
     if plain is None:
         return None
-    if not isinstance(plain, float):
-        raise LireError("a verdict in a foreign notation", field="preference", value=value,
-                        allowed=f"a number, {low} … {high}",
-                        remedy=f"say what it means: values={{{value!r}: {(low + high) / 2:g}}} makes it a tie")
-    if not low <= plain <= high:
-        raise LireError("a preference out of range", field="preference", value=value,
-                        allowed=f"{low} … {high}, {(low + high) / 2:g} for a tie",
-                        remedy=f"give the file's scale=(lost, won), or say what this value means: values={{{value!r}: "
-                               f"…}}")
+    require(isinstance(plain, float), "a verdict in a foreign notation", field="preference", value=value,
+            allowed=f"a number, {low} … {high}",
+            remedy=f"say what it means: values={{{value!r}: {(low + high) / 2:g}}} makes it a tie")
+    require(low <= plain <= high, "a preference out of range", field="preference", value=value,
+            allowed=f"{low} … {high}, {(low + high) / 2:g} for a tie",
+            remedy=f"give the file's scale=(lost, won), or say what this value means: values={{{value!r}: "
+                   f"…}}")
     return (plain - low) / (high - low)
 
 # %% ../../nbs/50_verdicts.ipynb #2a661c0d
@@ -530,9 +521,9 @@ def load_verdicts(
 ) -> list[dict]:
     "Verdicts of systems against a baseline, one per prompt; raises `LireError` for a row that cannot be trusted."
     file = str(source) if isinstance(source, (str, Path)) else None
-    if on_error not in ("raise", "quarantine") or (on_error == "quarantine" and not (quarantine or file)):
-        raise LireError("unknown choice", field="on_error", value=on_error, allowed='"raise" or "quarantine"',
-                        remedy="for rows in memory give quarantine=, the file that bad rows go to")
+    require(on_error == "raise" or on_error == "quarantine" and (quarantine or file), "unknown choice",
+            field="on_error", value=on_error, allowed='"raise" or "quarantine"',
+            remedy="for rows in memory give quarantine=, the file that bad rows go to")
     report, known, groups = VerdictReport(file or "memory"), None if ids is None else set(map(str, ids)), {}
     with _Errors(report, file,
                  Path(quarantine or f"{file}.quarantine.jsonl") if on_error == "quarantine" else None) as errors:
@@ -546,9 +537,8 @@ def load_verdicts(
                 report.rows += 1
                 _take_verdict(row, mapping, scale, values, known, groups, refuse, on_error == "raise")
         verdicts = [found for found in map(lambda rows: _only_one(rows, refuse), groups.values()) if found]
-    if not report.rows:
-        raise LireError("no rows", file=file, field="verdicts", allowed="one row or more",
-                        remedy="check that the file is complete")
+    require(report.rows, "no rows", file=file, field="verdicts", allowed="one row or more",
+            remedy="check that the file is complete")
     report.good_rows, report.not_judged = len(verdicts), sum(v["preference"] is None for v in verdicts)
     report.missing = _missing(verdicts, known)
     logger.log(logging.WARNING if report.quarantined_rows else logging.INFO, "%s", report)
@@ -561,10 +551,9 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
         if isinstance(row.value, LireError):
             raise row.value
         verdict = _read_verdict(row.value, mapping, scale, values)
-        if known is not None and verdict["id"] not in known:
-            raise LireError("an unknown prompt", field="id", value=verdict["id"],
-                            allowed=f"one of the {len(known)} prompts given",
-                            remedy="correct the id, or give the ids of this table's prompts")
+        require(known is None or verdict["id"] in known, "an unknown prompt", field="id", value=verdict["id"],
+                allowed=f"one of the {len(known)} prompts given",
+                remedy="correct the id, or give the ids of this table's prompts")
         same = groups.setdefault((verdict["system"], verdict["baseline"], verdict["id"]), [])
         same.append((row, verdict))
         if at_once and len(same) > 1:
@@ -575,16 +564,14 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
 # %% ../../nbs/50_verdicts.ipynb #45dd2f42
 def _read_verdict(row, mapping, scale, values) -> dict:
     "One row in our words."
-    if not isinstance(row, dict):
-        raise LireError("not a record", field="row", value=row, allowed="columns with names",
-                        remedy="write one object per line, or a table with a header")
+    require(isinstance(row, dict), "not a record", field="row", value=row, allowed="columns with names",
+            remedy="write one object per line, or a table with a header")
     columns = _columns(row, mapping)
     get = lambda name: row.get(columns[name]) if name in columns else None  # noqa: E731
     for side in ("id" if "id" in columns else "prompt", "system", "baseline"):
-        if get(side) in (None, ""):
-            raise LireError("a missing side", field=columns.get(side, side), value=get(side),
-                            allowed="a prompt, a system and a baseline in every row",
-                            remedy="say in the row what was compared; a constant can be added as a column")
+        require(get(side) not in (None, ""), "a missing side", field=columns.get(side, side), value=get(side),
+                allowed="a prompt, a system and a baseline in every row",
+                remedy="say in the row what was compared; a constant can be added as a column")
     lengths = {side: _length(get(side), get(text), columns.get(side))
                for side, text in (("length", "answer"), ("baseline_length", "baseline_answer"))}
     name = get("id") if "id" in columns else prompt_id(get("prompt"))
@@ -597,18 +584,16 @@ def _columns(row: dict, mapping: dict | None) -> dict[str, str]:
     gave."""
     columns = mapping or next((layout for layout in VERDICT_LAYOUTS
                                if {layout["system"], layout["preference"]} <= row.keys()), None)
-    if columns is None:
-        raise LireError("not a known layout of verdicts", field="columns", value=list(row),
-                        allowed=" or ".join(", ".join(layout.values()) for layout in VERDICT_LAYOUTS),
-                        remedy="give mapping={'id': …, 'system': …, 'baseline': …, 'preference': …}")
+    require(columns is not None, "not a known layout of verdicts", field="columns", value=list(row),
+            allowed=" or ".join(", ".join(layout.values()) for layout in VERDICT_LAYOUTS),
+            remedy="give mapping={'id': …, 'system': …, 'baseline': …, 'preference': …}")
     known = {name for layout in VERDICT_LAYOUTS for name in layout}
     wrong = [name for name in columns if name not in known] + [f"{name}={column}"
                                                                for name, column in columns.items() if column not in row
                                                                and "length" not in name and "answer" not in name]
-    if wrong or "preference" not in columns:
-        raise LireError("the mapping does not fit the columns", field="mapping", value=wrong or list(columns),
-                        allowed=f"{', '.join(sorted(known))} → one of {', '.join(map(str, row))}",
-                        remedy="correct these entries; preference is needed")
+    require(not wrong and "preference" in columns, "the mapping does not fit the columns", field="mapping",
+            value=wrong or list(columns), allowed=f"{', '.join(sorted(known))} → one of {', '.join(map(str, row))}",
+            remedy="correct these entries; preference is needed")
     return columns
 
 # %% ../../nbs/50_verdicts.ipynb #32ca4bbc
@@ -617,9 +602,8 @@ def _length(number, text, column) -> float | None:
     if text is not None:
         return float(len(text))
     plain = _plain_value(number)
-    if plain is not None and not (isinstance(plain, float) and 0 <= plain < math.inf):
-        raise LireError("not a length", field=column, value=number, allowed="a number of characters, or nothing",
-                        remedy="correct it or leave it empty")
+    require(plain is None or isinstance(plain, float) and 0 <= plain < math.inf, "not a length", field=column,
+            value=number, allowed="a number of characters, or nothing", remedy="correct it or leave it empty")
     return plain
 
 # %% ../../nbs/50_verdicts.ipynb #41698ef0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..base.errors import LireError
+from ..base.errors import LireError, require
 from ..logprobs import list_logps
 from ..long_lists import list_logps_in_parts
 from ..models import causal_lm, has_bf16, load_policy, load_tokenizer
@@ -278,15 +278,14 @@ def trl_steps(
 
 
 def _check_same(losses: dict[str, float]) -> None:
-    if max(losses.values()) - min(losses.values()) > 1e-3:
-        raise LireError(f"the ways disagree: {losses}", field="loss", allowed="the same loss in float32, within 0.001",
-                        remedy="the installed trl computes another loss: leave --peers out")
+    require(max(losses.values()) - min(losses.values()) <= 1e-3, f"the ways disagree: {losses}", field="loss",
+            allowed="the same loss in float32, within 0.001",
+            remedy="the installed trl computes another loss: leave --peers out")
 
 # %% ../../nbs/47_bench.ipynb #dc528623
 def _our_pairs(inputs: dict) -> tuple[dict, torch.Tensor]:
     "TRL's batch, all chosen rows then all rejected ones, as lists of two, with the reference log-probs (B, 2)."
-    half = len(inputs["input_ids"]) // 2
-    lists = []
+    half, lists = len(inputs["input_ids"]) // 2, []
     for b in range(half):
         rows = [(inputs["input_ids"][r], inputs["attention_mask"][r].bool(), inputs["completion_mask"][r].bool())
                 for r in (b, b + half)]
@@ -316,8 +315,7 @@ def bench_point(
     seconds = interleaved({way: lambda way=way: gradient_step(model, batch, way, loss) for way in ways}, repeats)
     count, rows = layer_parameters(model), []
     for way in ways:
-        flops = forward_flops(model.config, count, point, way)
-        limit = forward_flops(model.config, count, point, "authors") / flops
+        limit = forward_flops(model.config, count, point, "authors") / forward_flops(model.config, count, point, way)
         row = {"way": way, "loss": loss, **asdict(point), **spread(seconds[way]), "runs": seconds[way],
                "tokens_per_second": point.lists * point.M * (point.P + point.R) / statistics.median(seconds[way]),
                "flop_limit": limit, "profile": profile_step(model, batch, way),
@@ -335,12 +333,11 @@ def review_pairs(policy: str | Path, prompt_tokens: int = 192, tokens: int = 48,
                  pairs: int = 4) -> list[tuple[str, str, str]]:
     "Prompt, chosen and rejected from the text of film reviews, cut to about so many tokens each."
     tokenizer = load_tokenizer(policy)
-    texts = [" ".join(r["completions"][0] for r in load_task("sentiment").reward_lists["test"])]
-    ids, found = tokenizer(texts[0][:200_000])["input_ids"], []
-    for start in range(0, pairs * (prompt_tokens + 2 * tokens), prompt_tokens + 2 * tokens):
-        cuts = (start, start + prompt_tokens, start + prompt_tokens + tokens, start + prompt_tokens + 2 * tokens)
-        found.append(tuple(tokenizer.decode(ids[a:b]) for a, b in zip(cuts, cuts[1:])))
-    return found
+    text = " ".join(r["completions"][0] for r in load_task("sentiment").reward_lists["test"])
+    ids, size = tokenizer(text[:200_000])["input_ids"], prompt_tokens + 2 * tokens
+    cuts = (0, prompt_tokens, prompt_tokens + tokens, size)
+    return [tuple(tokenizer.decode(ids[start + a : start + b]) for a, b in zip(cuts, cuts[1:]))
+            for start in range(0, pairs * size, size)]
 
 # %% ../../nbs/47_bench.ipynb #224b0d39
 def bench_pairs(policy: str | Path, texts: list[tuple[str, str, str]], repeats: int = 5) -> list[dict]:
@@ -349,9 +346,7 @@ def bench_pairs(policy: str | Path, texts: list[tuple[str, str, str]], repeats: 
         steps, point = trl_steps(policy, texts, folder)
         seconds = interleaved(steps, repeats)
     rows = [{"way": f"dpo, {way}", **asdict(point), **spread(s), "runs": s} for way, s in seconds.items()]
-    for row in rows:
-        row["speedup_over_trl"] = rows[0]["seconds"] / row["seconds"]
-    return rows
+    return [{**row, "speedup_over_trl": rows[0]["seconds"] / row["seconds"]} for row in rows]
 
 # %% ../../nbs/47_bench.ipynb #3626d364
 def bench_long(

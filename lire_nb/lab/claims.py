@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError, data_path, in_markdown
+from ..base.errors import data_path, in_markdown, LireError, require
 from .plans import NAMES, SCALES, TABLES
 from lire_nb.lab.results import (
     Results, difference, distance, final_runs, gain, load_runs, points_of, rows_in, shown, spread_of,
@@ -61,8 +61,7 @@ def by_sign(found: list[Quantity]) -> tuple[str, str]:  # verdict, and the reaso
         return decided, "there is one seed only"
     if decided == "confirmed":
         return decided, "every interval lies above zero"
-    below = [q.name for q in deciding if q.interval.high < 0]
-    if below:
+    if below := [q.name for q in deciding if q.interval.high < 0]:
         return decided, f"{_some(below, deciding)} lies below zero"
     return decided, f"zero is possible for {_some([q.name for q in deciding if not q.interval.low > 0], deciding)}"
 
@@ -74,11 +73,9 @@ def changes_little(found: list[Quantity]) -> tuple[str, str]:  # verdict, and th
     "Whether all intervals lie within ± 0.2, or one lies outside."
     if min(q.seeds for q in found) < 2:
         return "open", "there is one seed only"
-    outside = [q.name for q in found if q.interval.low > _LITTLE or q.interval.high < -_LITTLE]
-    if outside:
+    if outside := [q.name for q in found if q.interval.low > _LITTLE or q.interval.high < -_LITTLE]:
         return "refuted", f"{_some(outside, found)} lies past {_LITTLE}"
-    wide = [q.name for q in found if not -_LITTLE < q.interval.low <= q.interval.high < _LITTLE]
-    if wide:
+    if wide := [q.name for q in found if not -_LITTLE < q.interval.low <= q.interval.high < _LITTLE]:
         return "open", f"{_some(wide, found)} may lie past {_LITTLE}"
     return "confirmed", f"all lie within {_LITTLE}"
 
@@ -309,6 +306,12 @@ CLAIMS: list[Claim] = [
 ]
 
 # %% ../../nbs/44_claims.ipynb #cab6832b
+def _measured(page: str | None, results) -> list[tuple[Claim, Measured]]:
+    "The claims of one page, or of all, and what was found about them."
+    store = rows_in(results)
+    return [(c, c.measured(store)) for c in CLAIMS if page in (None, TABLES[c.table].notebook)]
+
+
 def _link(notebook: str) -> str:
     there = data_path().parent / "nbs" / f"{notebook}.ipynb"
     return f"[{notebook}]({notebook}.ipynb)" if there.exists() else notebook
@@ -320,14 +323,12 @@ def verdict_table(
     beside: bool = False,  # also what decides nothing
 ) -> pd.DataFrame:  # claim, said by, quantity, value [low, high], seeds, verdict, page; a row per quantity
     "What was measured about every claim; what a claim's rows share stands in the first of them."
-    store, rows = rows_in(results), []
-    for claim in CLAIMS:
-        if page in (None, TABLES[claim.table].notebook):
-            found = claim.measured(store)
-            quantities = [(q.name, shown(q.interval, q.form), q.seeds) for q in found.quantities if q.decides or beside]
-            for i, row in enumerate(quantities or [("not measured yet", "", 0)]):
-                said = (claim.text, claim.said_by, found.verdict, _link(TABLES[claim.table].notebook))
-                rows.append([*(said if i == 0 else ("",) * 4), *row])
+    rows = []
+    for claim, found in _measured(page, results):
+        quantities = [(q.name, shown(q.interval, q.form), q.seeds) for q in found.quantities if q.decides or beside]
+        said = (claim.text, claim.said_by, found.verdict, _link(TABLES[claim.table].notebook))
+        rows += [[*(said if i == 0 else ("",) * 4), *row]
+                 for i, row in enumerate(quantities or [("not measured yet", "", 0)])]
     columns = ["claim", "said by", "verdict", "page", "quantity", "value [low, high]", "seeds"]
     return pd.DataFrame(rows, columns=columns)[[*columns[:2], *columns[4:], *columns[2:4]]].set_index("claim")
 
@@ -337,13 +338,11 @@ def verdict_text(
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
 ) -> str:  # Markdown
     "The verdicts of one page as a list."
-    store, lines = rows_in(results), []
-    for claim in CLAIMS:
-        if page == TABLES[claim.table].notebook:
-            found = claim.measured(store)
-            numbers = "; ".join(f"{q.name} {shown(q.interval, q.form)}" for q in found.quantities)
-            lines.append(f"- **{found.verdict}** ({claim.said_by}). {found.sentence}"
-                         + (f" Measured: {numbers}." if numbers else ""))
+    lines = []
+    for claim, found in _measured(page, results):
+        numbers = "; ".join(f"{q.name} {shown(q.interval, q.form)}" for q in found.quantities)
+        lines.append(f"- **{found.verdict}** ({claim.said_by}). {found.sentence}"
+                     + (f" Measured: {numbers}." if numbers else ""))
     return "\n".join(lines)
 
 # %% ../../nbs/44_claims.ipynb #e11cba60
@@ -373,12 +372,10 @@ def paper_table(
     path: str | Path | None = None,  # default: data/paper_tables.csv
 ) -> pd.DataFrame:  # system × metric, as text; empty where no source is known
     "What is published for a table; raises `LireError` for one that the file does not name."
-    path = Path(path or data_path("paper_tables.csv"))
-    rows = pd.read_csv(path)
+    rows = pd.read_csv(path := Path(path or data_path("paper_tables.csv")))
     mine = rows[rows["table"] == table]
-    if mine.empty:
-        raise LireError("not in the file", file=path.name, field="table", value=table,
-                        allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
+    require(not mine.empty, "not in the file", file=path.name, field="table", value=table,
+            allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
     wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(),
                                                                                 columns=mine["metric"].unique())
     return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")

@@ -15,16 +15,18 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..base.errors import LireError
+from ..base.errors import require
 from ..base.files import atomic_folder, one_writer, write_json
 from ..enhancement import self_enhance, train_policy
 from ..evaluation import judge_policy
+from .memory import lora_config
 from .plans import config_key, _made_by
 from ..lists import load_lists, save_lists
 from ..models import compute_dtype, load_policy, load_tokenizer, Policy, quiet_transformers
@@ -38,9 +40,8 @@ from ..training import LIREConfig, LIRETrainer
 from ..watching import Onlooker
 
 # %% ../../nbs/40_experiments.ipynb #4c9dc5f6
-def _locked(path: Path):
-    "One process at a time; the lock ends with its process."
-    return one_writer(path, wait=True, inside=False)
+# one process at a time; the lock ends with its process
+_locked = partial(one_writer, wait=True, inside=False)
 
 # %% ../../nbs/40_experiments.ipynb #648979dc
 def _shared(work: Path, kind: str, spec: dict, make: Callable[[Path], None], maker: str) -> Path:
@@ -102,11 +103,10 @@ def reward_lists(
 # %% ../../nbs/40_experiments.ipynb #85783052
 def _make_reward(draft: Path, spec: dict) -> None:
     lists, held_out = reward_lists(_task(spec, spec["task"]), spec["name"])
-    lists = [lists[i] for i in range(min(len(lists), spec["lists"] or len(lists)))]
+    lists, held_out = list(islice(lists, spec["lists"] or None)), list(islice(held_out, spec["check"] or None))
     settings = {k: spec[k] for k in ("epochs", "batch_size", "max_length", "seed")}
     reward = train_reward_model(lists, spec["backbone"], name=spec["name"], progress=False, **settings)
     reward.save(draft)
-    held_out = [held_out[i] for i in range(min(len(held_out), spec["check"] or len(held_out)))]
     longer = pair_accuracy(held_out, longer_wins)
     found = {k: v for k, v in pair_accuracy(held_out, reward).items() if isinstance(v, (int, float))}
     write_json(draft / "held_out.json", {**found, "trained_on": len(lists), "longer_wins": longer["accuracy"]})
@@ -140,6 +140,11 @@ def judges_of(
     return judges
 
 # %% ../../nbs/40_experiments.ipynb #7c129514
+def _proxy(config: dict, work: Path):
+    "The reward that trains."
+    return judges_of({**config, "judge": {"judges": ["proxy"]}}, config["source"]["task"], work)["proxy"]
+
+
 def reward_spec(config: dict, task: str, name: str) -> dict:
     "What decides a trained reward model."
     paths = {"paths": {task: config["paths"][task]}} if task in config.get("paths", {}) else {}
@@ -154,9 +159,8 @@ def prompts_of(
     "Prompts of a split; raises `LireError` when the task has too few."
     known = {"train": task.prompts["train"], "validation": task.prompts["validation"] + task.prompts["train"][::-1],
              "test": task.prompts["test"][::-1]}
-    if count > len(known[split]):
-        raise LireError("too few prompts", field=f"{task.name}:{split}", value=count,
-                        allowed=f"at most {len(known[split])}", remedy="ask for fewer")
+    require(count <= len(known[split]), "too few prompts", field=f"{task.name}:{split}", value=count,
+            allowed=f"at most {len(known[split])}", remedy="ask for fewer")
     return known[split][:count]
 
 # %% ../../nbs/40_experiments.ipynb #a5e31db1
@@ -184,8 +188,7 @@ def _make_lists(draft: Path, config: dict, work: Path) -> None:
     if source["given"]:
         graded = {r["id"]: r for r in task.reward_lists["train"]}
         lists = [_with_given(r, given_candidates(graded[r["id"]], policy[1], source["given"])) for r in lists]
-    proxy = judges_of({**config, "judge": {"judges": ["proxy"]}}, source["task"], work)["proxy"]
-    save_lists(score_lists(lists, proxy), draft / "lists.jsonl")
+    save_lists(score_lists(lists, _proxy(config, work)), draft / "lists.jsonl")
 
 # %% ../../nbs/40_experiments.ipynb #a00fac7f
 def _with_given(record: dict, given: list[tuple[str, str]]) -> dict:
@@ -219,21 +222,18 @@ def take_candidates(
     seed: int = 0,  # of the ragged lengths
 ) -> list[dict]:
     "Fewer prompts, and of each the chosen candidates; raises `LireError` when there are too few."
-    if how not in ("first", "ragged", "extremes"):
-        raise LireError("unknown rule", field="take", value=how, allowed="first, ragged or extremes",
-                        remedy="choose one of these")
+    require(how in ("first", "ragged", "extremes"), "unknown rule", field="take", value=how,
+            allowed="first, ragged or extremes", remedy="choose one of these")
     own = [sum(s.startswith("policy") for s in r["sources"]) for r in lists[:prompts]]
-    if prompts > len(lists) or sampled > min(own):
-        raise LireError("too few", field="take", value=f"{prompts} prompts × {sampled} candidates",
-                        allowed=f"at most {len(lists)} × {min(own)}", remedy="sample more")
+    require(prompts <= len(lists) and sampled <= min(own), "too few", field="take",
+            value=f"{prompts} prompts × {sampled} candidates", allowed=f"at most {len(lists)} × {min(own)}",
+            remedy="sample more")
     counts = ragged_lengths(prompts, sampled, min(own), seed) if how == "ragged" else [sampled] * prompts
-    chosen = []
-    for record, count, total in zip(lists, counts, own):
-        keep = [*range(count), *range(total, len(record["completions"]))]
-        if how == "extremes":
-            keep = sorted(set(best_and_worst(record["rewards"], keep)))
-        chosen.append(select_candidates(record, keep))
-    return chosen
+    keeps = [[*range(count), *range(total, len(record["completions"]))]
+             for record, count, total in zip(lists, counts, own)]
+    if how == "extremes":
+        keeps = [sorted(set(best_and_worst(record["rewards"], keep))) for record, keep in zip(lists, keeps)]
+    return [select_candidates(record, keep) for record, keep in zip(lists, keeps)]
 
 # %% ../../nbs/40_experiments.ipynb #0b7d20d0
 def ragged_lengths(prompts: int, mean: int, most: int, seed: int = 0) -> list[int]:
@@ -294,7 +294,7 @@ def _trained(config: dict, work: Path) -> str:
     parts = {k: config[k] for k in ("source", "take", "training", "seed", "paths", "lora")
              if k in config} | {"rewards": _proxy_of(config)}
     folder = Path(work) / "trained" / f"{config_key(parts)}-{_made_by('_trained')}"
-    options = {"trainer_options": {"peft_config": _lora(config["lora"])}} if config.get("lora") else {}
+    options = {"trainer_options": {"peft_config": lora_config(**config["lora"])}} if config.get("lora") else {}
     with _locked(folder) if _alone() else nullcontext():
         if folder.exists():
             return str(folder)
@@ -306,12 +306,6 @@ def _trained(config: dict, work: Path) -> str:
 def _alone() -> bool:
     "Not one of the processes of accelerate launch, which train a policy together."
     return os.environ.get("WORLD_SIZE", "1") == "1"
-
-
-def _lora(options: dict):
-    from lire_nb.lab.memory import lora_config
-
-    return lora_config(**options)
 
 # %% ../../nbs/40_experiments.ipynb #19abe0df
 def _train(config: dict, work: Path, keep: bool) -> dict:
@@ -354,11 +348,10 @@ def _enhance(config: dict, work: Path, keep: bool) -> dict:
     run, task, source = (Path(work) / "runs" / f"{config_key(config)}-{_made_by('_enhance')}",
                          _task(config, config["source"]["task"]), config["source"])
     prompts = prompts_of(task, "train", source["prompts"])
-    proxy = judges_of({**config, "judge": {"judges": ["proxy"]}}, source["task"], work)["proxy"]
-    policies = self_enhance(_policy(source["policy"], work), prompts, proxy, run, evolve=config["evolve"],
-                            iterate=config["iterate"], num_candidates=source["sampled"], pool=config["pool"],
-                            settings=SamplingSettings(max_new_tokens=source["tokens"]), training=_settings(config),
-                            seed=config["seed"], progress=False)
+    policies = self_enhance(_policy(source["policy"], work), prompts, _proxy(config, work), run,
+                            evolve=config["evolve"], iterate=config["iterate"], num_candidates=source["sampled"],
+                            pool=config["pool"], settings=SamplingSettings(max_new_tokens=source["tokens"]),
+                            training=_settings(config), seed=config["seed"], progress=False)
     rounds = [_judge(policy, config, work) for policy in policies]
     if not keep:
         shutil.rmtree(run, ignore_errors=True)
@@ -370,8 +363,7 @@ def _online(config: dict, work: Path, keep: bool) -> dict:
 
     source, folder = config["source"], Path(work) / "trained" / f"{config_key(config)}-{_made_by('_online')}"
     prompts = prompts_of(_task(config, source["task"]), "train", source["prompts"])
-    proxy = judges_of({**config, "judge": {"judges": ["proxy"]}}, source["task"], work)["proxy"]
-    train_online(_policy(source["policy"], work), prompts, proxy, folder, method=config["method"],
+    train_online(_policy(source["policy"], work), prompts, _proxy(config, work), folder, method=config["method"],
                  num_candidates=source["sampled"], generations=config["generations"],
                  lists_per_step=config["lists_per_step"], settings=SamplingSettings(max_new_tokens=source["tokens"]),
                  training=config["training"], seed=config["seed"], progress=False)
@@ -397,9 +389,8 @@ def run_experiment(
 ) -> dict:  # the result, as JSON
     """Run one experiment. On a CPU it uses the number of threads that its configuration names, so that two runs add in
     the same order."""
-    if config.get("kind") not in KINDS:
-        raise LireError("unknown kind", field="kind", value=config.get("kind"), allowed=", ".join(KINDS),
-                        remedy="choose one of these")
+    require(config.get("kind") in KINDS, "unknown kind", field="kind", value=config.get("kind"),
+            allowed=", ".join(KINDS), remedy="choose one of these")
     threads, began = torch.get_num_threads(), time.monotonic()
     try:
         if config.get("threads"):

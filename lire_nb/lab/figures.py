@@ -25,7 +25,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..base.errors import in_figure, LireError
+from ..base.errors import in_figure, require
 from ..statistics import bootstrap_interval, crossed_interval, FEW, Interval
 from .results import gain_values, read_metrics, read_records, read_systems, values_of, wins
 
@@ -68,9 +68,8 @@ def along(
     """A line over the seeds that all positions have; below five seeds the intervals are over prompts, and the seeds are
     shown as dots."""
     seeds = set.intersection(*(set(runs["seed"]) for runs in parts.values()))
-    if not seeds:
-        raise LireError("no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()},
-                        allowed="runs with the same seeds", remedy="leave out the positions without them")
+    require(seeds, "no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()},
+            allowed="runs with the same seeds", remedy="leave out the positions without them")
     found = {x: values(runs[runs["seed"].isin(seeds)]) for x, runs in parts.items()}
     return Line({x: bar_of(v) for x, v in found.items()}, {x: v.mean(1).tolist() for x, v in found.items()}, len(seeds))
 
@@ -215,16 +214,14 @@ def reward_kl_frontier(
     for name, run in runs.items():
         systems = read_systems(run)
         chosen, judges = judge or independent_judge(systems), list(next(iter(systems.values()))[0]["scores"])
-        if chosen not in judges:
-            raise LireError("no such judge", file=run, field="judge", value=chosen, allowed=", ".join(judges),
-                            remedy="name a judge that all runs have")
+        require(chosen in judges, "no such judge", file=run, field="judge", value=chosen, allowed=", ".join(judges),
+                remedy="name a judge that all runs have")
         points = run_points(run)
         parts.append(points[points["judge"] == chosen].assign(run=name) if len(points) else points)
     found = pd.concat(parts, ignore_index=True)
-    if found.empty:
-        raise LireError("no trained system with a KL", field="runs", value=list(runs),
-                        allowed="runs with a start, another system, and plain samples",
-                        remedy="evaluate at temperature 1 without top-p and top-k")
+    require(not found.empty, "no trained system with a KL", field="runs", value=list(runs),
+            allowed="runs with a start, another system, and plain samples",
+            remedy="evaluate at temperature 1 without top-p and top-k")
     label = found["system"] if len(runs) == 1 else found["run"] + ": " + found["system"]
     return _with_frontier(found.assign(label=label, group=label, seeds=0, dots=None, whole=True), chosen)
 

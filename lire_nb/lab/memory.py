@@ -18,7 +18,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig, LlamaConfig
 
-from ..base.errors import LireError
+from ..base.errors import LireError, require
 from ..models import Policy
 from ..shared_prompt import CHUNK
 from ..training import LIREConfig
@@ -64,9 +64,8 @@ def count_parameters(
 ) -> dict[str, int]:
     """Parameters: base, adapter, trained; of the linear layers inside the decoder layers, of one decoder layer, and of
     what is outside of all."""
-    if mode not in ("full", "lora", "score"):
-        raise LireError("unknown mode", field="mode", value=mode, allowed="full, lora or score",
-                        remedy="choose one of these")
+    require(mode in ("full", "lora", "score"), "unknown mode", field="mode", value=mode, allowed="full, lora or score",
+            remedy="choose one of these")
     lm = meta_model(model, scalar_head=mode == "score")
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     layers = next(m for m in lm.modules() if isinstance(m, torch.nn.ModuleList)
@@ -192,12 +191,10 @@ def memory_plan(
 # %% ../../nbs/48_memory.ipynb #4c368e5c
 def _check_plan(words: dict[str, tuple], numbers: dict[str, int]) -> None:
     for field, (value, allowed) in words.items():
-        if value not in allowed:
-            raise LireError("unknown", field=field, value=value, allowed=" or ".join(allowed),
-                            remedy="choose one of these")
+        require(value in allowed, "unknown", field=field, value=value, allowed=" or ".join(allowed),
+                remedy="choose one of these")
     for field, value in numbers.items():
-        if value < 1:
-            raise LireError("too few", field=field, value=value, allowed="1 or more", remedy="count what one GPU holds")
+        require(value >= 1, "too few", field=field, value=value, allowed="1 or more", remedy="count what one GPU holds")
 
 # %% ../../nbs/48_memory.ipynb #fc7b926c
 CARDS = (16, 24, 40, 48, 80, 141)  # GB of the usual accelerators
@@ -225,9 +222,8 @@ def launch_plan(
                         allowed="a YAML file as in data/configs", remedy="start from one of those") from e
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     stage = (config.deepspeed_config or {}).get("zero_stage")
-    if kind == "DEEPSPEED" and stage != 2:
-        raise LireError("not planned for", file=file, field="zero_stage", value=stage, allowed="2",
-                        remedy="use eight_gpus_zero2.yaml, or FSDP to share out the weights as well")
+    require(kind != "DEEPSPEED" or stage == 2, "not planned for", file=file, field="zero_stage", value=stage,
+            allowed="2", remedy="use eight_gpus_zero2.yaml, or FSDP to share out the weights as well")
     return {"processes": config.num_processes, "machines": config.num_machines,
             "sharding": {"FSDP": "fsdp", "DEEPSPEED": "zero2"}.get(kind, "none")}
 
@@ -238,10 +234,10 @@ def step_settings(
     most: int = 1,  # lists that one GPU holds at once
 ) -> dict[str, int]:  # per_device_train_batch_size, gradient_accumulation_steps
     "The same optimizer step on any number of processes; raises `LireError` where it cannot be divided."
-    if processes < 1 or most < 1 or lists_per_step < 1 or lists_per_step % processes:
-        raise LireError("cannot be divided", field="lists_per_step", value=lists_per_step,
-                        allowed=f"a multiple of the {processes} processes",
-                        remedy="change the number of processes or the size of a step")
+    require(processes >= 1 and most >= 1 and lists_per_step >= 1 and lists_per_step % processes == 0,
+            "cannot be divided", field="lists_per_step", value=lists_per_step,
+            allowed=f"a multiple of the {processes} processes",
+            remedy="change the number of processes or the size of a step")
     each = lists_per_step // processes
     batch = max(b for b in range(1, most + 1) if each % b == 0)
     return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": each // batch}
@@ -256,10 +252,9 @@ def read_recipe(
     except (OSError, ValueError) as e:
         raise LireError(f"cannot be read: {e}", file=file, remedy="start from data/configs/paper_hh.json") from e
     missing = [name for name in ("policy", "num_candidates", "lists_per_step", "training") if name not in recipe]
-    if missing:
-        raise LireError("not a recipe", file=file, field=", ".join(missing),
-                        allowed="policy, num_candidates, lists_per_step, training, and lora for an adapter",
-                        remedy="add what is missing")
+    require(not missing, "not a recipe", file=file, field=", ".join(missing),
+            allowed="policy, num_candidates, lists_per_step, training, and lora for an adapter",
+            remedy="add what is missing")
     try:
         LIREConfig(**{"output_dir": "unused", "report_to": "none", **recipe["training"]})
     except (TypeError, ValueError) as e:
@@ -283,9 +278,8 @@ def launch_command(
 
 # %% ../../nbs/48_memory.ipynb #cd162109
 def _lora_options(lora: dict | None) -> list[str]:
-    if not lora:
-        return []
-    return [f"--lora-rank {lora['rank']} --lora-alpha {lora['alpha']} --lora-targets {','.join(lora['targets'])}"]
+    told = "--lora-rank {rank} --lora-alpha {alpha} --lora-targets {targets}"
+    return [told.format(**lora | {"targets": ",".join(lora["targets"])})] if lora else []
 
 # %% ../../nbs/48_memory.ipynb #2753fa71
 def lora_config(

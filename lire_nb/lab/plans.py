@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.errors import LireError, data_path
+from ..base.errors import data_path, LireError, require
 
 # %% ../../nbs/41_plans.ipynb #5ba8c63e
 def read_settings(name: str) -> dict:
@@ -143,18 +143,16 @@ def _check(made: Experiment) -> None:
         ("rewards", sorted(rewards), "published" in rewards or {source.task, made.judge.task} <= rewards,
          "the tasks of source and judge"),
     ):
-        if not right:
-            raise LireError("does not fit the rest of the experiment", field=where, value=value, allowed=allowed,
-                            remedy="change one of the two")
+        require(right, "does not fit the rest of the experiment", field=where, value=value, allowed=allowed,
+                remedy="change one of the two")
 
 # %% ../../nbs/41_plans.ipynb #71854249
 def _part(part: type, settings: dict, where: str):
     "A dataclass from its settings; raises `LireError` for one that is unknown or missing."
     known = [f.name for f in fields(part)]
     for name in settings:
-        if name not in known:
-            raise LireError("unknown setting", field=f"{where}{name}", value=settings[name], allowed=", ".join(known),
-                            remedy="correct the name")
+        require(name in known, "unknown setting", field=f"{where}{name}", value=settings[name],
+                allowed=", ".join(known), remedy="correct the name")
     needed = {f.name for f in fields(part) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - settings.keys()):
         raise LireError("missing", field=f"{where}{missing[0]}", allowed=", ".join(known), remedy="add it")
@@ -304,7 +302,7 @@ def mean_score(result: dict, judge: str) -> float:
 def _best(tried: list[Run], settings: list[dict], find: Find) -> dict | None:
     "The settings whose run the proxy likes best; None where a result is missing."
     results = [find(r.config) for r in tried]
-    if any(r is None for r in results):
+    if None in results:
         return None
     return max(zip((mean_score(r, "proxy") for r in results), settings), key=lambda pair: pair[0])[1]
 
@@ -506,7 +504,6 @@ def plan(
 # %% ../../nbs/41_plans.ipynb #d31262b8
 def table_of(name: str) -> Table:
     "A table by its name; raises `LireError` for an unknown one."
-    if name not in TABLES:
-        raise LireError("unknown table", field="NAME", value=name, allowed=", ".join([*TABLES, "cost"]),
-                        remedy="lire reproduce --list shows what each one is")
+    require(name in TABLES, "unknown table", field="NAME", value=name, allowed=", ".join([*TABLES, "cost"]),
+            remedy="lire reproduce --list shows what each one is")
     return TABLES[name]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.errors import in_cell, in_html, in_markdown, LireError, one_line, without_secrets
+from ..base.errors import in_cell, in_html, in_markdown, one_line, require, without_secrets
 from ..base.files import atomic_write, read_jsonl, slug
 from ..proxy import independent_judge, overoptimization, parting_sentence, prompt_means
 from ..preferences import has_kl
@@ -170,9 +170,8 @@ def explain_worse(
 # %% ../../nbs/46_report.ipynb #699785d0
 def _changes(old: list[dict], new: list[dict], judge: str) -> pd.DataFrame:
     "One prompt per row: reward before and after, length, KL."
-    if [r["id"] for r in old] != [r["id"] for r in new]:
-        raise LireError("not the same prompts in the same order", field="systems", allowed="rows of one evaluation",
-                        remedy="evaluate both on the same prompts")
+    require([r["id"] for r in old] == [r["id"] for r in new], "not the same prompts in the same order", field="systems",
+            allowed="rows of one evaluation", remedy="evaluate both on the same prompts")
     before, after = prompt_means(old, judge), prompt_means(new, judge)
     table = {"prompt": [_last(r) for r in new], "change": after - before, "before": before, "after": after}
     if judge != "proxy" and "proxy" in old[0]["scores"]:
@@ -299,12 +298,12 @@ def read_held_out(run: str | Path) -> dict[str, list[dict]]:
 
 # %% ../../nbs/46_report.ipynb #43d7234e
 def _result_parts(run: Path, metrics: pd.DataFrame, table: pd.DataFrame):
-    yield "h1", "LIRE: what this run found"
-    yield "list", findings(metrics, read_records(run))
-    yield "h2", "Results"
-    yield "p", ("Each cell: the estimate and its 95 % interval over prompts. Perplexity is that of the outputs under "
-                "the start policy.")
-    yield "table", table.T.rename_axis("figure")
+    return [("h1", "LIRE: what this run found"),
+            ("list", findings(metrics, read_records(run))),
+            ("h2", "Results"),
+            ("p", "Each cell: the estimate and its 95 % interval over prompts. Perplexity is that of the outputs under "
+                  "the start policy."),
+            ("table", table.T.rename_axis("figure"))]
 
 # %% ../../nbs/46_report.ipynb #e94ee377
 _SHOWN = {  # kind of figure -> heading, words, what can be seen
@@ -326,34 +325,33 @@ _SHOWN = {  # kind of figure -> heading, words, what can be seen
 def _figure_parts(kind: str, figures: dict[str, Figure], told: dict[str, str]):
     "The figures of a kind, if there are any, below its heading; `told`: a sentence before a figure."
     own, (heading, words, alt) = [n for n in figures if n.partition("-")[0] == kind], _SHOWN[kind]
-    if own:
-        yield from [(tag, text) for tag, text in (("h2", heading), ("p", words)) if text]
+    yield from [(tag, text) for tag, text in (("h2", heading), ("p", words)) if own and text]
     for name in own:
         yield from [("p", told[name])] if name in told else []
         yield "figure", (figures[name], f"{alt}: {name.partition('-')[2]}" if "-" in name else alt)
 
 # %% ../../nbs/46_report.ipynb #6e02af88
 def _worse_parts(worse: Worse):
-    yield "h3", "What got worse, and why"
+    heading = "h3", "What got worse, and why"
     if worse.prompts.empty:
-        yield "p", "No prompt got worse."
-        return
-    yield "p", ("The share of each reason among the prompts that got worse, beside its share among the others, with "
-                "95 % intervals. Reasons overlap. "
-                "A reason explains something where the first share is clearly the larger. Below, the worst ten.")
-    yield "p", f"{len(worse.prompts)} prompts got worse."
-    yield from (("table", table) for table in worse_tables(worse))
+        return [heading, ("p", "No prompt got worse.")]
+    return [heading,
+            ("p", "The share of each reason among the prompts that got worse, beside its share among the others, with "
+                  "95 % intervals. Reasons overlap. "
+                  "A reason explains something where the first share is clearly the larger. Below, the worst ten."),
+            ("p", f"{len(worse.prompts)} prompts got worse."),
+            *(("table", table) for table in worse_tables(worse))]
 
 # %% ../../nbs/46_report.ipynb #5d866798
 def _last_parts(run: Path, samples: pd.DataFrame):
-    yield "h2", "Samples"
-    yield "p", ("The prompts with the largest gain, the median and the largest loss of the independent judge's reward; "
-                "the first sample of each system.")
-    yield "samples", samples
-    config = _json(run / "config.json")
-    if config is not None:
-        yield "h2", "Configuration"
-        yield "pre", json.dumps(without_secrets(config), indent=1, ensure_ascii=False)
+    parts = [("h2", "Samples"),
+             ("p", "The prompts with the largest gain, the median and the largest loss of the independent judge's "
+                   "reward; the first sample of each system."),
+             ("samples", samples)]
+    if (config := _json(run / "config.json")) is None:
+        return parts
+    return [*parts, ("h2", "Configuration"),
+            ("pre", json.dumps(without_secrets(config), indent=1, ensure_ascii=False))]
 
 # %% ../../nbs/46_report.ipynb #23d74e6d
 def _html(kind: str, content) -> str:

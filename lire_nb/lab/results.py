@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import LireError, data_path
+from ..base.errors import data_path, require
 from .plans import NAMES, Run, code_version, config_key, plan
 from ..statistics import Interval, crossed_bootstrap, crossed_interval, wilson_interval
 
@@ -33,10 +33,9 @@ def load_runs(
     rows = [{**run.labels, "table": run.table,
              **{k: store.rows[run.key].get(k) for k in ("key", "config", "result", "code", "date", "machine")}}
             for run in runs if run.key in store.rows]
-    if not rows:
-        raise LireError("no result yet", field="table", value=table,
-                        allowed=f"a table with rows in {Path(store.folder).name}/",
-                        remedy=f"lire reproduce {table} --scale {scale}")
+    require(rows, "no result yet", field="table", value=table,
+            allowed=f"a table with rows in {Path(store.folder).name}/",
+            remedy=f"lire reproduce {table} --scale {scale}")
     frame = pd.DataFrame(rows)
     keys = {run.key for run in runs}
     frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])),
@@ -110,10 +109,9 @@ def _paired(new: pd.DataFrame, old: pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     seeds = sorted(set(new["seed"]) & set(old["seed"]))
     pair = tuple(runs[runs["seed"].isin(seeds)] for runs in (new, old))
     ids = {r["ids"] for runs in pair for r in runs["result"]}
-    if not seeds or len(ids) != 1:
-        raise LireError("cannot be compared", field="systems",
-                        value=f"{len(seeds)} common seeds, {len(ids)} sets of prompts",
-                        allowed="a common seed and the same prompts", remedy="run both with the same seeds")
+    require(seeds and len(ids) == 1, "cannot be compared", field="systems",
+            value=f"{len(seeds)} common seeds, {len(ids)} sets of prompts",
+            allowed="a common seed and the same prompts", remedy="run both with the same seeds")
     return pair
 
 # %% ../../nbs/43_results.ipynb #454193a8
@@ -176,9 +174,8 @@ def shown(
     form: str = "+.2f",  # of the numbers
 ) -> str:
     "value [low, high]; the value alone where there is no interval."
-    if np.isnan(interval.low):
-        return f"{interval.value:{form}}"
-    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    bounds = "" if np.isnan(interval.low) else f" [{interval.low:{form}}, {interval.high:{form}}]"
+    return f"{interval.value:{form}}{bounds}"
 
 # %% ../../nbs/43_results.ipynb #bd849e98
 def system_table(
@@ -358,8 +355,7 @@ def read_records(run: str | Path) -> Records:
         rounds.setdefault(str(home), {0: first})[number] = [name]
         trained = _training_prompts(home, made, number)
         if trained is not None or whole:
-            judged = [_prompt_key(r["prompt"]) for r in _judged(run, name)]
-            found.seen[name] = sum(p in (trained or ()) for p in judged)
+            found.seen[name] = sum(_prompt_key(r["prompt"]) in (trained or ()) for r in _judged(run, name))
         judges = [judge for judge, identity in _object(config.get("judges")).items()
                   if made.get("reward") is not None and identity == made["reward"]]
         found.rewards.update({name: (["proxy"] if whole else judges)[0]} if whole or judges else {})

@@ -19,13 +19,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.errors import LireError, data_path
+import torch
+from transformers import GPTJConfig, GPTJModel
+
+from ..base.errors import data_path, LireError, require
 from ..base.files import one_writer
-from .experiments import run_experiment
+from .experiments import run_experiment, stand_in, trained_lists
+from .memory import lora_config, read_recipe, step_settings
 from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,
 )
 from .results import Results, code_of, results_folder
+from ..models import load_policy, load_tokenizer, quiet_transformers
+from ..rewards import ScalarHead
+from ..training import LIREConfig, LIRETrainer
 
 # %% ../../nbs/42_runner.ipynb #5a4bbc6b
 def reproduce(
@@ -252,34 +259,28 @@ RECIPES, HUB = PAPER["recipes"], PAPER["hub"]  # task -> file in data/configs, d
 
 
 def _recipe(table: str, configs: str | Path | None = None) -> dict:
-    from lire_nb.lab.memory import read_recipe
-
     table_of(table)
-    if table not in RECIPES:
-        raise LireError("not in the paper's recipes", field="NAME", value=table, allowed=", ".join(RECIPES),
-                        remedy="--scale laptop has every table")
+    require(table in RECIPES, "not in the paper's recipes", field="NAME", value=table, allowed=", ".join(RECIPES),
+            remedy="--scale laptop has every table")
     return read_recipe(Path(configs or data_path("configs")) / RECIPES[table])
 
 # %% ../../nbs/42_runner.ipynb #f509d277
 def _check_scale(scale: str) -> None:
-    if scale not in (*SCALES, "paper"):
-        raise LireError("unknown scale", field="--scale", value=scale, allowed=", ".join([*SCALES, "paper"]),
-                        remedy="choose one of these")
+    require(scale in (*SCALES, "paper"), "unknown scale", field="--scale", value=scale,
+            allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
 
 
 def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, configs) -> dict:
     "The settings of a scale; raises `LireError` for what cannot be run."
     _check_scale(scale)
     for option, value in (("--policy", policy), ("--reward", reward)):
-        if value and scale != "paper":
-            raise LireError("is used at the scale of the paper only", field=option, value=value,
-                            allowed="nothing at the other scales, which say their policies and rewards themselves",
-                            remedy=f"leave {option} out, or give --scale paper")
+        require(not value or scale == "paper", "is used at the scale of the paper only", field=option, value=value,
+                allowed="nothing at the other scales, which say their policies and rewards themselves",
+                remedy=f"leave {option} out, or give --scale paper")
     for name in names:
         table_of(name) if scale != "paper" else _recipe(name, configs)
-    if seeds is not None and seeds < 1:
-        raise LireError("too few", field="--seeds", value=seeds, allowed="1 or more",
-                        remedy="leave it out for the scale's own number")
+    require(seeds is None or seeds >= 1, "too few", field="--seeds", value=seeds, allowed="1 or more",
+            remedy="leave it out for the scale's own number")
     size = SCALES.get(scale, PAPER)
     _check_hardware(scale, size)
     if scale == "paper":
@@ -288,15 +289,12 @@ def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, co
 
 # %% ../../nbs/42_runner.ipynb #fe970b25
 def _check_hardware(name: str, scale: dict) -> None:
-    import torch
-
     if wanted := scale.get("accelerator"):
         there = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
-        if there < wanted:
-            raise LireError("this machine has not what the scale needs", field="--scale", value=name,
-                            allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
-                            remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its "
-                                   "first batch with stand-ins")
+        require(there >= wanted, "this machine has not what the scale needs", field="--scale", value=name,
+                allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
+                remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its "
+                       "first batch with stand-ins")
 
 # %% ../../nbs/42_runner.ipynb #9a179f14
 def _check_recipe(names, policy, reward, configs) -> None:
@@ -304,9 +302,8 @@ def _check_recipe(names, policy, reward, configs) -> None:
     for name in names:
         recipe = _recipe(name, configs)
         for option, value in (("--policy", policy or recipe["policy"]), ("--reward", reward or recipe["reward"])):
-            if " " in value:
-                raise LireError("must be given for the paper's scale", field=option, value=value,
-                                allowed="a folder or hub id", remedy=f"{option} FOLDER")
+            require(" " not in value, "must be given for the paper's scale", field=option, value=value,
+                    allowed="a folder or hub id", remedy=f"{option} FOLDER")
 
 # %% ../../nbs/42_runner.ipynb #6dc31908
 def paper_plan(
@@ -326,8 +323,6 @@ def paper_plan(
 
 # %% ../../nbs/42_runner.ipynb #5a113330
 def _paper_experiment(table: str, recipe: dict, method: str, seed: int) -> Experiment:
-    from lire_nb.lab.memory import step_settings
-
     told, tokens = dict(recipe["training"]), recipe["sampling"]["max_new_tokens"]
     longest, sampled = told["max_completion_length"], recipe["num_candidates"] - 2  # and two of the data set's own
     of_lire = {name: told.pop(name) for name in ("temperature", "reward_transform", "sft_weight")}
@@ -347,12 +342,6 @@ def _paper_experiment(table: str, recipe: dict, method: str, seed: int) -> Exper
 # %% ../../nbs/42_runner.ipynb #d52cc594
 def reward_stand_in(folder: str | Path, seed: int = 0) -> Path:
     "A random GPT-J with a scalar head and SmolLM2's tokenizer."
-    import torch
-    from transformers import GPTJConfig, GPTJModel
-
-    from lire_nb.models import load_tokenizer
-    from lire_nb.rewards import ScalarHead
-
     tokenizer = load_tokenizer("smollm2")
     tokenizer.chat_template = None  # its turns end with the token at which the head reads
     config = GPTJConfig(vocab_size=len(tokenizer), n_positions=1024, n_embd=32, n_layer=2, n_head=2, rotary_dim=8,
@@ -370,19 +359,17 @@ def dry_run(
     work: str | Path | None = None,  # for the stand-ins; default: a temporary folder
 ) -> list[dict]:  # method, candidates, tokens, trained parameters, loss of the first batch
     "The paper's recipe down to the first batch of every method, with small random models of the same classes."
-    from lire_nb.lab.experiments import stand_in, trained_lists
-
     runs, rows = paper_plan(table, configs=configs), []
     with tempfile.TemporaryDirectory() as own:
         work = Path(work or own)
         policy, reward = stand_in("smollm2", work / "policy"), reward_stand_in(work / "reward")
         for run in runs[1:]:
             # the project's own lists instead of the hub's
-            config = {k: v for k, v in run.config.items() if k != "paths"}
-            config["source"] = {**config["source"], "policy": str(policy), "prompts": 2,
-                                "tokens": min(16, config["source"]["tokens"])}
-            config["rewards"] = {"published": {"proxy": {"name": str(reward)}}}
-            config["take"] = {**config["take"], "prompts": 2}
+            source, take = run.config["source"], run.config["take"]
+            config = {**run.config, "source": {**source, "policy": str(policy), "prompts": 2,
+                                               "tokens": min(16, source["tokens"])},
+                      "rewards": {"published": {"proxy": {"name": str(reward)}}}, "take": {**take, "prompts": 2}}
+            del config["paths"]
             rows.append({"method": NAMES[run.labels["method"]],
                          **_first_batch(config, trained_lists(config, work), policy, work)})
     return rows
@@ -390,12 +377,6 @@ def dry_run(
 # %% ../../nbs/42_runner.ipynb #b7dfd233
 def _first_batch(config: dict, lists: list[dict], policy: Path, work: Path) -> dict:
     "What the trainer makes of the first lists: shapes, and the loss."
-    import torch
-
-    from lire_nb.models import load_policy, quiet_transformers
-    from lire_nb.lab.memory import lora_config
-    from lire_nb.training import LIREConfig, LIRETrainer
-
     model, tokenizer = load_policy(policy)
     args = LIREConfig(output_dir=str(work / "trainer"), report_to="none", **config["training"])
     with quiet_transformers():

@@ -22,8 +22,8 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from ..adapters import check_adapter
-from ..base.errors import LireError
-from ..base.files import atomic_folder, write_json, write_jsonl
+from ..base.errors import LireError, require
+from ..base.files import _batches, atomic_folder, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id
 from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity
@@ -52,12 +52,10 @@ def generation_budget(
 def _steps(prompts: list, num_candidates: int, generations: int, lists_per_step: int) -> int:
     "Steps that sample `generations` completions; raises `LireError` where they are not whole steps."
     each = lists_per_step * num_candidates
-    if num_candidates < 2 or lists_per_step < 1:
-        raise LireError("nothing to compare", field="num_candidates, lists_per_step",
-                        value=(num_candidates, lists_per_step), allowed="2 or more, 1 or more", remedy="raise it")
-    if len(prompts) < lists_per_step:
-        raise LireError("fewer prompts than a step takes", field="lists_per_step", value=lists_per_step,
-                        allowed=f"at most {len(prompts)}", remedy="lower it, or give more prompts")
+    require(num_candidates >= 2 and lists_per_step >= 1, "nothing to compare", field="num_candidates, lists_per_step",
+            value=(num_candidates, lists_per_step), allowed="2 or more, 1 or more", remedy="raise it")
+    require(len(prompts) >= lists_per_step, "fewer prompts than a step takes", field="lists_per_step",
+            value=lists_per_step, allowed=f"at most {len(prompts)}", remedy="lower it, or give more prompts")
     if generations < each or generations % each:
         near = sorted({max(1, generations // each) * each, (generations // each + 1) * each})
         raise LireError("not whole steps", field="generations", value=generations,
@@ -84,11 +82,10 @@ class OnlineReward:
     def __call__(self, prompts, completions, completion_ids, index, **_):
         texts = [completion_text(self.records[i]["prompt"], list(ids), self.tokenizer)
                  for i, ids in zip(index, completion_ids, strict=True)]
-        lists, M = [], self.num_candidates
-        for start in range(0, len(texts), M):
-            record = self.records[index[start]]
-            lists.append(make_record(record["prompt"], texts[start : start + M], sources="policy:online",
-                                     id=record["id"], meta=record.get("meta")))
+        lists = [make_record(record["prompt"], drawn, sources="policy:online", id=record["id"],
+                             meta=record.get("meta"))
+                 for record, drawn in zip([self.records[i] for i in index[:: self.num_candidates]],
+                                          _batches(texts, self.num_candidates))]
         scores = [r for one in score_lists(lists, self.reward) for r in one["rewards"]]
         self.scored += len(scores)
         return scores
@@ -136,9 +133,8 @@ _OURS = {  # settings of TRL that follow from arguments of `train_online`
 # %% ../../nbs/49_trl_online.ipynb #f151a1de
 def _trl(method: str):
     "TRL's configuration and trainer class."
-    if method not in METHODS:
-        raise LireError("unknown method", field="method", value=method, allowed=" or ".join(METHODS),
-                        remedy="choose one of these")
+    require(method in METHODS, "unknown method", field="method", value=method, allowed=" or ".join(METHODS),
+            remedy="choose one of these")
     try:
         import trl
     except ImportError as e:
@@ -148,11 +144,10 @@ def _trl(method: str):
 
 # %% ../../nbs/49_trl_online.ipynb #552be1fe
 def _check_online(config_class, settings: SamplingSettings, training: dict) -> None:
-    if settings.temperature == 0 or settings.stop:
-        raise LireError("not possible online", field="settings",
-                        value={"temperature": settings.temperature, "stop": settings.stop},
-                        allowed="a temperature above 0, no stop strings",
-                        remedy="sample with temperature 1; let the reward cut the text if it must")
+    require(settings.temperature != 0 and not settings.stop, "not possible online", field="settings",
+            value={"temperature": settings.temperature, "stop": settings.stop},
+            allowed="a temperature above 0, no stop strings",
+            remedy="sample with temperature 1; let the reward cut the text if it must")
     known = [f.name for f in fields(config_class)]
     for name in training:
         if name in _OURS:
@@ -179,9 +174,8 @@ def online_settings(
     "Settings of TRL that make the run comparable; raises `LireError` where a step cannot be divided."
     cpu = not torch.accelerator.is_available()
     parts, each = training.get("gradient_accumulation_steps", 1), lists_per_step * num_candidates
-    if each % parts:
-        raise LireError("cannot be divided", field="training: gradient_accumulation_steps", value=parts,
-                        allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
+    require(each % parts == 0, "cannot be divided", field="training: gradient_accumulation_steps", value=parts,
+            allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
     never = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
     same = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
             "bf16": has_bf16("cpu" if cpu else None), "use_cpu": cpu,
@@ -277,9 +271,8 @@ def _run(trainer, draft: Path, progress: bool) -> list[dict]:
 def _done_before(folder: Path, identity: dict) -> Path:
     "A finished run of the same settings; anything else is in the way."
     record = folder / "online.json"
-    if not record.is_file():
-        raise LireError("is there already and was not made by train_online", field="folder", value=str(folder),
-                        allowed="a new name", remedy="move it away or choose another name")
+    require(record.is_file(), "is there already and was not made by train_online", field="folder", value=str(folder),
+            allowed="a new name", remedy="move it away or choose another name")
     check_claim(record, identity)
     logger.warning("%s is there already, trained with the same settings", folder.name)
     return folder
