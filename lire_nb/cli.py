@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, require, visible
-from .base.files import atomic_folder, one_writer, read_jsonl, slug, write_json, write_jsonl
+from .base.files import atomic_folder, _is_main, one_writer, read_jsonl, slug, write_json, write_jsonl
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
 
 # %% ../nbs/60_cli.ipynb #4cf8b3de
@@ -125,18 +125,13 @@ def _kept(args) -> str:
     if args.command in kept:
         return f"{kept[args.command]} are kept, the same command goes on after them"
     if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
-        name = f"{Path(args.out).name}.journal.jsonl"
-        return f"the answers that came are kept in {name}, the same command asks for the others"
+        return (f"the answers that came are kept in {Path(args.out).name}.journal.jsonl, the same command asks for the "
+                "others")
     if args.command == "train" and any(Path(f"{args.out}.partial").glob("checkpoint-*/manifest.json")):
         return "the last checkpoint is kept, the same command goes on from it"
     return "nothing was saved yet, the same command starts from the beginning"
 
 # %% ../nbs/60_cli.ipynb #a6b8f092
-def _is_main() -> bool:
-    "Under accelerate launch every process runs the command; one of them speaks and claims."
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
     _tell(f"lire: {text}")
 
@@ -277,10 +272,9 @@ def sample_command(args) -> None:
         options = {"journal": journal, "max_in_flight": args.in_flight}
     else:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
-    made_from = {"policy": args.policy, "fingerprint": identity.policy_identity(args.policy),
-                 "prompts": identity.prompts_identity(prompts)}
-    with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings),
-                seed=args.seed, **limit) as todo:
+    with _claim(args.out, journal, policy=args.policy, fingerprint=identity.policy_identity(args.policy),
+                prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
+                sampling=asdict(settings), seed=args.seed, **limit) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
             _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
@@ -318,16 +312,13 @@ def train_command(args) -> None:
     settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     enhancement.check_options(args.policy, settings, options, args.merge_adapter)
-    made_from = {"fingerprint": identity.policy_identity(args.policy), "lists": _hash(args.lists),
-                 "settings": enhancement.settings_identity(settings), "seed": args.seed}
-    adapter = {**({"lora": lora} if lora else {}), **merge}
-    with _claim(args.out, **made_from, **adapter, **_chat(args),
-                about={"policy": args.policy, "lists": args.lists}) as todo:
+    with _claim(args.out, fingerprint=identity.policy_identity(args.policy), lists=_hash(args.lists),
+                settings=enhancement.settings_identity(settings), seed=args.seed, **({"lora": lora} if lora else {}),
+                **merge, **_chat(args), about={"policy": args.policy, "lists": args.lists}) as todo:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
-            lists = load_lists(args.lists, **_chat(args))
-            enhancement.train_policy(args.policy, lists, args.out, seed=args.seed, trainer_options=options,
-                                     **merge, **settings)
+            enhancement.train_policy(args.policy, load_lists(args.lists, **_chat(args)), args.out, seed=args.seed,
+                                     trainer_options=options, **merge, **settings)
 
 # %% ../nbs/60_cli.ipynb #ebe7686b
 def _lora(args) -> dict | None:
@@ -366,15 +357,13 @@ def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
     from lire_nb import identity, rewards
 
-    made_from = {"backbone": identity.policy_identity(args.backbone), "lists": _hash(args.lists),
-                 "max_length": args.max_length,
-                 "epochs": args.epochs, "seed": args.seed}
-    with _claim(args.out, **made_from, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
+    options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
+    with _claim(args.out, backbone=identity.policy_identity(args.backbone), lists=_hash(args.lists), **options,
+                **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
-            options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed,
-                       "name": Path(args.out).name}
-            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
+            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone,
+                                                name=Path(args.out).name, **options)
             with atomic_folder(args.out) as draft:
                 reward.save(draft)
 
@@ -652,9 +641,8 @@ def bench_command(args) -> None:
     _check_bench(args)
     rows, made_from = read_jsonl(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
     # rows of before had one loss, and the policy by its name alone
-    asked = (args.policy, made_from, args.repeats, args.loss)
-    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"],
-                                r.get("loss", "lire")) == asked]
+    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire"))
+            == (args.policy, made_from, args.repeats, args.loss)]
     about = {"policy": args.policy, "made_from": made_from, "repeats": args.repeats, "machine": machine()}
     for found, line in _measured(args, points, same, about["machine"]):
         rows += [row | about for row in found]
@@ -868,10 +856,10 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").is_file():
         model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(), "gpu": gpu,
-            "python": platform.python_version(), **versions}
+    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}}
 
 # %% ../nbs/60_cli.ipynb #571d6e19
 _CHANGES = ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")
@@ -883,8 +871,7 @@ _CHANGES = ("policy", "backbone", "prompts", "candidates", "passes", "eval_promp
 def quickstart_command(args) -> None:
     "The whole way on one small real task: about seven minutes on two cores."
     _say(f"SmolLM2-135M learns to continue film reviews kindly; everything goes into {args.out}")
-    changes = {name: getattr(args, name) for name in _CHANGES}
-    page = quickstart(args.out, **{k: v for k, v in changes.items() if v is not None})
+    page = quickstart(args.out, **{k: v for k in _CHANGES if (v := getattr(args, k)) is not None})
     print()
     _tell_findings(args.out)
     _say(f"table: {Path(args.out, 'table.md')}   report: {page}   policies: {Path(args.out)}/round-*/policy")

@@ -72,10 +72,8 @@ def policy_identity(
 def tokenizer_identity(tokenizer) -> str:
     "A fingerprint of vocabulary, special tokens, rules and chat template."
     rules = getattr(tokenizer, "backend_tokenizer", None)
-    if rules is not None:
-        rules = {k: v for k, v in json.loads(rules.to_str()).items() if k not in ("truncation", "padding")}
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
+    rules = sorted(tokenizer.get_vocab().items()) if rules is None else {
+        k: v for k, v in json.loads(rules.to_str()).items() if k not in ("truncation", "padding")}
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
     added = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")]
     return digest(rules, special, added)
@@ -464,9 +462,9 @@ def _object(value, seen):
     if origin == "library":
         return _library_object(value, seen)
     written = _written_by(kind, seen.methods)
-    made = {"class": _class(kind, seen)}
-    made["state"] = {k: _first(value, k, v, seen) if k in written else describe(v, seen)
-                     for k, v in sorted(_state(value).items()) if written.get(k, True) and not _is_secret(k, v)}
+    made = {"class": _class(kind, seen),
+            "state": {k: _first(value, k, v, seen) if k in written else describe(v, seen)
+                      for k, v in sorted(_state(value).items()) if written.get(k, True) and not _is_secret(k, v)}}
     if any(_origin(owner) == "library" for owner in kind.__mro__[:-1] if owner.__module__ not in ("abc", "typing")):
         made["of its base"] = _reduced(value, seen, state=False)
     return made

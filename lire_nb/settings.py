@@ -184,13 +184,6 @@ def usual_value(
     "The default of the first registered loss that takes this setting."
     return next((spec.settings[name] for spec in LOSSES.values() if name in spec.settings), None)
 
-
-def _check_taken(loss: LossSpec, name: str, value) -> None:
-    "Raise for a setting that the loss does not take."
-    require(loss.takes(name), f"the loss {loss.name} does not take it, so it would have no effect", field=name,
-            value=value, allowed=", ".join(loss.settings) or "no setting at all",
-            remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
-
 # %% ../nbs/26_settings.ipynb #6798ccdd
 def loss_settings_of(
     loss: LossSpec,
@@ -206,8 +199,10 @@ def loss_settings_of(
         if value is None or name not in kwargs and not value and value == usual and not loss.takes(name):
             continue  # nothing is asked for, or a supervised term of weight 0
         require(name not in kwargs or given.get(name) in (None, value), "given twice", field=name,
-                value=(given[name], value), allowed="one value", remedy="leave it out of loss_kwargs")
-        _check_taken(loss, name, value)
+                value=(given.get(name), value), allowed="one value", remedy="leave it out of loss_kwargs")
+        require(loss.takes(name), f"the loss {loss.name} does not take it, so it would have no effect", field=name,
+                value=value, allowed=", ".join(loss.settings) or "no setting at all",
+                remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
         settings[name] = value
     return settings
 

@@ -151,8 +151,8 @@ class LIREConfig(TrainingArguments):
         "As the parent's; a callable loss is written by its name."
         values = super().to_dict()
         if not isinstance(self.loss_type, str):
-            name = getattr(self.loss_type, "name", repr(self.loss_type))
-            values["loss_type"] = getattr(self.loss_type, "__name__", None) or name
+            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(self.loss_type, "name",
+                                                                                      repr(self.loss_type))
         return values
 
 # %% ../nbs/18_training.ipynb #ae562e47

@@ -94,11 +94,10 @@ def _rows_by_id(name: str, rows) -> dict[str, dict]:
     found, file = {}, rows if isinstance(rows, (str, os.PathLike)) else None
     for row in _sound_rows(rows):
         missing = [f for f in ("id", "prompt", "completions") if not row.value.get(f)]
-        if missing or row.value["id"] in found:
-            reason = f"no {missing[0]}" if missing else "the same id twice"
-            raise LireError(reason, file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}",
-                            value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
-                            remedy="take the rows that evaluation.judge_policy gives")
+        require(not missing and row.value["id"] not in found, f"no {missing[0]}" if missing else "the same id twice",
+                file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}",
+                value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
+                remedy="take the rows that evaluation.judge_policy gives")
         found[row.value["id"]] = row.value
     return found
 
@@ -245,10 +244,10 @@ class JudgedPrompts:
 
     def summary(self, **options) -> dict:  # options for `bootstrap_interval`
         "Win rate, flip rate and position bias with intervals over prompts, and all counts."
-        found = {"system": self.system, "against": self.against, **win_rate(self.preferences, **options)}
-        for name, values in (("flip_rate", self.flips), ("first_share", self.first)):
-            found[name] = share_interval(values, **options) if len(values) > 1 else None
-        return {**found, **self.counts}
+        shares = {name: share_interval(values, **options) if len(values) > 1 else None
+                  for name, values in (("flip_rate", self.flips), ("first_share", self.first))}
+        return {"system": self.system, "against": self.against, **win_rate(self.preferences, **options), **shares,
+                **self.counts}
 
 # %% ../../nbs/50_verdicts.ipynb #4687fea4
 def verdicts_to_preferences(
@@ -264,10 +263,9 @@ def verdicts_to_preferences(
     verdicts, system, against = _select(verdicts, system, against)
     groups = list(_resolve(verdicts))
     kept = [g for g in groups if g.value is not None or failures == "tie"]
-    values, flips, first = _by_prompt(kept, lambda g: 0.5 if g.value is None else g.value), {}, {}
+    values = _by_prompt(kept, lambda g: 0.5 if g.value is None else g.value)
     whole = [g for g in kept if g.asked and g.value is not None]
-    if any(g.both for g in whole):
-        flips = _by_prompt(whole, lambda g: float(g.flipped))
+    flips = _by_prompt(whole, lambda g: float(g.flipped)) if any(g.both for g in whole) else {}
     first = _by_prompt(whole, lambda g: g.first)
     reasons = Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None)
     counts = {"pairs": len(groups), "flipped": sum(g.flipped for g in whole),
