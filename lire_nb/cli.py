@@ -120,8 +120,8 @@ class _PlainFormatter(logging.Formatter):
 # %% ../nbs/60_cli.ipynb #d37878ff
 def _kept(args) -> str:
     "What a command that was stopped leaves behind, by what lies there."
-    stages = dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished")
-    kept = {**stages, "bench": "points that are finished", "judge": "the replies that came"}
+    kept = {**dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished"),
+            "bench": "points that are finished", "judge": "the replies that came"}
     if args.command in kept:
         return f"{kept[args.command]} are kept, the same command goes on after them"
     if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
@@ -476,8 +476,8 @@ def _chat_judges(args) -> dict:
         url, _, model = check_address(address).partition("#")
         require(model, "no model", field=f"--judge {name}", value=address, allowed="http://HOST:PORT/v1#MODEL",
                 remedy="add # and the name that the endpoint gives the model")
-        cache = Path(args.out, "replies", f"{slug(name)}.jsonl")
-        found[name] = chat.ChatJudge(url, model, name=name, cache=cache, **options)
+        found[name] = chat.ChatJudge(url, model, name=name, cache=Path(args.out, "replies", f"{slug(name)}.jsonl"),
+                                     **options)
     return found
 
 # %% ../nbs/60_cli.ipynb #b7d34aaa
@@ -587,8 +587,8 @@ def _agreements(said: dict[str, list[dict]]) -> list[dict]:
             _say(f"no agreement of {new} against {old}: {e}")
             continue
         tables = {name: json.loads(getattr(found, name).to_json()) for name in ("alphas", "share", "shared")}
-        alpha = {k: v if v == v else None for k, v in found.alpha._asdict().items()}
-        rows.append({"system": new, "against": old, "alpha": alpha, **tables})
+        rows.append({"system": new, "against": old,
+                     "alpha": {k: v if v == v else None for k, v in found.alpha._asdict().items()}, **tables})
         low = f" [{found.alpha.low:.3f}, {found.alpha.high:.3f}]" if found.alpha.method else ""
         _tell(f"agreement of {', '.join(found.share)} on {new} against {old}: alpha {found.alpha.value:.3f}{low}")
     return rows
@@ -689,8 +689,8 @@ def _check_bench(args) -> None:
     try:
         get_loss(args.loss)
     except ValueError as e:
-        remedy = "10_losses and 11_rivals have the losses"
-        raise LireError(str(e), field="--loss", value=args.loss, remedy=remedy) from e
+        raise LireError(str(e), field="--loss", value=args.loss,
+                        remedy="10_losses and 11_rivals have the losses") from e
     require(args.loss == "lire" or not (args.long or args.peers), "has no effect with --long and --peers",
             field="--loss", value=args.loss, allowed="lire", remedy="leave one of them out")
 

@@ -333,8 +333,8 @@ def cap_candidates(
 # %% ../nbs/19_enhancement.ipynb #a3b99055
 def _own_mean(record: dict) -> float:
     "The mean score of what the start policy sampled."
-    sampled = [r for r, source in zip(record["rewards"], record["sources"]) if source == "policy:round-1"]
-    own = sampled or record["rewards"]
+    own = [r for r, source in zip(record["rewards"], record["sources"])
+           if source == "policy:round-1"] or record["rewards"]
     return math.fsum(own) / len(own)
 
 
@@ -412,8 +412,8 @@ def check_options(
                             remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
     peft_config, ref_model, eval_dataset = (options.pop(name, None)
                                             for name in ("peft_config", "ref_model", "eval_dataset"))
-    args = LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"}))
-    check_call(args, ref_model, eval_dataset, options)
+    check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset,
+               options)
     check_peft_config(peft_config)
     if peft_config is not None and (merge or policy.adapter is None):
         check_matrices(policy, peft_config)

@@ -322,10 +322,6 @@ def _method(value, seen):
     seen.methods.add(value.__func__.__name__)
     return ["method", _function(value.__func__, seen), describe(value.__self__, seen)]
 
-# %% ../nbs/36_identity.ipynb #19a0b27f
-def _path(value, seen):
-    return ["file", file_hash(value)] if value.is_file() else str(value)
-
 # %% ../nbs/36_identity.ipynb #3eaa5924
 _KINDS = [  # the first that fits
     (torch.nn.Module, _module),
@@ -334,7 +330,7 @@ _KINDS = [  # the first that fits
     ((set, frozenset), lambda v,
      seen: ["set", *sorted((describe(x, seen) for x in v), key=lambda x: json.dumps(x, sort_keys=True))]),
     ((list, tuple), lambda v, seen: [type(v).__name__, *(describe(x, seen) for x in v)]),
-    (os.PathLike, lambda v, seen: _path(Path(v), seen)),
+    (os.PathLike, lambda v, seen: ["file", file_hash(v)] if Path(v).is_file() else str(Path(v))),
     (functools.partial, lambda v, seen: ["partial", *(describe(x, seen) for x in (v.func, v.args, v.keywords))]),
     (types.MethodType, _method),
     (types.FunctionType, lambda v, seen: _function(v, seen)),
@@ -541,8 +537,7 @@ def _read(code) -> frozenset:
 # %% ../nbs/36_identity.ipynb #3784315b
 def _written(function) -> dict[str, bool]:
     "Names outside a function that it writes to -> whether it also reads them."
-    names = _assigned(function.__code__)[0]
-    return {name: name in _read(function.__code__) for name in names}
+    return {name: name in _read(function.__code__) for name in _assigned(function.__code__)[0]}
 
 # %% ../nbs/36_identity.ipynb #fc2a5f08
 def _written_by(kind: type, also: Iterable[str] = ()) -> dict[str, bool]:
@@ -594,8 +589,8 @@ def _library_object(value, seen):
     if family in _CLIENTS:
         plain = {k: describe(v, seen) for k, v in sorted(_state(value).items())
                  if k[0] != "_" and not _is_secret(k, v) and isinstance(v, (*_PLAIN, float))}
-        address = public_address(str(getattr(value, "base_url", "")))
-        return {**_unknown(kind, "a connection"), "state": plain, "address": address}
+        return {**_unknown(kind, "a connection"), "state": plain,
+                "address": public_address(str(getattr(value, "base_url", "")))}
     try:
         return {"class": name, "state": _reduced(value, seen)}
     except (TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as e:  # it cannot be copied

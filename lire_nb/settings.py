@@ -139,9 +139,8 @@ def parse_settings(
             near = " or ".join(near or ["loss_type", "temperature", "learning_rate"])
             raise LireError("unknown setting", field=name, allowed=f"a field of {config.__name__}",
                             remedy=f"did you mean {near}?")
-    same = lambda name, value: isinstance(value, str) and value == defaults[name]  # noqa: E731, such as the text "none"
-    return {name: value if same(name, value) else parse_value(name, value, kinds[name])
-            for name, value in settings.items()}
+    return {name: value if isinstance(value, str) and value == defaults[name]  # such as the text "none"
+            else parse_value(name, value, kinds[name]) for name, value in settings.items()}
 
 # %% ../nbs/26_settings.ipynb #546ad4de
 _DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}
@@ -342,9 +341,9 @@ def check_schedule(config) -> None:
             optimizer.step()
             schedule.step(*([1.0] if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else []))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-        why = f"not settings of the schedule {config.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}"
-        raise LireError(why, field="lr_scheduler_kwargs", value=config.lr_scheduler_kwargs,
-                        allowed="a dict of what this schedule takes",
+        raise LireError(f"not settings of the schedule {config.lr_scheduler_type.value}: "
+                        f"{' '.join(str(e).split())[:200]}", field="lr_scheduler_kwargs",
+                        value=config.lr_scheduler_kwargs, allowed="a dict of what this schedule takes",
                         remedy="change this setting, or leave it out") from e
 
 # %% ../nbs/26_settings.ipynb #4d008363

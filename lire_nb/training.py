@@ -144,8 +144,8 @@ class LIREConfig(TrainingArguments):
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
-        given = {name: getattr(self, name) for name in sorted(self._loss_fields())}
-        return loss_settings_of(get_loss(self.loss_type), given, self.loss_kwargs)
+        return loss_settings_of(get_loss(self.loss_type), {name: getattr(self, name)
+                                                           for name in sorted(self._loss_fields())}, self.loss_kwargs)
 
     def to_dict(self) -> dict:
         "As the parent's; a callable loss is written by its name."

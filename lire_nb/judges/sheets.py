@@ -236,8 +236,7 @@ class SheetWidget:
                          ("skip", "Skip"))}
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self.press(name))
-        half = widgets.Layout(width="48%")
-        self.first.layout = self.second.layout = half
+        self.first.layout = self.second.layout = widgets.Layout(width="48%")
         self.view = widgets.VBox([self.progress, self.prompt, widgets.HBox([self.first, self.second]),
                                   widgets.HBox(list(self.buttons.values()))])
         self.position = self._next_open(0)
@@ -263,8 +262,8 @@ class SheetWidget:
         so_far = f"; verdict so far: {in_html(row['verdict'])}" if row["verdict"] else ""
         self.progress.value = f"{done} of {len(self.rows)} judged{'; this was the last one' if finished else so_far}"
         for box, title in ((self.prompt, "prompt"), (self.first, "first"), (self.second, "second")):
-            text = f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>"
-            box.value = "" if finished else text
+            box.value = "" if finished else (
+                f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>")
         for name, button in self.buttons.items():
             button.disabled = self.position == 0 if name == "back" else finished
 

@@ -199,8 +199,7 @@ def judge_pairs(
     "Have all pairs judged in both orders; raises `LireError` when not one reply is a verdict."
     judge = _as_judge(judge)
     asked = [(pair, order) for pair in make_pairs(systems, samples) for order in ("ab", "ba")]
-    shown = [pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]
-    compared = list(judge.compare(shown))
+    compared = list(judge.compare([pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]))
     failed = [c for c in compared if c.verdict is None]
     if failed and len(failed) == len(compared):
         raise LireError(f"none of {len(failed)} replies is a verdict ({failed[0].failure})",
@@ -267,10 +266,10 @@ def verdicts_to_preferences(
     whole = [g for g in kept if g.asked and g.value is not None]
     flips = _by_prompt(whole, lambda g: float(g.flipped)) if any(g.both for g in whole) else {}
     first = _by_prompt(whole, lambda g: g.first)
-    reasons = Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None)
     counts = {"pairs": len(groups), "flipped": sum(g.flipped for g in whole),
               "identical": sum(not g.asked for g in groups), "failed": sum(g.value is None for g in groups),
-              "prompts_left_out": len({v["id"] for v in verdicts}) - len(values), "failures": dict(reasons)}
+              "prompts_left_out": len({v["id"] for v in verdicts}) - len(values),
+              "failures": dict(Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None))}
     return JudgedPrompts(system, against, list(values), list(values.values()), list(flips.values()),
                          list(first.values()), counts)
 
@@ -327,9 +326,8 @@ def _select(verdicts: Iterable[dict], system: str | None, against: str | None) -
             remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
     system = system or next(name for name in wanted[0] if name != against)
     against = next(name for name in wanted[0] if name != system)
-    chosen = [v for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
     turned = [v if v["system_a"] == system or v["preference"] is None else {**v, "preference": 1 - v["preference"]}
-              for v in chosen]
+              for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
     return turned, system, against
 
 # %% ../../nbs/50_verdicts.ipynb #dac6bc81
@@ -550,7 +548,7 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
             raise row.value
         verdict = _read_verdict(row.value, mapping, scale, values)
         require(known is None or verdict["id"] in known, "an unknown prompt", field="id", value=verdict["id"],
-                allowed=f"one of the {len(known)} prompts given",
+                allowed=f"one of the {len(known or ())} prompts given",
                 remedy="correct the id, or give the ids of this table's prompts")
         same = groups.setdefault((verdict["system"], verdict["baseline"], verdict["id"]), [])
         same.append((row, verdict))
