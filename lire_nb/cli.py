@@ -24,7 +24,9 @@ from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, require, visible
 from .base.files import atomic_folder, _is_main, one_writer, read_jsonl, slug, write_json, write_jsonl
+from .conversations import MAX_PROMPT_LENGTH
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
+from .tasks import load_task, PROMPT_LENGTHS
 
 # %% ../nbs/60_cli.ipynb #4cf8b3de
 COMMANDS = {}  # name -> the function, its options
@@ -148,8 +150,6 @@ def read_prompts(
     chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
 ) -> list[dict]:  # records with "id", "prompt", "meta", all of them checked
     "Prompts from a file or a task; raises `LireError` when there is none, and for the first bad one."
-    from lire_nb.tasks import load_task
-
     name, _, split = source.partition(":")
     if split and not Path(source).exists():
         prompts = load_task(name).prompts.get(split)
@@ -210,9 +210,6 @@ def limit_of(
     given: int | None = None,  # --max-prompt-length
 ) -> int:  # tokens
     "The length at which prompts are cut: as given, else the task's own, else the package's."
-    from lire_nb.conversations import MAX_PROMPT_LENGTH
-    from lire_nb.tasks import PROMPT_LENGTHS
-
     require(given is None or type(given) is int and given >= 1, "not a length", field="max_prompt_length", value=given,
             allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
     name, _, split = source.partition(":")
@@ -785,12 +782,12 @@ def quickstart(
     **changes,  # of `QUICKSTART`
 ) -> Path:  # report.html
     "Reward models, LIRE, one self-enhancement round, evaluation and report; goes on where it stopped."
-    from lire_nb import identity, tasks
+    from lire_nb import identity
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
     # a wrong name is said before the folder is claimed
     made_from = {name: identity.policy_identity(config[name]) for name in ("policy", "backbone")}
-    task = tasks.load_task(config["task"])
+    task = load_task(config["task"])
     made_from["prompts"] = identity.digest([identity.prompts_identity(task.prompts[split])
                                             for split in ("train", "test")])
     with one_writer(out, "another lire quickstart"):

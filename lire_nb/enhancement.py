@@ -406,10 +406,9 @@ def check_options(
             value=options, allowed="a dict", remedy="for example {'peft_config': …}")
     options, policy = dict(options or {}), Policy.of(policy)
     for name in ("model", "args", "train_dataset", "processing_class", "callbacks"):
-        if name in options:
-            raise LireError("is decided elsewhere", field=f"trainer_options: {name}", value=options[name],
-                            allowed="any other argument of LIRETrainer",
-                            remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
+        require(name not in options, "is decided elsewhere", field=f"trainer_options: {name}", value=options.get(name),
+                allowed="any other argument of LIRETrainer",
+                remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
     peft_config, ref_model, eval_dataset = (options.pop(name, None)
                                             for name in ("peft_config", "ref_model", "eval_dataset"))
     check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset,

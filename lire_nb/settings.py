@@ -261,9 +261,9 @@ def check_arguments(
 ) -> None:
     "Raise `LireError` for an argument of the trainer that would have no effect, or that it does not have."
     for name, value in given.items():
-        if name in UNUSED_ARGUMENTS and value is not None:
-            raise LireError(f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}", field=name, value=value,
-                            allowed="None", remedy="leave it out")
+        require(value is None or name not in UNUSED_ARGUMENTS,
+                f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS.get(name)}", field=name, value=value, allowed="None",
+                remedy="leave it out")
         require(name in inspect.signature(known).parameters, "unknown argument", field=name,
                 allowed="an argument of transformers.Trainer",
                 remedy="check the spelling; settings belong into LIREConfig")
