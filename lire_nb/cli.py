@@ -23,8 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, require, visible
-from .base.files import atomic_folder, one_writer, read_jsonl, slug, write_json, write_jsonl
+from .base.files import atomic_folder, _is_main, one_writer, read_jsonl, slug, write_json, write_jsonl
+from .conversations import MAX_PROMPT_LENGTH
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
+from .tasks import load_task, PROMPT_LENGTHS
 
 # %% ../nbs/60_cli.ipynb #4cf8b3de
 COMMANDS = {}  # name -> the function, its options
@@ -120,23 +122,18 @@ class _PlainFormatter(logging.Formatter):
 # %% ../nbs/60_cli.ipynb #d37878ff
 def _kept(args) -> str:
     "What a command that was stopped leaves behind, by what lies there."
-    stages = dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished")
-    kept = {**stages, "bench": "points that are finished", "judge": "the replies that came"}
+    kept = {**dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished"),
+            "bench": "points that are finished", "judge": "the replies that came"}
     if args.command in kept:
         return f"{kept[args.command]} are kept, the same command goes on after them"
     if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
-        name = f"{Path(args.out).name}.journal.jsonl"
-        return f"the answers that came are kept in {name}, the same command asks for the others"
+        return (f"the answers that came are kept in {Path(args.out).name}.journal.jsonl, the same command asks for the "
+                "others")
     if args.command == "train" and any(Path(f"{args.out}.partial").glob("checkpoint-*/manifest.json")):
         return "the last checkpoint is kept, the same command goes on from it"
     return "nothing was saved yet, the same command starts from the beginning"
 
 # %% ../nbs/60_cli.ipynb #a6b8f092
-def _is_main() -> bool:
-    "Under accelerate launch every process runs the command; one of them speaks and claims."
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
     _tell(f"lire: {text}")
 
@@ -153,8 +150,6 @@ def read_prompts(
     chat: bool | None = None,  # True: a text prompt is one user turn; False: plain text is meant; see `as_chat`
 ) -> list[dict]:  # records with "id", "prompt", "meta", all of them checked
     "Prompts from a file or a task; raises `LireError` when there is none, and for the first bad one."
-    from lire_nb.tasks import load_task
-
     name, _, split = source.partition(":")
     if split and not Path(source).exists():
         prompts = load_task(name).prompts.get(split)
@@ -215,9 +210,6 @@ def limit_of(
     given: int | None = None,  # --max-prompt-length
 ) -> int:  # tokens
     "The length at which prompts are cut: as given, else the task's own, else the package's."
-    from lire_nb.conversations import MAX_PROMPT_LENGTH
-    from lire_nb.tasks import PROMPT_LENGTHS
-
     require(given is None or type(given) is int and given >= 1, "not a length", field="max_prompt_length", value=given,
             allowed="a whole number of tokens, 1 or more", remedy="leave it out for the usual limit")
     name, _, split = source.partition(":")
@@ -277,10 +269,9 @@ def sample_command(args) -> None:
         options = {"journal": journal, "max_in_flight": args.in_flight}
     else:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
-    made_from = {"policy": args.policy, "fingerprint": identity.policy_identity(args.policy),
-                 "prompts": identity.prompts_identity(prompts)}
-    with _claim(args.out, journal, **made_from, num_candidates=args.num_candidates, sampling=asdict(settings),
-                seed=args.seed, **limit) as todo:
+    with _claim(args.out, journal, policy=args.policy, fingerprint=identity.policy_identity(args.policy),
+                prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
+                sampling=asdict(settings), seed=args.seed, **limit) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
             _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
@@ -318,16 +309,13 @@ def train_command(args) -> None:
     settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     enhancement.check_options(args.policy, settings, options, args.merge_adapter)
-    made_from = {"fingerprint": identity.policy_identity(args.policy), "lists": _hash(args.lists),
-                 "settings": enhancement.settings_identity(settings), "seed": args.seed}
-    adapter = {**({"lora": lora} if lora else {}), **merge}
-    with _claim(args.out, **made_from, **adapter, **_chat(args),
-                about={"policy": args.policy, "lists": args.lists}) as todo:
+    with _claim(args.out, fingerprint=identity.policy_identity(args.policy), lists=_hash(args.lists),
+                settings=enhancement.settings_identity(settings), seed=args.seed, **({"lora": lora} if lora else {}),
+                **merge, **_chat(args), about={"policy": args.policy, "lists": args.lists}) as todo:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
-            lists = load_lists(args.lists, **_chat(args))
-            enhancement.train_policy(args.policy, lists, args.out, seed=args.seed, trainer_options=options,
-                                     **merge, **settings)
+            enhancement.train_policy(args.policy, load_lists(args.lists, **_chat(args)), args.out, seed=args.seed,
+                                     trainer_options=options, **merge, **settings)
 
 # %% ../nbs/60_cli.ipynb #ebe7686b
 def _lora(args) -> dict | None:
@@ -366,15 +354,13 @@ def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
     from lire_nb import identity, rewards
 
-    made_from = {"backbone": identity.policy_identity(args.backbone), "lists": _hash(args.lists),
-                 "max_length": args.max_length,
-                 "epochs": args.epochs, "seed": args.seed}
-    with _claim(args.out, **made_from, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
+    options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
+    with _claim(args.out, backbone=identity.policy_identity(args.backbone), lists=_hash(args.lists), **options,
+                **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
-            options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed,
-                       "name": Path(args.out).name}
-            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone, **options)
+            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone,
+                                                name=Path(args.out).name, **options)
             with atomic_folder(args.out) as draft:
                 reward.save(draft)
 
@@ -487,8 +473,8 @@ def _chat_judges(args) -> dict:
         url, _, model = check_address(address).partition("#")
         require(model, "no model", field=f"--judge {name}", value=address, allowed="http://HOST:PORT/v1#MODEL",
                 remedy="add # and the name that the endpoint gives the model")
-        cache = Path(args.out, "replies", f"{slug(name)}.jsonl")
-        found[name] = chat.ChatJudge(url, model, name=name, cache=cache, **options)
+        found[name] = chat.ChatJudge(url, model, name=name, cache=Path(args.out, "replies", f"{slug(name)}.jsonl"),
+                                     **options)
     return found
 
 # %% ../nbs/60_cli.ipynb #b7d34aaa
@@ -598,8 +584,8 @@ def _agreements(said: dict[str, list[dict]]) -> list[dict]:
             _say(f"no agreement of {new} against {old}: {e}")
             continue
         tables = {name: json.loads(getattr(found, name).to_json()) for name in ("alphas", "share", "shared")}
-        alpha = {k: v if v == v else None for k, v in found.alpha._asdict().items()}
-        rows.append({"system": new, "against": old, "alpha": alpha, **tables})
+        rows.append({"system": new, "against": old,
+                     "alpha": {k: v if v == v else None for k, v in found.alpha._asdict().items()}, **tables})
         low = f" [{found.alpha.low:.3f}, {found.alpha.high:.3f}]" if found.alpha.method else ""
         _tell(f"agreement of {', '.join(found.share)} on {new} against {old}: alpha {found.alpha.value:.3f}{low}")
     return rows
@@ -652,9 +638,8 @@ def bench_command(args) -> None:
     _check_bench(args)
     rows, made_from = read_jsonl(args.out) if Path(args.out).exists() else [], policy_identity(args.policy)
     # rows of before had one loss, and the policy by its name alone
-    asked = (args.policy, made_from, args.repeats, args.loss)
-    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"],
-                                r.get("loss", "lire")) == asked]
+    same = [r for r in rows if (r["policy"], r.get("made_from", made_from), r["repeats"], r.get("loss", "lire"))
+            == (args.policy, made_from, args.repeats, args.loss)]
     about = {"policy": args.policy, "made_from": made_from, "repeats": args.repeats, "machine": machine()}
     for found, line in _measured(args, points, same, about["machine"]):
         rows += [row | about for row in found]
@@ -701,8 +686,8 @@ def _check_bench(args) -> None:
     try:
         get_loss(args.loss)
     except ValueError as e:
-        remedy = "10_losses and 11_rivals have the losses"
-        raise LireError(str(e), field="--loss", value=args.loss, remedy=remedy) from e
+        raise LireError(str(e), field="--loss", value=args.loss,
+                        remedy="10_losses and 11_rivals have the losses") from e
     require(args.loss == "lire" or not (args.long or args.peers), "has no effect with --long and --peers",
             field="--loss", value=args.loss, allowed="lire", remedy="leave one of them out")
 
@@ -797,12 +782,12 @@ def quickstart(
     **changes,  # of `QUICKSTART`
 ) -> Path:  # report.html
     "Reward models, LIRE, one self-enhancement round, evaluation and report; goes on where it stopped."
-    from lire_nb import identity, tasks
+    from lire_nb import identity
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
     # a wrong name is said before the folder is claimed
     made_from = {name: identity.policy_identity(config[name]) for name in ("policy", "backbone")}
-    task = tasks.load_task(config["task"])
+    task = load_task(config["task"])
     made_from["prompts"] = identity.digest([identity.prompts_identity(task.prompts[split])
                                             for split in ("train", "test")])
     with one_writer(out, "another lire quickstart"):
@@ -868,10 +853,10 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").is_file():
         model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(), "gpu": gpu,
-            "python": platform.python_version(), **versions}
+    return {"date": time.strftime("%Y-%m-%d"), "processor": model, "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}}
 
 # %% ../nbs/60_cli.ipynb #571d6e19
 _CHANGES = ("policy", "backbone", "prompts", "candidates", "passes", "eval_prompts", "reward_pairs", "seed")
@@ -883,8 +868,7 @@ _CHANGES = ("policy", "backbone", "prompts", "candidates", "passes", "eval_promp
 def quickstart_command(args) -> None:
     "The whole way on one small real task: about seven minutes on two cores."
     _say(f"SmolLM2-135M learns to continue film reviews kindly; everything goes into {args.out}")
-    changes = {name: getattr(args, name) for name in _CHANGES}
-    page = quickstart(args.out, **{k: v for k, v in changes.items() if v is not None})
+    page = quickstart(args.out, **{k: v for k in _CHANGES if (v := getattr(args, k)) is not None})
     print()
     _tell_findings(args.out)
     _say(f"table: {Path(args.out, 'table.md')}   report: {page}   policies: {Path(args.out)}/round-*/policy")

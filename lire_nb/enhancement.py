@@ -300,19 +300,14 @@ def _wait_for(ready: Callable[[], bool]) -> None:
 # %% ../nbs/19_enhancement.ipynb #b9f2145c
 def _given_lists(prompts: list[dict]) -> list[dict]:
     "What the prompts brought along, as lists."
-    given = [p for p in prompts if p.get("completions")]
-    given = [make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given", p["id"],
-                         p.get("meta")) for p in given]
-    return [merge_candidates([record]) for record in given]
+    return [merge_candidates([make_record(p["prompt"], p["completions"], p.get("rewards"), p.get("sources") or "given",
+                                          p["id"], p.get("meta"))]) for p in prompts if p.get("completions")]
 
 # %% ../nbs/19_enhancement.ipynb #c87d01f6
 def _joined(before: Iterable[dict], new: Iterable[dict], dedupe: bool) -> list[dict]:
-    before = {r["id"]: dict(r) for r in before}
-    lists = []
-    for record in map(dict, new):
-        known = [before[record["id"]]] if record["id"] in before else []
-        lists.append(merge_candidates([*known, record], "first") if known or dedupe else record)
-    return lists
+    before = {r["id"]: [dict(r)] for r in before}
+    joined = ([*before.get(r["id"], []), r] for r in map(dict, new))
+    return [merge_candidates(both, "first") if len(both) > 1 or dedupe else both[0] for both in joined]
 
 # %% ../nbs/19_enhancement.ipynb #2039c55d
 def join_candidates(
@@ -332,14 +327,14 @@ def cap_candidates(
     total = len(record["completions"])
     if count is None or total <= count:
         return record
-    keep = keep_best_and_worst(record["rewards"], count, reversed(range(total)), range(given))
-    return select_candidates(record, keep)
+    return select_candidates(
+        record, keep_best_and_worst(record["rewards"], count, reversed(range(total)), range(given)))
 
 # %% ../nbs/19_enhancement.ipynb #a3b99055
 def _own_mean(record: dict) -> float:
     "The mean score of what the start policy sampled."
-    pairs = zip(record["rewards"], record["sources"])
-    own = [r for r, source in pairs if source == "policy:round-1"] or record["rewards"]
+    own = [r for r, source in zip(record["rewards"], record["sources"])
+           if source == "policy:round-1"] or record["rewards"]
     return math.fsum(own) / len(own)
 
 
@@ -411,14 +406,13 @@ def check_options(
             value=options, allowed="a dict", remedy="for example {'peft_config': …}")
     options, policy = dict(options or {}), Policy.of(policy)
     for name in ("model", "args", "train_dataset", "processing_class", "callbacks"):
-        if name in options:
-            raise LireError("is decided elsewhere", field=f"trainer_options: {name}", value=options[name],
-                            allowed="any other argument of LIRETrainer",
-                            remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
+        require(name not in options, "is decided elsewhere", field=f"trainer_options: {name}", value=options.get(name),
+                allowed="any other argument of LIRETrainer",
+                remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
     peft_config, ref_model, eval_dataset = (options.pop(name, None)
                                             for name in ("peft_config", "ref_model", "eval_dataset"))
-    args = LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"}))
-    check_call(args, ref_model, eval_dataset, options)
+    check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset,
+               options)
     check_peft_config(peft_config)
     if peft_config is not None and (merge or policy.adapter is None):
         check_matrices(policy, peft_config)
@@ -439,12 +433,9 @@ def _done_before(folder: Path, partial: Path, identity: dict) -> Path:
     "Stopped between the last rename and the clean-up of this very training; anything else is in the way."
     try:
         check_claim(partial / "identity.json", identity)
-        same = True
     except LireError:
-        same = False
-    if not same:
         raise LireError("is there already", field="folder", value=str(folder), allowed="a new name",
-                        remedy="move it away or choose another name")
+                        remedy="move it away or choose another name") from None
     shutil.rmtree(partial, ignore_errors=True)
     return folder
 
@@ -495,8 +486,8 @@ def _add_records(draft: Path, trainer) -> None:
     "The log and the settings beside the weights."
     (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle; lire_config.json says the same
     plain = lambda log: {k: v for k, v in log.items() if isinstance(v, (int, float)) and v == v}  # noqa: E731
-    history = [plain(h) for h in trainer.state.log_history if "loss" in h]
-    write_jsonl(draft / "training.jsonl", (dict(sorted(h.items())) for h in history))
+    write_jsonl(draft / "training.jsonl", (dict(sorted(plain(h).items())) for h in trainer.state.log_history
+                                           if "loss" in h))
     settings = {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir", "run_name")}
     (draft / "lire_config.json").write_text(json.dumps(settings, indent=1, default=str))
 
@@ -538,9 +529,8 @@ class StopRule:
                     remedy="change this argument of the stop rule (--stop-kl, --stop-prompts)")
 
     def identity(self) -> dict:
-        gold = self.gold and reward_identity(self.gold)
-        return {"gold": gold, "max_kl": self.max_kl, "num_samples": self.num_samples, "sampling": asdict(self.settings),
-                "seed": self.seed,
+        return {"gold": self.gold and reward_identity(self.gold), "max_kl": self.max_kl,
+                "num_samples": self.num_samples, "sampling": asdict(self.settings), "seed": self.seed,
                 "prompts": digest(prompts_identity(self.prompts)), "max_prompt_length": self.max_prompt_length}
 
     def measure(self, policy: str | Path | Policy, start: str | Path | Policy) -> dict:

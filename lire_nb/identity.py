@@ -72,10 +72,8 @@ def policy_identity(
 def tokenizer_identity(tokenizer) -> str:
     "A fingerprint of vocabulary, special tokens, rules and chat template."
     rules = getattr(tokenizer, "backend_tokenizer", None)
-    if rules is not None:
-        rules = {k: v for k, v in json.loads(rules.to_str()).items() if k not in ("truncation", "padding")}
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
+    rules = sorted(tokenizer.get_vocab().items()) if rules is None else {
+        k: v for k, v in json.loads(rules.to_str()).items() if k not in ("truncation", "padding")}
     special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
     added = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")]
     return digest(rules, special, added)
@@ -324,10 +322,6 @@ def _method(value, seen):
     seen.methods.add(value.__func__.__name__)
     return ["method", _function(value.__func__, seen), describe(value.__self__, seen)]
 
-# %% ../nbs/36_identity.ipynb #19a0b27f
-def _path(value, seen):
-    return ["file", file_hash(value)] if value.is_file() else str(value)
-
 # %% ../nbs/36_identity.ipynb #3eaa5924
 _KINDS = [  # the first that fits
     (torch.nn.Module, _module),
@@ -336,7 +330,7 @@ _KINDS = [  # the first that fits
     ((set, frozenset), lambda v,
      seen: ["set", *sorted((describe(x, seen) for x in v), key=lambda x: json.dumps(x, sort_keys=True))]),
     ((list, tuple), lambda v, seen: [type(v).__name__, *(describe(x, seen) for x in v)]),
-    (os.PathLike, lambda v, seen: _path(Path(v), seen)),
+    (os.PathLike, lambda v, seen: ["file", file_hash(v)] if Path(v).is_file() else str(Path(v))),
     (functools.partial, lambda v, seen: ["partial", *(describe(x, seen) for x in (v.func, v.args, v.keywords))]),
     (types.MethodType, _method),
     (types.FunctionType, lambda v, seen: _function(v, seen)),
@@ -464,9 +458,9 @@ def _object(value, seen):
     if origin == "library":
         return _library_object(value, seen)
     written = _written_by(kind, seen.methods)
-    made = {"class": _class(kind, seen)}
-    made["state"] = {k: _first(value, k, v, seen) if k in written else describe(v, seen)
-                     for k, v in sorted(_state(value).items()) if written.get(k, True) and not _is_secret(k, v)}
+    made = {"class": _class(kind, seen),
+            "state": {k: _first(value, k, v, seen) if k in written else describe(v, seen)
+                      for k, v in sorted(_state(value).items()) if written.get(k, True) and not _is_secret(k, v)}}
     if any(_origin(owner) == "library" for owner in kind.__mro__[:-1] if owner.__module__ not in ("abc", "typing")):
         made["of its base"] = _reduced(value, seen, state=False)
     return made
@@ -543,8 +537,7 @@ def _read(code) -> frozenset:
 # %% ../nbs/36_identity.ipynb #3784315b
 def _written(function) -> dict[str, bool]:
     "Names outside a function that it writes to -> whether it also reads them."
-    names = _assigned(function.__code__)[0]
-    return {name: name in _read(function.__code__) for name in names}
+    return {name: name in _read(function.__code__) for name in _assigned(function.__code__)[0]}
 
 # %% ../nbs/36_identity.ipynb #fc2a5f08
 def _written_by(kind: type, also: Iterable[str] = ()) -> dict[str, bool]:
@@ -596,8 +589,8 @@ def _library_object(value, seen):
     if family in _CLIENTS:
         plain = {k: describe(v, seen) for k, v in sorted(_state(value).items())
                  if k[0] != "_" and not _is_secret(k, v) and isinstance(v, (*_PLAIN, float))}
-        address = public_address(str(getattr(value, "base_url", "")))
-        return {**_unknown(kind, "a connection"), "state": plain, "address": address}
+        return {**_unknown(kind, "a connection"), "state": plain,
+                "address": public_address(str(getattr(value, "base_url", "")))}
     try:
         return {"class": name, "state": _reduced(value, seen)}
     except (TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as e:  # it cannot be copied

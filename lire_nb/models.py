@@ -370,8 +370,8 @@ def has_bf16(device: torch.device | str | None = None) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, c, bool)() for c in checks)
+        return any(getattr(torch.cpu, name, bool)()
+                   for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return False
 
 # %% ../nbs/35_models.ipynb #fb3c0890

@@ -308,9 +308,8 @@ def leaderboard(
     groups = {}
     for v in verdicts:
         groups.setdefault((v["system"], v["baseline"]), []).append(v)
-    judged = {key: [v for v in group if v["preference"] is not None] for key, group in groups.items()}
-    columns = {key: tuple([v[name] for v in group] for name in ("preference", "length", "baseline_length"))
-               for key, group in judged.items()}
+    columns = {key: tuple([v[name] for v in group if v["preference"] is not None]
+                          for name in ("preference", "length", "baseline_length")) for key, group in groups.items()}
     slope = length_slope(columns.values()) if length_control else None
     table = []
     for (system, baseline), group in groups.items():

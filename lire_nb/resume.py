@@ -208,9 +208,9 @@ class ExactTrainer(WholeTrainer):
 
     def _save_pending(self, folder: Path) -> None:
         "What was seen since the last log."
-        seen = {name: torch.cat(parts).tolist() for name, parts in self._seen["train"].items()}
         pending = {"loss": float(self._tr_loss), "total": self._total_loss_scalar,
-                   "last_logged": self._globalstep_last_logged, "seen": seen}
+                   "last_logged": self._globalstep_last_logged,
+                   "seen": {name: torch.cat(parts).tolist() for name, parts in self._seen["train"].items()}}
         (folder / f"pending_{self.args.process_index}.json").write_text(json.dumps(pending))
 
     def _set_epoch(self, epoch: int) -> None:
@@ -227,8 +227,8 @@ class ExactTrainer(WholeTrainer):
         "One short vector over all processes: is something wrong, is a checkpoint due, was SIGTERM sent?"
         minutes, saves = getattr(self.args, "save_minutes", 0), self.args.save_strategy != "no"
         due = minutes > 0 and saves and time.monotonic() - self._saved > 60 * minutes
-        flags = [*self._alarms(), due, self.sigterm is not None and self.sigterm.asked]
-        flags = torch.tensor(flags, dtype=torch.float32, device=self.args.device)
+        flags = torch.tensor([*self._alarms(), due, self.sigterm is not None and self.sigterm.asked],
+                             dtype=torch.float32, device=self.args.device)
         *alarms, self._due, self._stopping = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
         if any(alarms):
             self._alarmed(*alarms)

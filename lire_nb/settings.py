@@ -139,9 +139,8 @@ def parse_settings(
             near = " or ".join(near or ["loss_type", "temperature", "learning_rate"])
             raise LireError("unknown setting", field=name, allowed=f"a field of {config.__name__}",
                             remedy=f"did you mean {near}?")
-    same = lambda name, value: isinstance(value, str) and value == defaults[name]  # noqa: E731, such as the text "none"
-    return {name: value if same(name, value) else parse_value(name, value, kinds[name])
-            for name, value in settings.items()}
+    return {name: value if isinstance(value, str) and value == defaults[name]  # such as the text "none"
+            else parse_value(name, value, kinds[name]) for name, value in settings.items()}
 
 # %% ../nbs/26_settings.ipynb #546ad4de
 _DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}
@@ -184,13 +183,6 @@ def usual_value(
     "The default of the first registered loss that takes this setting."
     return next((spec.settings[name] for spec in LOSSES.values() if name in spec.settings), None)
 
-
-def _check_taken(loss: LossSpec, name: str, value) -> None:
-    "Raise for a setting that the loss does not take."
-    require(loss.takes(name), f"the loss {loss.name} does not take it, so it would have no effect", field=name,
-            value=value, allowed=", ".join(loss.settings) or "no setting at all",
-            remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
-
 # %% ../nbs/26_settings.ipynb #6798ccdd
 def loss_settings_of(
     loss: LossSpec,
@@ -206,8 +198,10 @@ def loss_settings_of(
         if value is None or name not in kwargs and not value and value == usual and not loss.takes(name):
             continue  # nothing is asked for, or a supervised term of weight 0
         require(name not in kwargs or given.get(name) in (None, value), "given twice", field=name,
-                value=(given[name], value), allowed="one value", remedy="leave it out of loss_kwargs")
-        _check_taken(loss, name, value)
+                value=(given.get(name), value), allowed="one value", remedy="leave it out of loss_kwargs")
+        require(loss.takes(name), f"the loss {loss.name} does not take it, so it would have no effect", field=name,
+                value=value, allowed=", ".join(loss.settings) or "no setting at all",
+                remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
         settings[name] = value
     return settings
 
@@ -267,9 +261,9 @@ def check_arguments(
 ) -> None:
     "Raise `LireError` for an argument of the trainer that would have no effect, or that it does not have."
     for name, value in given.items():
-        if name in UNUSED_ARGUMENTS and value is not None:
-            raise LireError(f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS[name]}", field=name, value=value,
-                            allowed="None", remedy="leave it out")
+        require(value is None or name not in UNUSED_ARGUMENTS,
+                f"has no effect in LIRETrainer: {UNUSED_ARGUMENTS.get(name)}", field=name, value=value, allowed="None",
+                remedy="leave it out")
         require(name in inspect.signature(known).parameters, "unknown argument", field=name,
                 allowed="an argument of transformers.Trainer",
                 remedy="check the spelling; settings belong into LIREConfig")
@@ -347,9 +341,9 @@ def check_schedule(config) -> None:
             optimizer.step()
             schedule.step(*([1.0] if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else []))
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
-        why = f"not settings of the schedule {config.lr_scheduler_type.value}: {' '.join(str(e).split())[:200]}"
-        raise LireError(why, field="lr_scheduler_kwargs", value=config.lr_scheduler_kwargs,
-                        allowed="a dict of what this schedule takes",
+        raise LireError(f"not settings of the schedule {config.lr_scheduler_type.value}: "
+                        f"{' '.join(str(e).split())[:200]}", field="lr_scheduler_kwargs",
+                        value=config.lr_scheduler_kwargs, allowed="a dict of what this schedule takes",
                         remedy="change this setting, or leave it out") from e
 
 # %% ../nbs/26_settings.ipynb #4d008363

@@ -144,15 +144,15 @@ class LIREConfig(TrainingArguments):
 
     def loss_settings(self) -> dict:
         "Keyword arguments for the loss function."
-        given = {name: getattr(self, name) for name in sorted(self._loss_fields())}
-        return loss_settings_of(get_loss(self.loss_type), given, self.loss_kwargs)
+        return loss_settings_of(get_loss(self.loss_type), {name: getattr(self, name)
+                                                           for name in sorted(self._loss_fields())}, self.loss_kwargs)
 
     def to_dict(self) -> dict:
         "As the parent's; a callable loss is written by its name."
         values = super().to_dict()
         if not isinstance(self.loss_type, str):
-            name = getattr(self.loss_type, "name", repr(self.loss_type))
-            values["loss_type"] = getattr(self.loss_type, "__name__", None) or name
+            values["loss_type"] = getattr(self.loss_type, "__name__", None) or getattr(self.loss_type, "name",
+                                                                                      repr(self.loss_type))
         return values
 
 # %% ../nbs/18_training.ipynb #ae562e47

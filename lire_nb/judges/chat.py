@@ -75,8 +75,8 @@ class _Endpoint:
 
     def post(self, messages: list[dict]) -> dict:
         "One reply; raises `TryLater` or `LireError`."
-        text = self.server.post("/chat/completions", {**self.body, "messages": messages})
-        return _chat_reply(text, self.server.base_url)
+        return _chat_reply(self.server.post("/chat/completions", {**self.body, "messages": messages}),
+                           self.server.base_url)
 
     def takes_others(self) -> bool:
         with self.lock:
@@ -138,8 +138,7 @@ class ChatJudge:
 
     def messages(self, shown: tuple[str, str, str]) -> list[dict]:
         "The question about (prompt, first, second)."
-        prompt, first, second = shown
-        return fill_template(self.template, prompt=prompt, first=first, second=second, criterion=self.criterion)
+        return fill_template(self.template, criterion=self.criterion, **dict(zip(("prompt", "first", "second"), shown)))
 
     def compare(self, shown: list[tuple[str, str, str]]) -> list[Comparison]:
         "One comparison for every (prompt, first, second)."

@@ -167,39 +167,32 @@ def check_sheets(
             allowed=f"values {', '.join(VERDICTS)}", remedy="map each notation to one of them")
     for path in paths:
         for line, row in _read_sheet(path):
-            problem = _row_problem(row, key, words, verdicts)
-            if problem:
-                problems.append(LireError(**problem).at(str(path), line))
-            else:
+            try:
+                _check_row(row, key, words, verdicts)
                 verdicts[row["item"]] = row["verdict"].strip().lower()
+            except LireError as problem:
+                problems.append(problem.at(str(path), line))
     return [_sheet_verdict(code, entry, words.get(verdicts.get(code, "")))
             for code, entry in key["items"].items()], problems
 
 # %% ../../nbs/52_sheets.ipynb #912fc0d7
-def _row_problem(row: dict, key: dict, words: dict, verdicts: dict) -> dict | None:
-    "The first thing wrong with a row, as the arguments of an error."
+def _check_row(row: dict, key: dict, words: dict, verdicts: dict) -> None:
+    "Raise `LireError` for the first thing wrong with a row."
+    require(row["run"] == key["run"], "a sheet of another run", field="run", value=row["run"], allowed=key["run"],
+            remedy="use the key that was written with this sheet")
     entry = key["items"].get(row["item"])
-    sides = [c for c in ("prompt", "first", "second") if not row[c].strip()]
-    if row["run"] != key["run"]:
-        return dict(reason="a sheet of another run", field="run", value=row["run"], allowed=key["run"],
-                    remedy="use the key that was written with this sheet")
-    if entry is None or entry["identical"]:
-        return dict(reason="an item that the key does not know", field="item", value=row["item"],
-                    allowed="the items of this run", remedy="restore the item's code")
-    if sides:
-        return dict(reason="a side is missing", field=sides[0], value=row["item"],
-                    allowed="the texts as they were handed out", remedy="restore the sheet's texts")
-    if _text_digest(row) != entry["text"]:
-        return dict(reason="the texts are not those of this item", field="item", value=row["item"],
-                    allowed="the texts as they were handed out",
-                    remedy="restore the sheet's texts; were single columns sorted?")
-    if row["item"] in verdicts:
-        return dict(reason=f"more than one verdict by {entry['judge']!r} for one item", field="item", value=row["item"],
-                    allowed="each item once", remedy="keep one of the rows")
-    if row["verdict"].strip() and row["verdict"].strip().lower() not in words:
-        return dict(reason="not a verdict", field="verdict", value=row["verdict"],
-                    allowed=f"{', '.join(words)}, or empty", remedy='say what it means, e.g. mapping={"draw": "tie"}')
-    return None
+    require(entry is not None and not entry["identical"], "an item that the key does not know", field="item",
+            value=row["item"], allowed="the items of this run", remedy="restore the item's code")
+    for side in ("prompt", "first", "second"):
+        require(row[side].strip(), "a side is missing", field=side, value=row["item"],
+                allowed="the texts as they were handed out", remedy="restore the sheet's texts")
+    require(_text_digest(row) == entry["text"], "the texts are not those of this item", field="item",
+            value=row["item"], allowed="the texts as they were handed out",
+            remedy="restore the sheet's texts; were single columns sorted?")
+    require(row["item"] not in verdicts, f"more than one verdict by {entry['judge']!r} for one item", field="item",
+            value=row["item"], allowed="each item once", remedy="keep one of the rows")
+    require(row["verdict"].strip().lower() in ("", *words), "not a verdict", field="verdict", value=row["verdict"],
+            allowed=f"{', '.join(words)}, or empty", remedy='say what it means, e.g. mapping={"draw": "tie"}')
 
 # %% ../../nbs/52_sheets.ipynb #53a54d04
 def _sheet_verdict(code: str, entry: dict, verdict: str | None) -> dict:
@@ -243,8 +236,7 @@ class SheetWidget:
                          ("skip", "Skip"))}
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: self.press(name))
-        half = widgets.Layout(width="48%")
-        self.first.layout = self.second.layout = half
+        self.first.layout = self.second.layout = widgets.Layout(width="48%")
         self.view = widgets.VBox([self.progress, self.prompt, widgets.HBox([self.first, self.second]),
                                   widgets.HBox(list(self.buttons.values()))])
         self.position = self._next_open(0)
@@ -270,8 +262,8 @@ class SheetWidget:
         so_far = f"; verdict so far: {in_html(row['verdict'])}" if row["verdict"] else ""
         self.progress.value = f"{done} of {len(self.rows)} judged{'; this was the last one' if finished else so_far}"
         for box, title in ((self.prompt, "prompt"), (self.first, "first"), (self.second, "second")):
-            text = f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>"
-            box.value = "" if finished else text
+            box.value = "" if finished else (
+                f"<b>{title}</b><pre style='white-space: pre-wrap'>{in_html(row[title])}</pre>")
         for name, button in self.buttons.items():
             button.disabled = self.position == 0 if name == "back" else finished
 

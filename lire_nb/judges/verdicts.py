@@ -94,11 +94,10 @@ def _rows_by_id(name: str, rows) -> dict[str, dict]:
     found, file = {}, rows if isinstance(rows, (str, os.PathLike)) else None
     for row in _sound_rows(rows):
         missing = [f for f in ("id", "prompt", "completions") if not row.value.get(f)]
-        if missing or row.value["id"] in found:
-            reason = f"no {missing[0]}" if missing else "the same id twice"
-            raise LireError(reason, file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}",
-                            value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
-                            remedy="take the rows that evaluation.judge_policy gives")
+        require(not missing and row.value["id"] not in found, f"no {missing[0]}" if missing else "the same id twice",
+                file=file, line=row.line if file else None, num=row.line, field=f"rows of {name!r}",
+                value=row.value.get("id"), allowed="rows with id, prompt, completions, each id once",
+                remedy="take the rows that evaluation.judge_policy gives")
         found[row.value["id"]] = row.value
     return found
 
@@ -200,8 +199,7 @@ def judge_pairs(
     "Have all pairs judged in both orders; raises `LireError` when not one reply is a verdict."
     judge = _as_judge(judge)
     asked = [(pair, order) for pair in make_pairs(systems, samples) for order in ("ab", "ba")]
-    shown = [pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]
-    compared = list(judge.compare(shown))
+    compared = list(judge.compare([pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]))
     failed = [c for c in compared if c.verdict is None]
     if failed and len(failed) == len(compared):
         raise LireError(f"none of {len(failed)} replies is a verdict ({failed[0].failure})",
@@ -245,10 +243,10 @@ class JudgedPrompts:
 
     def summary(self, **options) -> dict:  # options for `bootstrap_interval`
         "Win rate, flip rate and position bias with intervals over prompts, and all counts."
-        found = {"system": self.system, "against": self.against, **win_rate(self.preferences, **options)}
-        for name, values in (("flip_rate", self.flips), ("first_share", self.first)):
-            found[name] = share_interval(values, **options) if len(values) > 1 else None
-        return {**found, **self.counts}
+        shares = {name: share_interval(values, **options) if len(values) > 1 else None
+                  for name, values in (("flip_rate", self.flips), ("first_share", self.first))}
+        return {"system": self.system, "against": self.against, **win_rate(self.preferences, **options), **shares,
+                **self.counts}
 
 # %% ../../nbs/50_verdicts.ipynb #4687fea4
 def verdicts_to_preferences(
@@ -264,15 +262,14 @@ def verdicts_to_preferences(
     verdicts, system, against = _select(verdicts, system, against)
     groups = list(_resolve(verdicts))
     kept = [g for g in groups if g.value is not None or failures == "tie"]
-    values, flips, first = _by_prompt(kept, lambda g: 0.5 if g.value is None else g.value), {}, {}
+    values = _by_prompt(kept, lambda g: 0.5 if g.value is None else g.value)
     whole = [g for g in kept if g.asked and g.value is not None]
-    if any(g.both for g in whole):
-        flips = _by_prompt(whole, lambda g: float(g.flipped))
+    flips = _by_prompt(whole, lambda g: float(g.flipped)) if any(g.both for g in whole) else {}
     first = _by_prompt(whole, lambda g: g.first)
-    reasons = Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None)
     counts = {"pairs": len(groups), "flipped": sum(g.flipped for g in whole),
               "identical": sum(not g.asked for g in groups), "failed": sum(g.value is None for g in groups),
-              "prompts_left_out": len({v["id"] for v in verdicts}) - len(values), "failures": dict(reasons)}
+              "prompts_left_out": len({v["id"] for v in verdicts}) - len(values),
+              "failures": dict(Counter(v["failure"] or "no verdict" for v in verdicts if v["verdict"] is None))}
     return JudgedPrompts(system, against, list(values), list(values.values()), list(flips.values()),
                          list(first.values()), counts)
 
@@ -329,9 +326,8 @@ def _select(verdicts: Iterable[dict], system: str | None, against: str | None) -
             remedy="name both: verdicts_to_preferences(verdicts, system=…, against=…)")
     system = system or next(name for name in wanted[0] if name != against)
     against = next(name for name in wanted[0] if name != system)
-    chosen = [v for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
     turned = [v if v["system_a"] == system or v["preference"] is None else {**v, "preference": 1 - v["preference"]}
-              for v in chosen]
+              for v in verdicts if {v["system_a"], v["system_b"]} == {system, against}]
     return turned, system, against
 
 # %% ../../nbs/50_verdicts.ipynb #dac6bc81
@@ -552,7 +548,7 @@ def _take_verdict(row: Row, mapping, scale, values, known, groups: dict, refuse:
             raise row.value
         verdict = _read_verdict(row.value, mapping, scale, values)
         require(known is None or verdict["id"] in known, "an unknown prompt", field="id", value=verdict["id"],
-                allowed=f"one of the {len(known)} prompts given",
+                allowed=f"one of the {len(known or ())} prompts given",
                 remedy="correct the id, or give the ids of this table's prompts")
         same = groups.setdefault((verdict["system"], verdict["baseline"], verdict["id"]), [])
         same.append((row, verdict))
