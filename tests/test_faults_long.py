@@ -23,7 +23,7 @@ from lire_nb.models import load_policy
 from lire_nb.path_check import check_paths
 from lire_nb.records import make_record
 from lire_nb.shared_prompt import ListCollator
-from lire_nb.training import LIREConfig, LIRETrainer
+from lire_nb.training import _check_sharded, LIREConfig, LIRETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent
@@ -360,5 +360,5 @@ def test_sharded_weights_are_refused_before_the_first_step(place, monkeypatch):
     monkeypatch.setattr(type(one.accelerator), "num_processes", property(lambda self: 2))
     one.is_fsdp_enabled = True
     with pytest.raises(LireError, match="^candidates_at_once: not possible with sharded weights") as e:
-        one._check_sharded()
+        _check_sharded(one)
     assert "\n" not in str(e.value)
