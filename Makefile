@@ -49,7 +49,7 @@ notebooks: $(VENV)/.ready-dev
 
 tables: $(VENV)/.ready-dev
 	$(BIN)/lire reproduce all
-	for nb in nbs/2*.ipynb nbs/index.ipynb; do $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$nb || exit 1; done
+	for nb in nbs/9*.ipynb nbs/index.ipynb; do $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$nb || exit 1; done
 	$(MAKE) export
 
 export: $(VENV)/.ready-dev
