@@ -159,7 +159,7 @@ _RANGES = {  # what is allowed -> (its test, the fields)
         "max_completion_length", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps")),
     "0 or more": (lambda v: v >= 0, (
         "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_minutes", "dataloader_num_workers",
-        "seed", "data_seed", "eval_delay", "adam_epsilon")),
+        "seed", "data_seed", "eval_delay", "adam_epsilon", "optimism", "demo_weight")),
     "more than 0": (lambda v: v > 0, ("logging_steps", "save_steps", "eval_steps", "num_train_epochs")),
     "at least 0 and below 1": (lambda v: 0 <= v < 1, ("adam_beta1", "adam_beta2")),
     "1 or more, or -1 for whole passes": (lambda v: v == -1 or v >= 1, ("max_steps",)),
