@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'demo_loss', 'self_play_loss', 'term_values', 'needed_columns', 'taught_by_example', 'demonstration_pairs']
 
-# %% ../nbs/81_demonstrations.ipynb #583cbbf9
+# %% ../nbs/81_demonstrations.ipynb #f9a4422a
 from collections.abc import Callable, Iterable
 
 import datasets
@@ -13,23 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base.errors import require
-from .exploration import log_ratios, optimism_loss
+from .exploration import _check_tables, log_ratios, optimism_loss
 from .lists import as_lists
-from .losses import _check_number, _check_tensor, _masked_mean, _wide
+from .losses import _check_number, _masked_mean
 from .records import demonstrated, own_candidates, select_candidates
 
-# %% ../nbs/81_demonstrations.ipynb #c13e2200
+# %% ../nbs/81_demonstrations.ipynb #8be1c956
 def demo_loss(
     logps: Tensor,  # (B, M) of the policy, in nats, summed over tokens
     lengths: Tensor,  # (B, M) completion token counts
     demos: Tensor,  # (B, M) bool, True for a demonstration
 ) -> Tensor:  # (B,), 0 for a list without a demonstration
     "The mean of −log π per token over a list's demonstrations. Raises ValueError. Source: arXiv 2406.06874."
-    for name, table in (("lengths", lengths), ("demos", demos)):
-        _check_tensor(name, table, tuple(logps.shape))
-    return _masked_mean(-logps.to(_wide(logps)) / lengths.clamp(min=1), demos)
+    s = _check_tables(logps, {"lengths": lengths}, {"demos": demos})
+    return _masked_mean(-s / lengths.clamp(min=1), demos)
 
-# %% ../nbs/81_demonstrations.ipynb #2bca9034
+# %% ../nbs/81_demonstrations.ipynb #172c0b04
 def self_play_loss(
     logps: Tensor,  # (B, M) of the policy, in nats, summed over tokens
     ref_logps: Tensor,  # (B, M) of the reference
@@ -41,7 +40,7 @@ def self_play_loss(
     """The mean of −log σ(β·(u_demo − u_own)) over all pairs of a list, u = s − r. Raises ValueError on bad input.
     Source: arXiv 2406.06874."""
     _check_number("beta", beta)
-    u = log_ratios(logps, ref_logps, demos, own)
+    u = log_ratios(logps, ref_logps, demos=demos, own=own)
     pairs = demos.unsqueeze(-1) & own.unsqueeze(-2)
     margins = u.unsqueeze(-1) - u.unsqueeze(-2)  # [b, i, j]: demonstration i against own candidate j
     return _masked_mean(-F.logsigmoid(beta * margins).flatten(1), pairs.flatten(1))

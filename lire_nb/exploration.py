@@ -5,30 +5,35 @@
 # %% auto #0
 __all__ = ['BETA', 'log_ratios', 'optimism_loss', 'term_beta']
 
-# %% ../nbs/80_exploration.ipynb #60d80046
+# %% ../nbs/80_exploration.ipynb #32f82546
 import torch
 from torch import Tensor
 
-from .losses import _check_number, _check_tensor, _fail, _masked_mean
+from .losses import _check_number, _check_tensor, _fail, _masked_mean, _wide
 from .rivals import LossSpec, offline_pg_loss
 
-# %% ../nbs/80_exploration.ipynb #eead28bc
+# %% ../nbs/80_exploration.ipynb #eb3b8de1
+def _check_tables(logps: Tensor, tables: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
+    "The log-probs in float32 or more; tables and masks have their shape, and masks are bool."
+    _check_tensor("logps", logps)
+    for name, table in {**tables, **masks}.items():
+        _check_tensor(name, table, tuple(logps.shape))
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            _fail(f"{name}.dtype", mask.dtype, "it must be torch.bool, True for a candidate that is meant")
+    return logps.to(_wide(logps))
+
+# %% ../nbs/80_exploration.ipynb #b6ff4a30
 def log_ratios(
     logps: Tensor,  # (B, M) of the policy, in nats, summed over tokens
     ref_logps: Tensor,  # (B, M) of the reference
-    *where: Tensor,  # (B, M) bool each: the candidates that are read
+    **masks: Tensor,  # (B, M) bool each: the candidates that are read
 ) -> Tensor:  # (B, M) s − r in float32 or more, 0 for candidates that nobody reads
     "How much more a policy says each candidate than the reference does. Raises ValueError on bad input."
-    _check_tensor("logps", logps)
-    for name, table in (("ref_logps", ref_logps), *((f"mask {n}", one) for n, one in enumerate(where, 1))):
-        _check_tensor(name, table, tuple(logps.shape))
-    wrong = next((one for one in where if one.dtype != torch.bool), None)
-    if wrong is not None:
-        _fail("mask.dtype", wrong.dtype, "it must be torch.bool, True for a candidate that is read")
-    read = torch.stack(where).any(dim=0)
-    return torch.where(read, logps.to(torch.promote_types(logps.dtype, torch.float32)) - ref_logps.detach(), 0.0)
+    s = _check_tables(logps, {"ref_logps": ref_logps}, masks)
+    return torch.where(torch.stack([*masks.values()]).any(dim=0), s - ref_logps.detach(), 0.0)
 
-# %% ../nbs/80_exploration.ipynb #ecaabac1
+# %% ../nbs/80_exploration.ipynb #87510b05
 def optimism_loss(
     logps: Tensor,  # (B, M) of the policy, in nats, summed over tokens
     ref_logps: Tensor,  # (B, M) of the reference, such as the policy that drew the candidates
@@ -38,7 +43,7 @@ def optimism_loss(
 ) -> Tensor:  # (B,), 0 for a list without an own candidate
     "β · the mean of s − r over a list's own candidates. Raises ValueError on bad input. Source: arXiv 2405.19332."
     _check_number("beta", beta)
-    return beta * _masked_mean(log_ratios(logps, ref_logps, own), own)
+    return beta * _masked_mean(log_ratios(logps, ref_logps, own=own), own)
 
 # %% ../nbs/80_exploration.ipynb #8c5060b2
 BETA = 0.1  # of a term beside a loss that has no β of that kind

@@ -313,7 +313,8 @@ def _check_rewards(record: dict, shown: bool = False) -> list[float | None]:
     "The rewards: something is scored, unless a demonstration is shown, and float32 can hold it."
     where = f"rewards of list {record['id']!r}"
     require(shown or any(r is not None for r in record["rewards"]), "nothing is scored", field=where,
-            value=record["rewards"], allowed="at least one number", remedy="score the lists first: rewards.score_lists(lists, reward)")
+            value=record["rewards"], allowed="at least one number",
+            remedy="score the lists first: rewards.score_lists(lists, reward)")
     for reward in record["rewards"]:
         require(reward is None or abs(reward) <= torch.finfo(torch.float32).max, "not finite in float32", field=where,
                 value=reward, allowed="a finite number, or null", remedy="drop this candidate or scale the rewards")
@@ -593,14 +594,16 @@ def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, di
     "(B,) losses of the candidates that have a reward, and the metrics; 0 and nan for a list without any."
     mask = scored_mask(tables["rewards"], tables["mask"])  # a candidate without a reward takes no part
     some, own = mask.any(-1), trainer.loss
+    nothing = tables["logps"].new_zeros(len(some))
+    if not some.any():  # the metrics' names are those of any batch: all processes sum the same ones
+        named = _metrics(trainer, tables["logps"].detach(), tables["lengths"],
+                         {**tables, "rewards": torch.zeros_like(tables["rewards"])}, tables["mask"])
+        return nothing, dict.fromkeys(named, torch.full_like(nothing, math.nan))
     if not some.all():
-        losses, metrics = tables["logps"].new_zeros(len(some)), {}
-        if some.any():
-            found, seen = _scored_losses(trainer, {name: table[some] for name, table in tables.items()})
-            losses = losses.to(found.dtype).index_put((some,), found)
-            metrics = {name: torch.full_like(losses, math.nan).index_put((some,), values.to(losses.dtype))
-                       for name, values in seen.items()}
-        return losses, metrics
+        losses, seen = _scored_losses(trainer, {name: table[some] for name, table in tables.items()})
+        return (nothing.to(losses.dtype).index_put((some,), losses),
+                {name: torch.full_like(nothing, math.nan).index_put((some,), values.to(nothing.dtype))
+                 for name, values in seen.items()})
     extra = {"lengths": tables["lengths"]} if own.needs_lengths or "lengths" in own.parameters else {}
     if trainer.loss_asks_ref:
         extra["ref_logps"] = tables["ref_logps"]
