@@ -41,13 +41,14 @@ VERBS = {
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
     "proxy": "parting_point|calibration",
+    "exploration": "optimism", "demonstrations": "demo_loss|self_play",
 }
 
 
 # Lowest first: a room imports from its own layer and from those below.
 LAYERS = {
     "base": ("base.errors", "base.files", "base.versions"),
-    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
+    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration", "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),

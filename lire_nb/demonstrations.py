@@ -70,8 +70,8 @@ def needed_columns(
     known = {"own": (own_candidates, {"optimism", "self_play"}), "demos": (demonstrated, {*FORMS})}
     return {name: read for name, (read, readers) in known.items() if readers & {*terms}}
 
-# %% ../nbs/81_demonstrations.ipynb #885bf762
-_FOUND = {  # term -> (whether it finds something in a list; reason, field, what is allowed, and remedy where it never does)
+# %% ../nbs/81_demonstrations.ipynb #0af9af54
+_FOUND = {  # term -> (whether it finds something in a list; reason, field, what is allowed, remedy where it never does)
     "optimism": (lambda demos, own: any(own), "no candidate is the policy's own, so it would have no effect",
                  "optimism", 'candidates with a source that begins with "policy"',
                  "sample some with sample_lists, or leave it out"),
@@ -84,7 +84,7 @@ _FOUND = {  # term -> (whether it finds something in a list; reason, field, what
                   "sample candidates for these prompts and join them with merge_lists, or demo_form=likelihood"),
 }
 
-# %% ../nbs/81_demonstrations.ipynb #2f09cb77
+# %% ../nbs/81_demonstrations.ipynb #24e306f2
 def taught_by_example(
     terms: dict[str, float],  # name -> weight
     lists,  # records, a Dataset of them, or prepared lists
@@ -96,8 +96,8 @@ def taught_by_example(
     said = [_said(row) for row in _few_columns(lists)]
     for name, weight in terms.items():
         found, reason, field, allowed, remedy = _FOUND[name]
-        require(not needed or not said or any(found(*one) for one in said), reason, field=field, value=weight,
-                allowed=allowed, remedy=remedy)
+        require(not needed or not said or any(found(*one) for one in said), reason, field=field,
+                value=name if field == "demo_form" else weight, allowed=allowed, remedy=remedy)
     by = next((_FOUND[name][0] for name in terms if name in FORMS), lambda demos, own: False)
     return [by(*one) for one in said]
 
