@@ -40,7 +40,7 @@ VERBS = {
     "online": "train_online", "verdicts": "judge_pairs", "judging": "judge_pairs", "chat": "ChatJudge",
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
-    "proxy": "parting_point|calibration",
+    "proxy": "parting_point|calibration", "decisions": "decide",
 }
 
 
@@ -48,7 +48,7 @@ VERBS = {
 LAYERS = {
     "base": ("base.errors", "base.files", "base.versions"),
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
-    "statistics": ("statistics", "preferences", "proxy"),
+    "statistics": ("statistics", "decisions", "preferences", "proxy"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
     "training": ("settings", "temperature", "resume", "training"),

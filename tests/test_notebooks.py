@@ -18,7 +18,7 @@ EXPECTED = [
     "10_losses", "11_rivals", "12_records", "13_conversations", "14_sampling", "15_rewards", "16_shared_prompt",
     "17_logprobs", "18_training", "19_enhancement",
     "20_statistics", "21_preferences", "22_evaluation", "23_watching", "24_temperature", "25_path_check", "26_settings",
-    "27_adapters", "28_proxy",
+    "27_adapters", "28_proxy", "29_decisions",
     "30_errors", "31_files", "32_layouts", "33_lists", "34_tasks", "35_models", "36_identity", "37_versions",
     "38_resume", "39_servers",
     "40_experiments", "41_plans", "42_runner", "43_results", "44_claims", "45_figures", "46_report", "47_bench",
