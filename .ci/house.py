@@ -41,15 +41,18 @@ VERBS = {
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
     "proxy": "parting_point|calibration",
-    "exploration": "optimism", "demonstrations": "demo_loss|self_play",
+    "exploration": "optimism",
+    "demonstrations": "demo_loss|self_play",
+    "decisions": "decide",
 }
 
 
 # Lowest first: a room imports from its own layer and from those below.
 LAYERS = {
     "base": ("base.errors", "base.files", "base.versions"),
-    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration", "demonstrations"),
-    "statistics": ("statistics", "preferences", "proxy"),
+    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
+                        "demonstrations"),
+    "statistics": ("statistics", "preferences", "proxy", "decisions"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
     "training": ("settings", "temperature", "resume", "training"),
