@@ -12,7 +12,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
 extras = {name: settings[f"{name}_requirements"].split()
-          for name in ("assets", "lora", "server", "evaluation", "peers", "dev")}
+          for name in ("assets", "lora", "server", "evaluation", "peers", "notebook", "book", "dev")}
 
 
 class BuildWithData(build_py):
@@ -39,6 +39,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=["lire_nb", "lire_nb.base", "lire_nb.judges", "lire_nb.lab"],
+    package_data={"lire_nb": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

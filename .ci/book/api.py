@@ -10,7 +10,7 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
+ARXIV = re.compile(r"arXiv[:\s]\s*(\d{4}\.\d{4,5})")
 
 
 @dataclass
@@ -23,6 +23,11 @@ class Module:
     lines: list[str]
     public: list[str]  # `__all__`
     notebook: str | None  # the page that defines it
+
+    @property
+    def named(self) -> list[str]:
+        "Public names that say something; every other module has a logger."
+        return [name for name in self.public if name != "logger"]
 
     @classmethod
     def read(cls, path: Path, root: Path) -> "Module":
@@ -82,12 +87,13 @@ def parameters(node: ast.FunctionDef) -> list[tuple[ast.arg, str | None, str]]:
 
 
 def table(rows: list[tuple[str, str, str, str]], head: str) -> str:
-    "Name, type, default and meaning; columns that are empty everywhere are left out."
+    "Name with its type below, default and meaning; columns that are empty everywhere are left out."
     if not rows:
         return ""
-    names = (head, "type", "default", "meaning")
-    kept = [k for k in range(4) if k == 0 or any(row[k] for row in rows)]
-    lines = [[names[k] for k in kept], ["---"] * len(kept), *[[row[k] for k in kept] for row in rows]]
+    names = (head, "default", "meaning")
+    cells = [(f"{name}<br>{kind}" if kind else name, default, said) for name, kind, default, said in rows]
+    kept = [k for k in range(3) if k == 0 or any(row[k] for row in cells)]
+    lines = [[names[k] for k in kept], ["---"] * len(kept), *[[row[k] for k in kept] for row in cells]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -96,14 +102,14 @@ def code(text: str | None) -> str:
 
 
 def parameter_table(module: Module, node: ast.FunctionDef) -> str:
-    """A row for each parameter with a comment or a type, and one for what comes back. Parameters on one line share its
-    comment, which then belongs to the last of them."""
+    """A row for each parameter, and one for what comes back; defaults stand in the signature. Parameters on one line
+    share its comment, which then belongs to the last of them."""
     given = parameters(node)
     lines = [arg.lineno for arg, *_ in given]
     last = {line: k for k, line in enumerate(lines)}
-    rows = [(code(stars + arg.arg), code(arg.annotation and ast.unparse(arg.annotation)), code(default),
+    rows = [(code(stars + arg.arg), code(arg.annotation and ast.unparse(arg.annotation)), "",
              escaped(module.comment(arg.lineno, set(lines))) if last[arg.lineno] == k and arg.lineno > node.lineno
-             else "") for k, (arg, default, stars) in enumerate(given)]
+             else "") for k, (arg, _, stars) in enumerate(given)]
     said = _returned(module, node)
     if node.returns and ast.unparse(node.returns) != "None":
         rows.append(("*returns*", code(ast.unparse(node.returns)), "", escaped(said)))
@@ -200,9 +206,10 @@ def definitions(module: Module) -> dict[str, ast.stmt]:
     return found
 
 
-def module_page(module: Module) -> str:
+def module_page(module: Module, top: dict[str, str]) -> str:
+    "First what is passed on to the top of the package, then functions, classes and values."
     known, parts = definitions(module), []
-    for name in module.public:
+    for name in module.named:
         node = known.get(name)
         if isinstance(node, ast.ClassDef):
             parts.append(klass(module, node))
@@ -214,8 +221,11 @@ def module_page(module: Module) -> str:
             parts.append(entry("data", name, "", [], module.name, 0))
     made = f"Defined, explained and tested in [{module.notebook}](../{module.notebook}.ipynb).\n\n" if (
         module.notebook) else ""
-    rooms = {"Functions": ":{py:function}", "Classes": ":{py:class}", "Values": ":{py:data}"}
-    chosen = {head: [p for p in parts if p.lstrip(":").startswith(sign[1:])] for head, sign in rooms.items()}
+    first = [part for name, part in zip(module.named, parts) if top.get(name) == module.name]
+    rest = [part for part in parts if part not in first]
+    kinds = {"Functions": "{py:function}", "Classes": "{py:class}", "Values": "{py:data}"}
+    chosen = {"At the top of the package": first,
+              **{head: [p for p in rest if p.lstrip(":").startswith(kind)] for head, kind in kinds.items()}}
     body = "\n\n".join(f"## {head}\n\n" + "\n\n".join(own) for head, own in chosen.items() if own)
     return f"# {module.name}\n\n> {prose(ast.get_docstring(module.tree)).strip()}\n\n{made}{body}\n"
 
@@ -245,7 +255,7 @@ def index_page(found: list[Module], top: dict[str, str]) -> str:
     named = {m.name: m for m in found}
     lead = [f"| [`{name}`](#{home}.{name}) | {first_sentence(named[home], name)} |"
             for name, home in top.items() if home in named]
-    rooms = [f"| [{m.name}]({m.name}.md) | {first_sentence(m)} | {len(m.public)} |" for m in found]
+    rooms = [f"| [{m.name}]({m.name}.md) | {first_sentence(m)} | {len(m.named)} |" for m in found]
     return "\n".join([
         "# API reference", "",
         "> Every public name, with its parameters and what is said about each.", "",
@@ -258,14 +268,14 @@ def index_page(found: list[Module], top: dict[str, str]) -> str:
 
 def pages(root: Path) -> dict[str, str]:
     "Name of a page -> its Markdown."
-    found = modules(root)
-    return {"index": index_page(found, top_names(root)), **{m.name: module_page(m) for m in found}}
+    found, top = modules(root), top_names(root)
+    return {"index": index_page(found, top), **{m.name: module_page(m, top) for m in found}}
 
 
 def public_names(root: Path) -> dict[str, str]:
     "Public name -> its module, for names that only one module has."
     found = {}
     for module in modules(root):
-        for name in module.public:
+        for name in module.named:
             found.setdefault(name, set()).add(module.name)
     return {name: homes.pop() for name, homes in found.items() if len(homes) == 1}

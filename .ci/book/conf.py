@@ -1,6 +1,7 @@
 """Sphinx's settings for the book; `make book` calls it."""
 import sys
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +40,9 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
 html_title = project
-html_static_path = [str(HERE / "static")]
+# The font travels with the site: where a system has none for math, sums and fractions would be drawn small.
+_font = Path(find_spec("ziamath").origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+html_static_path = [str(HERE / "static"), str(_font)]
 html_css_files = ["book.css"]
 html_math_renderer = "mathml"
 html_copy_source = False

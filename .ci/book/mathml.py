@@ -14,12 +14,12 @@ def to_mathml(tex: str, display: str) -> str:
 
 
 def inline(self, node) -> None:
-    self.body.append(f'<span class="math">{to_mathml(node.astext(), "inline")}</span>')
+    self.body.append(f'<span class="formula">{to_mathml(node.astext(), "inline")}</span>')
     raise nodes.SkipNode
 
 
 def block(self, node) -> None:
-    self.body.append(self.starttag(node, "div", CLASS="math"))
+    self.body.append(self.starttag(node, "div", CLASS="formula"))
     self.body.append(to_mathml(node.astext(), "block"))
     if node["number"]:
         self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})</span>')

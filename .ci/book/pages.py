@@ -5,6 +5,7 @@ nbdev taken out, the place in the book and the reading time under the title, lin
 standard library is enough for it.
 """
 import ast
+import base64
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ PARTS = {"0": "Start", "1": "The method", "2": "Trust", "3": "Files and survival
 ABOUT = {"data/README.md": "data", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}  # file -> page
 DIRECTIVE = re.compile(r"^#\|\s*(\w+)(.*)\n?", re.MULTILINE)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
+WIDE = 760  # pixels; on a small screen a wider figure keeps its size and is moved under the finger
 WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 25
 
 
@@ -44,7 +46,7 @@ def title(path: Path) -> str:
     found = next((re.match(r"# +(.+)", source(c)) for c in cells(path) if c["cell_type"] == "markdown"), None)
     if not found:
         raise ValueError(f"{path.name}: the first text begins with `# ` and the title")
-    return found[1].strip()
+    return found[1].replace('`', '').strip()
 
 
 def prose(text: str) -> str:
@@ -128,9 +130,17 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
     text = DIRECTIVE.sub("", text).strip("\n")
     if not text and not cell["outputs"]:
         return None
+    if any(width(o) > WIDE for o in cell["outputs"]):
+        tags.append("nb-wide")
     known = cell["metadata"].get("tags", [])
     outputs = [markdown_output(o) for o in cell["outputs"]]
     return {**cell, "source": text, "outputs": outputs, "metadata": {**cell["metadata"], "tags": [*known, *tags]}}
+
+
+def width(output: dict) -> int:
+    "Of a picture, in pixels, as the head of a PNG says it."
+    head = base64.b64decode("".join(output.get("data", {}).get("image/png", ""))[:64])
+    return int.from_bytes(head[16:20], "big")
 
 
 def markdown_output(output: dict) -> dict:
