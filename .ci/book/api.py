@@ -87,14 +87,14 @@ def parameters(node: ast.FunctionDef) -> list[tuple[ast.arg, str | None, str]]:
 
 
 def table(rows: list[tuple[str, str, str, str]], head: str) -> str:
-    "Name with its type below, default and meaning; columns that are empty everywhere are left out."
+    "Name, with type and default below it, and meaning, where anything is said: two columns, for narrow screens."
     if not rows:
         return ""
-    names = (head, "default", "meaning")
-    cells = [(f"{name}<br>{kind}" if kind else name, default, said) for name, kind, default, said in rows]
-    kept = [k for k in range(3) if k == 0 or any(row[k] for row in cells)]
-    lines = [[names[k] for k in kept], ["---"] * len(kept), *[[row[k] for k in kept] for row in cells]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    typed = [code(" = ".join(part for part in (kind, default) if part)) for _, kind, default, _ in rows]
+    cells = [(f"{row[0]}<br>{kind}" if kind else row[0], row[3]) for row, kind in zip(rows, typed)]
+    kept = 1 + any(said for _, said in cells)
+    lines = [(head, "meaning"), ("---", "---"), *cells]
+    return "\n".join("| " + " | ".join(line[:kept]) + " |" for line in lines)
 
 
 def code(text: str | None) -> str:
@@ -107,12 +107,12 @@ def parameter_table(module: Module, node: ast.FunctionDef) -> str:
     given = parameters(node)
     lines = [arg.lineno for arg, *_ in given]
     last = {line: k for k, line in enumerate(lines)}
-    rows = [(code(stars + arg.arg), code(arg.annotation and ast.unparse(arg.annotation)), "",
+    rows = [(code(stars + arg.arg), arg.annotation and ast.unparse(arg.annotation), "",
              escaped(module.comment(arg.lineno, set(lines))) if last[arg.lineno] == k and arg.lineno > node.lineno
              else "") for k, (arg, _, stars) in enumerate(given)]
     said = _returned(module, node)
     if node.returns and ast.unparse(node.returns) != "None":
-        rows.append(("*returns*", code(ast.unparse(node.returns)), "", escaped(said)))
+        rows.append(("*returns*", ast.unparse(node.returns), "", escaped(said)))
     return table(rows, "parameter") if any(row[1] or row[3] for row in rows) else ""
 
 
@@ -160,7 +160,7 @@ def fields(module: Module, node: ast.ClassDef) -> str:
     own = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
            and not n.target.id.startswith("_")]
     taken = {n.lineno for n in own}
-    rows = [(code(n.target.id), code(ast.unparse(n.annotation)), code(n.value and _default(n.value)),
+    rows = [(code(n.target.id), ast.unparse(n.annotation), n.value and _default(n.value),
              escaped(module.comment(n.end_lineno, taken) or module.comment(n.lineno, taken))) for n in own]
     return table(rows, "field")
 
