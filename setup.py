@@ -3,7 +3,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
@@ -12,7 +12,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
 extras = {name: settings[f"{name}_requirements"].split()
-          for name in ("assets", "lora", "server", "evaluation", "peers", "dev")}
+          for name in ("assets", "lora", "server", "evaluation", "peers", "notebook", "book", "dev")}
 
 
 class BuildWithData(build_py):
@@ -38,7 +38,8 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"],
-    packages=["lire_nb", "lire_nb.base", "lire_nb.judges", "lire_nb.lab"],
+    packages=find_packages(include=["lire_nb", "lire_nb.*"]),
+    package_data={"lire_nb": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

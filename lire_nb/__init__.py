@@ -1,5 +1,5 @@
 """List-wise reward enhancement (LIRE): align language models from lists of candidates."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import sys
 
