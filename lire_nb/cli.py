@@ -84,7 +84,7 @@ SAMPLING = (
 )
 GUIDED = (
     option("--guide", default=None, metavar="REWARD", help="keep the best of several continuations of each step"),
-    option("--step", default=None, help="after which the guide is asked: sentence (the default), or a number of tokens"),
+    option("--step", default=None, help="sentence (the default), or a number of tokens"),
     option("--width", type=int, default=None, help="continuations of each step"),
     option("--backtrack", type=int, default=None, help="how often an answer may go back; default: never"),
 )
@@ -263,8 +263,9 @@ def _guided_by(args) -> dict:
     "What --guide and its options ask of `guided_lists`; nothing without a guide."
     given = {name: getattr(args, name) for name in ("step", "width", "backtrack") if getattr(args, name) is not None}
     if args.guide is None:
-        require(not given, "without a guide", field="--" + next(iter(given), ""), value=next(iter(given.values()), None),
-                allowed="together with --guide REWARD", remedy="name the guide, or leave it out for plain sampling")
+        for name, value in given.items():
+            require(False, "without a guide", field=f"--{name}", value=value, allowed="together with --guide REWARD",
+                    remedy="name the guide, or leave it out for plain sampling")
         return {}
     require("width" in given, "a guide needs a width", field="--width", allowed="a number of continuations, 1 or more",
             remedy="for example --width 4")
