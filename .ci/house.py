@@ -44,6 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide",
+    "guided": "guided_lists",
 }
 
 
@@ -54,7 +55,8 @@ LAYERS = {
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
-    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
+    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
+                              "guided"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'LORA', 'QUICKSTART', 'option', 'command', 'main', 'read_prompts', 'read_reward', 'named',
-           'settings_of', 'limit_of', 'sample_command', 'score_command', 'train_command', 'train_reward_command',
-           'enhance_command', 'evaluate_command', 'judge_command', 'report_command', 'bench_command',
-           'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SAMPLING', 'GUIDED', 'LORA', 'QUICKSTART', 'option', 'command', 'main', 'read_prompts', 'read_reward',
+           'named', 'settings_of', 'limit_of', 'sample_command', 'score_command', 'train_command',
+           'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command', 'report_command',
+           'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -81,6 +81,12 @@ SAMPLING = (
     option("--top-p", type=float, default=1.0, help="nucleus"),
     option("--max-prompt-length", type=int, default=None, metavar="TOKENS",
            help="longer prompts are cut; default: the task's own limit, else 256"),
+)
+GUIDED = (
+    option("--guide", default=None, metavar="REWARD", help="keep the best of several continuations of each step"),
+    option("--step", default=None, help="sentence (the default), or a number of tokens"),
+    option("--width", type=int, default=None, help="continuations of each step"),
+    option("--backtrack", type=int, default=None, help="how often an answer may go back; default: never"),
 )
 LORA = (
     option("--lora-rank", type=int, default=None,
@@ -252,17 +258,34 @@ def _sampling_of(args):
 
     return SamplingSettings(args.max_new_tokens, args.temperature, args.top_p)
 
+
+def _guided_by(args) -> dict:
+    "What --guide and its options ask of `guided_lists`; nothing without a guide."
+    given = {name: getattr(args, name) for name in ("step", "width", "backtrack") if getattr(args, name) is not None}
+    if args.guide is None:
+        for name, value in given.items():
+            require(False, "without a guide", field=f"--{name}", value=value, allowed="together with --guide REWARD",
+                    remedy="name the guide, or leave it out for plain sampling")
+        return {}
+    require("width" in given, "a guide needs a width", field="--width", allowed="a number of continuations, 1 or more",
+            remedy="for example --width 4")
+    step = given.get("step", "sentence")
+    return {"step": int(step) if step.isdecimal() else step, "width": args.width, "backtrack": args.backtrack or 0}
+
 # %% ../nbs/60_cli.ipynb #10dcd891
 @command("sample", PROMPTS,
          option("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"),
          CANDIDATES, *SAMPLING, CHAT, LIMIT, SEED,
-         option("--in-flight", type=int, default=16, help="requests at a time, to a server"), OUT)
+         option("--in-flight", type=int, default=16, help="requests at a time, to a server"), *GUIDED, OUT)
 def sample_command(args) -> None:
     "Sample candidates for prompts."
-    from lire_nb import identity, sampling, servers
+    from lire_nb import guided, identity, sampling, servers
 
     check_ending(args.out)
-    settings, prompts = _sampling_of(args), read_prompts(args.prompts, args.limit, **_chat(args))
+    settings, search, guide = _sampling_of(args), _guided_by(args), read_reward(args.guide) if args.guide else None
+    if search:
+        guided._check_search(args.policy, guide, settings=settings, **search)
+    prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     journal, wanted, limit = Path(f"{args.out}.journal.jsonl"), len(prompts) * args.num_candidates, {}
     if args.policy.startswith(("http://", "https://")):
         servers.check_address(args.policy)
@@ -271,12 +294,16 @@ def sample_command(args) -> None:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
     with _claim(args.out, journal, policy=args.policy, fingerprint=identity.policy_identity(args.policy),
                 prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
-                sampling=asdict(settings), seed=args.seed, **limit) as todo:
+                sampling=asdict(settings), seed=args.seed, **limit,
+                **(search | {"guide": identity.reward_identity(guide)} if search else {})) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
             _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
-            lists = sampling.sample_lists(args.policy, prompts, args.num_candidates, settings=settings,
-                                          seed=args.seed, source=f"policy:{args.policy}", **options)
+            drawing = dict(settings=settings, seed=args.seed, **options)
+            lists = (guided.guided_lists(args.policy, prompts, args.num_candidates, guide,
+                                         source=f"guided:{args.policy}", **search, **drawing) if search else
+                     sampling.sample_lists(args.policy, prompts, args.num_candidates,
+                                           source=f"policy:{args.policy}", **drawing))
             save_lists(lists, args.out)
             gaps = wanted - sum(len(r["completions"]) for r in lists)
             if gaps:
