@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_PROMPT_LENGTH', 'MAX_COMPLETION_LENGTH', 'render_prompt', 'render_conversation', 'answer_text',
            'encode_prompt', 'check_limit', 'end_token', 'end_tokens', 'encode_completion', 'completion_text',
-           'turn_ids', 'tokenizer_fingerprint', 'drawn_tokens', 'candidate_tokens', 'completion_ids',
+           'turn_ids', 'tokenizer_fingerprint', 'drawn_tokens', 'agent_lengths', 'candidate_tokens', 'completion_ids',
            'encode_conversation', 'warn_text_prompts', 'list_table', 'describe_lists', 'plot_lists']
 
 # %% ../nbs/13_conversations.ipynb #7f0bd77e
@@ -24,7 +24,7 @@ import pandas as pd
 from .base.errors import LireError, ListError, require
 from .base.files import _plain_rows
 from .layouts import join_transcript, spaced, unspaced
-from .records import candidate_turns, _check_message, _check_prompt, _listed, _validated
+from .records import candidate_turns, turn_messages, _check_message, _check_prompt, _listed, _validated
 
 # %% ../nbs/13_conversations.ipynb #b67af5a8
 logger = logging.getLogger(__name__)
@@ -418,18 +418,18 @@ def turn_ids(
     id: str | None = None,
 ) -> tuple[list[int], list[list[int]]]:  # (R,) ids after the prompt; [start, end) of each of the agent's turns
     "A conversation after its prompt as one row; raises `LireError` for a template that rewrites earlier answers."
-    prompt, ids, spans = _checked(prompt, id), [], []
+    prompt, said, ids, spans = _checked(prompt, id), turn_messages(turns), [], []
     for k in range(0, len(turns), 2):
-        talk, last = [*prompt, *turns[:k]], k + 1 == len(turns)
+        talk, last = [*prompt, *said[:k]], k + 1 == len(turns)
         closed = ended if last else turns[k].get("finish_reason") != "length"
         own = drawn[k // 2] if drawn else None
-        own = _encode_completions(talk, [turns[k]["content"]], tokenizer, [closed], id)[0] if own is None else list(own)
+        own = _encode_completions(talk, [said[k]["content"]], tokenizer, [closed], id)[0] if own is None else list(own)
         spans.append([len(ids), len(ids) + len(own)])
         ids += own
         if not last:
-            rest, end = _between(talk, turns[k]["content"], turns[k + 1], tokenizer, id)
+            rest, end = _between(talk, said[k]["content"], said[k + 1], tokenizer, id)
             ids += rest[end:] if end and own[-1:] == [rest[end - 1]] else rest
-    _check_said(prompt, turns, tokenizer, id)
+    _check_said(prompt, said, tokenizer, id)
     return ids, spans
 
 # %% ../nbs/13_conversations.ipynb #af6e6515
@@ -502,7 +502,7 @@ def _says_turns(prompt, ids: list[int], talk: list[dict], spans, reason: str | N
         return False
     drawn = [ids[start:end] for start, end in spans]
     reasons = [*("length" if m.get("finish_reason") == "length" else "stop" for m in answers[:-1]), reason]
-    said = (own and _says([*prompt, *talk[: 2 * k]], own, m["content"], why, tokenizer)
+    said = (own and _says([*prompt, *turn_messages(talk[: 2 * k])], own, m["content"], why, tokenizer)
             for k, (own, m, why) in enumerate(zip(drawn, answers, reasons)))
     return all(said) and turn_ids(prompt, talk, tokenizer, drawn) == (ids, spans)
 
@@ -510,6 +510,16 @@ def _says_turns(prompt, ids: list[int], talk: list[dict], spans, reason: str | N
 def _is_span(span) -> bool:
     whole = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
     return whole and 0 <= span[0] <= span[1]
+
+
+def agent_lengths(
+    record: dict,  # one list
+    rows: list[list[int] | None],  # of `drawn_tokens`
+) -> list[int]:
+    "How many of a candidate's drawn tokens are the agent's; 0 where none are known."
+    columns = zip(rows, candidate_turns(record), _agent_spans(record))
+    return [len(ids or ()) if talk is None or ids is None else sum(end - start for start, end in spans)
+            for ids, talk, spans in columns]
 
 # %% ../nbs/13_conversations.ipynb #74364ff8
 def candidate_tokens(

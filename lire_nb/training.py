@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/18_training.ipynb #fc9f6891
 ORDERS = ("random", "sequential", "group_by_length")  # of the lists in an epoch
 # of prepared lists
-COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "filler", "cut", "retokenized")
+COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "filler", "cut", "retokenized", "agent")
 
 # %% ../nbs/18_training.ipynb #ec486ec3
 # long: one field a line
@@ -228,7 +228,7 @@ class ListRows(torch.utils.data.Dataset):
         row = {**self.lists[i % len(self)], "filler": i >= len(self)}
         if self.num_candidates is not None:
             keep = choose_candidates(row["rewards"], self.num_candidates, self.seed, epoch, row["id"])
-            row |= {name: [row[name][j] for j in keep] for name in ("completion_ids", "rewards", "ref_logps")
+            row |= {name: [row[name][j] for j in keep] for name in ("completion_ids", "rewards", "ref_logps", "agent")
                     if row.get(name) is not None}
         return row
 
@@ -272,6 +272,8 @@ def prepare_lists(
         logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)
     for one in tokenized:  # for train_sampling_strategy="group_by_length"
         one[args.length_column_name] = len(one["prompt_ids"]) + sum(map(len, one["completion_ids"]))
+    if any("agent" in one for one in tokenized):  # a table has the columns of its first row
+        tokenized = [{"agent": None, **one} for one in tokenized]
     return datasets.Dataset.from_list(tokenized)
 
 # %% ../nbs/18_training.ipynb #ee46b413
