@@ -41,6 +41,7 @@ VERBS = {
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
     "proxy": "parting_point|calibration",
+    "multi_turn": "conversation_record|sample_conversations",
 }
 
 
@@ -50,7 +51,8 @@ LAYERS = {
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
     "statistics": ("statistics", "preferences", "proxy"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
-    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
+    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
+                              "multi_turn"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),
