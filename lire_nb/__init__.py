@@ -13,7 +13,6 @@ _HOMES = {
     "tasks": ("load_task",),
     "models": ("Policy", "load_policy", "load_tokenizer"),
     "sampling": ("sample_lists",),
-    "multi_turn": ("conversation_record", "conversation_rewards", "sample_conversations"),
     "rewards": ("RewardModel", "score_lists", "train_reward_model"),
     "shared_prompt": ("ListCollator", "tokenize_list"),
     "logprobs": ("dataset_logps", "list_logps"),

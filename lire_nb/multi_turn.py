@@ -221,7 +221,7 @@ def _replied(talks: list[_Talk], user: UserSimulator, turn: int, seed: int) -> N
     for talk, said in zip(talks, words, strict=True):
         talk.reply(said)
 
-
+# %% ../nbs/83_multi_turn.ipynb #f51b1763
 def _answered(sampler, talks: list[_Talk], settings, seed: int) -> None:
     "The agent's next answer in every conversation that has room for it."
     rows = None
@@ -258,7 +258,7 @@ def _next_answers(sampler, conversations: list[list[dict]], rows, numbers: list[
         found = [dict(zip(some, drawn)).get(i, [one])[0] for i, one in enumerate(found)]
     return found
 
-
+# %% ../nbs/83_multi_turn.ipynb #c3e04d17
 @torch.no_grad()
 def _draw(sampler: LocalSampler, prompts, encoded, numbers, settings, seed: int) -> list[list[Completion]]:
     "As `LocalSampler.sample`, from ids and with the numbers of the candidates given."
@@ -288,7 +288,7 @@ def _conversation_lists(records: list[dict], talks: list[_Talk], source: str, to
             yield conversation_record(record["prompt"], [t.turns for t in mine], None, public_address(source),
                                       record["id"], meta)
 
-
+# %% ../nbs/83_multi_turn.ipynb #950ddbbb
 def _row_of(talk: _Talk, tokenizer) -> dict:
     "What was drawn, as the columns of a candidate."
     columns = {"finish_reasons": talk.drawn[-1].finish_reason, "token_ids": None, "agent_spans": None, "logps": None}
@@ -301,7 +301,7 @@ def _row_of(talk: _Talk, tokenizer) -> dict:
 # %% ../nbs/83_multi_turn.ipynb #22075c38
 Preference = Callable[[list[dict], list[dict]], float]  # two conversations -> P(the first is preferred), in [0, 1]
 
-
+# %% ../nbs/83_multi_turn.ipynb #96806d67
 def conversation_rewards(
     lists: Iterable[dict],  # with conversations, or single answers after messages
     prefer: Preference,
@@ -323,7 +323,7 @@ def _win_rates(record: dict, prefer: Preference) -> list[float | None]:
             wins[k][j] = 1 - wins[j][k]
     return [math.fsum(row) / (count - 1) if count > 1 else None for row in wins]
 
-
+# %% ../nbs/83_multi_turn.ipynb #4bc9424e
 def _chance(value, j: int, k: int, id: str) -> float:
     try:
         chance = float(value)
@@ -333,7 +333,7 @@ def _chance(value, j: int, k: int, id: str) -> float:
             value=value, allowed="a number from 0 to 1", remedy="return 1, 0, or ½ where neither is better")
     return chance
 
-
+# %% ../nbs/83_multi_turn.ipynb #8f8fa88e
 def whole_conversations(record: dict) -> list[list[dict]]:  # M lists of messages
     "Prompt and candidate as messages, for a judge or a reward model; a single answer is one turn."
     prompt = record["prompt"] if isinstance(record["prompt"], list) else [{"role": "user", "content": record["prompt"]}]

@@ -412,3 +412,15 @@ def test_a_conversation_that_outgrows_the_model_ends(tokenizer, caplog):
     records = drawn(small, tokenizer, [ASK], 2, user=lambda talk, turn: "word " * 30, n=4, max_turns=4)
     assert {len(talk) for talk in records[0]["meta"]["turns"]} == {1} and "no room" in caplog.text
     assert LocalSampler(small, tokenizer).tokenizer is tokenizer
+
+
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, tokenizer):
+    def train(folder, resume=None):
+        model = tiny()
+        args = LIREConfig(output_dir=str(folder), max_steps=3, per_device_train_batch_size=1, learning_rate=1e-2,
+                          temperature=5.0, bf16=False, save_steps=1, num_candidates=2, **LONG)
+        LIRETrainer(model, args, train_dataset=lists(), processing_class=tokenizer).train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = train(tmp_path / "run")
+    assert torch.equal(train(tmp_path / "again", str(tmp_path / "run" / "checkpoint-1")), whole)
