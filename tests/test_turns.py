@@ -181,14 +181,14 @@ def test_columns_travel(tokenizer):
 def trained(tmp_path, tokenizer, impl, records, **settings):
     model = tiny()
     args = LIREConfig(output_dir=str(tmp_path / impl), max_steps=1, per_device_train_batch_size=3, learning_rate=1e-2,
-                      temperature=5.0, logps_impl=impl, bf16=False, save_strategy="no", **LONG | settings)
+                      logps_impl=impl, bf16=False, save_strategy="no", **LONG | {"temperature": 5.0} | settings)
     trainer = LIRETrainer(model, args, train_dataset=records, processing_class=tokenizer)
     trainer.train()
     loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
     return loss, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_type": "dpo", "temperature": None}, {"score": "token"},
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dpo", "temperature": None}, {"loss_type": "simpo", "temperature": None},
                                       {"num_candidates": 2, "candidates_at_once": 2}])
 def test_a_training_step_is_the_same_on_both_paths(settings, tmp_path, tokenizer):
     records = lists()[::-1]  # the first list of the table has no turns
