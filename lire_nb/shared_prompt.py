@@ -105,8 +105,8 @@ class ListCollator:
         }
         if any(one.get("agent") is not None for one in lists):
             agent = [one.get("agent") or [[True] * len(ids) for ids in one["completion_ids"]] for one in lists]
-            width = batch["completion_ids"].shape[1]
-            batch["agent"] = torch.tensor([[*row, *[False] * (width - len(row))] for masks in agent for row in masks])
+            longest = batch["completion_ids"].shape[1]
+            batch["agent"] = torch.tensor([[*row, *[False] * (longest - len(row))] for masks in agent for row in masks])
         if all(one.get("ref_logps") is not None for one in lists):
             batch["ref_logps"] = _table([one["ref_logps"] for one in lists], width)
         return batch

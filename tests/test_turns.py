@@ -237,10 +237,18 @@ def test_a_later_turn_is_what_sample_lists_would_draw_there(model, tokenizer):
     assert found >= 2
 
 
+def assert_drawn_alike(one, other):
+    """All columns; the log-probs, which other rows of a batch disturb in the last digits, to 1e-4."""
+    logps = [torch.tensor(r["meta"]["logps"]) for r in (one, other)]
+    assert_close(*logps, rtol=0, atol=1e-4)
+    assert [r | {"meta": r["meta"] | {"logps": None}} for r in (one,)] == [other | {"meta": other["meta"] | {
+        "logps": None}}]
+
+
 def test_a_conversation_depends_on_seed_prompt_and_number_alone(model, tokenizer):
     together, again = drawn(model, tokenizer), drawn(model, tokenizer)
     assert together == again and drawn(model, tokenizer, seed=1) != together
-    assert drawn(model, tokenizer, [BRIEF], batch_size=1)[0] == together[1]
+    assert_drawn_alike(drawn(model, tokenizer, [BRIEF], batch_size=1)[0], together[1])
     fewer = drawn(model, tokenizer, count=2)
     assert [r["completions"] for r in fewer] == [r["completions"][:2] for r in together]
     twice = drawn(model, tokenizer, [ASK, ASK], 2)
@@ -261,7 +269,7 @@ def test_what_is_trained_is_what_was_sampled(model, tokenizer):
             assert sum(said, []) == [i for i, own in zip(ids, tokens["agent"][j]) if own]
             logits = model(torch.tensor([tokens["prompt_ids"] + ids])).logits[0].log_softmax(-1)
             start = len(tokens["prompt_ids"])
-            alone = sum(float(logits[start + k - 1, i]) for k, i in enumerate(ids) if tokens["agent"][j][k])
+            alone = sum(float(logits[start + k - 1, i].detach()) for k, i in enumerate(ids) if tokens["agent"][j][k])
             assert record["meta"]["logps"][j] == pytest.approx(alone, abs=1e-3)
     (found,) = {json.dumps(one["same_tokenizer"]) for one in sampled_logps((model, tokenizer), (tiny(1), tokenizer),
                                                                           records)}
@@ -288,7 +296,8 @@ def test_users(model, tokenizer):
     assert {len(talk) for r in talks for talk in r["meta"]["turns"]} == {3}
     user = PolicyUser((tiny(1), tokenizer), settings(5), instruction="You ask.")
     one, two = (drawn(model, tokenizer, user=user, max_turns=2) for _ in range(2))
-    assert one == two and drawn(model, tokenizer, [BRIEF], user=user, max_turns=2)[0] == one[1]
+    assert one == two
+    assert_drawn_alike(drawn(model, tokenizer, [BRIEF], user=user, max_turns=2)[0], one[1])
     assert len({talk[1]["content"] for r in one for talk in r["meta"]["turns"] if len(talk) > 1}) > 1
 
 
