@@ -44,6 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide",
+    "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
 }
 
@@ -56,7 +57,7 @@ LAYERS = {
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
-                              "guided"),
+                              "guided", "multi_turn"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),

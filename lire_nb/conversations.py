@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_PROMPT_LENGTH', 'MAX_COMPLETION_LENGTH', 'render_prompt', 'render_conversation', 'answer_text',
            'encode_prompt', 'check_limit', 'end_token', 'end_tokens', 'encode_completion', 'completion_text',
-           'tokenizer_fingerprint', 'drawn_tokens', 'completion_ids', 'encode_conversation', 'warn_text_prompts',
-           'list_table', 'describe_lists', 'plot_lists']
+           'turn_ids', 'tokenizer_fingerprint', 'drawn_tokens', 'agent_lengths', 'candidate_tokens', 'completion_ids',
+           'encode_conversation', 'warn_text_prompts', 'list_table', 'describe_lists', 'plot_lists']
 
 # %% ../nbs/13_conversations.ipynb #7f0bd77e
 import hashlib
@@ -24,7 +24,7 @@ import pandas as pd
 from .base.errors import LireError, ListError, require
 from .base.files import _plain_rows
 from .layouts import join_transcript, spaced, unspaced
-from .records import _check_message, _check_prompt, _listed, _validated
+from .records import candidate_turns, turn_messages, _check_message, _check_prompt, _listed, _validated
 
 # %% ../nbs/13_conversations.ipynb #b67af5a8
 logger = logging.getLogger(__name__)
@@ -394,6 +394,56 @@ def completion_text(
     special = {*tokenizer.all_special_ids, *end_tokens(tokenizer)}
     return answer_text(prompt, _after_text([i for i in ids if i not in special], tokenizer), tokenizer)
 
+# %% ../nbs/13_conversations.ipynb #9652cbd3
+_PROBE = "probeofananswer"
+
+
+def _between(talk: list[dict], answer: str, said: dict, tokenizer, id: str | None) -> tuple[list[int], int]:
+    "Ids from the end of an answer after `talk` to the next answer, and how many of them stand for the answer's end."
+    opened = render_prompt([*talk, {"role": "assistant", "content": _PROBE}, said], tokenizer, id=id)
+    text = render_prompt(talk, tokenizer, id=id) + spaced(answer, _glue(talk, tokenizer))
+    ids = _continued(text, _text_ids(text, talk, tokenizer), opened.rpartition(_PROBE)[2], talk, tokenizer)
+    end = end_token(talk, tokenizer)
+    place = ids.index(end) if end in ids else 0
+    return ids, place + 1 if end in ids and not _decoded(ids[:place], tokenizer).strip() else 0
+
+# %% ../nbs/13_conversations.ipynb #df25f0e6
+def turn_ids(
+    prompt: list[dict],  # messages that end with a user's or system turn
+    turns: list[dict],  # the agent's, the user's, …; after a user's turn the next answer is opened
+    tokenizer,
+    drawn: list[list[int] | None] | None = None,  # the ids of each of the agent's turns, where they are known
+    *,
+    ended: bool = True,  # False: the last answer was cut by length
+    id: str | None = None,
+) -> tuple[list[int], list[list[int]]]:  # (R,) ids after the prompt; [start, end) of each of the agent's turns
+    "A conversation after its prompt as one row; raises `LireError` for a template that rewrites earlier answers."
+    prompt, said, ids, spans = _checked(prompt, id), turn_messages(turns), [], []
+    for k in range(0, len(turns), 2):
+        talk, last = [*prompt, *said[:k]], k + 1 == len(turns)
+        closed = ended if last else turns[k].get("finish_reason") != "length"
+        own = drawn[k // 2] if drawn else None
+        own = _encode_completions(talk, [said[k]["content"]], tokenizer, [closed], id)[0] if own is None else list(own)
+        spans.append([len(ids), len(ids) + len(own)])
+        ids += own
+        if not last:
+            rest, end = _between(talk, said[k]["content"], said[k + 1], tokenizer, id)
+            ids += rest[end:] if end and own[-1:] == [rest[end - 1]] else rest
+    _check_said(prompt, said, tokenizer, id)
+    return ids, spans
+
+# %% ../nbs/13_conversations.ipynb #af6e6515
+def _check_said(prompt: list[dict], turns: list[dict], tokenizer, id: str | None) -> None:
+    "A template that writes an answer otherwise once the conversation goes on would read what nobody said."
+    if len(turns) < 2 or not _has_template(prompt, tokenizer):
+        return
+    earlier = turns[: len(turns) - len(turns) % 2]  # up to the last words of the user
+    text = render_prompt([*prompt, *earlier], tokenizer, id=id)
+    lost = next((m["content"] for m in earlier if m["content"].strip() not in text), None)
+    require(lost is None, "the chat template leaves out or rewrites an earlier turn", field=_where(id), value=lost,
+            allowed="a template that writes all turns as they were said",
+            remedy="set another chat_template, or take the part that it leaves out from the turns")
+
 # %% ../nbs/13_conversations.ipynb #2ca1dffb
 def _after_text(ids: list[int], tokenizer) -> str:
     "What ids say behind other text: a decoder may take the first space of a text away."
@@ -425,7 +475,10 @@ def drawn_tokens(
     whole = isinstance(rows, list) and len(rows) == len(texts)
     if not whole or meta.get("tokenizer") != tokenizer_fingerprint(tokenizer):
         return [None] * len(texts)
-    same = (ids and _says(record["prompt"], ids, text, why, tokenizer) for ids, text, why in zip(rows, texts, reasons))
+    columns = rows, texts, reasons, candidate_turns(record), _agent_spans(record)
+    same = (ids and (_says(record["prompt"], ids, text, why, tokenizer) if talk is None else
+                     _says_turns(record["prompt"], ids, talk, spans, why, tokenizer))
+            for ids, text, why, talk, spans in zip(*columns))
     return [ids if good else None for ids, good in zip(rows, same)]
 
 # %% ../nbs/13_conversations.ipynb #abb6d2ee
@@ -435,11 +488,46 @@ def _says(prompt, ids: list[int], text: str, reason: str | None, tokenizer) -> b
     endings = [ids, ids[:-1]] if ended else [ids]
     return any(completion_text(prompt, some, tokenizer) == text for some in endings)
 
+# %% ../nbs/13_conversations.ipynb #f0936730
+def _agent_spans(record: dict) -> list[list[list[int]] | None]:
+    "Where the agent speaks in the drawn ids of each candidate, as they were noted."
+    noted, blank = (record.get("meta") or {}).get("agent_spans"), [None] * len(record["completions"])
+    return noted if isinstance(noted, list) and len(noted) == len(blank) else blank
+
+
+def _says_turns(prompt, ids: list[int], talk: list[dict], spans, reason: str | None, tokenizer) -> bool:
+    "Whether ids are this conversation: each answer where it was noted, and between them what is written there."
+    answers = talk[::2]
+    if not isinstance(spans, list) or len(spans) != len(answers) or not all(map(_is_span, spans)):
+        return False
+    drawn = [ids[start:end] for start, end in spans]
+    reasons = [*("length" if m.get("finish_reason") == "length" else "stop" for m in answers[:-1]), reason]
+    said = (own and _says([*prompt, *turn_messages(talk[: 2 * k])], own, m["content"], why, tokenizer)
+            for k, (own, m, why) in enumerate(zip(drawn, answers, reasons)))
+    return all(said) and turn_ids(prompt, talk, tokenizer, drawn) == (ids, spans)
+
+
+def _is_span(span) -> bool:
+    whole = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+    return whole and 0 <= span[0] <= span[1]
+
+
+def agent_lengths(
+    record: dict,  # one list
+    rows: list[list[int] | None],  # of `drawn_tokens`
+) -> list[int]:
+    "How many of a candidate's drawn tokens are the agent's; 0 where none are known."
+    columns = zip(rows, candidate_turns(record), _agent_spans(record))
+    return [len(ids or ()) if talk is None or ids is None else sum(end - start for start, end in spans)
+            for ids, talk, spans in columns]
+
 # %% ../nbs/13_conversations.ipynb #74364ff8
-def completion_ids(
+def candidate_tokens(
     record: dict,  # one list
     tokenizer,
-) -> tuple[list[list[int]], int]:  # M rows of ids; how many candidates have drawn ids that cannot be used
+    # M rows of ids; M lists of the agent's [start, end) in them, None for a single answer, all of which is the agent's;
+    # how many candidates have drawn ids that cannot be used
+) -> tuple[list[list[int]], list[list[list[int]] | None], int]:
     "The ids of every candidate: the drawn ones, else those of its text. An unknown ending counts as ended."
     meta, texts = record.get("meta") or {}, record["completions"]
     reasons = meta.get("finish_reasons") or [None] * len(texts)
@@ -447,13 +535,26 @@ def completion_ids(
         raise LireError("not one per completion", field=f"meta.finish_reasons of list {record['id']!r}", value=reasons,
                         allowed=f"{len(texts)} reasons", remedy="drop a candidate's reason together with the candidate")
     rows = drawn_tokens(record, tokenizer) if meta.get("token_ids") else [None] * len(texts)
+    talks, known = candidate_turns(record), meta.get("token_ids") or []
+    spans = [None if talk is None else own for talk, own in zip(talks, _agent_spans(record))]
     todo = [j for j, ids in enumerate(rows) if ids is None]
-    if todo:
-        ended = [reasons[j] in (None, "stop") for j in todo]
-        found = iter(_encode_completions(record["prompt"], [texts[j] for j in todo], tokenizer, ended, record["id"]))
-        rows = [next(found) if ids is None else ids for ids in rows]
-    known = meta.get("token_ids") or []
-    return rows, sum(j < len(known) and bool(known[j]) for j in todo)
+    ended = {j: reasons[j] in (None, "stop") for j in todo}
+    if plain := [j for j in todo if talks[j] is None]:
+        found = _encode_completions(record["prompt"], [texts[j] for j in plain], tokenizer, [ended[j] for j in plain],
+                                    record["id"])
+        rows = [dict(zip(plain, found)).get(j, ids) for j, ids in enumerate(rows)]
+    for j in set(todo) - set(plain):
+        rows[j], spans[j] = turn_ids(record["prompt"], talks[j], tokenizer, ended=ended[j], id=record["id"])
+    return rows, spans, sum(j < len(known) and bool(known[j]) for j in todo)
+
+
+def completion_ids(
+    record: dict,  # one list
+    tokenizer,
+) -> tuple[list[list[int]], int]:  # M rows of ids; how many candidates have drawn ids that cannot be used
+    "As `candidate_tokens`, without the places of the agent."
+    rows, _, again = candidate_tokens(record, tokenizer)
+    return rows, again
 
 # %% ../nbs/13_conversations.ipynb #711b7cc4
 def encode_conversation(

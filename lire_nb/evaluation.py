@@ -41,7 +41,9 @@ from lire_nb.preferences import (
 )
 from .rewards import Reward, score_lists
 from .sampling import sample_lists, SamplingSettings
-from .shared_prompt import asked_at, both_sides, by_length, CHUNK, ListCollator, padded_rows, tokenize_list
+from lire_nb.shared_prompt import (
+    asked_at, both_sides, by_length, CHUNK, ListCollator, padded_rows, predicted_ids, tokenize_list,
+)
 from .statistics import bootstrap_interval, FEW, Interval, _standard_error, _t_interval
 
 # %% ../nbs/22_evaluation.ipynb #c2208e80
@@ -541,7 +543,7 @@ def text_kl(
         batch = ListCollator(tokenizer.pad_token_id)(tokens[first : first + batch_size])
         found = iter(token_kl(model, start,
                               {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
-        results += [[[next(found) for _ in ids] for ids in one["completion_ids"]]
+        results += [[[next(found) for _ in ids] for ids in predicted_ids(one)]
                     for one in tokens[first : first + batch_size]]
     for m, mode in modes:
         m.train(mode)

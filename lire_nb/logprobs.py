@@ -11,6 +11,7 @@ __all__ = ['logger', 'IMPLS', 'WORTH', 'list_logps', 'summed', 'in_table', 'toke
 import hashlib
 import itertools
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -22,13 +23,15 @@ import torch
 from .base.errors import LireError, moved
 from .base.files import read_jsonl, write_jsonl
 from lire_nb.conversations import (
-    completion_ids, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
+    agent_lengths, candidate_tokens, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
     tokenizer_fingerprint,
 )
 from .models import causal_lm, config_content, context_of, model_fingerprint, unwrap
 from .path_check import _around, _HARMLESS, _PADDED, say_once, to_device, verified
 from .records import select_candidates
-from .shared_prompt import enable_shared, for_a_while, ListCollator, _path_logps, tokenize_list
+from lire_nb.shared_prompt import (
+    enable_shared, for_a_while, ListCollator, _path_logps, predicted_lengths, tokenize_list,
+)
 
 # %% ../nbs/17_logprobs.ipynb #79383e03
 logger = logging.getLogger(__name__)
@@ -47,10 +50,10 @@ def list_logps(
 # %% ../nbs/17_logprobs.ipynb #8c88cc71
 def summed(
     batch: dict,  # from `ListCollator`
-    tokens: torch.Tensor,  # (T,) a value for each completion token, candidates one after the other
+    tokens: torch.Tensor,  # (T,) a value for each predicted token, candidates one after the other
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, M) sums, (B, M) lengths in tokens
-    "Sums over the tokens of each candidate."
-    lengths = batch["completion_lengths"]
+    "Sums over the predicted tokens of each candidate: all of an answer, or the agent's of a conversation."
+    lengths = predicted_lengths(batch)
     row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     sums = tokens.new_zeros(len(lengths)).index_add(0, row, tokens)
     return in_table(batch, sums), in_table(batch, lengths)
@@ -121,14 +124,15 @@ def dataset_logps(
     impl: str = "auto",  # as in `list_logps`
     context: int | None = None,  # tokens that another model of the comparison can read, where it is fewer
     answers: list[list[list[int]]] | None = None,  # for each list the ids of its completions, where they are settled
+    spans: list | None = None,  # with `answers`: for each list where the agent speaks, see `candidate_tokens`
 ) -> list[tuple[list[float], list[int]]]:  # for each list: log-probs and token counts of its candidates
     "Log-probs of every completion under a model, in eval mode and without gradients."
     was_training = model.training
     model.eval()
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
               "context": _fewer(context, context_of(model))}
-    settled = itertools.repeat(None) if answers is None else answers
-    tokens = [tokenize_list(r, tokenizer, answers=ids, **limits) for r, ids in zip(lists, settled)]
+    settled = zip(*(itertools.repeat(None) if one is None else one for one in (answers, spans)))
+    tokens = [tokenize_list(r, tokenizer, answers=ids, spans=own, **limits) for r, (ids, own) in zip(lists, settled)]
     order = sorted(range(len(tokens)),
                    key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
     collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
@@ -191,7 +195,8 @@ def reference_logps(
 # %% ../nbs/17_logprobs.ipynb #6dd861eb
 def _content_key(record: dict, tokenizer, limits: dict) -> str:
     tokens = tokenize_list(record, tokenizer, **limits)
-    return hashlib.sha256(repr((tokens["prompt_ids"], tokens["completion_ids"])).encode()).hexdigest()[:24]
+    said = (tokens["prompt_ids"], tokens["completion_ids"], *([tokens["agent"]] if "agent" in tokens else []))
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:24]
 
 # %% ../nbs/17_logprobs.ipynb #ac9713b5
 def _read_cache(path: Path) -> dict[str, list[float]]:
@@ -259,8 +264,7 @@ def sampled_logps(
     one = policy[1] if prints[0] == prints[1] else None  # both read the very ids that this tokenizer gives
     measure = lambda pair: lambda part: _text_logps(*pair, part, limit, one)  # noqa: E731
     read = lambda pair, wanted=None: measure_candidates(lists, measure(pair), (0.0, 0), wanted)  # noqa: E731
-    known = [[None if logp is None or ids is None else (logp, len(ids))
-              for ids, logp in zip(drawn_tokens(r, policy[1]), _column(r, "logps"))] for r in lists]
+    known = [_known_logps(r, policy[1]) for r in lists]
     missing = read(policy, [[value is None for value in row] for row in known])
     own = [[a or b for a, b in zip(*rows)] for rows in zip(known, missing)]
     same = same_policy(policy[0], start[0]) and _same_prompts(policy[1], start[1], lists, max_prompt_length)
@@ -296,8 +300,8 @@ def _column(record: dict, name: str) -> list:
 # %% ../nbs/17_logprobs.ipynb #0f7bf39f
 def _text_logps(model, tokenizer, lists, limits, reader=None) -> list[list[tuple[float, int]]]:
     "Log-prob and number of tokens of every candidate, whole; `reader` is the tokenizer that decides on their ids."
-    answers = [completion_ids(r, reader or tokenizer)[0] for r in lists]
-    found = dataset_logps(model, tokenizer, lists, max_completion_length=10**9, answers=answers, **limits)
+    answers, spans, _ = zip(*(candidate_tokens(r, reader or tokenizer) for r in lists))
+    found = dataset_logps(model, tokenizer, lists, max_completion_length=10**9, answers=answers, spans=spans, **limits)
     return [list(zip(*one)) for one in found]
 
 
@@ -308,6 +312,13 @@ def _same_prompts(one, other, lists, max_prompt_length) -> bool:
         return True
     return (tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
             and all(encode(one, r) == encode(other, r) for r in lists))
+
+# %% ../nbs/17_logprobs.ipynb #d3122c2d
+def _known_logps(record: dict, tokenizer) -> list[tuple[float, int] | None]:
+    "Log-prob and number of tokens of every candidate whose drawn tokens can be used; the agent's of a conversation."
+    drawn = drawn_tokens(record, tokenizer)
+    rows = zip(drawn, agent_lengths(record, drawn), _column(record, "logps"))
+    return [None if logp is None or ids is None else (logp, count) for ids, count, logp in rows]
 
 # %% ../nbs/17_logprobs.ipynb #8f2b69e0
 def _tell_read_again(lists, tokenizer, other: bool) -> None:
@@ -349,6 +360,11 @@ def without_ends(
     columns = {"finish_reasons": ["length"] * len(ids),
                "token_ids": [row[:-1] if end else row for row, end in zip(ids, ended)],
                "logps": [None if end else value for value, end in zip(logps, ended)]}
+    if any(spans := _column(record, "agent_spans")):  # a conversation has ends inside
+        kept = [parts and row and [[s, e - any(i in ends for i in row[s:e][-1:])] for s, e in parts]
+                for row, parts in zip(ids, spans)]
+        columns |= {"agent_spans": kept, "logps": [value if same else None for value, same in
+                                                   zip(columns["logps"], map(operator.eq, kept, spans))]}
     return {**record, "meta": {**(record.get("meta") or {}), **columns}}
 
 # %% ../nbs/17_logprobs.ipynb #078cb19d

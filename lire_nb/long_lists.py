@@ -23,7 +23,7 @@ from .base.errors import LireError
 from .logprobs import in_table, list_logps, path_of, summed
 from .models import causal_lm, unwrap
 from .path_check import check_paths, say_once, to_device, verified
-from .shared_prompt import ListCollator, logps_in_pieces, other_forward, _rows_of
+from .shared_prompt import ListCollator, logps_in_pieces, other_forward, predicted_lengths, _rows_of
 
 # %% ../nbs/70_long_lists.ipynb #dc1690fc
 def batch_parts(
@@ -70,7 +70,7 @@ def _in_parts(model, batch: dict, candidates_at_once: int, impl: str) -> tuple[t
         return list_logps(model, part, impl=impl)[0][part["list_index"], part["candidate_index"]]
 
     values = torch.cat([call(of_part, part) for part in batch_parts(batch, candidates_at_once)])
-    return in_table(batch, values), in_table(batch, batch["completion_lengths"])
+    return in_table(batch, values), in_table(batch, predicted_lengths(batch))
 
 # %% ../nbs/70_long_lists.ipynb #3cbd83b1
 def after_kept_prompts(

@@ -26,7 +26,7 @@ EXPECTED = [
     "50_verdicts", "51_chat", "52_sheets",
     "60_cli",
     "70_long_lists",
-    "80_exploration", "81_demonstrations", "84_guided_sampling",
+    "80_exploration", "81_demonstrations", "83_multi_turn", "84_guided_sampling",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
     "97_cost",
     "index",
