@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 ORDERS = ("random", "sequential", "group_by_length")  # of the lists in an epoch
 TERMS = ("optimism", "demo_weight", "demo_form")  # settings that are written down only where they are set
 # of prepared lists
-COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "retokenized")
+COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "retokenized",
+           "agent")
 
 # %% ../nbs/18_training.ipynb #ec486ec3
 # long: one field a line
@@ -254,7 +255,7 @@ class ListRows(torch.utils.data.Dataset):
             keep = choose_candidates(row["rewards"], self.num_candidates, self.seed, epoch, row["id"],
                                      also=also, beside=beside)
             row |= {name: [row[name][j] for j in keep]
-                    for name in ("completion_ids", "rewards", "ref_logps", "own", "demos")
+                    for name in ("completion_ids", "rewards", "ref_logps", "own", "demos", "agent")
                     if row.get(name) is not None}
         return row
 
@@ -306,6 +307,8 @@ def prepare_lists(
         logger.warning("cut to the length limits: %d prompts (beginning), %d completions (end)", prompts, completions)
     for one in tokenized:  # for train_sampling_strategy="group_by_length"
         one[args.length_column_name] = len(one["prompt_ids"]) + sum(map(len, one["completion_ids"]))
+    if any("agent" in one for one in tokenized):  # a table has the columns of its first row
+        tokenized = [{"agent": None, **one} for one in tokenized]
     return datasets.Dataset.from_list(tokenized)
 
 # %% ../nbs/18_training.ipynb #ee46b413
