@@ -58,9 +58,8 @@ def judge_policy(
     # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
     exact_kl: bool = False,
     progress: bool = True,
-# id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
-) -> list[dict]:
-    "Sample, score and measure a policy on prompts it was not trained on."
+) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, log-probs
+    "Sample, score and measure a policy on prompts it was not trained on; the log-probs of `logprobs.sampled_logps`."
     prompts = checked_prompts(prompts)
     policy, start = _loaded_pair(policy, start)
     lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed,
