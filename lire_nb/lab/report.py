@@ -303,7 +303,7 @@ def _result_parts(run: Path, metrics: pd.DataFrame, table: pd.DataFrame):
             ("h2", "Results"),
             ("p", "Each cell: the estimate and its 95 % interval over prompts. Perplexity is that of the outputs under "
                   "the start policy."),
-            ("table", table.T.rename_axis("figure"))]
+            ("table", table.T.rename_axis("measure"))]
 
 # %% ../../nbs/46_report.ipynb #e94ee377
 _SHOWN = {  # kind of figure -> heading, words, what can be seen
