@@ -360,7 +360,7 @@ def _movement(rows: list[dict], seed: int) -> list[tuple[str, None, dict]]:
     if same and not kl_known:
         figures.append(("log-ratio to start", None, ratio))
     if all("token_kl" in r for r in rows):
-        figures.append(("KL a token", None, over_prompts("token_kl") if all(column("token_kl")) else none))
+        figures.append(("KL per token", None, over_prompts("token_kl") if all(column("token_kl")) else none))
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #bf8acc60

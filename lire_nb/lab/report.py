@@ -30,7 +30,8 @@ from .results import _json, read_metrics, read_records, read_systems, Records
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb
 _COLUMNS = {"reward": "{} reward", "reward difference": "{} gain", "win rate": "{} win rate",
-            "KL to start": "KL to start", "log-ratio to start": "log-ratio to start", "KL a token": "KL per token",
+            "KL to start": "KL to start", "log-ratio to start": "log-ratio to start", "KL per token": "KL per token",
+            "KL a token": "KL per token",  # as older files have it
             "perplexity under start": "perplexity", "tokens": "tokens"}
 
 # %% ../../nbs/46_report.ipynb #88307528
