@@ -586,7 +586,7 @@ def test_a_stop_string_is_not_an_end_that_the_policy_chose(words):
                 continue
             alone = make_record("The film", [text], meta={"finish_reasons": ["length"]})
             assert math.isclose(dataset_logps(policy, words, [alone])[0][0][0], r["logps"][j], abs_tol=1e-4)
-    assert {f["metric"] for f in compare_systems({"one": rows})} >= {"KL to start", "KL a token"}
+    assert {f["metric"] for f in compare_systems({"one": rows})} >= {"KL to start", "KL per token"}
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(temperature=0.0), dict(top_p=0.8), dict(top_k=3)])

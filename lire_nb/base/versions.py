@@ -296,7 +296,10 @@ def definitions(
     return package.reached(roots, without)
 
 # %% ../../nbs/37_versions.ipynb #2fa88e8f
-# 7 hex digits
-def version(*names: str, package: Package | str | Path | None = None, without: Iterable[str] = ()) -> str:
+def version(
+    *names: str,  # and the rest: as in `definitions`
+    package: Package | str | Path | None = None,
+    without: Iterable[str] = (),
+) -> str:  # 7 hex digits
     "One hash for everything that can be reached from some names."
     return _hash("".join(sorted(set(definitions(names, package, without).values()))))[:7]

@@ -194,9 +194,9 @@ def judge_pairs(
     systems: dict,  # name -> rows or file; see `make_pairs`
     *,
     samples: int = 1,
-# id, sample, system_a, system_b, judge, order, verdict, preference (of system_a: 1, 0.5, 0, null), raw, failure, asked
-) -> list[dict]:
-    "Have all pairs judged in both orders; raises `LireError` when not one reply is a verdict."
+) -> list[dict]:  # id, sample, system_a, system_b, judge, order, verdict, preference, raw, failure, asked
+    """Have all pairs judged in both orders; raises `LireError` when not one reply is a verdict. The preference is that
+    of system_a: 1, 0.5, 0 or null."""
     judge = _as_judge(judge)
     asked = [(pair, order) for pair in make_pairs(systems, samples) for order in ("ab", "ba")]
     compared = list(judge.compare([pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]))
@@ -343,8 +343,7 @@ def verdict_frame(
     verdicts: Iterable[dict],  # of several judges
     system: str | None = None,
     against: str | None = None,
-# a row per prompt, a column per judge: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # prompts × judges: 1 `system` won, 0.5 tie, 0 lost, NaN where there is no verdict
     "Who said what about which prompt; identical answers are left out, as nobody was asked."
     verdicts, _, _ = _select(verdicts, system, against)
     said = defaultdict(list)
@@ -513,9 +512,9 @@ def load_verdicts(
     on_error: str = "raise",  # or "quarantine"
     quarantine: str | Path | None = None,  # default: <file>.quarantine.jsonl
     return_report: bool = False,
-# id, system, baseline, preference (0 … 1 or None), length, baseline_length; with return_report a pair with the report
-) -> list[dict]:
-    "Verdicts of systems against a baseline, one per prompt; raises `LireError` for a row that cannot be trusted."
+) -> list[dict]:  # id, system, baseline, preference (0 … 1 or None), length, baseline_length
+    """Verdicts of systems against a baseline, one per prompt; raises `LireError` for a row that cannot be trusted. With
+    return_report a pair: the verdicts and the report."""
     file = str(source) if isinstance(source, (str, Path)) else None
     require(on_error == "raise" or on_error == "quarantine" and (quarantine or file), "unknown choice",
             field="on_error", value=on_error, allowed='"raise" or "quarantine"',

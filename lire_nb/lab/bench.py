@@ -309,7 +309,7 @@ def bench_point(
     repeats: int = 5,
     memory: bool = True,
     loss: str = "lire",  # a name in `rivals.LOSSES`
-) -> list[dict]:  # one row a way
+) -> list[dict]:  # one row per way
     "Time and memory of one gradient step of each way, beside the ratio that arithmetic allows."
     batch = bench_batch(point, model.config.vocab_size, device=next(model.parameters()).device)
     seconds = interleaved({way: lambda way=way: gradient_step(model, batch, way, loss) for way in ways}, repeats)
@@ -341,7 +341,7 @@ def review_pairs(policy: str | Path, prompt_tokens: int = 192, tokens: int = 48,
 
 # %% ../../nbs/47_bench.ipynb #224b0d39
 def bench_pairs(policy: str | Path, texts: list[tuple[str, str, str]], repeats: int = 5) -> list[dict]:
-    "One DPO step over the same pairs by TRL and by our paths: one row a way."
+    "One DPO step over the same pairs by TRL and by our paths: one row per way."
     with tempfile.TemporaryDirectory() as folder:
         steps, point = trl_steps(policy, texts, folder)
         seconds = interleaved(steps, repeats)

@@ -252,9 +252,8 @@ _KEPT = ("tokens", "logps", "start_logps")
 def compact(
     rows: list[dict],  # of `judge_policy`
     examples: int = 2,
-# ids, scores, tokens, logps, start_logps, ended, examples: a list for each prompt, in it a value for each sample
-) -> dict:
-    "A judged policy as columns."
+) -> dict:  # ids, scores, tokens, logps, start_logps, ended, examples
+    "A judged policy as columns: a list for each prompt, in it a value for each sample."
     scores = {judge: [[round(s, 4) for s in r["scores"][judge]] for r in rows] for judge in rows[0]["scores"]}
     return {"ids": config_key([r["id"] for r in rows]), "scores": scores,
             **{name: [[round(v, 3) for v in r[name]] for r in rows] for name in _KEPT},

@@ -444,20 +444,23 @@ def plot_claims(
 ) -> Figure:
     "A forest plot: a row for every claim with what decides it; a quantity of one seed is hollow."
     with figure_style():
-        figure = Figure(figsize=(9.6, 1.0 + 0.36 * len(found)), layout="constrained")
+        deciding = [[q for q in measured.quantities if q.decides] for measured in found.values()]
+        ends = np.cumsum([0.0, *(max(1.0, 0.4 + 0.3 * len(own)) for own in deciding)])  # a bar needs its room
+        middles = (ends[1:] + ends[:-1]) / 2
+        figure = Figure(figsize=(9.6, 1.0 + 0.36 * ends[-1]), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
-        for row, (claim, measured) in enumerate(found.items()):
-            own, color = [q for q in measured.quantities if q.decides], VERDICT_COLORS[measured.verdict]
+        for middle, measured, own in zip(middles, found.values(), deciding):
+            color = VERDICT_COLORS[measured.verdict]
             for k, q in enumerate(own):
-                place = row + (k - (len(own) - 1) / 2) * 0.7 / max(len(own), 3)
+                place = middle + (k - (len(own) - 1) / 2) * 0.3
                 (right if "nats" in q.name else left).errorbar(
                     [q.interval.value], [place], xerr=_ends([q.interval]), color=color, marker="o", ms=4, capsize=2,
                     lw=1.1, ls="none", mfc="white" if q.seeds == 1 else color)
         for verdict, color in VERDICT_COLORS.items():
             left.plot([], [], "o-", ms=4, color=color, label=verdict)
-        left.set(xlabel="standard deviations of the start's reward, 95 % intervals over prompts and seeds",
-                 xlim=(-1.3, 1.3), ylim=(len(found) - 0.5, -0.5))
-        left.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), 46) for claim in found], fontsize=9)
+        left.set(xlabel="standard deviations of the start policy's reward\n95 % intervals over prompts and seeds",
+                 xlim=(-1.3, 1.3), ylim=(ends[-1], 0))
+        left.set_yticks(middles, [textwrap.fill(in_figure(claim), 46) for claim in found], fontsize=9)
         right.set(xlabel="nats", xlim=(-45, 45))
         for axes in (left, right):
             axes.axvline(0, color="0.6", lw=1)

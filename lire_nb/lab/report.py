@@ -30,7 +30,8 @@ from .results import _json, read_metrics, read_records, read_systems, Records
 
 # %% ../../nbs/46_report.ipynb #9c2bc2eb
 _COLUMNS = {"reward": "{} reward", "reward difference": "{} gain", "win rate": "{} win rate",
-            "KL to start": "KL to start", "log-ratio to start": "log-ratio to start", "KL a token": "KL per token",
+            "KL to start": "KL to start", "log-ratio to start": "log-ratio to start", "KL per token": "KL per token",
+            "KL a token": "KL per token",  # as older files have it
             "perplexity under start": "perplexity", "tokens": "tokens"}
 
 # %% ../../nbs/46_report.ipynb #88307528
@@ -303,7 +304,7 @@ def _result_parts(run: Path, metrics: pd.DataFrame, table: pd.DataFrame):
             ("h2", "Results"),
             ("p", "Each cell: the estimate and its 95 % interval over prompts. Perplexity is that of the outputs under "
                   "the start policy."),
-            ("table", table.T.rename_axis("figure"))]
+            ("table", table.T.rename_axis("measure"))]
 
 # %% ../../nbs/46_report.ipynb #e94ee377
 _SHOWN = {  # kind of figure -> heading, words, what can be seen
