@@ -3,12 +3,11 @@ touched."""
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -160,11 +159,7 @@ def test_a_merged_adapter_gives_the_same_logps(place, tmp_path):
 @pytest.fixture(scope="module")
 def two(place) -> list[dict]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*command, str(HERE / "two_processes.py"), str(place)], env=env, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.ranks(2, HERE / "two_processes.py", place, env=env, timeout=300)
     return [json.loads((place / f"rank-{n}.json").read_text()) for n in (0, 1)]
 
 
