@@ -1,5 +1,6 @@
 """Training that can be believed: layouts that should be equal are, and what goes wrong stops before the weights are
 touched."""
+import copy
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import warm
 from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from lire_nb import path_check
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import train_policy
 from lire_nb.logprobs import dataset_logps
@@ -42,9 +44,23 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
+def loaded(policy):
+    """A fresh copy of a policy that was read once. Copies share what the check of paths found, which is looked up by
+    all that it depends on."""
+    if policy not in READ:
+        READ[policy] = load_policy(policy), {}
+    (model, tokenizer), found = READ[policy]
+    model = copy.deepcopy(model)
+    path_check._CHECKS[model] = found
+    return model, tokenizer
+
+
+READ = {}
+
+
 def trainer(policy, folder, lists=LISTS, eval_lists=None, **settings):
     options = {name: settings.pop(name) for name in ("callbacks", "peft_config", "ref_model") if name in settings}
-    model, tokenizer = load_policy(policy)
+    model, tokenizer = loaded(policy)
     return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), "save_strategy": "no", **BASE, **settings}),
                        lists, eval_lists, processing_class=tokenizer, **options)
 
