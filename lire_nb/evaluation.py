@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .base.errors import LireError, moved, public_address, require
+from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
@@ -258,12 +258,7 @@ def self_bleu(
     texts: Sequence[str],  # samples for one prompt
 ) -> float:  # 0 … 1; NaN for fewer than two texts
     "Mean sentence BLEU (sacrebleu, effective order) of each text against all others."
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as e:
-        raise LireError("not installed", field="self_bleu", value="sacrebleu",
-                        allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
-    bleu = BLEU(effective_order=True)
+    bleu = needed("sacrebleu.metrics", "evaluation", field="self_bleu").BLEU(effective_order=True)
     scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100
               for i, text in enumerate(texts) if len(texts) > 1]
     return float(np.mean(scores)) if scores else math.nan

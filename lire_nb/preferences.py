@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from .base.errors import LireError, require
+from .base.errors import LireError, needed, require
 from lire_nb.statistics import (
     bootstrap_interval, FEW, Interval, paired_difference, _standard_error, wilson_interval,
 )
@@ -170,11 +170,7 @@ def judge_agreement(
 ) -> Interval:
     """Krippendorff's alpha with a bootstrap interval over prompts; raises `LireError` for fewer than two judges or no
     prompt that two of them judged."""
-    try:
-        import krippendorff
-    except ImportError as e:
-        raise LireError("not installed", field="judge_agreement", value="krippendorff",
-                        allowed="the package krippendorff installed", remedy="pip install 'lire_nb[evaluation]'") from e
+    krippendorff = needed("krippendorff", "evaluation", field="judge_agreement")
     _same_number(**verdicts)
     ratings = np.array([[math.nan if v is None else v for v in column] for column in verdicts.values()], dtype=float)
     domain = np.unique(ratings[~np.isnan(ratings)])

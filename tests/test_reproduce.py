@@ -350,6 +350,26 @@ def test_an_experiment_that_contradicts_itself(part, change, says):
         plans.read_experiment({**config, part: config_without} if part else config_without)
 
 
+def test_run_experiment_takes_what_read_experiment_takes(tmp_path):
+    """A wrong configuration is refused by the same words before any work, and the door decides no number: the version
+    of the code does not enter it."""
+    from lire_nb.base.versions import definitions
+
+    config = plans.experiment(plans.SCALES["smoke"], "dialogue", "lire", 0, plans.SEARCH["lire"][0]).config()
+    for wrong in ({**config, "sead": 1}, {**config, "take": {"prompts": 1}}, {**config, "method": "dpo"},
+                  {**config, "judge": {**config["judge"], "split": "train"}},
+                  {**config, "method": "start"}):
+        said = []
+        for door in (plans.read_experiment, lambda wrong: run_experiment(wrong, tmp_path / "work")):
+            with pytest.raises(LireError) as e:
+                door(wrong)
+            said.append(str(e.value))
+        assert said[0] == said[1]
+    assert not (tmp_path / "work").exists()
+    reached = definitions(["run_experiment"], without=plans._NAMING)
+    assert ("lab.plans", "read_experiment") not in reached and ("lab.plans", "Experiment") not in reached
+
+
 def test_a_scale_says_every_setting():
     """The files have the same tasks and settings, each explained where it first stands."""
     for name, scale in plans.SCALES.items():
