@@ -59,6 +59,13 @@ class Stages:
     def entered(self, stage: str) -> int:
         return self.shared[1 + STAGES.index(stage)]
 
+    def wait(self, stage: str, entry: int) -> None:
+        "Until a child has entered a stage so often."
+        until = time.monotonic() + 60
+        while self.entered(stage) < entry:
+            assert time.monotonic() < until, f"no child came to {stage}"
+            time.sleep(0.0005)
+
     def now(self) -> str:
         return STAGES[self.shared[0]]
 
@@ -152,8 +159,7 @@ def kill(place: Path, stages: Stages, draw: random.Random, duration: float, stag
         time.sleep(draw.uniform(0, duration))
     else:
         entry = draw.randint(1, entries)
-        while stages.entered(stage) < entry:
-            time.sleep(0.0005)
+        stages.wait(stage, entry)
         time.sleep(0 if at_once else draw.uniform(0, SPAN[stage]))
     hit = stages.now()
     os.kill(child, signal.SIGKILL)
@@ -204,8 +210,7 @@ def terminated(stage: str):
 
     def case(place, stages, whole):
         child = fork(place, stages, pause=0.1)
-        while not stages.entered(stage):
-            time.sleep(0.0005)
+        stages.wait(stage, 1)
         time.sleep(0.02)
         os.kill(child, signal.SIGTERM)
         code = wait(child)

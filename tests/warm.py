@@ -85,6 +85,8 @@ class Fork:
     def wait(self, timeout: float | None = None) -> int:
         until = time.monotonic() + (timeout or 1e9)
         while self.poll() is None:
+            if _warm().poll() is not None:
+                raise RuntimeError("the process that forks has ended")
             if time.monotonic() > until:
                 raise subprocess.TimeoutExpired("a fork", timeout)
             time.sleep(0.005)
@@ -106,7 +108,7 @@ class Fork:
 
     def __exit__(self, *exc) -> None:
         self.kill()
-        self.wait()
+        self.wait(timeout=60)
         self._folder.cleanup()
 
 
@@ -128,6 +130,7 @@ def serve(libraries: tuple[str, ...]) -> dict | None:
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page of this process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how those who wait have ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end their forks
     for line in sys.stdin:
         request = json.loads(line)
         if not os.fork():
@@ -154,6 +157,7 @@ def wait_for(child: int, end: Path) -> None:
 def become(request: dict) -> None:
     "The rest of this process is the program that is asked for."
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
                                (2, request["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
         opened = os.open(path, mode)
@@ -161,7 +165,8 @@ def become(request: dict) -> None:
         os.close(opened)
     os.environ.clear()
     os.environ.update(request["env"])
-    if threads := os.environ.get("OMP_NUM_THREADS"):
+    threads = os.environ.get("OMP_NUM_THREADS", AT_IMPORT["OMP_NUM_THREADS"])
+    if threads != AT_IMPORT["OMP_NUM_THREADS"]:  # once torch was told a number, a fork of a fork may find no thread pool
         importlib.import_module("torch").set_num_threads(int(threads))
     os.chdir(request["cwd"])
     sys.argv = [request["program"], *request["arguments"]]
