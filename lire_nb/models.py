@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .base.errors import LireError, moved, require
+from .base.errors import LireError, moved, needed, require
 from .tasks import asset_path, ASSETS
 
 # %% ../nbs/35_models.ipynb #4e43f978
@@ -323,12 +323,7 @@ def _with_adapter(model, folder: str):
 # %% ../nbs/35_models.ipynb #6bccceaa
 def import_peft():
     "The package peft; raises `ModelError` where it is not installed."
-    try:
-        import peft
-    except ImportError as e:
-        raise ModelError("peft is missing", field="adapter", allowed="the package peft installed",
-                         remedy="pip install 'lire_nb[lora]'") from e
-    return peft
+    return needed("peft", "lora", error=ModelError, field="adapter")
 
 # %% ../nbs/35_models.ipynb #ebe0ee2e
 def _tokenizer_source(policy: Policy) -> Policy:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from .base.errors import LireError, require
-from .base.files import write_json
+from .base.files import _is_main, write_json
 from .models import file_hash, quiet_transformers
 
 # %% ../nbs/38_resume.ipynb #e94406ce
@@ -304,7 +304,7 @@ class on_sigterm:
             raise self.stopped(self.kept)
         if again:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        if number == signal.SIGINT and _is_main():
             # not print: the signal may have come in the middle of one
             saves = b" and a checkpoint written" if self.saves else b""
             os.write(2, b"\nCtrl-C: this step is finished%s first; once more stops at once\n" % saves)

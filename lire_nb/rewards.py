@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from .base.errors import LireError, require
+from .base.errors import LireError, needed, require
 from .base.files import _batches
 from .conversations import encode_conversation, render_conversation
 from .identity import plain_address, tokenizer_identity
@@ -121,13 +121,8 @@ class VaderReward:
     name = "vader"
 
     def __init__(self):
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as e:
-            raise LireError("not installed", field="reward", value="vader",
-                            allowed="the package vaderSentiment installed",
-                            remedy="pip install 'lire_nb[assets]'") from e
-        self.analyzer = SentimentIntensityAnalyzer()
+        vader = needed("vaderSentiment.vaderSentiment", "assets", field="reward", value="vader")
+        self.analyzer = vader.SentimentIntensityAnalyzer()
 
     def __call__(self, prompts, completions):
         return [self.analyzer.polarity_scores(c)["compound"] for c in completions]

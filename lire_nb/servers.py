@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import filelock
 from tqdm.auto import tqdm
 
-from .base.errors import LireError, require
+from .base.errors import LireError, needed, require
 from .base.files import append_jsonl, free_lock, jsonl_rows, take_lock
 
 # %% ../nbs/39_servers.ipynb #057a2a7d
@@ -249,11 +249,7 @@ class OpenAIServer:
         timeout: float = 300.0,  # seconds for one answer
     ):
         check_address(base_url)
-        try:
-            import openai
-        except ImportError as e:
-            raise LireError("not installed", field="server", value=base_url, allowed="the package openai installed",
-                            remedy="pip install 'lire_nb[server]'") from e
+        openai = needed("openai", "server", field="server", value=base_url)
         self.base_url, key = base_url.rstrip("/"), api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=0)
 

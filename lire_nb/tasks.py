@@ -241,7 +241,7 @@ _OPENING_WORDS = 12
 
 # %% ../nbs/34_tasks.ipynb #ab9eb269
 def _opening(text: str, words: int = _OPENING_WORDS) -> str:
-    return " ".join(text.split()[:words])
+    return " ".join(text.split(None, words)[:words])
 
 
 def _clean_review(text: str) -> str:

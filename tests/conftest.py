@@ -1,5 +1,6 @@
 """What holds for all test files."""
 import gc
+import secrets
 
 import pytest
 
@@ -19,6 +20,17 @@ def what_is_there_is_not_collected():
     what came since the file began."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_sets_are_named_not_hashed():
+    """A data set in memory is pickled and hashed for the library's cache of maps, which no test uses: it is named by
+    chance."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.arrow_dataset, "generate_fingerprint", lambda data: secrets.token_hex(8))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,12 @@ TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_t
             "reward_transform": "zscore", "lr_scheduler_type": "linear"}
 
 
+# of the reward: a process that is to be hit must be long enough in a stage, one that goes on to its end need not
+PAUSE = {"seconds": 0.0}
+
+
 def vowels(prompts, completions):
-    time.sleep(0.1)  # as a reward model would
+    time.sleep(PAUSE["seconds"])  # as a reward model would
     return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
 
 
@@ -54,6 +58,13 @@ class Stages:
 
     def entered(self, stage: str) -> int:
         return self.shared[1 + STAGES.index(stage)]
+
+    def wait(self, stage: str, entry: int) -> None:
+        "Until a child has entered a stage so often."
+        until = time.monotonic() + 60
+        while self.entered(stage) < entry:
+            assert time.monotonic() < until, f"no child came to {stage}"
+            time.sleep(0.0005)
 
     def now(self) -> str:
         return STAGES[self.shared[0]]
@@ -96,7 +107,7 @@ def run(place: Path) -> None:
                  after_round=judge)
 
 
-def fork(place: Path, stages: Stages, limit: int | None = None) -> int:
+def fork(place: Path, stages: Stages, limit: int | None = None, pause: float = 0.0) -> int:
     """A child that runs; 0 when it ends well, 3 with one line in `error` for a LireError."""
     place.mkdir(exist_ok=True)
     stages.reset()
@@ -112,6 +123,7 @@ def fork(place: Path, stages: Stages, limit: int | None = None) -> int:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
         stages.watch_all()
+        PAUSE["seconds"] = pause
         run(place)
         code = 0
     except LireError as e:
@@ -142,13 +154,12 @@ def kill(place: Path, stages: Stages, draw: random.Random, duration: float, stag
          at_once: bool) -> tuple[str, int]:
     """Start a run and kill it: at any moment, or somewhere inside a stage. Returns the stage it was in and how it
     ended."""
-    child = fork(place, stages)
+    child = fork(place, stages, pause=0.1)
     if stage is None:
         time.sleep(draw.uniform(0, duration))
     else:
         entry = draw.randint(1, entries)
-        while stages.entered(stage) < entry:
-            time.sleep(0.0005)
+        stages.wait(stage, entry)
         time.sleep(0 if at_once else draw.uniform(0, SPAN[stage]))
     hit = stages.now()
     os.kill(child, signal.SIGKILL)
@@ -173,7 +184,7 @@ def main(place: Path, kills: int, seed: int) -> dict:
     assert wait(maker) == 0
     assert wait(fork(place / "first", stages)) == 0, (place / "first" / "log").read_text()
     began = time.monotonic()
-    assert wait(fork(place / "whole", stages)) == 0
+    assert wait(fork(place / "whole", stages, pause=0.1)) == 0
     duration, whole = time.monotonic() - began, contents(place / "whole")
     entries = {stage: stages.entered(stage) for stage in STAGES[1:]}
     report = {"seconds": duration, "entries": entries, "files": sorted(whole),
@@ -198,9 +209,8 @@ def terminated(stage: str):
     """SIGTERM in a stage: 143, nothing half-written, and the same result after another start."""
 
     def case(place, stages, whole):
-        child = fork(place, stages)
-        while not stages.entered(stage):
-            time.sleep(0.0005)
+        child = fork(place, stages, pause=0.1)
+        stages.wait(stage, 1)
         time.sleep(0.02)
         os.kill(child, signal.SIGTERM)
         code = wait(child)

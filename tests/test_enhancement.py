@@ -3,11 +3,10 @@ forks of one process, see killed_runs.py."""
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
@@ -26,10 +25,10 @@ OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), pr
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
-    done = subprocess.run([sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), "30",
-                           "0"], env=ENV, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    with warm.start(HERE / "killed_runs.py", tmp_path_factory.mktemp("killed"), "30", "0", cwd=HERE, env=ENV) as fork:
+        code, (out, err) = fork.wait(timeout=400), fork.said()
+    assert code == 0, err[-4000:]
+    return json.loads(out)
 
 
 def test_two_undisturbed_runs_leave_the_same_files(report):

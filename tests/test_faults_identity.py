@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from tiny_policy import make_start
 from transformers import AutoModelForCausalLM
 
@@ -488,8 +489,9 @@ def slow(prompts, completions):
     time.sleep(float(sys.argv[3]))
     return [float(len(c)) for c in completions]
 prompts = [{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)]
-print("ready", flush=True)
-sys.stdin.readline()
+Path(sys.argv[4]).touch()
+while not Path(sys.argv[5]).exists():
+    time.sleep(0.001)
 began = time.monotonic()
 try:
     self_enhance(sys.argv[1], prompts, slow, sys.argv[2], evolve=2, num_candidates=2,
@@ -504,16 +506,27 @@ print("done", flush=True)
 
 def race(start: Path, folder: Path, pause: float = 0.3) -> tuple[list[int], list[str]]:
     """Two processes begin to enhance in one folder at the same moment: their exit codes and last lines."""
-    both = [subprocess.Popen([sys.executable, "-c", TWO, str(start), str(folder), str(pause)], env=ENV,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in both]
-    return [process.returncode for process in both], said
+    place = folder.with_name(f"{folder.name}-race")
+    both = [enhancing(start, folder, pause, place, n) for n in range(2)]
+    wait_until(lambda: all((place / f"ready-{n}").exists() for n in range(2)), both)
+    (place / "go").touch()
+    codes = [process.wait(timeout=120) for process in both]
+    return codes, [process.said()[0].strip().splitlines()[-1] for process in both]
+
+
+def enhancing(start: Path, folder: Path, pause: float, place: Path, number: int) -> warm.Fork:
+    """A process that says ready-N in a place, and begins there to enhance as soon as it finds `go`."""
+    place.mkdir(exist_ok=True)
+    (place / "two.py").write_text(TWO)
+    return warm.start(place / "two.py", start, folder, pause, place / f"ready-{number}", place / "go", cwd=place,
+                      env=ENV)
+
+
+def wait_until(there, processes: list[warm.Fork]) -> None:
+    until = time.monotonic() + 120
+    while not there():
+        assert all(p.poll() is None for p in processes) and time.monotonic() < until, [p.said() for p in processes]
+        time.sleep(0.01)
 
 
 def check_race(start: Path, folder: Path) -> None:
@@ -530,13 +543,9 @@ def test_27_of_two_runs_in_one_folder_one_works_and_the_other_says_so(tmp_path, 
 
 
 def test_27_the_lock_of_a_killed_process_does_not_block(tmp_path, start):
-    process = subprocess.Popen([sys.executable, "-c", TWO, str(start), str(tmp_path / "run"), "60"], env=ENV,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdin.write("\n")
-    process.stdin.flush()
-    while not (tmp_path / "run" / "round-1" / "candidates.jsonl").exists():
-        time.sleep(0.05)
+    process = enhancing(start, tmp_path / "run", 60, tmp_path / "one", 0)
+    (tmp_path / "one" / "go").touch()
+    wait_until((tmp_path / "run" / "round-1" / "candidates.jsonl").exists, [process])
     busy = dict(evolve=2, num_candidates=2, settings=SamplingSettings(max_new_tokens=2), progress=False)
     with pytest.raises(LireError, match="at work there"):
         self_enhance(start, PROMPTS, short, tmp_path / "run", **busy)

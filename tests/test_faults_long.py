@@ -3,14 +3,13 @@ About 30 seconds on one thread."""
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import long_processes
 import peft
 import pytest
 import torch
+import warm
 from long_processes import loss_of
 from test_logprobs import FALLBACK, SHARED, lists_of, tiny
 from tiny_policy import make_start
@@ -327,11 +326,7 @@ def test_the_setting_is_refused_in_one_line(tmp_path, wrong):
 
 def test_two_processes_give_the_gradient_of_one_pass(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*command, str(HERE / "long_processes.py"), str(tmp_path)], env=env, capture_output=True,
-                          text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.ranks(2, HERE / "long_processes.py", tmp_path, env=env, timeout=200)
     both = [json.loads((tmp_path / f"rank-{n}.json").read_text()) for n in (0, 1)]
     model = long_processes.start()
     # each process took its batch twice, and DDP takes the mean of the two

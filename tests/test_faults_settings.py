@@ -4,14 +4,13 @@ import logging
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import warm
 from tiny_policy import make_start
 from transformers import TrainerCallback
 
@@ -427,23 +426,21 @@ def test_40_ctrl_c_writes_a_checkpoint_and_a_second_one_stops_at_once(place, tmp
 
 def test_40_ctrl_c_on_the_command_line(place, tmp_path):
     save_lists(LISTS, tmp_path / "lists.jsonl")
-    command = [sys.executable, "-c",
-               "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from lire_nb.cli import "
-               "main; sys.exit(main(sys.argv[1:]))",
-               "train", "--lists", str(tmp_path / "lists.jsonl"), "--policy", str(place / "start"), "--out",
+    script = tmp_path / "lire.py"
+    script.write_text("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                      "from lire_nb.cli import main; sys.exit(main(sys.argv[1:]))")
+    command = [script, "train", "--lists", str(tmp_path / "lists.jsonl"), "--policy", str(place / "start"), "--out",
                str(tmp_path / "policy"), "--set", "max_steps=100000", "--set", "save_steps=20"]
     env = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
+    with warm.start(*command, cwd=tmp_path, env=env) as run:
         end = time.monotonic() + 120
         while time.monotonic() < end and run.poll() is None:
             if list(tmp_path.glob("policy.partial/checkpoint-*/manifest.json")):
                 break
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        _, error = run.communicate(timeout=60)
-    finally:
-        run.kill()
+        run.wait(timeout=60)
+        _, error = run.said()
     step = int(last_checkpoint(tmp_path / "policy.partial").name.split("-")[1])
     wanted = f"stopped by Ctrl-C after step {step} of 100000; a checkpoint is kept"
     assert run.returncode == 130 and wanted in error, error[-500:]

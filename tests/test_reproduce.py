@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from yardstick import import_seconds
 
 from lire_nb import statistics
@@ -37,9 +38,14 @@ def plain(result: dict) -> dict:
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """Every table at the smoke scale, and the seconds of the processor that took: other tests may run beside."""
+    from lire_nb import models
+
     folder, began = tmp_path_factory.mktemp("smoke"), time.process_time()
-    code = main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"), "--work",
-                 str(folder / "work")])
+    with pytest.MonkeyPatch.context() as patch:
+        # read once from each folder; the killed command below reads each anew, and its numbers are the same
+        patch.setattr(models, "load_tokenizer", cache(models.load_tokenizer))
+        code = main(["reproduce", "all", "--scale", "smoke", "--jobs", "1", "--results", str(folder / "results"),
+                     "--work", str(folder / "work")])
     assert code == 0
     return folder, time.process_time() - began
 
@@ -73,13 +79,12 @@ def test_two_numbers_come_out_again_in_an_empty_folder(smoke, tmp_path):
         assert plain(run_experiment(row["config"], tmp_path / "work")) == plain(row["result"])
 
 
-def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path):
+def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path, capsys):
     """SIGKILL for the command in the middle of its runs: its workers end with it, every row is whole, and the rest is
     as if nothing had happened."""
-    command = [sys.executable, "-m", "lire_nb.cli", "reproduce", "dialogue", "--scale", "smoke", "--seeds", "1",
-               "--jobs", "2", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    running = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["reproduce", "dialogue", "--scale", "smoke", "--seeds", "1", "--results", str(tmp_path / "results"),
+               "--work", str(tmp_path / "work")]
+    running = warm.start("lire_nb.cli", *command, "--jobs", "2", cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     path, until = tmp_path / "results" / "dialogue.jsonl", time.monotonic() + 240
     while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
         assert running.poll() is None and time.monotonic() < until
@@ -87,17 +92,17 @@ def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path):
     workers = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) == running.pid]
     assert len(workers) == 2
     running.send_signal(signal.SIGKILL)
-    running.wait()
+    assert running.wait() == -signal.SIGKILL
     kept = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1]
     done = kept.count(b"\n")
     with open(path, "ab") as f:
         f.write(b'{"key": "half a row')
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
+    assert main([*command, "--jobs", "1"]) == 0  # it need not go on as it began
+    said = capsys.readouterr().out
     assert not [w for w in workers if Path(f"/proc/{w}").exists()]
     assert path.read_bytes().startswith(kept)
     rows = rows_of(tmp_path / "results")
-    assert f"{done} of {len(rows)} runs are there; {len(rows) - done} to go" in again.stdout
+    assert f"{done} of {len(rows)} runs are there; {len(rows) - done} to go" in said
     uninterrupted = {row["key"]: plain(row["result"]) for row in rows_of(smoke[0] / "results")}
     assert len(rows) == len({row["key"] for row in rows}) and all(plain(row["result"]) == uninterrupted[row["key"]]
                                                                   for row in rows)
@@ -147,14 +152,15 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
 
 
 def test_one_command_at_a_time_in_a_work_folder(tmp_path):
-    code = (f"import sys; from lire_nb.lab import runner\nwith runner._only_one({str(tmp_path)!r}):\n"
-            "    print('held', flush=True); sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    (tmp_path / "holder.py").write_text(f"import time; from lire_nb.lab import runner\n"
+                                        f"with runner._only_one({str(tmp_path)!r}):\n"
+                                        "    print('held', flush=True); time.sleep(60)")
+    with warm.start(tmp_path / "holder.py", cwd=tmp_path, env=dict(os.environ)) as other:
+        while "held" not in other.said()[0]:
+            assert other.poll() is None, other.said()
+            time.sleep(0.01)
         with pytest.raises(LireError, match="another lire reproduce"):
             runner.reproduce(["sentiment"], "smoke", results=tmp_path / "results", work=tmp_path, jobs=1)
-        other.stdin.close()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -342,6 +348,26 @@ def test_an_experiment_that_contradicts_itself(part, change, says):
     config_without = {k: v for k, v in inside.items() if v is not None or k == "threads"}
     with pytest.raises(LireError, match=re.escape(says)):
         plans.read_experiment({**config, part: config_without} if part else config_without)
+
+
+def test_run_experiment_takes_what_read_experiment_takes(tmp_path):
+    """A wrong configuration is refused by the same words before any work, and the door decides no number: the version
+    of the code does not enter it."""
+    from lire_nb.base.versions import definitions
+
+    config = plans.experiment(plans.SCALES["smoke"], "dialogue", "lire", 0, plans.SEARCH["lire"][0]).config()
+    for wrong in ({**config, "sead": 1}, {**config, "take": {"prompts": 1}}, {**config, "method": "dpo"},
+                  {**config, "judge": {**config["judge"], "split": "train"}},
+                  {**config, "method": "start"}):
+        said = []
+        for door in (plans.read_experiment, lambda wrong: run_experiment(wrong, tmp_path / "work")):
+            with pytest.raises(LireError) as e:
+                door(wrong)
+            said.append(str(e.value))
+        assert said[0] == said[1]
+    assert not (tmp_path / "work").exists()
+    reached = definitions(["run_experiment"], without=plans._NAMING)
+    assert ("lab.plans", "read_experiment") not in reached and ("lab.plans", "Experiment") not in reached
 
 
 def test_a_scale_says_every_setting():

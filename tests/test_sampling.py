@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers as tf
+import warm
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -541,13 +541,11 @@ def test_200_candidates_survive_a_killed_client_and_a_killed_server(tmp_path, mo
     asked, ask = Counter(), ServerSampler._ask
     with Serve(folder, threads=1, log=tmp_path / "server.log") as server:
         address = f"{server.url}#{server.model}"
-        client = subprocess.Popen([sys.executable, "-c", CLIENT, address, str(journal), *prompts],
-                                  env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        try:
+        (tmp_path / "client.py").write_text(CLIENT)
+        with warm.start(tmp_path / "client.py", address, journal, *prompts, cwd=tmp_path,
+                        env={**os.environ, "HF_HUB_OFFLINE": "1"}) as client:
             wait_for(journal, 40, lambda: client.poll() is None)
-        finally:
             client.send_signal(signal.SIGKILL)
-            client.wait()
         first = [json.loads(line)["key"] for line in journal.read_text().splitlines()]  # a line is written in one piece
         assert 40 <= len(first) < 200
 

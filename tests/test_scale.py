@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from tiny_policy import make_start
@@ -285,9 +286,11 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
+APART = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def started(place, *command) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=place, env=env, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=place, env=APART, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -295,7 +298,9 @@ def started(place, *command) -> None:
 @pytest.fixture(scope="module")
 def one(place) -> Path:
     """The policy that one process trains, by the same command."""
-    started(place, "lire_nb.cli", *TRAIN, "--out", "one", "--set", "per_device_train_batch_size=4")
+    done = warm.run("lire_nb.cli", *TRAIN, "--out", "one", "--set", "per_device_train_batch_size=4", cwd=place,
+                    env=APART)
+    assert done.returncode == 0, done.stderr[-4000:]
     return place / "one"
 
 

@@ -1,17 +1,18 @@
 """Training that can be believed: layouts that should be equal are, and what goes wrong stops before the weights are
 touched."""
+import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from lire_nb import path_check
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import train_policy
 from lire_nb.logprobs import dataset_logps
@@ -43,9 +44,23 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
+def loaded(policy):
+    """A fresh copy of a policy that was read once. Copies share what the check of paths found, which is looked up by
+    all that it depends on."""
+    if policy not in READ:
+        READ[policy] = load_policy(policy), {}
+    (model, tokenizer), found = READ[policy]
+    model = copy.deepcopy(model)
+    path_check._CHECKS[model] = found
+    return model, tokenizer
+
+
+READ = {}
+
+
 def trainer(policy, folder, lists=LISTS, eval_lists=None, **settings):
     options = {name: settings.pop(name) for name in ("callbacks", "peft_config", "ref_model") if name in settings}
-    model, tokenizer = load_policy(policy)
+    model, tokenizer = loaded(policy)
     return LIRETrainer(model, LIREConfig(**{"output_dir": str(folder), "save_strategy": "no", **BASE, **settings}),
                        lists, eval_lists, processing_class=tokenizer, **options)
 
@@ -160,11 +175,7 @@ def test_a_merged_adapter_gives_the_same_logps(place, tmp_path):
 @pytest.fixture(scope="module")
 def two(place) -> list[dict]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*command, str(HERE / "two_processes.py"), str(place)], env=env, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.ranks(2, HERE / "two_processes.py", place, env=env, timeout=300)
     return [json.loads((place / f"rank-{n}.json").read_text()) for n in (0, 1)]
 
 

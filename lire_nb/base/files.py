@@ -582,8 +582,13 @@ def free_lock(lock: filelock.BaseFileLock) -> None:
     lock.release()
 
 # %% ../../nbs/31_files.ipynb #2992ff58
+# both are set by torchrun and accelerate launch
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 # %% ../../nbs/31_files.ipynb #2f45fadb
 @contextmanager

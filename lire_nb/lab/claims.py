@@ -224,7 +224,7 @@ def _since_best(points) -> np.ndarray:  # (S, N)
     return values_of(points[-1][1], "gold") - values_of(best, "gold")
 
 # %% ../../nbs/44_claims.ipynb #68a40781
-def _prevents(results: Results) -> list[Quantity]:
+def _with_and_without_term(results: Results) -> list[Quantity]:
     runs = load_runs("overoptimization", results)
     courses = {name: points_of(final_runs(runs, method="lire", sft_weight=alpha))
                for name, alpha in (("with the term", 1.0), ("without the term", 0.0))}
@@ -299,7 +299,8 @@ CLAIMS: list[Claim] = [
     Claim("PRO and RRHF are weak for small M", "paper", "candidates", _weak_when_small),
     Claim("T changes little", "paper", "ablations", _temperature, changes_little),
     Claim("Both the list and the reward values bring the gain", "reviewers", "ablations", _list_or_values),
-    Claim("A supervised term prevents over-optimization", "paper", "overoptimization", _prevents, falls_less),
+    Claim("A supervised term prevents over-optimization", "paper", "overoptimization", _with_and_without_term,
+          falls_less),
     Claim("The reward rises with every round of self-enhancement", "paper", "self_enhancement", _rounds_rise),
     Claim("The variance of rewards falls with the rounds", "paper", "self_enhancement", _variance_falls),
     Claim("The gain carries over to other tasks", "paper", "transfer", _transfers),

@@ -18,7 +18,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJConfig, LlamaConfig
 
-from ..base.errors import LireError, require
+from ..base.errors import LireError, needed, require
 from ..models import Policy
 from ..shared_prompt import CHUNK
 from ..training import LIREConfig
@@ -289,10 +289,6 @@ def lora_config(
     targets: tuple[str, ...] = PAPER_TARGETS,
 ):  # a peft LoraConfig
     "LoRA as in the paper; raises `LireError` without peft."
-    try:
-        from peft import LoraConfig
-    except ImportError as e:
-        raise LireError("not installed", field="lora", value="peft", allowed="the package peft installed",
-                        remedy="pip install 'lire_nb[lora]'") from e
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
-                      task_type="CAUSAL_LM")
+    peft = needed("peft", "lora", field="lora")
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
+                           task_type="CAUSAL_LM")

@@ -248,8 +248,8 @@ def _loss_identity(name: str) -> list:
     return [named_identity(fn)]
 
 # %% ../../nbs/41_plans.ipynb #e9e74ee8
-# say what a result is called, not what it is
-_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by")
+# say what a result is called, or refuse to make one; what it is they do not decide
+_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by", "read_experiment")
 
 
 @cache

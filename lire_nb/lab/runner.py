@@ -23,7 +23,7 @@ import torch
 from transformers import GPTJConfig, GPTJModel
 
 from ..base.errors import data_path, LireError, require
-from ..base.files import one_writer
+from ..base.files import one_writer, _processes
 from .experiments import run_experiment, stand_in, trained_lists
 from .memory import lora_config, read_recipe, step_settings
 from lire_nb.lab.plans import (
@@ -57,7 +57,7 @@ def reproduce(
     size = _checked(names, scale, seeds, policy, reward, configs)
     results = Path(results_folder(scale) if results is None else results)
     work, threads = Path(work or Path("runs", "reproduce", scale)), size.get("threads")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _processes() > 1:
         jobs = 1  # the processes of accelerate launch train together
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1)
 
@@ -327,7 +327,7 @@ def _paper_experiment(table: str, recipe: dict, method: str, seed: int) -> Exper
     longest, sampled = told["max_completion_length"], recipe["num_candidates"] - 2  # and two of the data set's own
     of_lire = {name: told.pop(name) for name in ("temperature", "reward_transform", "sft_weight")}
     told |= of_lire if method == "lire" else PAPER["methods"].get(method, {})
-    told |= step_settings(int(os.environ.get("WORLD_SIZE", 1)), recipe["lists_per_step"]) | {"loss_type": method}
+    told |= step_settings(_processes(), recipe["lists_per_step"]) | {"loss_type": method}
     published = {"name": recipe["reward"]}
     if "gptj" in recipe["reward"]:
         published["backbone"] = "EleutherAI/gpt-j-6B"

@@ -10,7 +10,6 @@ import difflib
 import gc
 import importlib.metadata
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -22,8 +21,8 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from ..adapters import check_adapter
-from ..base.errors import LireError, require
-from ..base.files import _batches, atomic_folder, write_json, write_jsonl
+from ..base.errors import LireError, needed, require
+from ..base.files import _batches, atomic_folder, _processes, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id
 from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity
@@ -135,11 +134,7 @@ def _trl(method: str):
     "TRL's configuration and trainer class."
     require(method in METHODS, "unknown method", field="method", value=method, allowed=" or ".join(METHODS),
             remedy="choose one of these")
-    try:
-        import trl
-    except ImportError as e:
-        raise LireError("not installed", field="method", value=method, allowed="the package trl installed",
-                        remedy="pip install 'lire_nb[peers]'") from e
+    trl = needed("trl", "peers", field="method", value=method)
     return tuple(getattr(trl, name) for name in METHODS[method])
 
 # %% ../../nbs/49_trl_online.ipynb #552be1fe
@@ -157,9 +152,8 @@ def _check_online(config_class, settings: SamplingSettings, training: dict) -> N
             near = difflib.get_close_matches(name, known, n=3) or ["learning_rate", "beta"]
             raise LireError("unknown setting", field=f"training: {name}", allowed=f"a field of {config_class.__name__}",
                             remedy=f"did you mean {' or '.join(near)}?")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise LireError("more than one process", field="WORLD_SIZE", value=os.environ["WORLD_SIZE"], allowed="1",
-                        remedy="start it without accelerate launch or torchrun")
+    require(_processes() == 1, "more than one process", field="WORLD_SIZE", value=_processes(), allowed="1",
+            remedy="start it without accelerate launch or torchrun")
 
 # %% ../../nbs/49_trl_online.ipynb #d96c1d42
 def online_settings(
