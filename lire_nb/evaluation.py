@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .base.errors import LireError, moved, public_address, require
+from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
@@ -60,9 +60,8 @@ def judge_policy(
     # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
     exact_kl: bool = False,
     progress: bool = True,
-# id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, and what `logprobs.sampled_logps` finds
-) -> list[dict]:
-    "Sample, score and measure a policy on prompts it was not trained on."
+) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, log-probs
+    "Sample, score and measure a policy on prompts it was not trained on; the log-probs of `logprobs.sampled_logps`."
     prompts = checked_prompts(prompts)
     policy, start = _loaded_pair(policy, start)
     lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed,
@@ -260,12 +259,7 @@ def self_bleu(
     texts: Sequence[str],  # samples for one prompt
 ) -> float:  # 0 … 1; NaN for fewer than two texts
     "Mean sentence BLEU (sacrebleu, effective order) of each text against all others."
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as e:
-        raise LireError("not installed", field="self_bleu", value="sacrebleu",
-                        allowed="the package sacrebleu installed", remedy="pip install 'lire_nb[evaluation]'") from e
-    bleu = BLEU(effective_order=True)
+    bleu = needed("sacrebleu.metrics", "evaluation", field="self_bleu").BLEU(effective_order=True)
     scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score / 100
               for i, text in enumerate(texts) if len(texts) > 1]
     return float(np.mean(scores)) if scores else math.nan
@@ -363,7 +357,7 @@ def _movement(rows: list[dict], seed: int) -> list[tuple[str, None, dict]]:
     if same and not kl_known:
         figures.append(("log-ratio to start", None, ratio))
     if all("token_kl" in r for r in rows):
-        figures.append(("KL a token", None, over_prompts("token_kl") if all(column("token_kl")) else none))
+        figures.append(("KL per token", None, over_prompts("token_kl") if all(column("token_kl")) else none))
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #bf8acc60

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from .base.errors import LireError, require
+from .base.errors import LireError, needed, require
 from lire_nb.statistics import (
     bootstrap_interval, FEW, Interval, paired_difference, _standard_error, wilson_interval,
 )
@@ -168,15 +168,10 @@ def judge_agreement(
     confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
-# NaN where all verdicts are the same: then there is no disagreement to expect; bounds NaN below 20 common prompts
-) -> Interval:
-    """Krippendorff's alpha with a bootstrap interval over prompts; raises `LireError` for fewer than two judges or no
-    prompt that two of them judged."""
-    try:
-        import krippendorff
-    except ImportError as e:
-        raise LireError("not installed", field="judge_agreement", value="krippendorff",
-                        allowed="the package krippendorff installed", remedy="pip install 'lire_nb[evaluation]'") from e
+) -> Interval:  # NaN where no disagreement is to be expected; bounds NaN below 20 common prompts
+    """Krippendorff's alpha with a bootstrap interval over prompts. It is NaN where all verdicts are the same. Raises
+    `LireError` for fewer than two judges or no prompt that two of them judged."""
+    krippendorff = needed("krippendorff", "evaluation", field="judge_agreement")
     _same_number(**verdicts)
     ratings = np.array([[math.nan if v is None else v for v in column] for column in verdicts.values()], dtype=float)
     domain = np.unique(ratings[~np.isnan(ratings)])
@@ -250,11 +245,10 @@ def length_controlled_win_rate(
     confidence: float = 0.95,
     resamples: int = 999,
     seed: int = 0,
-# win_rate, low, high, method, theta, slope; no interval (None) below 20 prompts, where a bootstrap does not cover;
-# Wilson's where all prompts say the same
-) -> dict:
+) -> dict:  # win_rate, low, high, method, theta, slope
     """The win rate predicted for answers of equal length, with a bootstrap interval over prompts (Dubois et al., 2024,
-    without instruction difficulty)."""
+    without instruction difficulty). Below 20 prompts, where a bootstrap does not cover, the interval is None; where all
+    prompts say the same, it is Wilson's."""
     _same_number(preferences=preferences, lengths=lengths, reference_lengths=reference_lengths)
     y, delta = _checked_preferences(preferences), _length_term(lengths, reference_lengths)
     require(len(y) > 1, "too few", field="preferences", value=len(y), allowed="two prompts or more",

@@ -505,13 +505,13 @@ class LossSpec:
             return False
         return options["score"].endswith("ratio") if isinstance(options.get("score"), str) else self.needs_ref
 
-    @property
+    @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
         "Of the function; a module's are those of its forward."
         fn = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
         return dict(_parameters_of(fn) if inspect.isfunction(fn) else inspect.signature(fn).parameters)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, object]:
         "Every setting that the function names, with its default; the first three places are the batch's."
         named = [p for p in self.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..base.errors import in_cell, in_html, LireError, require
+from ..base.errors import in_cell, in_html, LireError, needed, require
 from ..base.files import atomic_write, slug
 from .verdicts import Comparison, make_pairs, Pair, _verdict, VERDICTS
 
@@ -223,12 +223,7 @@ class SheetWidget:
     "Walks through a sheet and writes each verdict into its CSV file at once; show it by ending a cell on it."
 
     def __init__(self, path: str | Path):
-        try:
-            import ipywidgets as widgets
-        except ImportError as e:
-            raise LireError("ipywidgets is not installed", field="sheet",
-                            allowed="a spreadsheet program, or ipywidgets",
-                            remedy="pip install 'lire_nb[evaluation]'") from e
+        widgets = needed("ipywidgets", "evaluation", field="sheet", allowed="a spreadsheet program, or ipywidgets")
         self.path, self.rows = Path(path), [row for _, row in _read_sheet(Path(path))]
         self.prompt, self.first, self.second, self.progress = (widgets.HTML() for _ in range(4))
         self.buttons = {name: widgets.Button(description=label) for name, label in

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..base.errors import LireError, require
+from ..base.errors import LireError, needed, require
 from ..logprobs import list_logps
 from ..long_lists import list_logps_in_parts
 from ..models import causal_lm, has_bf16, load_policy, load_tokenizer
@@ -229,12 +229,9 @@ def _memory(field: str, device) -> float:
 # %% ../../nbs/47_bench.ipynb #37f7356d
 def _dpo_trainer(policy: str | Path, texts: list[tuple[str, str, str]], folder: str | Path):
     "TRL's trainer over some pairs of text; raises `LireError` without trl."
-    try:
-        import trl
-        from datasets import Dataset
-    except ImportError as e:
-        raise LireError("trl is not installed", field="trl", allowed="the extra 'peers'",
-                        remedy="pip install 'lire_nb[peers]'") from e
+    from datasets import Dataset
+
+    trl = needed("trl", "peers")
     model, tokenizer = load_policy(policy, dtype=torch.float32)
     kind = next(model.parameters()).device.type
     args = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(texts), report_to=[],

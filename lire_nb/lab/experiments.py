@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'stand_in', 'reward_lists', 'reward_folder', 'judges_of', 'r
 # %% ../../nbs/40_experiments.ipynb #29698efa
 import gc
 import json
-import os
 import random
 import shutil
 import time
@@ -23,11 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..base.errors import require
-from ..base.files import atomic_folder, one_writer, write_json
+from ..base.files import atomic_folder, one_writer, _processes, write_json
 from ..enhancement import self_enhance, train_policy
 from ..evaluation import judge_policy
 from .memory import lora_config
-from .plans import config_key, _made_by
+from .plans import config_key, _made_by, read_experiment
 from ..lists import load_lists, save_lists
 from ..models import compute_dtype, load_policy, load_tokenizer, Policy, quiet_transformers
 from ..records import best_and_worst, candidate_columns, make_record, merge_candidates, select_candidates
@@ -294,17 +293,12 @@ def _trained(config: dict, work: Path) -> str:
              if k in config} | {"rewards": _proxy_of(config)}
     folder = Path(work) / "trained" / f"{config_key(parts)}-{_made_by('_trained')}"
     options = {"trainer_options": {"peft_config": lora_config(**config["lora"])}} if config.get("lora") else {}
-    with _locked(folder) if _alone() else nullcontext():
+    with _locked(folder) if _processes() == 1 else nullcontext():  # those of accelerate launch train it together
         if folder.exists():
             return str(folder)
         train_policy(_policy(config["source"]["policy"], work), trained_lists(config, work), folder,
                      seed=config["seed"], **options, **_settings(config))
     return str(folder)
-
-# %% ../../nbs/40_experiments.ipynb #0d7009f7
-def _alone() -> bool:
-    "Not one of the processes of accelerate launch, which train a policy together."
-    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 # %% ../../nbs/40_experiments.ipynb #19abe0df
 def _train(config: dict, work: Path, keep: bool) -> dict:
@@ -312,7 +306,7 @@ def _train(config: dict, work: Path, keep: bool) -> dict:
     folder = _trained(config, work)
     trained = time.monotonic()
     result = _judge(folder, config, work)
-    if config["method"] != "start" and not keep and _alone():
+    if config["method"] != "start" and not keep and _processes() == 1:
         shutil.rmtree(folder, ignore_errors=True)
     return {**result,
             "seconds": {"training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}}
@@ -386,10 +380,12 @@ def run_experiment(
     work: str | Path,  # a folder for what experiments share; may be deleted at any time
     keep: bool = False,  # keep the trained policy there, for an experiment that judges it elsewhere
 ) -> dict:  # the result, as JSON
-    """Run one experiment. On a CPU it uses the number of threads that its configuration names, so that two runs add in
-    the same order."""
+    """Run one experiment; raises `LireError` for what `plans.read_experiment` refuses. On a CPU it uses the number of
+    threads that its configuration names, so that two runs add in the same order."""
     require(config.get("kind") in KINDS, "unknown kind", field="kind", value=config.get("kind"),
             allowed=", ".join(KINDS), remedy="choose one of these")
+    if config["kind"] != "reward":
+        read_experiment(config)
     threads, began = torch.get_num_threads(), time.monotonic()
     try:
         if config.get("threads"):
