@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ends_step', 'Prefix', 'Search', 'guided_lists', 'best_of_n', 'guided_report']
 
-# %% ../nbs/84_guided_sampling.ipynb #ddce45ba
+# %% ../nbs/84_guided_sampling.ipynb #a0808720
 import inspect
 import itertools
 import math
@@ -29,7 +29,7 @@ from lire_nb.sampling import (
 from .servers import progress_bar
 from .statistics import bootstrap_interval, Interval
 
-# %% ../nbs/84_guided_sampling.ipynb #017c84c7
+# %% ../nbs/84_guided_sampling.ipynb #3fdc5761
 _SENTENCE = re.compile(r"\w.*(?:[.!?…。！？][\"'”’»)\]*_]*|\n)\s*$", re.S)
 
 
@@ -41,7 +41,7 @@ def ends_step(
     "Whether a step is over."
     return _SENTENCE.search(text) is not None if step == "sentence" else tokens >= step
 
-# %% ../nbs/84_guided_sampling.ipynb #e6f277b2
+# %% ../nbs/84_guided_sampling.ipynb #2b310e85
 @dataclass(eq=False)
 class Prefix:
     "The beginning of an answer, up to the end of a step."
@@ -61,7 +61,7 @@ class Prefix:
         "The steps that lead here, this one included."
         return [*self.parent.path, self] if self.parent else []
 
-# %% ../nbs/84_guided_sampling.ipynb #de251ae4
+# %% ../nbs/84_guided_sampling.ipynb #3918298b
 class Search:
     "One answer that is being written; `at` is the prefix that the next step goes on from."
 
@@ -91,7 +91,7 @@ class Search:
             self.at, *self.siblings = self.best
             self.best = []
 
-# %% ../nbs/84_guided_sampling.ipynb #863d9f77
+# %% ../nbs/84_guided_sampling.ipynb #908885fe
 def _numbers(searches: list[Search], width: int, length: int, seed: int) -> torch.Tensor:  # (N·W, 1 + length)
     """The random numbers of a draw. Column 0 is that of an answer's first token, which must not be an end; later steps
     begin at column 1."""
@@ -102,7 +102,7 @@ def _numbers(searches: list[Search], width: int, length: int, seed: int) -> torc
         found[i * width : (i + 1) * width, (done > 0) : (done > 0) + length - done] = own
     return found
 
-# %% ../nbs/84_guided_sampling.ipynb #b272b139
+# %% ../nbs/84_guided_sampling.ipynb #899735db
 class _Rereading:
     "As `sampling._Decoding`, for models that cannot go on from a computed prefix."
 
@@ -123,7 +123,7 @@ class _Rereading:
         self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist())]
         self._forward()
 
-# %% ../nbs/84_guided_sampling.ipynb #1b123a11
+# %% ../nbs/84_guided_sampling.ipynb #d3a85ac0
 def _begin(model, starts: list[list[int]], width: int, pad: int, share: bool):
     "Rows that go on from these beginnings, each as often as `width` says."
     place = {start: k for k, start in enumerate(dict.fromkeys(map(tuple, starts)))}
@@ -133,7 +133,7 @@ def _begin(model, starts: list[list[int]], width: int, pad: int, share: bool):
     decoding.choose(lines.repeat_interleave(width))
     return decoding
 
-# %% ../nbs/84_guided_sampling.ipynb #b8f0067c
+# %% ../nbs/84_guided_sampling.ipynb #90e3f298
 @dataclass
 class _Draw:
     "What a draw needs to know, the same for every step of every search."
@@ -153,7 +153,7 @@ class _Draw:
         text = tokenizer.decode(new) if self.step == "sentence" else ""
         return whole or ends_step(text, len(new), self.step), whole
 
-# %% ../nbs/84_guided_sampling.ipynb #afb36ae0
+# %% ../nbs/84_guided_sampling.ipynb #e5a7b9d6
 def _write_steps(draw: _Draw, searches: list[Search]) -> Iterator[tuple[list[tuple[int, float]], bool]]:
     "One step of W rows for every search: (token, log-prob) since the answer began, and whether the answer is whole."
     model, tokenizer, length = draw.sampler.model, draw.sampler.tokenizer, draw.settings.max_new_tokens
@@ -179,7 +179,7 @@ def _write_steps(draw: _Draw, searches: list[Search]) -> Iterator[tuple[list[tup
             lines, tokens = lines[kept], tokens[kept]
         decoding.append(tokens)
 
-# %% ../nbs/84_guided_sampling.ipynb #a2fda8c5
+# %% ../nbs/84_guided_sampling.ipynb #db11e798
 def _continuations(draw: _Draw, searches: list[Search]) -> list[list[Prefix]]:  # N searches, W each
     "One step further, not scored."
     written, found = iter(_write_steps(draw, searches)), []
@@ -191,7 +191,7 @@ def _continuations(draw: _Draw, searches: list[Search]) -> list[list[Prefix]]:  
                                     search.at.plain and w == 0, search.at))
     return found
 
-# %% ../nbs/84_guided_sampling.ipynb #ae0b4d50
+# %% ../nbs/84_guided_sampling.ipynb #0030ea50
 def _score_prefixes(guide: Reward, searches: list[Search], drawn: list[list[Prefix]]) -> None:
     "Write the guide's scores; raises `RewardError` where it does not give one finite number for each."
     asked = [{"id": s.record["id"], "prompt": s.record["prompt"], "completions": [p.text for p in row]}
@@ -205,7 +205,7 @@ def _score_prefixes(guide: Reward, searches: list[Search], drawn: list[list[Pref
         prefix.score = _finite(score, f"guide {reward_name(guide)!r}, continuation {j} of step "
                                       f"{len(prefix.path)} for list {record['id']!r}")
 
-# %% ../nbs/84_guided_sampling.ipynb #4e3b5212
+# %% ../nbs/84_guided_sampling.ipynb #4d11347b
 @torch.no_grad()
 def _run_searches(draw: _Draw, searches: list[Search], guide: Reward, progress: bool) -> None:
     "Every search to its end, in batches of rows."
@@ -221,7 +221,7 @@ def _run_searches(draw: _Draw, searches: list[Search], guide: Reward, progress: 
                 bar.update(sum(s.at.ended for s in live))
                 live = [s for s in live if not s.at.ended]
 
-# %% ../nbs/84_guided_sampling.ipynb #b13a4741
+# %% ../nbs/84_guided_sampling.ipynb #6200138c
 def guided_lists(
     policy,  # a name, a pair (model, tokenizer), or a `LocalSampler`; not a server
     prompts,  # texts, messages, or records with "id", "prompt" and "meta"
@@ -252,7 +252,7 @@ def guided_lists(
              "width": width, "backtrack": backtrack}
     return lists_dataset(_guided_record(draw, row, source, facts, keep_trees) for row in searches)
 
-# %% ../nbs/84_guided_sampling.ipynb #2dd6bd9e
+# %% ../nbs/84_guided_sampling.ipynb #fd8207e8
 def _searches(sampler: LocalSampler, records: list[dict], count: int, backtrack: int) -> list[list[Search]]:
     "M searches for each prompt, numbered as `LocalSampler` numbers its candidates."
     if sampler.share_prompt is None:
@@ -262,7 +262,7 @@ def _searches(sampler: LocalSampler, records: list[dict], count: int, backtrack:
     return [[Search(record, ids, number, backtrack) for number in own]
             for record, ids, own in zip(records, encoded, numbers)]
 
-# %% ../nbs/84_guided_sampling.ipynb #6ab6fbc5
+# %% ../nbs/84_guided_sampling.ipynb #9b1b8f78
 def _guided_record(draw: _Draw, searches: list[Search], source: str, facts: dict, keep_trees: bool) -> dict:
     "A list of the answers of some searches, with what they cost."
     record, tokenizer = searches[0].record, draw.sampler.tokenizer
@@ -275,7 +275,7 @@ def _guided_record(draw: _Draw, searches: list[Search], source: str, facts: dict
     trees = {"trees": [_tree(s) for s in searches]} if keep_trees else {}
     return made | {"meta": made["meta"] | columns | trees | {"sampling": facts}}
 
-# %% ../nbs/84_guided_sampling.ipynb #0cfafc75
+# %% ../nbs/84_guided_sampling.ipynb #5735d5d8
 def _tree(search: Search) -> list[dict]:
     "Everything that a search drew: each step's parent (a place in this list, −1 at the start), text, tokens, score."
     place = {p: k for k, p in enumerate(search.drawn)}
@@ -283,7 +283,7 @@ def _tree(search: Search) -> list[dict]:
              "tokens": len(p.row) - len(p.parent.row), "score": p.score, "kept": p in search.at.path}
             for p in search.drawn]
 
-# %% ../nbs/84_guided_sampling.ipynb #9b5e442b
+# %% ../nbs/84_guided_sampling.ipynb #128825aa
 def _check_search(policy, guide, step, width, backtrack, settings) -> None:
     "Raises `LireError` for options that cannot be used, before anything is loaded."
     served = isinstance(policy, str) and policy.startswith(("http://", "https://"))
@@ -301,7 +301,7 @@ def _check_search(policy, guide, step, width, backtrack, settings) -> None:
             allowed="1 at temperature 0, where all continuations of a step are the same",
             remedy="sample at a temperature above 0")
 
-# %% ../nbs/84_guided_sampling.ipynb #449cf282
+# %% ../nbs/84_guided_sampling.ipynb #a60b11d1
 def _check_local(local: bool, value) -> None:
     require(local, "cannot be guided step by step", field="policy", value=value,
             allowed="a model in this process: a name, a folder, (model, tokenizer) or a LocalSampler",
@@ -315,7 +315,7 @@ def _local(policy, options: dict) -> LocalSampler:
     _check_local(isinstance(sampler, LocalSampler), type(policy).__name__)
     return sampler
 
-# %% ../nbs/84_guided_sampling.ipynb #7039519b
+# %% ../nbs/84_guided_sampling.ipynb #c3c0a5c0
 def best_of_n(
     values: Sequence[float],  # (N,) what each answer of a pool is worth
     scores: Sequence[float],  # (N,) by which the best is chosen
@@ -337,7 +337,7 @@ def best_of_n(
     low = math.floor(n)
     return exact(low) if low == n else (low + 1 - n) * exact(low) + (n - low) * exact(low + 1)
 
-# %% ../nbs/84_guided_sampling.ipynb #ed7c3798
+# %% ../nbs/84_guided_sampling.ipynb #bdf37f37
 def guided_report(
     guided: Iterable[dict],  # of `guided_lists`
     plain: Iterable[dict],  # of `sample_lists`: a pool of N candidates for the same prompts, with the same settings
@@ -367,7 +367,7 @@ def guided_report(
                      "method": gain.method})
     return rows
 
-# %% ../nbs/84_guided_sampling.ipynb #9217221b
+# %% ../nbs/84_guided_sampling.ipynb #8d4d0dcd
 def _interval(values, seed: int) -> Interval:
     "The mean over prompts; of one prompt there is no interval."
     if len(values) < 2:
@@ -385,7 +385,7 @@ def _plain_tokens(record: dict) -> float:
             remedy="draw the pool from a model in this process, by guided_lists with width=1 where stop strings cut")
     return float(np.mean(known))
 
-# %% ../nbs/84_guided_sampling.ipynb #ee77ad4a
+# %% ../nbs/84_guided_sampling.ipynb #d0e0bf1e
 def _paired(guided, plain) -> tuple[list[dict], list[dict]]:
     "Both lists of every prompt, in the order of the guided ones."
     guided, plain = [dict(r) for r in guided], [dict(r) for r in plain]
