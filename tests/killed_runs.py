@@ -38,17 +38,14 @@ TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_t
             "reward_transform": "zscore", "lr_scheduler_type": "linear"}
 
 
-# of the reward: a process that is to be hit must be long enough in a stage, one that goes on to its end need not
-PAUSE = {"seconds": 0.0}
-
-
 def vowels(prompts, completions):
-    time.sleep(PAUSE["seconds"])  # as a reward model would
     return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
 
 
 class Stages:
     """The stage a child is in, and how often each was entered, written where its parent can read it."""
+
+    pause = 0.0  # seconds that a reward takes: who is to be hit there must be there, who goes on to the end need not
 
     def __init__(self):
         self.shared = mmap.mmap(-1, 1 + len(STAGES))
@@ -76,6 +73,7 @@ class Stages:
             before, self.shared[0] = self.shared[0], STAGES.index(stage)
             self.shared[1 + STAGES.index(stage)] += 1
             try:
+                time.sleep(self.pause if stage in ("scoring", "evaluation") else 0)
                 return function(*args, **kwargs)
             finally:
                 self.shared[0] = before
@@ -123,7 +121,7 @@ def fork(place: Path, stages: Stages, limit: int | None = None, pause: float = 0
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
         stages.watch_all()
-        PAUSE["seconds"] = pause
+        stages.pause = pause
         run(place)
         code = 0
     except LireError as e:
