@@ -44,38 +44,42 @@ class _Program(NamedTuple):
     "Rewards G·x within [low, high]; for each comparison (G_better − G_worse)·x + slack ≥ margin."
     G: sparse.csr_array  # (N, K): a row for each candidate
     D: sparse.csr_array  # (C, K): a row for each comparison
-    margins: np.ndarray  # (C,)
+    A: sparse.csr_array  # A·(x, slacks) ≤ b: comparisons, the range of the rewards where `box` is not it, all slack
+    b: np.ndarray  # of the last row: more than all slack together
     low: float
     high: float
     box: list[tuple]  # K bounds of x
 
 
-def _program(G, pairs: list[tuple[int, int, float]], low: float, high: float, box: list[tuple]) -> _Program:
-    "From comparisons of rows of G."
+def _program(G, pairs: list[tuple[int, int, float]], low: float, high: float, box: list[tuple] | None) -> _Program:
+    "From comparisons of rows of G; without a box the unknowns are the rewards themselves."
     G, (better, worse, margins) = sparse.csr_array(G), (np.array(part) for part in zip(*pairs))
-    return _Program(G, G[better] - G[worse], margins.astype(float), low, high, box)
+    D, C = G[better] - G[worse], len(pairs)
+    rows = [[-D, -sparse.eye_array(C)], *([[G, None], [-G, None]] if box else []),
+            [sparse.csr_array((1, G.shape[1])), np.ones((1, C))]]
+    ranges = [np.full(G.shape[0], high), np.full(G.shape[0], -low)] if box else []
+    most = [(margins.max() + high - low) * C + 1]
+    return _Program(G, D, sparse.block_array(rows).tocsr(), np.concatenate([-margins.astype(float), *ranges, most]),
+                    low, high, box or [(low, high)] * G.shape[1])
 
 # %% ../nbs/85_feasible_rewards.ipynb #b6b17425
 def _solve(program: _Program, cost: np.ndarray, slack_cost: float | None = None, cap: float | None = None):
     """Minimize cost·x + slack_cost·Σ slack, the slack's sum at most `cap`; without a slack_cost there is no slack.
     scipy's result, whose `x` holds x, then the slacks."""
-    (C, K), N = program.D.shape, program.G.shape[0]
-    slacks = 0 if slack_cost is None else C
-    blank = sparse.csr_array((N, slacks))
-    rows = [sparse.hstack([-program.D, -sparse.eye_array(C, slacks)]),
-            sparse.hstack([program.G, blank]), sparse.hstack([-program.G, blank])]
-    limits = [-program.margins, np.full(N, program.high), np.full(N, -program.low)]
-    if cap is not None:
-        rows.append(sparse.hstack([sparse.csr_array((1, K)), np.ones((1, C))]))
-        limits.append([cap])
-    result = linprog(np.r_[cost, np.full(slacks, slack_cost or 0.0)], A_ub=sparse.vstack(rows).tocsr(),
-                     b_ub=np.concatenate(limits), bounds=[*program.box, *[(0, None)] * slacks], method="highs")
+    C, K = program.D.shape
+    A, b, slacks = program.A, program.b, C
+    if slack_cost is None:
+        A, b, slacks = A[:-1, :K], b[:-1], 0
+    elif cap is not None:
+        b = np.r_[b[:-1], cap]
+    result = linprog(np.r_[cost, np.full(slacks, slack_cost or 0.0)], A_ub=A, b_ub=b,
+                     bounds=[*program.box, *[(0, None)] * slacks], method="highs")
     require(result.status == 0, "the linear program has no solution", field="lists", value=result.message,
             allowed="a program that HiGHS solves", remedy="scale the features, or raise the margin")
     return result
 
-# %% ../nbs/85_feasible_rewards.ipynb #50d33005
-_ZERO = 1e-7  # HiGHS's tolerance: less slack is none
+# %% ../nbs/85_feasible_rewards.ipynb #c1e9fa51
+_ZERO, _DIGITS = 1e-7, 7  # HiGHS's tolerance: less slack is none, and further digits mean nothing
 
 
 class _Least(NamedTuple):
@@ -94,16 +98,20 @@ def _least_slack(program: _Program) -> _Least:
     blamed = (multipliers > _ZERO) if slack.any() else np.zeros(C, bool)
     return _Least(result.x[:K], slack, blamed, bool(np.abs(program.D.T @ multipliers).max(initial=0.0) < 1e-6))
 
-# %% ../nbs/85_feasible_rewards.ipynb #ea77033a
-def _interval(program: _Program, least: _Least, row: int) -> tuple[float, float]:
-    "The second programs: the smallest and the largest reward of a candidate at the least slack."
-    cost, total = program.G[[row]].toarray()[0], least.slack.sum()
-    bounded = {"slack_cost": 0.0, "cap": total * (1 + 1e-9) + 1e-9} if total else {}
-    ends = [sign * _solve(program, sign * cost, **bounded).fun for sign in (1, -1)]
-    low, high = np.clip(ends, program.low, program.high)
-    return float(low), float(max(low, high))
+# %% ../nbs/85_feasible_rewards.ipynb #9dfb943b
+def _intervals(program: _Program, least: _Least, rows: list[int], free: bool) -> np.ndarray:  # (rows, 2)
+    "The smallest and the largest reward of candidates at the least slack."
+    total, K = least.slack.sum(), program.G.shape[1]
+    if free and not total:
+        ends = np.stack([_solve(program, np.full(K, sign)).x[rows] for sign in (1.0, -1.0)], axis=1)
+    else:
+        bounded = {"slack_cost": 0.0, "cap": total * (1 + 1e-9) + 1e-9} if total else {}
+        costs = program.G[rows].toarray()
+        ends = np.array([[sign * _solve(program, sign * cost, **bounded).fun for sign in (1, -1)] for cost in costs])
+    low, high = np.clip(np.round(ends, _DIGITS), program.low, program.high).T
+    return np.stack([low, np.maximum(low, high)], axis=1)
 
-# %% ../nbs/85_feasible_rewards.ipynb #36a41984
+# %% ../nbs/85_feasible_rewards.ipynb #defdcdb0
 class _Row(NamedTuple):
     "A comparison with its place."
     number: int  # of the record
@@ -126,7 +134,7 @@ def _groups(records: list[dict], together: bool) -> list[list[int]]:
         groups.setdefault("" if together else prompt_id(record["prompt"]), []).append(n)
     return list(groups.values())
 
-# %% ../nbs/85_feasible_rewards.ipynb #70883ac1
+# %% ../nbs/85_feasible_rewards.ipynb #5f46ee14
 def _say_contradiction(records: list[dict], rows: list[_Row], least: _Least, asked: "_Asked") -> None:
     "Raise the error that names the comparisons which cannot be met together."
     blamed = [f"list {records[row.number]['id']!r}: {row.better} over {row.worse}"
@@ -137,7 +145,7 @@ def _say_contradiction(records: list[dict], rows: list[_Row], least: _Least, ask
     raise LireError(f"{len(blamed)} {reason} ({said})", field="lists", allowed="comparisons that can all hold",
                     remedy="allow slack=True, correct one of them" + ("" if least.circle else ", or lower the margin"))
 
-# %% ../nbs/85_feasible_rewards.ipynb #14b8a058
+# %% ../nbs/85_feasible_rewards.ipynb #9cbdb7ae
 class _Asked(NamedTuple):
     "The options of `lp_rewards`."
     margin: float
@@ -166,7 +174,7 @@ def _check_asked(asked: _Asked) -> None:
     for name, fine, value, allowed, remedy in rules:
         require(fine, "cannot be used", field=name, value=value, allowed=allowed, remedy=remedy)
 
-# %% ../nbs/85_feasible_rewards.ipynb #33a01874
+# %% ../nbs/85_feasible_rewards.ipynb #fb23312d
 def _described(records: list[dict], features) -> np.ndarray | None:
     "Features (N, d) of all candidates, list after list; None where there are none."
     if features is None:
@@ -182,7 +190,7 @@ def _described(records: list[dict], features) -> np.ndarray | None:
             allowed=f"finite numbers, ({len(texts)}, d)", remedy="describe the candidates in order, list after list")
     return found
 
-# %% ../nbs/85_feasible_rewards.ipynb #06ba6e25
+# %% ../nbs/85_feasible_rewards.ipynb #17be5f04
 def lp_rewards(
     lists: Iterable[dict],  # grades, preference pairs, demonstrations
     *,
@@ -209,7 +217,7 @@ def lp_rewards(
     return lists_dataset(_with_rewards(record, own, found, paid.get(n, 0.0), asked)
                          for n, (record, own) in enumerate(zip(records, numbers)))
 
-# %% ../nbs/85_feasible_rewards.ipynb #7e3595ef
+# %% ../nbs/85_feasible_rewards.ipynb #a1176e60
 def _answer(records, group, numbers, described, asked: _Asked, found: dict, paid: dict) -> None:
     "Solve the programs of one group: fills `found`, number of a candidate -> (low, high, any), and `paid`, its slack."
     rows = [_Row(n, *one) for n in group for one in comparisons(records[n], asked.margin)]
@@ -226,17 +234,17 @@ def _answer(records, group, numbers, described, asked: _Asked, found: dict, paid
     for row, cost in zip(rows, least.slack):
         paid[row.number] = paid.get(row.number, 0.0) + float(cost)
     spoken = {row for i, j, _ in pairs for row in (i, j)} if described is None else place.values()
-    values = np.clip(program.G @ least.x, asked.low, asked.high)
-    for number, row in place.items():
-        if row in spoken:
-            ends = (None, None) if asked.take == "any" else _interval(program, least, row)
-            found[number] = (*ends, float(values[row]))
+    spoken = {number: row for number, row in place.items() if row in spoken}
+    ends = np.full((len(spoken), 2), np.nan) if asked.take == "any" else _intervals(program, least, [*spoken.values()],
+                                                                                    described is None)
+    values = np.clip(np.round(program.G @ least.x, _DIGITS), asked.low, asked.high)
+    found |= {number: (*end, float(values[row])) for (number, row), end in zip(spoken.items(), ends.tolist())}
 
-# %% ../nbs/85_feasible_rewards.ipynb #892a72da
+# %% ../nbs/85_feasible_rewards.ipynb #254b58ea
 def _unknowns(records, group, numbers, place: dict, described, asked: _Asked):
-    "G and the bounds of x: rewards themselves, or weights of the features and an offset."
+    "G, and the bounds of x where it is not the rewards: weights of the features and an offset."
     if described is None:
-        return sparse.eye_array(len(place)), [(asked.low, asked.high)] * len(place)
+        return sparse.eye_array(len(place)), None
     G = np.ones((len(place), described.shape[1] + 1))
     flat = (number for n in group for number in numbers[n])  # the group holds all lists, in order
     for number, row in zip(flat, described):
