@@ -41,6 +41,7 @@ VERBS = {
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
     "proxy": "parting_point|calibration",
+    "feasible_rewards": "lp_rewards", "uncertain_rewards": "RewardEnsemble",
 }
 
 
@@ -50,7 +51,8 @@ LAYERS = {
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
     "statistics": ("statistics", "preferences", "proxy"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
-    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
+    "lists in, numbers out": ("sampling", "rewards", "feasible_rewards", "uncertain_rewards", "shared_prompt",
+                              "path_check", "logprobs", "long_lists"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),

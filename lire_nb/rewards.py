@@ -212,6 +212,24 @@ class RewardModel:
             error.span = (i, i + 1)
             raise error from e
 
+    @property
+    def latent(self) -> int | None:
+        "How many numbers stand between backbone and score; None for a linear head."
+        head = _latent_head(self.model)
+        return head and head.decode.in_features
+
+    @torch.no_grad()
+    def confidence(self, prompts: list, completions: list[str]) -> torch.Tensor:
+        "(N,) what the latent knows of each text: its KL to a standard normal, in nats."
+        require(self.latent is not None, "has no latent", error=RewardError, field=f"reward {self.name!r}",
+                allowed="a model trained with latent=", remedy="train it again with latent=8")
+        self.model.eval()
+        found = [torch.empty(0)]
+        for texts in _batches(list(zip(prompts, completions, strict=True)), self.batch_size):
+            self.scores(*map(list, zip(*texts)))
+            found.append(_latent_head(self.model).kl.cpu())
+        return torch.cat(found)
+
     def identity(self) -> dict:
         "What the scores depend on."
         return {"weights": model_fingerprint(self.model, self.tokenizer),
@@ -223,9 +241,9 @@ class RewardModel:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         settings = {"max_length": self.max_length, "name": self.name, "history": self.history}
-        if head := _latent_head(self.model):
-            settings["latent"] = head.decode.in_features
-            save_file(head.state_dict(), Path(folder, "latent_head.safetensors"))
+        if self.latent is not None:
+            settings["latent"] = self.latent
+            save_file(_latent_head(self.model).state_dict(), Path(folder, "latent_head.safetensors"))
         Path(folder, "reward_model.json").write_text(json.dumps(settings, indent=1))
 
     @classmethod

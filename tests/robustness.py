@@ -1,5 +1,5 @@
-"""How rewards stand flipped labels: `python tests/robustness.py embed FILE` makes embeddings of the graded answers once,
-`python tests/robustness.py heads FILE` and `… lists` and `… orders` write rows to data/results/robustness.jsonl.
+"""How rewards stand flipped labels: `python tests/robustness.py embed FOLDER` makes embeddings of the graded answers once,
+`python tests/robustness.py heads FOLDER`, `… lists` and `… orders` write rows to data/results/robustness.jsonl.
 
 Every pair of different grades of a training list is a label, and a share of the labels is flipped, each by itself. What
 learned from them is judged by the true grades: pair accuracy, one value for each list.
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "data" / "results" / "robustness.jsonl"
 TASKS, FLIPPED, SEEDS = ("dialogue", "summarization"), (0.0, 0.1, 0.2, 0.4), 5
 SMOOTHING, MEMBERS, RIDGES, MARGINS = 0.1, 8, (0.1, 1.0, 10.0, 100.0), (0.01, 0.02, 0.05, 0.1)
+LENGTHS = {"dialogue": 160, "summarization": 128}  # tokens of a conversation; a longer one loses its beginning
 DIMENSIONS = 32  # principal components of the embeddings
 RHOS, ORDERS, BETA = (0.0, 0.1, 0.2, 0.4), 5, 0.1
 
@@ -37,8 +38,8 @@ def graded(task: str) -> dict[str, list[dict]]:
     return {split: [dict(r) for r in rows] for split, rows in load_task(task).reward_lists.items()}
 
 
-def embed(file: str) -> None:
-    "MiniLM's mean over the conversation beside its mean over the answer alone, 768 numbers for each candidate."
+def embed(folder: str) -> None:
+    "MiniLM's mean over the conversation beside its mean over the answer alone, 768 numbers each; goes on where it was."
     import torch
 
     from lire_nb.conversations import encode_conversation
@@ -59,14 +60,18 @@ def embed(file: str) -> None:
             found |= zip(part, means.numpy())
         return np.stack([found[i] for i in range(len(rows))])
 
-    tables = {}
     for task in TASKS:
         for split, lists in graded(task).items():
+            made = Path(folder, f"{task}-{split}.npy")
+            if made.exists():
+                continue
             texts = [(r["prompt"], c) for r in lists for c in r["completions"]]
-            whole = [encode_conversation(p, c, tokenizer, 256) for p, c in texts]
-            alone = [encode_conversation("", c, tokenizer, 256) for _, c in texts]
-            tables[f"{task}/{split}"] = np.hstack([mean_state(whole), mean_state(alone)])
-    np.savez(file, **tables)
+            whole = [encode_conversation(p, c, tokenizer, LENGTHS[task]) for p, c in texts]
+            alone = [encode_conversation("", c, tokenizer, LENGTHS[task]) for _, c in texts]
+            found = np.hstack([mean_state(whole), mean_state(alone)])
+            np.save(made.with_suffix(".part.npy"), found)
+            made.with_suffix(".part.npy").replace(made)
+            print(made.name, found.shape, flush=True)
 
 
 def labels(lists: list[dict], flipped: float, draw: np.random.Generator) -> list[list[tuple[int, int]]]:
@@ -126,18 +131,19 @@ def lp_head(blocks, lists, noisy, margin: float) -> np.ndarray:
     return np.linalg.lstsq(design, rewards, rcond=None)[0][:d]
 
 
-def heads(file: str) -> list[dict]:
+def heads(folder: str) -> list[dict]:
     "Rows of linear rewards on frozen embeddings."
-    tables, rows = np.load(file), []
+    rows = []
     for task in TASKS:
         lists = graded(task)
-        train, blocks = tables[f"{task}/train"], {}
+        tables = {split: np.load(Path(folder, f"{task}-{split}.npy")) for split in lists}
+        train, blocks = tables["train"], {}
         mean = train.mean(0)
         axes = np.linalg.svd(train - mean, full_matrices=False)
         turn = axes[2][:DIMENSIONS].T / axes[1][:DIMENSIONS] * np.sqrt(len(train))  # components of variance 1
         for split, own in lists.items():
             ends = np.cumsum([len(r["completions"]) for r in own])[:-1]
-            blocks[split] = np.split((tables[f"{task}/{split}"] - mean) @ turn, ends)
+            blocks[split] = np.split((tables[split] - mean) @ turn, ends)
         for flipped in FLIPPED:
             for seed in range(SEEDS):
                 rows += [{"study": "heads", "task": task, "flipped": flipped, "seed": seed, **row}
@@ -264,12 +270,12 @@ def _minimum(loss, annotators, mask, rho: float):
     return logps.detach()
 
 
-def main(study: str, *file: str) -> None:
+def main(study: str, *folder: str) -> None:
     "Run a study; its rows replace the older ones of the same study."
     if study == "embed":
-        return embed(*file)
+        return embed(*folder)
     start = time.perf_counter()
-    rows = {"heads": heads, "lists": lists_alone, "orders": orders}[study](*file)
+    rows = {"heads": heads, "lists": lists_alone, "orders": orders}[study](*folder)
     from lire_nb.base.versions import version
     from lire_nb.cli import machine
 
