@@ -46,6 +46,8 @@ VERBS = {
     "decisions": "decide",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
+    "feasible_rewards": "lp_rewards",
+    "uncertain_rewards": "RewardEnsemble|mix_rewards",
 }
 
 
@@ -57,7 +59,7 @@ LAYERS = {
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
-                              "guided", "multi_turn"),
+                              "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),

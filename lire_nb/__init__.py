@@ -14,6 +14,7 @@ _HOMES = {
     "models": ("Policy", "load_policy", "load_tokenizer"),
     "sampling": ("sample_lists",),
     "rewards": ("RewardModel", "score_lists", "train_reward_model"),
+    "feasible_rewards": ("lp_rewards",),
     "shared_prompt": ("ListCollator", "tokenize_list"),
     "logprobs": ("dataset_logps", "list_logps"),
     "temperature": ("suggest_temperature",),
