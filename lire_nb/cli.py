@@ -188,6 +188,10 @@ def read_reward(name: str):
         return rewards.ServerReward(name)
     if name.startswith("scalar-head:"):
         return rewards.load_scalar_head_model(name.removeprefix("scalar-head:"))
+    if Path(name, "ensemble.json").is_file():
+        from lire_nb.uncertain_rewards import RewardEnsemble
+
+        return RewardEnsemble.load(name)
     return rewards.longer_wins if name == "length" else rewards.RewardModel.load(name)
 
 # %% ../nbs/60_cli.ipynb #15501ec1

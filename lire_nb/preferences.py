@@ -99,8 +99,8 @@ def has_kl(
 
 
 def _is_plain(sampling: dict | None) -> bool:
-    """Whether samples come from the policy's own distribution, and no guide chose among them; rows of older files do not
-    say and were plain."""
+    """Whether samples come from the policy's own distribution, and no guide chose among them; rows of older files do
+    not say and were plain."""
     return not sampling or (sampling["temperature"] == 1 and sampling["top_p"] == 1 and sampling["top_k"] == 0
                             and sampling.get("width", 1) == 1)
 
