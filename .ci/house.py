@@ -40,6 +40,7 @@ VERBS = {
     "online": "train_online", "verdicts": "judge_pairs", "judging": "judge_pairs", "chat": "ChatJudge",
     "sheets": "make_sheets", "cli": "main",
     "long_lists": "list_logps_in_parts", "adapters": "put_adapter|Policy|train_policy",
+    "selection": "select",
     "proxy": "parting_point|calibration",
 }
 
@@ -50,7 +51,7 @@ LAYERS = {
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists"),
     "statistics": ("statistics", "preferences", "proxy"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
-    "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists"),
+    "lists in, numbers out": ("sampling", "rewards", "selection", "shared_prompt", "path_check", "logprobs", "long_lists"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),

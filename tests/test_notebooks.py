@@ -23,7 +23,7 @@ EXPECTED = [
     "38_resume", "39_servers",
     "40_experiments", "41_plans", "42_runner", "43_results", "44_claims", "45_figures", "46_report", "47_bench",
     "48_memory", "49_trl_online",
-    "50_verdicts", "51_chat", "52_sheets", "60_cli", "70_long_lists",
+    "50_verdicts", "51_chat", "52_sheets", "60_cli", "70_long_lists", "82_selection",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
     "97_cost",
     "index",
