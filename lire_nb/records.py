@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'validate_record', 'prompt_id', 'make_record', 'as_chat', 'lists_dataset',
-           'candidate_columns', 'select_candidates', 'best_and_worst', 'keep_best_and_worst', 'merge_candidates',
-           'merge_lists']
+           'candidate_columns', 'select_candidates', 'best_and_worst', 'keep_best_and_worst', 'demonstrated',
+           'own_candidates', 'merge_candidates', 'merge_lists']
 
 # %% ../nbs/12_records.ipynb #3c2dda29
 import hashlib
@@ -281,6 +281,20 @@ def keep_best_and_worst(
     given = list(given)
     order = dict.fromkeys([*given, *(best_and_worst(rewards, distinct=True) or ()), *others])
     return sorted(list(order)[: max(count, len(given))])
+
+# %% ../nbs/12_records.ipynb #60b151ec
+def demonstrated(record: dict) -> list[bool]:
+    "For each of the M candidates, whether it is a demonstration: source \"human\", and no reward."
+    sources = record.get("sources") or [""] * len(record["rewards"])
+    return [reward is None and any(part.split(":")[0] == "human" for part in source.split("+"))
+            for source, reward in zip(sources, record["rewards"], strict=True)]
+
+
+def own_candidates(record: dict) -> list[bool]:
+    "For each of the M candidates, whether a policy of this training sampled it: a part of its source begins so."
+    sources = record.get("sources") or [""] * len(record["rewards"])
+    return [not shown and any(part.startswith("policy") for part in source.split("+"))
+            for source, shown in zip(sources, demonstrated(record), strict=True)]
 
 # %% ../nbs/12_records.ipynb #b3337942
 _TEXT, _SCORE, _SOURCE = range(3)  # keys of a candidate that no column of meta can have
