@@ -19,7 +19,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import cdist
 
-from .base.errors import LireError, require
+from .base.errors import require
 from .base.files import _batches
 from .lists import as_lists
 from .models import load_reward_backbone, model_fingerprint, quiet_transformers
@@ -130,7 +130,13 @@ class Categories:
         seen = np.maximum(self.counts, 1)
         return np.where(self.counts > 0, self.means + np.sqrt(2 * math.log(max(self.counts.sum(), 1)) / seen), np.inf)
 
-# %% ../nbs/82_selection.ipynb #47a51465
+# %% ../nbs/82_selection.ipynb #23d5b9c1
+def _check_whole(value, name: str, least: int, remedy: str) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(whole and value >= least, "not a whole number" if not whole else "too few", field=name, value=value,
+            allowed=f"{least} or more", remedy=remedy)
+
+# %% ../nbs/82_selection.ipynb #740fd920
 def learn_categories(
     lists: Iterable[dict],  # scored lists, such as those of earlier rounds; candidates without a reward are passed over
     count: int = 8,  # K, at most; fewer where there are fewer different points
@@ -159,7 +165,7 @@ def _scored(lists: Iterable[dict]) -> list[tuple[str, list[str], list[float]]]:
              for r in map(validate_record, lists)]
     return [(name, [c for c, _ in own], [x for _, x in own]) for name, own in pairs if own]
 
-# %% ../nbs/82_selection.ipynb #4d4cd346
+# %% ../nbs/82_selection.ipynb #7619312b
 def _in_turns(record: dict, kinds: list[int], worth: np.ndarray, drawn: list[int]) -> list[int]:
     "All positions: one of each kind, the worthiest kind first, then again; in a kind the best first, then as drawn."
     rank, rewards, given, turns = {j: n for n, j in enumerate(drawn)}, record["rewards"], Counter(), {}
@@ -168,10 +174,10 @@ def _in_turns(record: dict, kinds: list[int], worth: np.ndarray, drawn: list[int
         given[kinds[j]] += 1
     return sorted(turns, key=turns.get)
 
-# %% ../nbs/82_selection.ipynb #6bd2e436
+# %% ../nbs/82_selection.ipynb #3165d833
 WAYS = ("random", "best_worst", "kmedoids", "category")
 
-# %% ../nbs/82_selection.ipynb #ac149da2
+# %% ../nbs/82_selection.ipynb #f18f6b8e
 def select(
     pool: dict | Iterable[dict],  # a list with N candidates, or several lists
     count: int,  # M
@@ -206,7 +212,7 @@ def _positions(record: dict, count: int, how: str, seed: int, embed, values) -> 
         return cover(points, count, best_and_worst(record["rewards"], distinct=True) or ())
     return _in_turns(record, values.kinds(points), values.worth(), _draw(record, seed))[:count]
 
-# %% ../nbs/82_selection.ipynb #4ddc7839
+# %% ../nbs/82_selection.ipynb #4b7d0ac9
 def check_way(
     how: str,
     count: int,  # M
@@ -216,16 +222,10 @@ def check_way(
     _check_whole(count, "count", 2, "LIRE learns from differences within a list")
 
 
-def _check_whole(value, name: str, least: int, remedy: str) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(whole and value >= least, "not a whole number" if not whole else "too few", field=name, value=value,
-            allowed=f"{least} or more", remedy=remedy)
-
-
 def _check_call(lists: list[dict], count, how, seed, values) -> None:
     check_way(how, count)
     _check_whole(seed, "seed", 0, "give another seed")
-    require(values is None or isinstance(values, Categories), "not categories", field="values",
+    require(values is None or hasattr(values, "worth"), "not categories", field="values",
             value=type(values).__name__, allowed="what learn_categories gives", remedy="or leave it out")
     require(values is None or how == "category", "has no effect here", field="values", value=how,
             allowed='how="category"', remedy="leave values out")
