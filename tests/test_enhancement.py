@@ -18,7 +18,7 @@ from lire_nb.sampling import SamplingSettings
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-STAGES = {"sampling", "scoring", "training", "checkpointing", "saving", "evaluation"}
+STAGES = {"sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation"}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
 OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False,
                training=dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2))
@@ -35,6 +35,7 @@ def report(tmp_path_factory) -> dict:
 def test_two_undisturbed_runs_leave_the_same_files(report):
     assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors",
                                 "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
+                                "run/round-2/pool.jsonl", "run/round-2/reward/model.safetensors",
                                 "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"} <= set(report["files"])
     assert not [f for f in report["files"] if "partial" in f or "/." in f]
 
