@@ -27,11 +27,12 @@ from lire_nb.base import files
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance
 from lire_nb.resume import ExactTrainer
+from lire_nb.rewards import RewardModel
 from lire_nb.sampling import SamplingSettings
 
 STAGES = ("other", "sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation")
 # seconds, about, for the moment inside a stage
-SPAN = {"sampling": 0.1, "fitting": 0.1, "scoring": 0.02, "selecting": 0.01, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
+SPAN = {"sampling": 0.1, "fitting": 0.05, "scoring": 0.1, "selecting": 0.01, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}, "completions": [" good"], "sources": ["human"]}
            for i in range(6)]
 TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2,
@@ -40,8 +41,14 @@ TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_t
 
 
 def vowels(prompts, completions):
-    time.sleep(0.1)  # as a reward model would
+    time.sleep(0.1)  # as a large reward model would
     return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
+
+
+class SlowReward(RewardModel):
+    def __call__(self, prompts, completions):
+        time.sleep(0.1)  # as a large one would
+        return super().__call__(prompts, completions)
 
 
 def letters(texts):
@@ -77,6 +84,7 @@ class Stages:
         setattr(owner, name, watched)
 
     def watch_all(self):
+        enhancement.RewardModel = SlowReward
         for owner, name, stage in ((enhancement, "sample_lists", "sampling"), (enhancement, "score_lists", "scoring"),
                                    (enhancement, "train_reward_model", "fitting"),
                                    (enhancement, "select_from", "selecting"),
@@ -269,7 +277,7 @@ def flip(content: bytes) -> bytes:
 CASES = {
     "term-sampling": terminated("sampling"), "term-scoring": terminated("scoring"),
     "term-training": terminated("checkpointing"),
-    "disk-lists": full_disk(300), "disk-weights": full_disk(15_000), "disk-optimizer": full_disk(40_000),
+    "disk-lists": full_disk(300), "disk-reward": full_disk(15_000), "disk-weights": full_disk(30_000), "disk-optimizer": full_disk(40_000),
     "cut-candidates": damaged("round-1/candidates.jsonl", lambda b: b[:-30], "round-1/candidates.jsonl"),
     "cut-lists": damaged("round-2/lists.jsonl", lambda b: b[:-30], "round-2/lists.jsonl"),
     "flipped-weights": damaged("round-1/policy/model.safetensors", flip, "round-1/policy"),
