@@ -13,6 +13,7 @@ _HOMES = {
     "tasks": ("load_task",),
     "models": ("Policy", "load_policy", "load_tokenizer"),
     "sampling": ("sample_lists",),
+    "selection": ("select",),
     "rewards": ("RewardModel", "score_lists", "train_reward_model"),
     "feasible_rewards": ("lp_rewards",),
     "shared_prompt": ("ListCollator", "tokenize_list"),

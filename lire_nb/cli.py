@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'GUIDED', 'LORA', 'QUICKSTART', 'option', 'command', 'main', 'read_prompts', 'read_reward',
-           'named', 'settings_of', 'limit_of', 'sample_command', 'score_command', 'train_command',
-           'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command', 'report_command',
-           'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
+           'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
+           'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
+           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -94,6 +94,13 @@ LORA = (
     option("--lora-alpha", type=float, default=None, help="default: the rank"),
     option("--lora-targets", default=None, help="matrices, with commas; default: q_proj,v_proj"),
 )
+
+# %% ../nbs/60_cli.ipynb #13c3389e
+_WAY = option("--select", choices=("random", "best_worst", "kmedoids", "category"), default=None,
+              help="keep --num-candidates of them, chosen so")
+SELECTION = (_WAY, option("--pool-size", type=int, default=None, metavar="N",
+                          help="answers sampled for each prompt, to choose from"))
+SCORED_SELECTION = (_WAY, option("--num-candidates", type=int, default=None, help="M, with --select"))
 
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
@@ -276,10 +283,46 @@ def _guided_by(args) -> dict:
     step = given.get("step", "sentence")
     return {"step": int(step) if step.isdecimal() else step, "width": args.width, "backtrack": args.backtrack or 0}
 
+# %% ../nbs/60_cli.ipynb #3233c6b4
+def _pool_of(args, ways: tuple[str, ...]) -> tuple[int, dict]:
+    "How many to sample for each prompt, and the selection as part of a configuration."
+    require(args.select is not None or args.pool_size is None, "has no effect without --select", field="--pool-size",
+            value=args.pool_size, allowed="a way of selecting beside it", remedy="give --select, or leave it out")
+    if args.select is None:
+        return args.num_candidates, {}
+    require(args.select in ways, "chooses by rewards, and nothing is scored yet", field="--select", value=args.select,
+            allowed=" or ".join(ways), remedy="sample the whole pool, then lire score --select")
+    require(args.pool_size is not None and args.pool_size >= args.num_candidates, "too few to choose from",
+            field="--pool-size", value=args.pool_size, allowed=f"{args.num_candidates} (--num-candidates) or more",
+            remedy="say how many answers to sample")
+    return args.pool_size, {**_selection(args), "pool_size": args.pool_size}
+
+
+def _selection(args) -> dict:
+    "The selection as part of a configuration; nothing where there is none."
+    from lire_nb.identity import policy_identity
+    from lire_nb.selection import check_way
+
+    if args.select is None:
+        return {}
+    check_way(args.select, args.num_candidates)
+    embed = {"embed": policy_identity("minilm")} if args.select in ("kmedoids", "category") else {}
+    return {"select": args.select, "keep": args.num_candidates, "select_seed": args.seed, **embed}
+
+
+def _selected(lists, args) -> list[dict]:
+    "Chosen lists; one with unanswered candidates, and so with too few, stays as it is."
+    from lire_nb.selection import select
+
+    lists = [dict(r) for r in lists]
+    whole = iter(select([r for r in lists if len(r["completions"]) >= args.num_candidates] or lists,
+                        args.num_candidates, args.select, seed=args.seed))
+    return [next(whole) if len(r["completions"]) >= args.num_candidates else r for r in lists]
+
 # %% ../nbs/60_cli.ipynb #10dcd891
 @command("sample", PROMPTS,
          option("--policy", default="smollm2", help="asset, folder, hub id, or a server: http://HOST:PORT/v1#MODEL"),
-         CANDIDATES, *SAMPLING, CHAT, LIMIT, SEED,
+         CANDIDATES, *SELECTION, *SAMPLING, CHAT, LIMIT, SEED,
          option("--in-flight", type=int, default=16, help="requests at a time, to a server"), *GUIDED, OUT)
 def sample_command(args) -> None:
     "Sample candidates for prompts."
@@ -289,8 +332,9 @@ def sample_command(args) -> None:
     settings, search, guide = _sampling_of(args), _guided_by(args), read_reward(args.guide) if args.guide else None
     if search:
         guided._check_search(args.policy, guide, settings=settings, **search)
+    count, chosen = _pool_of(args, ("random", "kmedoids"))
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
-    journal, wanted, limit = Path(f"{args.out}.journal.jsonl"), len(prompts) * args.num_candidates, {}
+    journal, wanted, limit = Path(f"{args.out}.journal.jsonl"), len(prompts) * count, {}
     if args.policy.startswith(("http://", "https://")):
         servers.check_address(args.policy)
         options = {"journal": journal, "max_in_flight": args.in_flight}
@@ -298,17 +342,16 @@ def sample_command(args) -> None:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
     with _claim(args.out, journal, policy=args.policy, fingerprint=identity.policy_identity(args.policy),
                 prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
-                sampling=asdict(settings), seed=args.seed, **limit,
+                sampling=asdict(settings), seed=args.seed, **limit, **chosen,
                 **(search | {"guide": identity.reward_identity(guide)} if search else {})) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
-            _say(f"sampling {args.num_candidates} candidates for {len(prompts)} prompts from {args.policy} into "
+            _say(f"sampling {count} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
             drawing = dict(settings=settings, seed=args.seed, **options)
-            lists = (guided.guided_lists(args.policy, prompts, args.num_candidates, guide,
-                                         source=f"guided:{args.policy}", **search, **drawing) if search else
-                     sampling.sample_lists(args.policy, prompts, args.num_candidates,
-                                           source=f"policy:{args.policy}", **drawing))
-            save_lists(lists, args.out)
+            lists = (guided.guided_lists(args.policy, prompts, count, guide, source=f"guided:{args.policy}", **search,
+                                         **drawing) if search else
+                     sampling.sample_lists(args.policy, prompts, count, source=f"policy:{args.policy}", **drawing))
+            save_lists(_selected(lists, args) if chosen else lists, args.out)
             gaps = wanted - sum(len(r["completions"]) for r in lists)
             if gaps:
                 _say(f"{gaps} of {wanted} candidates were not answered; the same command asks for these again")
@@ -316,18 +359,24 @@ def sample_command(args) -> None:
                 journal.unlink(missing_ok=True)  # its answers are in the output now
 
 # %% ../nbs/60_cli.ipynb #aa7f6fac
-@command("score", LISTS, REWARD, CHAT, OUT)
+@command("score", LISTS, REWARD, *SCORED_SELECTION, CHAT, SEED, OUT)
 def score_command(args) -> None:
     "Score the candidates of lists."
     from lire_nb import identity, rewards
 
     check_ending(args.out)
-    reward = read_reward(args.reward)
+    require(args.select is not None or args.num_candidates is None, "has no effect without --select",
+            field="--num-candidates", value=args.num_candidates, allowed="a way of selecting beside it",
+            remedy="give --select, or leave it out to keep all candidates")
+    require(args.select is None or args.num_candidates is not None, "missing", field="--num-candidates",
+            allowed="how many candidates to keep", remedy="give it beside --select")
+    reward, chosen = read_reward(args.reward), _selection(args)
     with _claim(args.out, lists=_hash(args.lists), reward=identity.reward_identity(reward), about={"lists": args.lists},
-                **_chat(args)) as todo:
+                **_chat(args), **chosen) as todo:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-            save_lists(rewards.score_lists(load_lists(args.lists, **_chat(args)), reward), args.out)
+            lists = rewards.score_lists(load_lists(args.lists, **_chat(args)), reward)
+            save_lists(_selected(lists, args) if chosen else lists, args.out)
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, SETTINGS, *LORA,
@@ -398,7 +447,7 @@ def train_reward_command(args) -> None:
 # %% ../nbs/60_cli.ipynb #11a9106c
 @command("enhance", PROMPTS, REWARD, POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
-         option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SAMPLING, SETTINGS, *LORA,
+         option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING, SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
                 help="keep: train also on the candidates of earlier rounds"),
          option("--max-candidates", type=int, default=None, help="cap of a list"),
@@ -421,7 +470,7 @@ def enhance_command(args) -> None:
             args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate,
             num_candidates=args.num_candidates, settings=_sampling_of(args), training=training, seed=args.seed,
             pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
-            trainer_options=options)
+            trainer_options=options, select=args.select, pool_size=args.pool_size)
         _say(f"the last policy is in {policies[-1]}")
 
 # %% ../nbs/60_cli.ipynb #d7934f28

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINING_DEFAULTS', 'Rounds', 'self_enhance', 'by_id', 'settings_identity', 'run_round', 'prompt_limit',
-           'join_candidates', 'cap_candidates', 'train_policy', 'check_options', 'check_settings', 'StopRule',
+           'join_candidates', 'cap_candidates', 'Refit', 'train_policy', 'check_options', 'check_settings', 'StopRule',
            'should_stop']
 
 # %% ../nbs/19_enhancement.ipynb #3efc1f88
@@ -26,24 +26,28 @@ from transformers.trainer_callback import ExportableState
 
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
-from .base.files import disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
+from .base.files import atomic_folder, disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
+from .demonstrations import demonstration_pairs
 from lire_nb.identity import (
-    check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, prompts_identity,
-    reward_identity,
+    check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
+    prompts_identity, reward_identity,
 )
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
 from .logprobs import sampled_logps
-from .models import compute_dtype, digest, file_hash, load_policy, Policy, quiet_transformers
-from .records import keep_best_and_worst, make_record, merge_candidates, select_candidates
+from lire_nb.models import (
+    common_context, compute_dtype, digest, file_hash, load_policy, Policy, quiet_transformers,
+)
+from .records import demonstrated, keep_best_and_worst, make_record, merge_candidates, select_candidates
 from lire_nb.resume import (
     changed_files, checkpoints, Interrupted, last_checkpoint, on_sigterm, read_manifest, write_manifest,
 )
-from .rewards import Reward, score_lists
+from .rewards import Reward, RewardModel, score_lists, train_reward_model
 from .rivals import LOSSES
 from .sampling import derive_seed, sample_lists, SamplingSettings
+from .selection import learn_categories, select as select_from, WAYS
 from .settings import parse_settings, refuse_decided
-from .training import check_call, check_teaching, LIREConfig, LIRETrainer, use_training_bar
+from .training import check_call, check_teaching, LIREConfig, LIRETrainer, prepare_lists, use_training_bar
 
 # %% ../nbs/19_enhancement.ipynb #8bb1f00b
 logger = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ class Rounds:
     "What `self_enhance` was asked for; its arguments tell of each."
 
     prompts: list[dict]
-    reward: Reward
+    reward: Reward | None
     evolve: int
     iterate: int
     num_candidates: int
@@ -67,16 +71,34 @@ class Rounds:
     contrastive: bool
     stop: "StopRule | Callable | None"
     trainer_options: dict | None
+    select: str | None = None
+    pool_size: int | None = None
+    embed: Callable | None = None
+    refit: "Refit | None" = None
+    reference_mix: float | Callable[[int], float] | None = None
 
     def identity(self, policy: Policy) -> dict:
         "Everything that decides what the rounds make, as JSON."
         stop = self.stop.identity() if isinstance(self.stop, StopRule) else plain_value(self.stop)
         plain = {name: getattr(self, name) for name in ("evolve", "iterate", "num_candidates", "seed", "pool",
                                                         "max_candidates", "contrastive")}
-        return {"fingerprint": policy.fingerprint, "reward": reward_identity(self.reward),
+        return {"fingerprint": policy.fingerprint, "reward": self.reward and reward_identity(self.reward),
                 "prompts": prompts_identity(self.prompts), "given": lists_identity(_given_lists(self.prompts)),
                 "sampling": asdict(self.settings), "training": settings_identity(self.training), "stop": stop, **plain,
-                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {})}
+                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {}),
+                **{name: said for name, said in self._options().items() if said is not None}}
+
+    def _options(self) -> dict:
+        "What stands in the identity only where it is asked for."
+        embeds = self.select in ("kmedoids", "category")
+        embed = plain_value(self.embed) if self.embed else policy_identity("minilm") if embeds else None
+        return {"select": self.select, "pool_size": self.pool_size, "embed": embed,
+                "refit": self.refit and self.refit.identity(), "reference_mix": plain_value(self.reference_mix)}
+
+    def demonstrations(self) -> dict[str, list[bool]]:
+        "For each list what of the given is a demonstration and stays without a reward; nothing where none is used."
+        used = self.refit is not None or self.training.get("demo_weight")
+        return {r["id"]: demonstrated(r) for r in _given_lists(self.prompts)} if used else {}
 
 # %% ../nbs/19_enhancement.ipynb #d0f835cb
 def _checked(asked: Rounds, policy: Policy) -> Rounds:
@@ -97,8 +119,8 @@ def _check_arguments(asked: Rounds) -> None:
              for name in ("evolve", "iterate", "num_candidates")}
     least = 2 + max((len(p.get("completions") or ()) for p in asked.prompts), default=0)
     rules = [
-        ("reward", callable(asked.reward), "cannot be called", "a reward: (prompts, completions) -> scores",
-         "for example VaderReward()"),
+        ("reward", callable(asked.reward) or asked.refit is not None, "cannot be called",
+         "a reward: (prompts, completions) -> scores", "for example VaderReward()"),
         ("settings", isinstance(asked.settings, SamplingSettings), "not sampling settings", "a SamplingSettings",
          "settings of training go into training="),
         *((name, fine, "not a whole number", "a whole number", "change it, or leave it out")
@@ -114,6 +136,68 @@ def _check_arguments(asked: Rounds) -> None:
     ]
     for name, fine, reason, allowed, remedy in rules:
         require(fine, reason, field=name, value=getattr(asked, name), allowed=allowed, remedy=remedy)
+    _check_selection(asked)
+    _check_refit(asked)
+
+# %% ../nbs/19_enhancement.ipynb #fce6e312
+def _check_selection(asked: Rounds) -> None:
+    "A way and a pool to choose from, or neither."
+    size, least = asked.pool_size, asked.num_candidates
+    whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+    if asked.select is None:
+        require(size is None and asked.embed is None, "has no effect without select", field="pool_size, embed",
+                value=[size, asked.embed], allowed="a way of selecting beside it",
+                remedy=f"give select=, one of {', '.join(WAYS)}")
+        return
+    require(asked.select in WAYS, "unknown way", field="select", value=asked.select, allowed=", ".join(WAYS),
+            remedy="choose one of these")
+    require(whole and size >= least, "too few to choose from", field="pool_size", value=size,
+            allowed=f"a whole number, {least} (num_candidates) or more", remedy="say how many answers to sample")
+    embeds = asked.select in ("kmedoids", "category")
+    require(asked.embed is None or embeds and callable(asked.embed), "cannot be used", field="embed",
+            value=asked.embed, allowed='a function from texts to points, with "kmedoids" or "category"',
+            remedy="leave it out: MiniLM is used where it is needed")
+
+# %% ../nbs/19_enhancement.ipynb #8a9eeca7
+def _check_refit(asked: Rounds) -> None:
+    "A reward, or a reward model that is fitted and something to fit it on."
+    refit = asked.refit
+    if refit is None:
+        return
+    require(isinstance(refit, Refit), "not a Refit", field="refit", value=type(refit).__name__,
+            allowed="Refit(lists, backbone)", remedy="for example Refit()")
+    require(asked.reward is None, "the fitted reward model scores the rounds, so it would have no effect",
+            field="reward", value=asked.reward, allowed="None beside refit", remedy="give None, or leave refit out")
+    ordered = any(len({x for x in r["rewards"] if x is not None}) > 1 for r in refit.lists)
+    require(ordered or any(map(any, asked.demonstrations().values())), "nothing to fit a reward model on",
+            field="refit", value="no demonstration, no graded list",
+            allowed='prompts with completions of source "human" and no reward, or graded lists',
+            remedy="give completions and sources=['human'] to the prompts, or Refit(lists)")
+
+
+def _check_reference(asked: Rounds, start: Policy) -> None:
+    "A mixture of references needs a loss with one, and nobody else who decides on it."
+    mix = asked.reference_mix
+    if mix is None:
+        return
+    _weight(mix, 1)
+    options = asked.trainer_options or {}
+    require(options.get("ref_model") is None, "two references", field="reference_mix", value=mix,
+            allowed="reference_mix, or a ref_model of trainer_options", remedy="leave one of them out")
+    try:
+        check_call(LIREConfig(**({"output_dir": "unused"} | asked.training)), start, options.get("eval_dataset"), {})
+    except LireError as e:
+        e.field = e.field.replace("ref_model", "reference_mix")
+        raise
+
+
+def _weight(mix: float | Callable[[int], float], number: int) -> float:
+    "The start policy's weight in a round."
+    weight = mix(number) if callable(mix) else mix
+    real = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    require(real and 0 <= weight <= 1, "not a weight", field="reference_mix", value=weight,
+            allowed="0 (the last policy) to 1 (the start policy)", remedy="give a number, or a function of the round")
+    return float(weight)
 
 # %% ../nbs/19_enhancement.ipynb #7c57782b
 # long: an argument a line
@@ -121,7 +205,7 @@ def self_enhance(
     policy: str | Path | Policy,  # the start policy: asset, folder or hub id
     # records with "id", "prompt", "meta"; completions, rewards and sources are kept in the lists
     prompts: Iterable[dict],
-    reward: Reward,  # the proxy reward
+    reward: Reward | None,  # the proxy reward; None with `refit`
     run_folder: str | Path,
     *,
     evolve: int = 2,  # rounds that sample new candidates
@@ -138,23 +222,32 @@ def self_enhance(
     stop: "StopRule | Callable[[int, Path], str | None] | None" = None,  # asked after every round
     # for LIRETrainer; with a peft_config round 1 trains a fresh adapter, later rounds train it further
     trainer_options: dict | None = None,
+    select: str | None = None,  # how num_candidates are chosen of a larger pool, see `lire_nb.selection.select`
+    pool_size: int | None = None,  # answers sampled for each prompt where `select` chooses
+    embed: Callable | None = None,  # texts to points, for `select`; default: MiniLM
+    refit: "Refit | None" = None,  # a reward model fitted in every round, in the place of `reward`, which is None then
+    # weight of the start policy's log-probs in the reference of a loss that has one, or a function of the round;
+    # the rest is the last policy's. None or 0: the last policy, where the round's training starts
+    reference_mix: float | Callable[[int], float] | None = None,
 ) -> list[Path]:  # the policy folder of every round
     """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
     it goes on where it stopped."""
     run_folder, folders = Path(run_folder), []
     asked = Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,
                    check_settings(training or {}), seed, progress, pool, max_candidates, contrastive, stop,
-                   trainer_options)
+                   trainer_options, select, pool_size, embed, refit, reference_mix)
     _check_arguments(asked)
     start = Policy.of(policy)
     asked = _checked(asked, start)
+    _check_reference(asked, start)
     kept = "the stages that are finished are kept, start again to go on"
     with one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
         _claim_run(run_folder, asked.identity(start), start)
         if isinstance(asked.stop, StopRule):  # what is wrong with the rule is said before the work
             should_stop(asked.stop, 0, start, start, run_folder)
         for number in range(1, evolve + 1):
-            folders.append(run_round(number, Policy.of(folders[-1]) if folders else start, asked, run_folder))
+            last = Policy.of(folders[-1]) if folders else start
+            folders.append(run_round(number, last, asked, run_folder, start))
             if after_round is not None and _is_main():
                 after_round(number, folders[-1])
             if stop is not None and (reason := should_stop(asked.stop, number, folders[-1], start, run_folder)):
@@ -192,24 +285,30 @@ def run_round(
     policy: Policy,  # samples the candidates, and is where training starts
     asked: Rounds,
     run_folder: Path,
+    start: Policy | None = None,  # of the run, for `reference_mix`
 ) -> Path:  # the folder of the new policy
     "Sample, score, train; a stage whose result is there is not run again."
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
     sampled = {"policy": _within(policy, run_folder), "fingerprint": policy.fingerprint, "round": number,
-               "seed": derive_seed(asked.seed, number, "sample"), "num_candidates": asked.num_candidates,
+               "seed": derive_seed(asked.seed, number, "sample"), "num_candidates": asked.pool_size or asked.num_candidates,
                "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training)}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
     _stage(folder, candidates, lambda: _sample_round(policy, asked, sampled), sampled, after=scored)
+    if asked.refit is not None:
+        _fit_reward(folder, number, asked, sampled)
+    if asked.select:
+        _stage(folder, folder / "pool.jsonl", lambda: _score_pool(folder, asked), sampled, after=scored)
     _stage(folder, scored, lambda: _score_round(folder, number, asked), sampled, after=trained)
     if not trained.exists():
         logger.info("round %d: training", number)
         lists = _less_baseline(load_lists(scored), folder) if asked.contrastive else load_lists(scored)
         defaults = {"num_train_epochs": asked.iterate, "disable_tqdm": True, "on_mute_lists": "warn"}
         train_policy(policy, lists, trained, seed=derive_seed(asked.seed, number, "train") % 2**31,
-                     trainer_options=asked.trainer_options, **(defaults | asked.training))
+                     trainer_options=asked.trainer_options, reference_mix=_mix_of(asked, number, start),
+                     **(defaults | asked.training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
         _write_round(folder, sampled)
@@ -218,9 +317,9 @@ def run_round(
 # %% ../nbs/19_enhancement.ipynb #73be26dc
 def _sample_round(policy: Policy, asked: Rounds, sampled: dict):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(asked.prompts),
-                asked.num_candidates, policy)
+                sampled["num_candidates"], policy)
     records = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in asked.prompts]
-    return sample_lists(policy, records, asked.num_candidates, settings=asked.settings, seed=sampled["seed"],
+    return sample_lists(policy, records, sampled["num_candidates"], settings=asked.settings, seed=sampled["seed"],
                         source=f"policy:round-{sampled['round']}",
                         max_prompt_length=sampled["max_prompt_length"], progress=asked.progress)
 
@@ -239,12 +338,30 @@ def _score_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
     keeps = asked.pool == "keep"
     if keeps and number > 1:
         before = load_lists(folder.with_name(f"round-{number - 1}") / "lists.jsonl")
-    lists = score_lists(_joined(before, load_lists(folder / "candidates.jsonl"), dedupe=keeps), asked.reward,
-                        only_missing=True)
+        before = _less_fitted(before, given) if asked.refit is not None else before
+    new = _select_round(folder, number, asked) if asked.select else load_lists(folder / "candidates.jsonl")
+    lists = _scored(_joined(before, new, dedupe=keeps), _reward_of(folder, asked), asked.demonstrations())
     if asked.contrastive and number == 1:
-        write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in lists})
+        own = load_lists(folder / "pool.jsonl") if asked.select else lists
+        write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in own})
     counts = {r["id"]: len(r["completions"]) for r in given}
     return [cap_candidates(r, asked.max_candidates, counts.get(r["id"], 0)) for r in lists]
+
+# %% ../nbs/19_enhancement.ipynb #81753463
+def _reward_of(folder: Path, asked: Rounds) -> Reward:
+    "The reward of a round: the one that was given, or the one that the round has fitted."
+    return asked.reward if asked.refit is None else RewardModel.load(folder / "reward")
+
+
+def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> Iterable[dict]:
+    "Rewards where none are; `shown` says which of the first candidates of a list are demonstrations and get none."
+    if not shown:
+        return score_lists(lists, reward, only_missing=True)
+    spared = [{j for j, is_shown in enumerate(shown.get(r["id"], ())) if is_shown} for r in lists]
+    keeps = [[j for j in range(len(r["completions"])) if j not in some] for r, some in zip(lists, spared)]
+    found = score_lists((select_candidates(r, keep) for r, keep in zip(lists, keeps)), reward, only_missing=True)
+    known = [dict(zip(keep, r["rewards"])) for r, keep in zip(found, keeps)]
+    return [{**r, "rewards": [own.get(j) for j in range(len(r["completions"]))]} for r, own in zip(lists, known)]
 
 # %% ../nbs/19_enhancement.ipynb #c70cbd38
 def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, after: Path) -> None:
@@ -263,7 +380,8 @@ def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampl
 # %% ../nbs/19_enhancement.ipynb #fe2b58b4
 def _write_round(folder: Path, sampled: dict) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-    files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*")]
+    files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*"),
+                                                          *folder.glob("reward/**/*")]
              if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
     write_manifest(folder, files, sampled_by=sampled, versions=versions)
 
@@ -334,7 +452,7 @@ def cap_candidates(
 def _own_mean(record: dict) -> float:
     "The mean score of what the start policy sampled."
     own = [r for r, source in zip(record["rewards"], record["sources"])
-           if source == "policy:round-1"] or record["rewards"]
+           if source == "policy:round-1"] or [r for r in record["rewards"] if r is not None]
     return math.fsum(own) / len(own)
 
 
@@ -342,6 +460,92 @@ def _less_baseline(lists: Iterable[dict], folder: Path) -> list[dict]:
     baseline = json.loads((folder.with_name("round-1") / "baseline.json").read_text())
     return [{**r, "rewards": [None if x is None else x - baseline[r["id"]] for x in r["rewards"]]}
             for r in map(dict, lists)]
+
+# %% ../nbs/19_enhancement.ipynb #3a6bd8b1
+def _score_pool(folder: Path, asked: Rounds) -> Iterable[dict]:
+    logger.info("%s: scoring the pool", folder.name)
+    return score_lists(load_lists(folder / "candidates.jsonl"), _reward_of(folder, asked))
+
+
+def _select_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
+    "`num_candidates` of each pool; the kinds of answers are those of earlier rounds, where there are some."
+    seed, values = derive_seed(asked.seed, number, "select"), None
+    if asked.select == "category" and number > 1:
+        earlier = [r for k in range(1, number) for r in load_lists(folder.with_name(f"round-{k}") / "pool.jsonl")]
+        values = learn_categories(earlier, seed=seed, embed=asked.embed)
+    return select_from(load_lists(folder / "pool.jsonl"), asked.num_candidates, asked.select, seed=seed,
+                       embed=asked.embed, values=values)
+
+# %% ../nbs/19_enhancement.ipynb #e23bc90e
+@dataclass
+class Refit:
+    "The reward model of each round: trained on graded lists, and on demonstrations above the round's own samples."
+
+    lists: Iterable[dict] = ()  # graded, known beforehand
+    backbone: str | Path = "minilm"  # asset, folder or hub id
+    epochs: int = 1
+    lr: float = 1e-4
+    batch_size: int = 16  # lists per step
+    max_length: int = 256  # tokens of prompt and completion
+
+    def __post_init__(self):
+        self.lists = [dict(r) for r in as_lists(self.lists, "refit: lists")]
+        for name in ("epochs", "lr", "batch_size", "max_length"):
+            value = getattr(self, name)
+            good = isinstance(value, numbers.Real if name == "lr" else numbers.Integral) and not isinstance(value, bool)
+            require(good and 0 < value < math.inf, "cannot be used", field=f"refit: {name}", value=value,
+                    allowed="a number above 0" if name == "lr" else "a whole number, 1 or more", remedy="change it")
+
+    def settings(self) -> dict:
+        return {name: getattr(self, name) for name in ("epochs", "lr", "batch_size", "max_length")}
+
+    def identity(self) -> dict:
+        return {"lists": lists_identity(self.lists), "backbone": policy_identity(self.backbone), **self.settings()}
+
+# %% ../nbs/19_enhancement.ipynb #70369da5
+def _fit_reward(folder: Path, number: int, asked: Rounds, sampled: dict) -> None:
+    "The round's reward model, in the folder reward; it appears whole or not at all."
+    if not _is_main() or (folder / "reward").exists():
+        return
+    logger.info("round %d: fitting the reward model", number)
+    joined = _joined(_given_lists(asked.prompts), load_lists(folder / "candidates.jsonl"), dedupe=False)
+    model = train_reward_model([*asked.refit.lists, *demonstration_pairs(joined)], asked.refit.backbone,
+                               seed=derive_seed(asked.seed, number, "reward") % 2**31, name=f"round-{number}",
+                               progress=asked.progress, **asked.refit.settings())
+    with atomic_folder(folder / "reward") as draft:
+        model.save(draft)
+    before = read_manifest(folder) or {"files": {}}
+    if (folder / "lists.jsonl").exists() and any(n.startswith("reward/") for n in changed_files(folder, before)):
+        shutil.rmtree(folder / "reward")
+        raise LireError("made again, it is not what it was", file=folder / "reward",
+                        allowed="the same bytes, from the same machine and versions",
+                        remedy=f"delete {folder.name} and the rounds after it")
+    _write_round(folder, sampled)
+
+
+def _less_fitted(lists: Iterable[dict], given: list[dict]) -> list[dict]:
+    "Lists of an earlier round without the rewards of its model; what the prompts brought along keeps its own."
+    own = {r["id"]: r["rewards"] for r in given}
+    rewards = {r["id"]: [*own.get(r["id"], ()), *[None] * len(r["rewards"])][:len(r["rewards"])] for r in lists}
+    return [{**r, "rewards": rewards[r["id"]]} for r in map(dict, lists)]
+
+# %% ../nbs/19_enhancement.ipynb #1a7e673c
+def _mix_of(asked: Rounds, number: int, start: Policy | None) -> tuple[Policy, float] | None:
+    "The start policy and its weight in the reference; None where the last policy is all of it."
+    if asked.reference_mix is None or number == 1 or start is None:
+        return None
+    weight = _weight(asked.reference_mix, number)
+    return (start, weight) if weight else None
+
+
+def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Policy, weight: float):
+    "Lists as the trainer prepares them; their reference log-probs are weight · other's + (1 − weight) · model's."
+    other, _ = load_policy(other, device=model.device)
+    context = common_context(model, other)
+    prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
+    mixed = [[weight * b + (1 - weight) * a for a, b in zip(*rows)]
+             for rows in zip(prepared["ref_logps"], theirs["ref_logps"])]
+    return prepared.from_list([{**row, "ref_logps": logps} for row, logps in zip(prepared, mixed)])
 
 # %% ../nbs/19_enhancement.ipynb #e8cd0635
 TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1,
@@ -358,6 +562,8 @@ def train_policy(
     callbacks: list | None = None,
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
     merge_adapter: bool = False,  # of the start policy: add it to the weights of its base first
+    # for a loss with a reference: another policy, and the weight of its log-probs; the rest is the start's
+    reference_mix: tuple[Policy, float] | None = None,
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
@@ -368,7 +574,8 @@ def train_policy(
     with one_writer(folder, "another training", inside=False):
         identity = {"fingerprint": policy.fingerprint, "lists": lists_identity(lists), "seed": seed,
                     "settings": settings_identity(settings), "trainer": plain_value(options),
-                    **({"merge_adapter": True} if merge_adapter else {})}
+                    **({"merge_adapter": True} if merge_adapter else {}),
+                    **({"reference_mix": [reference_mix[0].fingerprint, reference_mix[1]]} if reference_mix else {})}
         if folder.exists():
             return _done_before(folder, partial, identity)
         has_state = any(isinstance(c, ExportableState) for c in callbacks or ())
@@ -380,7 +587,7 @@ def train_policy(
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks,
-                       merge_adapter=merge_adapter, **options)
+                       merge_adapter=merge_adapter, reference_mix=reference_mix, **options)
         except Interrupted:
             raise
         except KeyboardInterrupt as e:  # the second one
@@ -460,10 +667,12 @@ class _NoLastCheckpoint(TrainerCallback):
 
 # %% ../nbs/19_enhancement.ipynb #4e5d55de
 def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter,
-           **options) -> None:
+           reference_mix, **options) -> None:
     model, tokenizer = load_policy(policy)
     if merge_adapter:
         model = merged_policy(model)
+    if reference_mix is not None:
+        lists = _with_mixed_reference(model, tokenizer, lists, args, *reference_mix)
     trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer,
                                            callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm = sigterm

@@ -25,21 +25,33 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from lire_nb import enhancement, evaluation
 from lire_nb.base import files
 from lire_nb.base.errors import LireError
-from lire_nb.enhancement import self_enhance
+from lire_nb.enhancement import Refit, self_enhance
 from lire_nb.resume import ExactTrainer
+from lire_nb.rewards import RewardModel
 from lire_nb.sampling import SamplingSettings
 
-STAGES = ("other", "sampling", "scoring", "training", "checkpointing", "saving", "evaluation")
+STAGES = ("other", "sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation")
 # seconds, about, for the moment inside a stage
-SPAN = {"sampling": 0.1, "scoring": 0.1, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
-PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(6)]
+SPAN = {"sampling": 0.1, "fitting": 0.05, "scoring": 0.1, "selecting": 0.01, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
+PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}, "completions": [" good"], "sources": ["human"]}
+           for i in range(6)]
 TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2, "save_steps": 1, "save_total_limit": 2,
-            "reward_transform": "zscore", "lr_scheduler_type": "linear"}
+            "loss_type": "dpo", "lr_scheduler_type": "linear"}
 
 
 def vowels(prompts, completions):
     return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
+
+
+class SlowReward(RewardModel):
+    def __call__(self, prompts, completions):
+        time.sleep(0.1)  # as a large one would
+        return super().__call__(prompts, completions)
+
+
+def letters(texts):
+    return [[text.count(c) for c in "aeiou"] for text in texts]
 
 
 class Stages:
@@ -81,7 +93,10 @@ class Stages:
         setattr(owner, name, watched)
 
     def watch_all(self):
+        enhancement.RewardModel = SlowReward
         for owner, name, stage in ((enhancement, "sample_lists", "sampling"), (enhancement, "score_lists", "scoring"),
+                                   (enhancement, "train_reward_model", "fitting"),
+                                   (enhancement, "select_from", "selecting"),
                                    (ExactTrainer, "train", "training"),
                                    (ExactTrainer, "_save_checkpoint", "checkpointing"),
                                    (ExactTrainer, "save_model", "saving"), (evaluation, "judge_policy", "evaluation")):
@@ -89,7 +104,8 @@ class Stages:
 
 
 def run(place: Path) -> None:
-    """Evolve 2 × iterate 2, with an evaluation after every round."""
+    """Evolve 2 × iterate 2, with an evaluation after every round and all options on: a pool to choose from, a reward
+    model fitted in every round, a reference mixed of two policies."""
     os.chdir(place)
     settings = SamplingSettings(max_new_tokens=6)
 
@@ -100,9 +116,10 @@ def run(place: Path) -> None:
                               evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start",
                                                       settings=settings, progress=False))
 
-    self_enhance("start", PROMPTS, vowels, "run", evolve=2, iterate=2, num_candidates=3, settings=settings,
+    self_enhance("start", PROMPTS, None, "run", evolve=2, iterate=2, num_candidates=3, settings=settings,
                  training=TRAINING, pool="keep", max_candidates=5, seed=3, progress=False,
-                 after_round=judge)
+                 after_round=judge, select="category", pool_size=5, embed=letters, reference_mix=0.25,
+                 refit=Refit(backbone="start", lr=1e-2, batch_size=3))
 
 
 def fork(place: Path, stages: Stages, limit: int | None = None, pause: float = 0.0) -> int:
@@ -268,7 +285,7 @@ def flip(content: bytes) -> bytes:
 CASES = {
     "term-sampling": terminated("sampling"), "term-scoring": terminated("scoring"),
     "term-training": terminated("checkpointing"),
-    "disk-lists": full_disk(300), "disk-weights": full_disk(15_000), "disk-optimizer": full_disk(40_000),
+    "disk-lists": full_disk(300), "disk-reward": full_disk(15_000), "disk-weights": full_disk(30_000), "disk-optimizer": full_disk(40_000),
     "cut-candidates": damaged("round-1/candidates.jsonl", lambda b: b[:-30], "round-1/candidates.jsonl"),
     "cut-lists": damaged("round-2/lists.jsonl", lambda b: b[:-30], "round-2/lists.jsonl"),
     "flipped-weights": damaged("round-1/policy/model.safetensors", flip, "round-1/policy"),

@@ -17,7 +17,7 @@ from lire_nb.sampling import SamplingSettings
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-STAGES = {"sampling", "scoring", "training", "checkpointing", "saving", "evaluation"}
+STAGES = {"sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation"}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
 OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False,
                training=dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2))
@@ -34,6 +34,7 @@ def report(tmp_path_factory) -> dict:
 def test_two_undisturbed_runs_leave_the_same_files(report):
     assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors",
                                 "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
+                                "run/round-2/pool.jsonl", "run/round-2/reward/model.safetensors",
                                 "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"} <= set(report["files"])
     assert not [f for f in report["files"] if "partial" in f or "/." in f]
 
@@ -53,7 +54,8 @@ def test_sigterm(report, stage):
 
 
 @pytest.mark.parametrize("what, words",
-                         [("lists", "enhancement.json"), ("weights", "checkpoint-1"), ("optimizer", "checkpoint-1")])
+                         [("lists", "enhancement.json"), ("reward", "round-1/reward"), ("weights", "checkpoint-1"),
+                          ("optimizer", "checkpoint-1")])
 def test_full_disk(report, what, words):
     case = report["cases"][f"disk-{what}"]
     assert case["code"] == 3 and not case["left"] and case["wrong"] is None, case
@@ -230,3 +232,124 @@ def test_bad_plans(tmp_path, start, change, words):
     with pytest.raises(LireError, match=words):
         self_enhance(start, change.pop("prompts", PROMPTS), short, tmp_path / "run", **(OPTIONS | change))
     assert not (tmp_path / "run").exists()
+
+
+DPO = dict(OPTIONS, training=OPTIONS["training"] | {"loss_type": "dpo"})
+
+
+@pytest.mark.parametrize("mix", [None, 0, 0.25, lambda number: {2: 1.0}[number]], ids=["last", "0", "0.25", "start"])
+def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix):
+    """Round 2 compares with round 1's policy, with the start, or with the mixture: log-probs from models loaded alone,
+    one candidate at a time."""
+    import torch
+
+    from lire_nb import enhancement
+    from lire_nb.models import load_policy
+
+    seen = []
+
+    class Watched(enhancement.LIRETrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(self.train_dataset)
+
+    monkeypatch.setattr(enhancement, "LIRETrainer", Watched)
+    folders = self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, reference_mix=mix, **DPO)
+    weight = mix(2) if callable(mix) else mix or 0.0
+
+    def alone(name, row):
+        model, _ = load_policy(name)
+        found = []
+        for ids in row["completion_ids"]:
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor([row["prompt_ids"] + ids])).logits[0].double().log_softmax(-1)
+            at = len(row["prompt_ids"]) - 1
+            found.append(sum(logits[at + k, token].item() for k, token in enumerate(ids)))
+        return torch.tensor(found)
+
+    gaps = []
+    for number, weights in ((1, (1.0, 0.0)), (2, (weight, 1 - weight))):
+        for row in seen[number - 1]:
+            first, last = alone(start, row), alone(folders[0], row)
+            torch.testing.assert_close(torch.tensor(row["ref_logps"]), weights[0] * first + weights[1] * last if
+                                       number == 2 else first, rtol=1e-4, atol=1e-4)
+            gaps.append(float((first - last).abs().max()))
+    assert min(gaps) > 1e-2  # the two references differ, so the check above can fail
+
+
+def test_a_pool_is_scored_once_and_chosen_from(tmp_path, start):
+    from lire_nb.selection import learn_categories, select
+
+    letters = lambda texts: [[t.count(c) for c in "abc"] for t in texts]  # noqa: E731
+    asked, folder = [], tmp_path / "run"
+
+    def reward(prompts, completions):
+        asked.append(len(completions))
+        return short(prompts, completions)
+
+    self_enhance(start, PROMPTS, reward, folder, evolve=2, select="category", pool_size=7, embed=letters, **OPTIONS)
+    pools, lists = ([list(load_lists(folder / f"round-{n}" / name)) for n in (1, 2)]
+                    for name in ("pool.jsonl", "lists.jsonl"))
+    assert asked == [28, 28]
+    assert all(len(r["completions"]) == 7 for pool in pools for r in pool)
+    assert all(len(r["completions"]) == 3 == len(r["meta"]["logps"]) for some in lists for r in some)
+    from lire_nb.sampling import derive_seed
+
+    for number, values in ((1, None), (2, pools[0])):
+        seed = derive_seed(0, number, "select")
+        known = values and learn_categories(values, seed=seed, embed=letters)
+        assert select(pools[number - 1], 3, "category", seed=seed, embed=letters, values=known) == lists[number - 1]
+
+
+def test_demonstrations_stay_unscored_where_they_are_used(tmp_path, start):
+    from lire_nb.enhancement import Refit
+
+    prompts = [{**p, "completions": [" by hand", " graded"], "rewards": [None, 0.5], "sources": ["human", "given"]}
+               for p in PROMPTS]
+    refit = Refit(backbone=start, lr=1e-2)
+    self_enhance(start, prompts, short, tmp_path / "plain", evolve=1, **OPTIONS)
+    self_enhance(start, prompts, None, tmp_path / "refit", evolve=2, pool="keep", refit=refit, **OPTIONS)
+    assert all(r["rewards"][0] == -8.0 for r in load_lists(tmp_path / "plain" / "round-1" / "lists.jsonl"))
+    from lire_nb.rewards import RewardModel
+
+    for number in (1, 2):  # every own sample, of this round and of the last one, has the score of this round's model
+        folder = tmp_path / "refit" / f"round-{number}"
+        model = RewardModel.load(folder / "reward")
+        for r in load_lists(folder / "lists.jsonl"):
+            assert r["rewards"][:2] == [None, 0.5] and len(r["rewards"]) >= 2 + 2 * number
+            scores = model([r["prompt"]] * (len(r["rewards"]) - 2), r["completions"][2:])
+            assert r["rewards"][2:] == pytest.approx(scores, abs=1e-5 + 0.02 * max(map(abs, scores)))
+
+
+def test_options_that_are_not_used_leave_no_trace(tmp_path, start):
+    self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=1, **OPTIONS)
+    said = json.loads((tmp_path / "run" / "enhancement.json").read_text())
+    assert not {"select", "pool_size", "embed", "refit", "reference_mix"} & set(said)
+    assert sorted(p.name for p in (tmp_path / "run" / "round-1").iterdir()) == ["candidates.jsonl", "lists.jsonl",
+                                                                                "manifest.json", "policy"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"pool_size": 5}, "no effect without select"), ({"select": "best_worst"}, "pool_size: too few"),
+    ({"select": "all", "pool_size": 5}, "select: unknown way"), ({"select": "random", "pool_size": 2}, "too few"),
+    ({"select": "random", "pool_size": 5, "embed": len}, "embed: cannot be used"),
+    ({"refit": {}}, "refit: not a Refit"), ({"reference_mix": 0.5}, "reference_mix"),
+    ({"reference_mix": 1.5, "training": {"loss_type": "dpo"}}, "not a weight"),
+    ({"reference_mix": "start", "training": {"loss_type": "dpo"}}, "not a weight"),
+])
+def test_options_that_cannot_be(tmp_path, start, change, words):
+    with pytest.raises(LireError, match=words) as e:
+        self_enhance(start, PROMPTS, short, tmp_path / "run", **(OPTIONS | change))
+    assert not (tmp_path / "run").exists() and "\n" not in str(e.value)
+
+
+def test_a_refit_needs_something_to_learn_from(tmp_path, start):
+    from lire_nb.enhancement import Refit
+
+    with pytest.raises(LireError, match="nothing to fit a reward model on"):
+        self_enhance(start, PROMPTS, None, tmp_path / "run", refit=Refit(backbone=start), **OPTIONS)
+    with pytest.raises(LireError, match="reward: the fitted reward model scores the rounds"):
+        self_enhance(start, PROMPTS, short, tmp_path / "run", refit=Refit(backbone=start), **OPTIONS)
+    for change in ({"epochs": 0}, {"lr": float("nan")}, {"batch_size": 1.5}):
+        with pytest.raises(LireError, match=f"refit: {[*change][0]}: cannot be used"):
+            Refit(**change)
