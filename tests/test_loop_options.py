@@ -1,0 +1,178 @@
+"""What self-enhancement takes from its neighbors: a selected pool, a reference between two policies, a reward model that is
+trained anew in every round."""
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_policy import make_start
+
+from lire_nb import enhancement, training
+from lire_nb.base.errors import LireError
+from lire_nb.enhancement import Refit, self_enhance
+from lire_nb.lists import load_lists
+from lire_nb.models import load_policy, Policy
+from lire_nb.sampling import SamplingSettings
+from lire_nb.training import LIREConfig
+
+PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
+SHOWN = [p | {"completions": [" a joy"], "rewards": [None], "sources": ["human"]} for p in PROMPTS]
+PLAIN = dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2)
+OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False, training=PLAIN)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start") / "start", dropout=0.0)
+
+
+def vowels(prompts, completions):
+    return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
+
+
+def letters(texts):
+    "An embedding that needs no model: how often each of four letters stands in a text."
+    return [[float(t.count(c)) for c in "aeio"] for t in texts]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("how", ["random", "best_worst", "kmedoids", "category"])
+def test_lists_hold_m_of_the_pool(tmp_path, start, monkeypatch, how):
+    monkeypatch.setattr("lire_nb.selection.minilm", lambda: letters)
+    asked = []
+    learn = enhancement.learn_categories
+    monkeypatch.setattr(enhancement, "learn_categories", lambda lists, **k: asked.append(len(lists)) or learn(lists, **k))
+    self_enhance(start, SHOWN, vowels, tmp_path / "run", evolve=2, select=how, pool_size=6,
+                 **(OPTIONS | {"training": PLAIN | {"demo_weight": 0.1}}))
+    for k in (1, 2):
+        folder = tmp_path / "run" / f"round-{k}"
+        pools = {r["id"]: dict(r) for r in load_lists(folder / "pool.jsonl")}
+        for r in map(dict, load_lists(folder / "lists.jsonl")):
+            own, pool = list(zip(r["completions"], r["rewards"]))[1:], pools[r["id"]]
+            assert r["completions"][0] == " a joy" and r["rewards"][0] is None and r["sources"][0] == "human"
+            assert len(own) == 3 and len(pool["completions"]) == 6 and None not in pool["rewards"]
+            assert set(own) <= set(zip(pool["completions"], pool["rewards"]))
+            if how in ("best_worst", "kmedoids"):
+                assert {max(pool["rewards"]), min(pool["rewards"])} <= {x for _, x in own}
+    assert asked == ([4] if how == "category" else [])  # the second round learns from the first's pools
+
+
+def test_without_the_options_nothing_new_is_written(tmp_path, start):
+    self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=1, **OPTIONS)
+    claimed = json.loads((tmp_path / "run" / "enhancement.json").read_text())
+    assert not {"select", "pool_size", "refit"} & set(json.dumps(claimed).replace('"', " ").split())
+    assert not (tmp_path / "run" / "round-1" / "pool.jsonl").exists()
+    settings = json.loads((tmp_path / "run" / "round-1" / "policy" / "lire_config.json").read_text())
+    assert "reference_mix" not in settings
+
+
+def test_a_round_is_compared_with_the_last_rounds_policy(tmp_path, start, monkeypatch):
+    seen, original = [], training.reference_logps
+
+    def watched(model, tokenizer, lists, *args, **kwargs):
+        seen.append(model.state_dict()["lm_head.weight"].clone())
+        return original(model, tokenizer, lists, *args, **kwargs)
+
+    monkeypatch.setattr(training, "reference_logps", watched)
+    policies = self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=2,
+                            **(OPTIONS | {"training": PLAIN | {"loss_type": "dpo"}}))
+    first, second = (load_policy(folder)[0].state_dict()["lm_head.weight"] for folder in (start, policies[0]))
+    assert len(seen) == 2 and torch.equal(seen[0], first) and torch.equal(seen[1], second)
+    assert not torch.equal(first, second)
+
+
+def alone(model, tokenizer, prompt: str, text: str) -> float:
+    "One completion by itself: a plain forward pass, the end token included."
+    head = tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([head + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)
+    return sum(float(logps[0, t - 1, ids[0, t]]) for t in range(len(head), ids.shape[1]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_reference_is_a_mean_of_two(tmp_path, start, weight):
+    other = make_start(tmp_path / "other", dropout=0.0, seed=5)
+    lists = [{"id": "a", "prompt": "film a was", "completions": [" fine", " good news"], "rewards": [0.0, 1.0],
+              "sources": ["x", "x"], "meta": {}}]
+    args = LIREConfig(output_dir=str(tmp_path / "out"), loss_type="dpo", report_to="none", **PLAIN)
+    (model, tokenizer), (ref, _) = load_policy(start), load_policy(other)
+    found = enhancement._with_mixed_reference(model, tokenizer, lists, args, Policy.of(other), weight)[0]["ref_logps"]
+    for text, value in zip(lists[0]["completions"], found):
+        given, own = (alone(m, tokenizer, "film a was", text) for m in (ref, model))
+        assert abs(value - (weight * given + (1 - weight) * own)) < 1e-4
+
+
+def test_a_mixture_through_the_loop(tmp_path, start):
+    "Weight 0 is the last round's policy alone, bit for bit; weight 1 the start's, which round 2 notices."
+    weights = {}
+    for name, mix in (("plain", {}), ("last", {"reference_mix": 0.0}), ("start", {"reference_mix": 1.0})):
+        policies = self_enhance(start, PROMPTS, vowels, tmp_path / name, evolve=2,
+                                **(OPTIONS | mix | {"training": PLAIN | {"loss_type": "regression"}}))
+        weights[name] = [(p / "model.safetensors").read_bytes() for p in policies]
+    assert weights["plain"] == weights["last"] and weights["plain"][0] == weights["start"][0]
+    assert weights["plain"][1] != weights["start"][1]
+
+
+REFIT = dict(epochs=1, batch_size=2, max_length=32)
+
+
+def run_refit(folder: Path, start: Path) -> None:
+    self_enhance(start, SHOWN, None, folder, refit=Refit(backbone=start, **REFIT), evolve=2, pool="keep", **OPTIONS)
+
+
+def test_the_reward_is_trained_anew_in_every_round(tmp_path, start):
+    run_refit(tmp_path / "run", start)
+    models = [(tmp_path / "run" / f"round-{k}" / "reward" / "model.safetensors").read_bytes() for k in (1, 2)]
+    assert models[0] != models[1]
+    for k in (1, 2):
+        reward = enhancement.RewardModel.load(tmp_path / "run" / f"round-{k}" / "reward")
+        for r in map(dict, load_lists(tmp_path / "run" / f"round-{k}" / "lists.jsonl")):
+            own = [j for j, source in enumerate(r["sources"]) if source != "human"]
+            assert [r["rewards"][j] for j, s in enumerate(r["sources"]) if s == "human"] == [None]
+            scores = reward([r["prompt"]] * len(own), [r["completions"][j] for j in own])
+            assert all(abs(r["rewards"][j] - s) < 1e-3 for j, s in zip(own, scores))  # this round's model, old ones too
+
+
+@pytest.mark.parametrize("moment", ["round-1/reward", "round-2/candidates.jsonl", "round-2/reward", "round-2/lists.jsonl"])
+def test_killed_while_the_reward_is_trained(tmp_path, start, moment):
+    "SIGKILL as soon as something is there; gone on with, everything is as in a run that nobody disturbed."
+    run_refit(tmp_path / "whole", start)
+    child = os.fork()
+    if not child:
+        try:
+            run_refit(tmp_path / "run", start)
+        finally:
+            os._exit(1)
+    until = time.monotonic() + 60
+    while not (tmp_path / "run" / moment).exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "run" / "round-2" / "policy").exists()
+    run_refit(tmp_path / "run", start)
+    whole, again = contents(tmp_path / "whole"), contents(tmp_path / "run")
+    assert whole == again and "round-2/reward/model.safetensors" in whole
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"select": "best"}, "unknown way"), ({"select": "random", "pool_size": 2}, "too few"),
+    ({"pool_size": 8}, "has no effect"), ({"select": "random", "pool_size": 4.5}, "too few"),
+    ({"reward": None, "refit": Refit()}, "nothing to fit"), ({"reward": None}, "cannot be called"),
+    ({"refit": Refit(), "prompts": SHOWN}, "no effect"), ({"reference_mix": 0.5}, "no effect"),
+    ({"reference_mix": 1.5, "training": PLAIN | {"loss_type": "dpo"}}, "not a weight"),
+])
+def test_what_cannot_be_run_is_said_first(tmp_path, start, change, words):
+    change = dict(change)
+    prompts, reward = change.pop("prompts", PROMPTS), change.pop("reward", vowels)
+    with pytest.raises(LireError, match=words):
+        self_enhance(start, prompts, reward, tmp_path / "run", **(OPTIONS | change))
+    assert not (tmp_path / "run").exists()
