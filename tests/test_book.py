@@ -1,6 +1,7 @@
 """The book without building it: every page stands once in the table of contents, links lead somewhere, copies are clean,
 and the reference says every public name. `make book` builds it, with warnings as errors."""
 import ast
+import json
 import re
 import sys
 from configparser import ConfigParser
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci" / "book"))
 import api  # noqa: E402
 import check  # noqa: E402
+import fold  # noqa: E402
 import pages  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -92,6 +94,21 @@ def test_what_is_folded():
     assert made["source"] == "def f(): pass" and made["metadata"]["tags"] == ["nb-export", "nb-slow"]
     assert pages.code_cell(cell("#| default_exp losses"), False) is None
     assert pages.code_cell(cell("#| echo: false\nf()", [shows]), True)["metadata"]["tags"] == ["remove-input"]
+
+
+def test_jupyter_folds_what_the_book_folds():
+    """Again gives the same; only the metadata of code changes; what is no plumbing any more is opened."""
+    for path in NOTEBOOKS[:12]:
+        own = json.loads(path.read_text(encoding="utf-8"))
+        made = fold.fold(json.loads(json.dumps(own)))
+        assert fold.fold(json.loads(json.dumps(made))) == made
+        for then, now in zip(own["cells"], made["cells"], strict=True):
+            assert {**then, "metadata": {}} == {**now, "metadata": {}}
+            hidden = now["metadata"].get("jupyter", {}).get("source_hidden", False)
+            assert hidden == (now["cell_type"] == "code" and pages.folded(now))
+    lesson = {**cell("x = 1"), "metadata": {"jupyter": {"source_hidden": True, "outputs_hidden": True}, "tags": ["a"]}}
+    assert fold.fold({"cells": [lesson]})["cells"][0]["metadata"] == {"jupyter": {"outputs_hidden": True},
+                                                                      "tags": ["a"]}
 
 
 def test_links_are_those_of_the_site():
