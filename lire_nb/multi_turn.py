@@ -150,7 +150,8 @@ def sample_conversations(
     for r in records:
         require(isinstance(r["prompt"], list) and r["prompt"][-1]["role"] != "assistant",
                 "a conversation cannot go on from here", field=f"prompt of list {r['id']!r}", value=r["prompt"],
-                allowed="messages, the last of them not the assistant's", remedy="give messages, or chat=True for texts")
+                allowed="messages, the last of them not the assistant's",
+                remedy="give messages, or chat=True for texts")
     sampler = _as_sampler(policy, sampler_options)
     if hasattr(sampler, "check"):
         sampler.check([r["prompt"] for r in records], settings, [r["id"] for r in records])
@@ -386,8 +387,8 @@ def mixed_reference(
     "The reference of MTPO, not normalized; raises `LireError` for αη outside [0, 1]. Source: arXiv 2405.14655."
     step = mtpo_step(alpha, t)
     weight = alpha * (step if eta is None else eta)
-    require(0 <= weight <= 1, "no mean of two policies", field="eta", value=eta, allowed=f"from 0 to 1/α = {1 / alpha:g}",
-            remedy="leave it out, or lower it")
+    require(0 <= weight <= 1, "no mean of two policies", field="eta", value=eta,
+            allowed=f"from 0 to 1/α = {1 / alpha:g}", remedy="leave it out, or lower it")
     start, last = (torch.as_tensor(x) for x in (start_logps, last_logps))
     require(start.shape == last.shape, "different shapes", field="last_logps", value=tuple(last.shape),
             allowed=f"as start_logps, {tuple(start.shape)}", remedy="score the same candidates under both policies")
