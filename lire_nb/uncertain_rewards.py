@@ -10,7 +10,7 @@ __all__ = ['logger', 'ENSEMBLE', 'HOW', 'RewardEnsemble', 'train_reward_ensemble
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 """How rewards stand flipped labels: `python tests/robustness.py embed FOLDER` makes embeddings of the graded answers once,
-`python tests/robustness.py heads FOLDER`, `… lists` and `… orders` write rows to data/results/robustness.jsonl.
+`python tests/robustness.py heads FOLDER` and `… lists` write rows to data/results/robustness.jsonl.
 
 Every pair of different grades of a training list is a label, and a share of the labels is flipped, each by itself. What
 learned from them is judged by the true grades: pair accuracy, one value for each list.
@@ -7,8 +7,6 @@ learned from them is judged by the true grades: pair accuracy, one value for eac
 - heads: linear rewards on frozen embeddings, trained on the training lists, judged on the test lists. What a method can
   be set to is chosen on the validation lists, whose labels are flipped as well.
 - lists: no features; the flipped labels of a list alone, judged on the same list. Can its order be recovered?
-- orders: a tabular policy for each list, trained to the exact minimum of Plackett-Luce DPO on five flipped orders, judged
-  by the true grade that it expects.
 """
 import json
 import os
@@ -25,10 +23,10 @@ from scipy.special import expit, log_expit
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "data" / "results" / "robustness.jsonl"
 TASKS, FLIPPED, SEEDS = ("dialogue", "summarization"), (0.0, 0.1, 0.2, 0.4), 5
+HEAD_SEEDS = 3
 SMOOTHING, MEMBERS, RIDGES, MARGINS = 0.1, 8, (0.1, 1.0, 10.0, 100.0), (0.01, 0.02, 0.05, 0.1)
 LENGTHS = {"dialogue": 160, "summarization": 128}  # tokens of a conversation; a longer one loses its beginning
 DIMENSIONS = 32  # principal components of the embeddings
-RHOS, ORDERS, BETA = (0.0, 0.1, 0.2, 0.4), 5, 0.1
 
 
 def graded(task: str) -> dict[str, list[dict]]:
@@ -145,7 +143,7 @@ def heads(folder: str) -> list[dict]:
             ends = np.cumsum([len(r["completions"]) for r in own])[:-1]
             blocks[split] = np.split((tables[split] - mean) @ turn, ends)
         for flipped in FLIPPED:
-            for seed in range(SEEDS):
+            for seed in range(HEAD_SEEDS):
                 rows += [{"study": "heads", "task": task, "flipped": flipped, "seed": seed, **row}
                          for row in _heads(lists, blocks, flipped, seed)]
                 print(task, flipped, seed, {r["method"]: round(float(np.mean(r["accuracy"])), 3)
@@ -220,67 +218,17 @@ def lists_alone() -> list[dict]:
     return rows
 
 
-def orders() -> list[dict]:
-    "Rows of Plackett–Luce DPO with rho on tabular policies."
-    import torch
-
-    from lire_nb.rivals import get_loss
-
-    loss, rows = get_loss("plackett_luce_dpo").fn, []
-    for task in TASKS:
-        lists = graded(task)["test"]
-        M = max(len(r["rewards"]) for r in lists)
-        truth = torch.tensor([r["rewards"] + [0.0] * (M - len(r["rewards"])) for r in lists], dtype=torch.float64)
-        mask = torch.tensor([[True] * len(r["rewards"]) + [False] * (M - len(r["rewards"])) for r in lists])
-        for flipped in FLIPPED:
-            for seed in range(SEEDS):
-                draw = np.random.default_rng([seed, int(100 * flipped), 2])
-                wins = np.zeros((ORDERS, len(lists), M))
-                for k in range(ORDERS):
-                    for n, own in enumerate(labels(lists, flipped, draw)):
-                        for i, _ in own:
-                            wins[k, n, i] += 1  # an annotator's order: by its flipped comparisons won
-                annotators = torch.tensor(wins)
-                for rho in RHOS:
-                    policy = _minimum(loss, annotators, mask, rho)
-                    shares = (policy * BETA).masked_fill(~mask, -torch.inf).softmax(1)
-                    best = truth[torch.arange(len(truth)), policy.masked_fill(~mask, -torch.inf).argmax(1)]
-                    rows.append({"study": "orders", "task": task, "flipped": flipped, "seed": seed,
-                                 "method": f"rho = {rho:g}", "grade": (shares * truth).sum(1).tolist(),
-                                 "best": best.tolist()})
-            print(task, flipped, {r["method"]: round(float(np.mean(r["grade"])), 2) for r in rows[-4:]}, flush=True)
-    return rows
-
-
-def _minimum(loss, annotators, mask, rho: float):
-    "Log-probs (B, M) at the minimum of the mean loss over annotators, with a slight pull to the start (1e-3·u²)."
-    import torch
-
-    logps = torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logps], lr=1.0, max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-10)
-
-    def closure():
-        optimizer.zero_grad()
-        value = sum(loss(logps, rewards, mask, ref_logps=torch.zeros_like(logps), beta=BETA, rho=rho).sum()
-                    for rewards in annotators) / len(annotators) + 1e-3 * (BETA * logps).square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return logps.detach()
-
-
 def main(study: str, *folder: str) -> None:
     "Run a study; its rows replace the older ones of the same study."
     if study == "embed":
         return embed(*folder)
     start = time.perf_counter()
-    rows = {"heads": heads, "lists": lists_alone, "orders": orders}[study](*folder)
+    rows = {"heads": heads, "lists": lists_alone}[study](*folder)
     from lire_nb.base.versions import version
     from lire_nb.cli import machine
 
     about = machine()
-    code = version("feasible_rewards.lp_rewards", *(["rivals.plackett_luce_dpo_loss"] if study == "orders" else []))
+    code = version("feasible_rewards.lp_rewards")
     kept = [json.loads(line) for line in TABLE.read_text().splitlines()] if TABLE.exists() else []
     kept = [row for row in kept if row["study"] != study]
     rounded = [{k: [round(x, 4) for x in v] if isinstance(v, list) else v for k, v in row.items()} for row in rows]
