@@ -140,7 +140,8 @@ _AGENT_AND_USER = {"allowed": "turns of assistant, user, assistant, …, the fir
 
 def _check_turns(record: dict) -> None:
     "Raise `ListError` for turns that are no conversation after the prompt, or that another text stands for."
-    turns, of_list = candidate_turns(record), f" of list {record['id']!r}"
+    turns = candidate_turns(record)
+    of_list = "" if record["id"] == "-" else f" of list {record['id']!r}"  # make_record derives the id later
     if all(talk is None for talk in turns):
         return
     prompt, texts = record["prompt"], record["completions"]

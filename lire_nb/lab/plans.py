@@ -521,8 +521,9 @@ def _optimism_arms(scale: dict, seed: int) -> list[Run]:
 # %% ../../nbs/41_plans.ipynb #nb001co5
 def _demonstration_arms(scale: dict, seed: int) -> list[Run]:
     "Written texts in the lists of the dialogue task."
-    shown = {"take": {"prompts": scale["tasks"]["dialogue"]["prompts"],
-                      "sampled": scale["tasks"]["dialogue"]["candidates"], "how": "demonstration"}}
+    sizes = scale["tasks"]["dialogue"]
+    shown = {"take": {"prompts": sizes["prompts"], "sampled": sizes["candidates"], "how": "demonstration"},
+             "source": {"given": max(48, sizes["given"])}}  # a list without a short text has no demonstration
     return [_neighbor(scale, seed, "own candidates", None, "dialogue", source={"given": 0}),
             _neighbor(scale, seed, "written texts, scored", "own candidates", "dialogue"),
             _neighbor(scale, seed, "demonstration, likelihood", "own candidates", "dialogue", {"demo_weight": 0.1},
