@@ -29,7 +29,7 @@ EXPECTED = [
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",
     "85_feasible_rewards", "86_uncertain_rewards",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
-    "97_cost",
+    "97_cost", "98_neighbors",
     "index",
 ]
 DRAWN = [name for name in EXPECTED if name >= "90"]  # from data/results alone
