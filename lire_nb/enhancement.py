@@ -180,7 +180,8 @@ def _check_reference(asked: Rounds, start: Policy) -> None:
     mix = asked.reference_mix
     if mix is None:
         return
-    _weight(mix, 1)
+    for number in range(2, max(asked.evolve, 2) + 1):
+        _weight(mix, number)
     options = asked.trainer_options or {}
     require(options.get("ref_model") is None, "two references", field="reference_mix", value=mix,
             allowed="reference_mix, or a ref_model of trainer_options", remedy="leave one of them out")

@@ -32,7 +32,8 @@ from lire_nb.sampling import SamplingSettings
 
 STAGES = ("other", "sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation")
 # seconds, about, for the moment inside a stage
-SPAN = {"sampling": 0.1, "fitting": 0.05, "scoring": 0.1, "selecting": 0.01, "training": 0.25, "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
+SPAN = {"sampling": 0.1, "fitting": 0.05, "scoring": 0.1, "selecting": 0.01, "training": 0.25,
+        "checkpointing": 0.01, "saving": 0.01, "evaluation": 0.15}
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}, "completions": [" good"], "sources": ["human"]}
            for i in range(6)]
 TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2,
@@ -285,7 +286,8 @@ def flip(content: bytes) -> bytes:
 CASES = {
     "term-sampling": terminated("sampling"), "term-scoring": terminated("scoring"),
     "term-training": terminated("checkpointing"),
-    "disk-lists": full_disk(300), "disk-reward": full_disk(15_000), "disk-weights": full_disk(30_000), "disk-optimizer": full_disk(40_000),
+    "disk-lists": full_disk(300), "disk-reward": full_disk(15_000),
+    "disk-weights": full_disk(30_000), "disk-optimizer": full_disk(40_000),
     "cut-candidates": damaged("round-1/candidates.jsonl", lambda b: b[:-30], "round-1/candidates.jsonl"),
     "cut-lists": damaged("round-2/lists.jsonl", lambda b: b[:-30], "round-2/lists.jsonl"),
     "flipped-weights": damaged("round-1/policy/model.safetensors", flip, "round-1/policy"),

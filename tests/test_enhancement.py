@@ -274,7 +274,7 @@ def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix):
             torch.testing.assert_close(torch.tensor(row["ref_logps"]), weights[0] * first + weights[1] * last if
                                        number == 2 else first, rtol=1e-4, atol=1e-4)
             gaps.append(float((first - last).abs().max()))
-    assert min(gaps) > 1e-2  # the two references differ, so the check above can fail
+    assert max(gaps) > 0.05  # the two references differ, so the check above can fail
 
 
 def test_a_pool_is_scored_once_and_chosen_from(tmp_path, start):
