@@ -27,7 +27,6 @@ from lire_nb.base import files
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance
 from lire_nb.resume import ExactTrainer
-from lire_nb.rewards import RewardModel
 from lire_nb.sampling import SamplingSettings
 
 STAGES = ("other", "sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation")
@@ -43,12 +42,6 @@ TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_t
 
 def vowels(prompts, completions):
     return [sum(c in "aeiou" for c in text) - len(text) / 10 for text in completions]
-
-
-class SlowReward(RewardModel):
-    def __call__(self, prompts, completions):
-        time.sleep(0.1)  # as a large one would
-        return super().__call__(prompts, completions)
 
 
 def letters(texts):
@@ -94,7 +87,6 @@ class Stages:
         setattr(owner, name, watched)
 
     def watch_all(self):
-        enhancement.RewardModel = SlowReward
         for owner, name, stage in ((enhancement, "sample_lists", "sampling"), (enhancement, "score_lists", "scoring"),
                                    (enhancement, "train_reward_model", "fitting"),
                                    (enhancement, "select_from", "selecting"),
