@@ -255,7 +255,8 @@ def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix):
             seen.append(self.train_dataset)
 
     monkeypatch.setattr(enhancement, "LIRETrainer", Watched)
-    folders = self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, reference_mix=mix, **DPO)
+    letters = lambda prompts, completions: [sum(map(ord, c)) / 100 for c in completions]  # noqa: E731  no ties
+    folders = self_enhance(start, PROMPTS, letters, tmp_path / "run", evolve=2, reference_mix=mix, **DPO)
     weight = mix(2) if callable(mix) else mix or 0.0
 
     def alone(name, row):
