@@ -447,7 +447,8 @@ def train_reward_command(args) -> None:
 # %% ../nbs/60_cli.ipynb #11a9106c
 @command("enhance", PROMPTS, REWARD, POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
-         option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING, SETTINGS, *LORA,
+         option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING,
+         SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
                 help="keep: train also on the candidates of earlier rounds"),
          option("--max-candidates", type=int, default=None, help="cap of a list"),

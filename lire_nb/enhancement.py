@@ -53,6 +53,7 @@ from .training import check_call, check_teaching, LIREConfig, LIRETrainer, prepa
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/19_enhancement.ipynb #54b687d9
+# long: what was asked for, a line each, and its identity
 @dataclass(frozen=True)
 class Rounds:
     "What `self_enhance` was asked for; its arguments tell of each."
@@ -292,7 +293,8 @@ def run_round(
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
     sampled = {"policy": _within(policy, run_folder), "fingerprint": policy.fingerprint, "round": number,
-               "seed": derive_seed(asked.seed, number, "sample"), "num_candidates": asked.pool_size or asked.num_candidates,
+               "seed": derive_seed(asked.seed, number, "sample"),
+               "num_candidates": asked.pool_size or asked.num_candidates,
                "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training)}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
