@@ -36,7 +36,9 @@ from ..records import best_and_worst, candidate_columns, make_record, merge_cand
 from lire_nb.rewards import (
     load_scalar_head_model, longer_wins, pair_accuracy, RewardModel, score_lists, train_reward_model, VaderReward,
 )
-from ..multi_turn import conversation_rewards, HigherScore, sample_conversations, ScriptedUser, whole_conversations
+from lire_nb.multi_turn import (
+    conversation_rewards, HigherScore, sample_conversations, ScriptedUser, whole_conversations,
+)
 from ..sampling import derive_seed, sample_lists, SamplingSettings
 from ..selection import select, WAYS
 from ..tasks import load_task, Task

@@ -478,8 +478,8 @@ def _losses_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
                    for i in range(min(2, scale["points"])) for method in scale.get("losses", GRIDS)]
 
 # %% ../../nbs/41_plans.ipynb #nb001co1
-def _neighbor(scale: dict, seed: int, arm: str, beside: str | None, task: str = "sentiment", settings: dict | None = None,
-              source: dict | None = None, take: dict | None = None, **more) -> Run:
+def _neighbor(scale: dict, seed: int, arm: str, beside: str | None, task: str = "sentiment",
+              settings: dict | None = None, source: dict | None = None, take: dict | None = None, **more) -> Run:
     "LIRE with one change; `beside` names the arm without it."
     made = experiment(scale, task, "lire", seed, {**GRIDS["lire"]["points"][1], **(settings or {})}, **more)
     made = replace(made, source=replace(made.source, **(source or {})), take=replace(made.take, **(take or {})))
