@@ -48,7 +48,7 @@ VERBS = {
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
     "feasible_rewards": "lp_rewards",
-    "uncertain_rewards": "RewardEnsemble|mix_rewards",
+    "uncertain_rewards": "RewardEnsemble|mix_rewards", "neighbors": "plan",
 }
 
 
@@ -68,7 +68,7 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
-            "lab.report", "lab.bench"),
+            "lab.report", "lab.bench", "lab.neighbors"),
     "cli": ("cli",),
 }
 

@@ -394,6 +394,12 @@ def completion_text(
     special = {*tokenizer.all_special_ids, *end_tokens(tokenizer)}
     return answer_text(prompt, _after_text([i for i in ids if i not in special], tokenizer), tokenizer)
 
+# %% ../nbs/13_conversations.ipynb #2ca1dffb
+def _after_text(ids: list[int], tokenizer) -> str:
+    "What ids say behind other text: a decoder may take the first space of a text away."
+    anchor = _ids("a", tokenizer)[-1:]
+    return _decoded([*anchor, *ids], tokenizer)[len(_decoded(anchor, tokenizer)):]
+
 # %% ../nbs/13_conversations.ipynb #9652cbd3
 _PROBE = "probeofananswer"
 
@@ -443,12 +449,6 @@ def _check_said(prompt: list[dict], turns: list[dict], tokenizer, id: str | None
     require(lost is None, "the chat template leaves out or rewrites an earlier turn", field=_where(id), value=lost,
             allowed="a template that writes all turns as they were said",
             remedy="set another chat_template, or take the part that it leaves out from the turns")
-
-# %% ../nbs/13_conversations.ipynb #2ca1dffb
-def _after_text(ids: list[int], tokenizer) -> str:
-    "What ids say behind other text: a decoder may take the first space of a text away."
-    anchor = _ids("a", tokenizer)[-1:]
-    return _decoded([*anchor, *ids], tokenizer)[len(_decoded(anchor, tokenizer)):]
 
 # %% ../nbs/13_conversations.ipynb #83f0a92e
 _fingerprints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (length, fingerprint)

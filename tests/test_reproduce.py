@@ -325,6 +325,7 @@ def test_the_laptop_plans_are_those_of_the_stored_rows():
 def test_an_experiment_is_its_json():
     """Every stored configuration is read into dataclasses, and written again as it was."""
     configs = [row["config"] for row in rows_of(LAPTOP) if "key" in row and row["config"]["kind"] != "reward"]
+    configs += [run.config for run in plans.plan("neighbors")]
     paper = [run.config for table in runner.RECIPES for run in runner.paper_plan(table)]
     for config in [*configs, *paper]:
         assert plans.read_experiment(config).config() == config
@@ -332,12 +333,12 @@ def test_an_experiment_is_its_json():
 
 
 @pytest.mark.parametrize("part, change, says", [
-    ("", {"kind": "guess"}, "train, course, enhance or online"),
+    ("", {"kind": "guess"}, "train, course, enhance, online or converse"),
     ("", {"every": 4}, "exactly the settings of every kind"),
     ("", {"kind": "course"}, "exactly the settings every"), ("", {"sead": 1}, "sead"),
     ("source", {"taks": "dialogue"}, "source.taks: unknown setting"),
     ("source", {"task": None}, "source.task: missing"),
-    ("take", {"how": "last"}, "first, ragged or extremes"), ("take", {"prompts": 65}, "1 to source.prompts, 64"),
+    ("take", {"how": "last"}, "first, ragged, extremes"), ("take", {"prompts": 65}, "1 to source.prompts, 64"),
     ("take", {"sampled": 5}, "1 to source.sampled, 4"), ("judge", {"split": "train"}, "test or validation"),
     ("judge", {"task": "sentiment"}, "the tasks of source and judge"), ("judge", {"judge": "gold"}, "judge.judge"),
     ("training", {"loss_type": "dpo"}, "the loss of lire"), ("", {"method": "start"}, "nothing for the method start")])

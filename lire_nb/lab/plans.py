@@ -144,7 +144,7 @@ def _check(made: Experiment) -> None:
     given = sorted(set(made.more) - OPTIONAL)
     training, split, rewards = made.training.config(), made.judge.split, set(made.rewards)
     for where, value, right, allowed in (
-        ("kind", made.kind, made.kind in set(MADE) - {"reward"}, "train, course, enhance or online"),
+        ("kind", made.kind, made.kind in set(MADE) - {"reward"}, "train, course, enhance, online or converse"),
         (f"kind {made.kind}", given, given == sorted(own), f"exactly the settings {', '.join(own) or 'of every kind'}"),
         ("take.how", take.how, take.how in TAKEN, ", ".join(TAKEN)),
         ("take.prompts", take.prompts, 1 <= take.prompts <= source.prompts, f"1 to source.prompts, {source.prompts}"),
@@ -477,84 +477,6 @@ def _losses_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
                         stage="point", method=method, point=i, seed=0)
                    for i in range(min(2, scale["points"])) for method in scale.get("losses", GRIDS)]
 
-# %% ../../nbs/41_plans.ipynb #nb001co1
-def _neighbor(scale: dict, seed: int, arm: str, beside: str | None, task: str = "sentiment",
-              settings: dict | None = None, source: dict | None = None, take: dict | None = None, **more) -> Run:
-    "LIRE with one change; `beside` names the arm without it."
-    made = experiment(scale, task, "lire", seed, {**GRIDS["lire"]["points"][1], **(settings or {})}, **more)
-    made = replace(made, source=replace(made.source, **(source or {})), take=replace(made.take, **(take or {})))
-    return _run("neighbors", made, method="lire", arm=arm, beside=beside, seed=seed)
-
-# %% ../../nbs/41_plans.ipynb #nb001co2
-def _pool_arms(scale: dict, seed: int) -> list[Run]:
-    "Selection from a pool, and guidance, beside lists of the whole pool."
-    sizes = scale["tasks"]["sentiment"]
-    whole, M = sizes["sampled"], sizes["candidates"]
-
-    def run(arm: str, beside: str | None, sampled: int, how: str = "first", source: dict | None = None) -> Run:
-        take = {"prompts": sizes["prompts"], "sampled": sampled, "how": how}
-        return _neighbor(scale, seed, arm, beside, source=source, take=take)
-
-    guide = {"step": max(2, sizes["tokens"] // 3), "width": max(2, whole // M), "backtrack": 0}
-    return [run("first of the pool", None, M), run("whole pool", None, whole),
-            *(run(how, "whole pool", M, how) for how in ("best_worst", "kmedoids", "category")),
-            run("guided", "whole pool", M, source={"guide": guide, "sampled": M, "prompts": sizes["prompts"]})]
-
-# %% ../../nbs/41_plans.ipynb #nb001co3
-def _reward_arms(scale: dict, seed: int) -> list[Run]:
-    "An ensemble of proxies beside one, with clean and with flipped labels."
-    many, flipped = {"members": 3, "k": 1.0}, {"flipped": 0.3}
-    return [_neighbor(scale, seed, "ensemble", "first of the pool", proxy=many),
-            _neighbor(scale, seed, "one proxy, 30 % flipped", None, proxy=flipped),
-            _neighbor(scale, seed, "ensemble, 30 % flipped", "one proxy, 30 % flipped", proxy={**many, **flipped})]
-
-# %% ../../nbs/41_plans.ipynb #nb001co4
-def _optimism_arms(scale: dict, seed: int) -> list[Run]:
-    "Two rounds with the reference of the last one."
-    sizes = scale["tasks"]["sentiment"]
-    source = {"prompts": sizes["prompts"], "sampled": sizes["candidates"]}
-    rounds = {"source": source, "kind": "enhance", "evolve": 2, "iterate": 1, "pool": "replace"}
-    return [_neighbor(scale, seed, "two rounds", None, **rounds),
-            *(_neighbor(scale, seed, f"two rounds, optimism {alpha:g}", "two rounds", settings={"optimism": alpha},
-                        **rounds) for alpha in (0.01, 0.1))]
-
-# %% ../../nbs/41_plans.ipynb #nb001co5
-def _demonstration_arms(scale: dict, seed: int) -> list[Run]:
-    "Written texts in the lists of the dialogue task."
-    sizes = scale["tasks"]["dialogue"]
-    shown = {"take": {"prompts": sizes["prompts"], "sampled": sizes["candidates"], "how": "demonstration"},
-             "source": {"given": max(48, sizes["given"])}}  # a list without a short text has no demonstration
-    return [_neighbor(scale, seed, "own candidates", None, "dialogue", source={"given": 0}),
-            _neighbor(scale, seed, "written texts, scored", "own candidates", "dialogue"),
-            _neighbor(scale, seed, "demonstration, likelihood", "own candidates", "dialogue", {"demo_weight": 0.1},
-                      **shown),
-            _neighbor(scale, seed, "demonstration, self-play", "own candidates", "dialogue",
-                      {"demo_weight": 1.0, "demo_form": "self_play"}, **shown)]
-
-# %% ../../nbs/41_plans.ipynb #nb001co8
-def _conversation_arms(scale: dict, seed: int) -> list[Run]:
-    "Both answers of a conversation, beside twice as many first answers."
-    turns, M = 2, scale["tasks"]["dialogue"]["candidates"]
-    talk = {"kind": "converse", "turns": turns, "user": ["Could you tell me more about that?"]}
-
-    def run(arm: str, beside: str | None, sampled: int, whole: bool) -> Run:
-        take = {"prompts": scale["tasks"]["dialogue"]["prompts"], "sampled": sampled}
-        return _neighbor(scale, seed, arm, beside, "dialogue", source={"given": 0, "sampled": sampled}, take=take,
-                         whole=whole, **talk)
-
-    start = experiment(scale, "dialogue", "start", seed, whole=True, **talk)
-    return [_run("neighbors", start, method="start", arm="start in conversation", beside=None, seed=seed),
-            run("first answers", None, turns * M, False), run("whole conversations", "first answers", M, True)]
-
-# %% ../../nbs/41_plans.ipynb #nb001co6
-def _neighbors_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
-    "One change each, all seeds, no search."
-    runs = [*_starts(scale, seeds := scale.get("neighbors", seeds)), *_starts(scale, seeds, "dialogue")]
-    for seed in range(seeds):  # an interrupted run has whole seeds
-        for arms in (_pool_arms, _reward_arms, _optimism_arms, _demonstration_arms, _conversation_arms):
-            runs += arms(scale, seed)
-    return runs
-
 # %% ../../nbs/41_plans.ipynb #608acaba
 @dataclass(frozen=True)
 class Table:
@@ -578,7 +500,6 @@ TABLES: dict[str, Table] = {
                            partial(_methods_plan, "summarization")),
     "transfer": Table("the gain carries over to other prompts", "96_transfer", _transfer_plan),
     "losses": Table("gain and distance of every loss, one seed", "91_losses", _losses_plan),
-    "neighbors": Table("what the works beside LIRE add to it", "98_neighbors", _neighbors_plan),
 }
 
 # %% ../../nbs/41_plans.ipynb #ab1f36d6

@@ -26,6 +26,7 @@ from ..base.errors import data_path, LireError, require
 from ..base.files import one_writer, _processes
 from .experiments import run_experiment, stand_in, trained_lists
 from .memory import lora_config, read_recipe, step_settings
+from .neighbors import neighbors_plan  # noqa: F401  which puts its table among the others
 from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,
 )
