@@ -8,16 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_policy import make_start
 
-from lire_nb import enhancement, training
+from lire_nb import enhancement
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance
 from lire_nb.lists import load_lists
-from lire_nb.models import load_policy, Policy
 from lire_nb.sampling import SamplingSettings
-from lire_nb.training import LIREConfig
 
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
 SHOWN = [p | {"completions": [" a joy"], "rewards": [None], "sources": ["human"]} for p in PROMPTS]
@@ -72,43 +69,6 @@ def test_without_the_options_nothing_new_is_written(tmp_path, start):
     assert not (tmp_path / "run" / "round-1" / "pool.jsonl").exists()
     settings = json.loads((tmp_path / "run" / "round-1" / "policy" / "lire_config.json").read_text())
     assert "reference_mix" not in settings
-
-
-def test_a_round_is_compared_with_the_last_rounds_policy(tmp_path, start, monkeypatch):
-    seen, original = [], training.reference_logps
-
-    def watched(model, tokenizer, lists, *args, **kwargs):
-        seen.append(model.state_dict()["lm_head.weight"].clone())
-        return original(model, tokenizer, lists, *args, **kwargs)
-
-    monkeypatch.setattr(training, "reference_logps", watched)
-    policies = self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=2,
-                            **(OPTIONS | {"training": PLAIN | {"loss_type": "dpo"}}))
-    first, second = (load_policy(folder)[0].state_dict()["lm_head.weight"] for folder in (start, policies[0]))
-    assert len(seen) == 2 and torch.equal(seen[0], first) and torch.equal(seen[1], second)
-    assert not torch.equal(first, second)
-
-
-def alone(model, tokenizer, prompt: str, text: str) -> float:
-    "One completion by itself: a plain forward pass, the end token included."
-    head = tokenizer(prompt)["input_ids"]
-    ids = torch.tensor([head + tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
-    with torch.no_grad():
-        logps = model(ids).logits.log_softmax(-1)
-    return sum(float(logps[0, t - 1, ids[0, t]]) for t in range(len(head), ids.shape[1]))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_reference_is_a_mean_of_two(tmp_path, start, weight):
-    other = make_start(tmp_path / "other", dropout=0.0, seed=5)
-    lists = [{"id": "a", "prompt": "film a was", "completions": [" fine", " good news"], "rewards": [0.0, 1.0],
-              "sources": ["x", "x"], "meta": {}}]
-    args = LIREConfig(output_dir=str(tmp_path / "out"), loss_type="dpo", report_to="none", **PLAIN)
-    (model, tokenizer), (ref, _) = load_policy(start), load_policy(other)
-    found = enhancement._with_mixed_reference(model, tokenizer, lists, args, Policy.of(other), weight)[0]["ref_logps"]
-    for text, value in zip(lists[0]["completions"], found):
-        given, own = (alone(m, tokenizer, "film a was", text) for m in (ref, model))
-        assert abs(value - (weight * given + (1 - weight) * own)) < 1e-4
 
 
 def test_a_mixture_through_the_loop(tmp_path, start):

@@ -341,6 +341,9 @@ def test_an_experiment_is_its_json():
     ("take", {"how": "last"}, "first, ragged, extremes"), ("take", {"prompts": 65}, "1 to source.prompts, 64"),
     ("take", {"sampled": 5}, "1 to source.sampled, 4"), ("judge", {"split": "train"}, "test or validation"),
     ("judge", {"task": "sentiment"}, "the tasks of source and judge"), ("judge", {"judge": "gold"}, "judge.judge"),
+    ("source", {"guide": 3}, "source.guide"), ("source", {"guide": {"step": 4}}, "source.guide"),
+    ("", {"proxy": {"member": 3}}, "proxy"), ("", {"proxy": {"flipped": 2}}, "proxy"),
+    ("", {"proxy": {"members": 3}}, "proxy"),
     ("training", {"loss_type": "dpo"}, "the loss of lire"), ("", {"method": "start"}, "nothing for the method start")])
 def test_an_experiment_that_contradicts_itself(part, change, says):
     config = plans.experiment(plans.SCALES["laptop"], "dialogue", "lire", 0, plans.SEARCH["lire"][0]).config()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing import FailAt, Failure
 from tiny_policy import make_start
-from transformers import TrainerCallback
 
 from lire_nb import training
 from lire_nb.base.errors import LireError
@@ -253,19 +253,6 @@ def test_a_reference_of_an_adapter(place, tmp_path):
     log, _ = trained(one)
     assert abs(log[0]["optimism"]) < 1e-5 and log[-1]["optimism"] < -1e-3
     assert one.evaluate(SCORED, metric_key_prefix="late")["late_loss"] == one.evaluate()["eval_loss"]
-
-
-class Failure(Exception):
-    """Nobody expects it."""
-
-
-class FailAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Failure
 
 
 @pytest.mark.parametrize("name", ["likelihood", "all"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
+from failing import FailAt, Failure
 from tiny_policy import make_start
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -213,19 +214,6 @@ def test_only_the_main_process_samples_and_scores(two):
 
 
 # As if it had never stopped.
-
-
-class Failure(Exception):
-    """Nobody expects it."""
-
-
-class FailAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Failure
 
 
 LAYOUTS = {

@@ -137,11 +137,18 @@ class Experiment:
         return parts | more
 
 # %% ../../nbs/41_plans.ipynb #09f1ae7b
+def _has(settings, names: set[str], how: Callable = any) -> bool:
+    "Whether settings are a dict of some of these names, or with `all` of exactly these."
+    fits = isinstance(settings, dict) and set(settings) <= names
+    return fits and (how is any or set(settings) == names)
+
+
 def _check(made: Experiment) -> None:
     "Whether the parts of an experiment fit together."
     source, take, own = made.source, made.take, MADE.get(made.kind, ())
     loss, expected = made.training.loss_type, GRIDS.get(made.method) and grid_settings(made.method)["loss_type"]
     given = sorted(set(made.more) - OPTIONAL)
+    proxy = made.more.get("proxy", {})
     training, split, rewards = made.training.config(), made.judge.split, set(made.rewards)
     for where, value, right, allowed in (
         ("kind", made.kind, made.kind in set(MADE) - {"reward"}, "train, course, enhance, online or converse"),
@@ -151,6 +158,11 @@ def _check(made: Experiment) -> None:
         ("take.sampled", take.sampled, 1 <= take.sampled <= source.sampled, f"1 to source.sampled, {source.sampled}"),
         ("training", training, made.method != "start" or not training, "nothing for the method start"),
         ("training.loss_type", loss, loss in (None, expected or loss), f"{expected}, the loss of {made.method}"),
+        ("source.guide", source.guide, source.guide is None or _has(source.guide, {"step", "width", "backtrack"}, all),
+         "None, or a dict of step, width and backtrack"),
+        ("proxy", proxy, _has(proxy, {"members", "k", "flipped"}) and ("k" in proxy) == ("members" in proxy)
+         and proxy.get("members", 1) >= 1 and 0 <= proxy.get("flipped", 0) <= 1,
+         "members (1 or more) with k, and flipped (0 to 1)"),
         ("judge.split", split, split in ("test", "validation"), "test or validation"),
         ("rewards", sorted(rewards), "published" in rewards or {source.task, made.judge.task} <= rewards,
          "the tasks of source and judge"),
