@@ -27,7 +27,9 @@ from lire_nb.base import files
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance
 from lire_nb.resume import ExactTrainer
+from lire_nb.rewards import RewardModel, train_reward_model
 from lire_nb.sampling import SamplingSettings
+from lire_nb.uncertain_rewards import RewardEnsemble
 
 STAGES = ("other", "sampling", "fitting", "scoring", "selecting", "training", "checkpointing", "saving", "evaluation")
 # seconds, about, for the moment inside a stage
@@ -36,8 +38,9 @@ SPAN = {"sampling": 0.1, "fitting": 0.05, "scoring": 0.1, "selecting": 0.01, "tr
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}, "completions": [" good"], "sources": ["human"]}
            for i in range(6)]
 TRAINING = {"learning_rate": 1e-2, "bf16": False, "use_cpu": True, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "save_steps": 1, "save_total_limit": 2,
-            "loss_type": "dpo", "lr_scheduler_type": "linear"}
+            "gradient_accumulation_steps": 2, "save_steps": 1, "save_total_limit": 2, "lr_scheduler_type": "linear",
+            "optimism": 0.05, "demo_weight": 0.1}
+WAYS = ("refit", "ensemble")
 
 
 def vowels(prompts, completions):
@@ -96,11 +99,26 @@ class Stages:
             self.watch(owner, name, stage)
 
 
+def make_members(place: Path) -> None:
+    "Two small reward models, members of an ensemble."
+    lists = [{"id": f"g{i}", "prompt": f"film {i} was", "completions": [" good", " bad"], "rewards": [1.0, 0.0],
+              "sources": ["human"] * 2, "meta": {}} for i in range(4)]
+    for seed in range(2):
+        train_reward_model(lists, place / "start", lr=1e-2, seed=seed, progress=False).save(place / f"reward-{seed}")
+
+
 def run(place: Path) -> None:
-    """Evolve 2 × iterate 2, with an evaluation after every round and all options on: a pool to choose from, a reward
-    model fitted in every round, a reference mixed of two policies."""
+    """Evolve 2 × iterate 2, with an evaluation after every round and all options on: a pool to choose from, optimism,
+    demonstrations, and by the way that the folder names a reward model fitted in every round beside a reference mixed
+    of two policies, or an ensemble of reward models."""
     os.chdir(place)
     settings = SamplingSettings(max_new_tokens=6)
+    if way(place) == "refit":
+        reward, options = None, dict(refit=Refit(backbone="start", lr=1e-2, batch_size=3), reference_mix=0.25,
+                                     training=TRAINING | {"loss_type": "dpo"})
+    else:
+        reward = RewardEnsemble([RewardModel.load(f"reward-{seed}") for seed in range(2)], k=0.5)
+        options = dict(training=TRAINING | {"demo_form": "self_play"}, contrastive=True)
 
     def judge(number, policy):
         path = Path("run", "evaluation", f"round-{number}.jsonl")
@@ -109,18 +127,22 @@ def run(place: Path) -> None:
                               evaluation.judge_policy(policy, PROMPTS[:2], {"vowels": vowels}, start="start",
                                                       settings=settings, progress=False))
 
-    self_enhance("start", PROMPTS, None, "run", evolve=2, iterate=2, num_candidates=3, settings=settings,
-                 training=TRAINING, pool="keep", max_candidates=5, seed=3, progress=False,
-                 after_round=judge, select="category", pool_size=5, embed=letters, reference_mix=0.25,
-                 refit=Refit(backbone="start", lr=1e-2, batch_size=3))
+    self_enhance("start", PROMPTS, reward, "run", evolve=2, iterate=2, num_candidates=3, settings=settings,
+                 pool="keep", max_candidates=5, seed=3, progress=False,
+                 after_round=judge, select="category", pool_size=5, embed=letters, **options)
+
+
+def way(place: Path) -> str:
+    return "ensemble" if place.name.startswith("ensemble") else "refit"
 
 
 def fork(place: Path, stages: Stages, limit: int | None = None, pause: float = 0.0) -> int:
     """A child that runs; 0 when it ends well, 3 with one line in `error` for a LireError."""
     place.mkdir(exist_ok=True)
     stages.reset()
-    if not (place / "start").exists():
-        (place / "start").symlink_to(place.parent / "start")
+    for name in ("start", "reward-0", "reward-1"):
+        if not (place / name).exists():
+            (place / name).symlink_to(place.parent / name)
     child = os.fork()
     if child:
         return child
@@ -181,6 +203,13 @@ def finish(place: Path, stages: Stages, whole: dict) -> list | None:
                                                     (place / "log").read_text()[-2000:]]
 
 
+def undisturbed_run(place: Path, stages: Stages) -> tuple[float, dict, dict]:
+    "Its seconds, how often each stage was entered, and its files."
+    began = time.monotonic()
+    assert wait(fork(place, stages, pause=0.1)) == 0, (place / "log").read_text()
+    return time.monotonic() - began, {stage: stages.entered(stage) for stage in STAGES[1:]}, contents(place)
+
+
 def main(place: Path, kills: int, seed: int) -> dict:
     stages, draw = Stages(), random.Random(seed)
     get_checkpoint_conversion_mapping("llama")  # a table that every load would build again
@@ -188,25 +217,29 @@ def main(place: Path, kills: int, seed: int) -> dict:
     maker = os.fork()
     if not maker:
         make_start(place / "start")
+        make_members(place)
         os._exit(0)
     assert wait(maker) == 0
+    undisturbed = {name: undisturbed_run(place / ("whole" if name == "refit" else name), stages) for name in WAYS}
     assert wait(fork(place / "first", stages)) == 0, (place / "first" / "log").read_text()
-    began = time.monotonic()
-    assert wait(fork(place / "whole", stages, pause=0.1)) == 0
-    duration, whole = time.monotonic() - began, contents(place / "whole")
-    entries = {stage: stages.entered(stage) for stage in STAGES[1:]}
-    report = {"seconds": duration, "entries": entries, "files": sorted(whole),
-              "again": contents(place / "first") == whole, "hits": [], "resumed": 0, "different": []}
-    while len(report["hits"]) < kills or (set(entries) - set(report["hits"]) and len(report["hits"]) < 2 * kills):
+    whole = undisturbed["refit"][2]
+    report = {"files": {name: sorted(found) for name, (_, _, found) in undisturbed.items()},
+              "again": contents(place / "first") == whole, "hits": [], "ways": [], "resumed": 0, "different": []}
+    while len(report["hits"]) < kills or (set(STAGES[1:]) - set(report["hits"]) and len(report["hits"]) < 2 * kills):
         k = len(report["hits"])
-        missing = sorted(set(entries) - set(report["hits"]))  # a busy machine may wake us too late for a short stage
+        name = WAYS[k % 3 == 2]  # every third kill hits the ensemble
+        duration, entries, expected = undisturbed[name]
+        # a busy machine may wake us too late for a short stage
+        missing = sorted({s for s in entries if entries[s]} - set(report["hits"])) or [None]
         aim = None if k % 2 else STAGES[1 + k // 2 % len(entries)] if k < kills else missing[0]
-        there = place / f"killed-{k}"
+        aim = aim if entries.get(aim) else None  # nothing is fitted for an ensemble
+        there = place / f"{name}-killed-{k}"
         hit, code = kill(there, stages, draw, duration, aim, entries.get(aim, 0), at_once=k >= kills)
         if code == -signal.SIGKILL:  # else it was done before
             report["hits"].append(hit)
+            report["ways"].append(name)
             report["resumed"] += any(there.glob("run/round-*/policy.partial/checkpoint-*/manifest.json"))
-            if (wrong := finish(there, stages, whole)) is not None:
+            if (wrong := finish(there, stages, expected)) is not None:
                 report["different"].append([k, hit, *wrong])
         shutil.rmtree(there)
     report["cases"] = {name: case(place / name, stages, whole) for name, case in CASES.items()}

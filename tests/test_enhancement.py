@@ -35,8 +35,10 @@ def test_two_undisturbed_runs_leave_the_same_files(report):
     assert report["again"] and {"run/enhancement.json", "run/round-2/policy/model.safetensors",
                                 "run/round-2/policy/training.jsonl", "run/round-2/lists.jsonl",
                                 "run/round-2/pool.jsonl", "run/round-2/reward/model.safetensors",
-                                "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"} <= set(report["files"])
-    assert not [f for f in report["files"] if "partial" in f or "/." in f]
+                                "run/evaluation/round-2.jsonl", "run/round-1/manifest.json"
+                                } <= set(report["files"]["refit"])
+    assert "run/round-2/reward/model.safetensors" not in report["files"]["ensemble"]
+    assert not [f for files in report["files"].values() for f in files if "partial" in f or "/." in f]
 
 
 def test_killed_thirty_times_and_started_again_leaves_the_same_files(report):
@@ -44,6 +46,7 @@ def test_killed_thirty_times_and_started_again_leaves_the_same_files(report):
     assert len(report["hits"]) >= 30 and not report["different"], report["different"]
     assert STAGES <= set(report["hits"]), report["hits"]
     assert report["resumed"] >= 3, "too few kills left a checkpoint to go on from"
+    assert min(report["ways"].count(way) for way in ("refit", "ensemble")) >= 10
 
 
 @pytest.mark.parametrize("stage", ["sampling", "scoring", "training"])
