@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
-           'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
+           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED', 'QUICKSTART', 'option', 'command',
+           'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
            'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
            'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
 
@@ -101,6 +101,17 @@ _WAY = option("--select", choices=("random", "best_worst", "kmedoids", "category
 SELECTION = (_WAY, option("--pool-size", type=int, default=None, metavar="N",
                           help="answers sampled for each prompt, to choose from"))
 SCORED_SELECTION = (_WAY, option("--num-candidates", type=int, default=None, help="M, with --select"))
+
+# %% ../nbs/60_cli.ipynb #5b1f9d3e
+LEARNED = (
+    option("--demonstrations", default=None, metavar="LISTS",
+           help="lists whose candidates (source human) join the prompts of the same id, for demo_weight and --refit"),
+    option("--refit", default=None, metavar="BACKBONE",
+           help="fit a reward model in every round, demonstrations above samples: asset, folder or hub id"),
+    option("--refit-lists", default=None, metavar="LISTS", help="graded lists that --refit learns from as well"),
+    option("--reference-mix", type=float, default=None, metavar="WEIGHT",
+           help="of the start policy in the reference of a loss that has one; the rest is the last round's"),
+)
 
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
@@ -444,8 +455,36 @@ def train_reward_command(args) -> None:
             with atomic_folder(args.out) as draft:
                 reward.save(draft)
 
+# %% ../nbs/60_cli.ipynb #e0a47c52
+def _with_demonstrations(prompts: list[dict], args) -> list[dict]:
+    "The prompts with what --demonstrations shows for them."
+    if args.demonstrations is None:
+        return prompts
+    require(Path(args.demonstrations).is_file(), "no such file", field="--demonstrations", value=args.demonstrations,
+            allowed="a file of lists", remedy="check the path")
+    shown = {r["id"]: dict(r) for r in load_lists(args.demonstrations, **_chat(args))}
+    found = [shown.get(p["id"]) for p in prompts]
+    require(any(found), "of no prompt here", file=args.demonstrations, field="id", value=next(iter(shown), None),
+            allowed=f"ids of the prompts, such as {prompts[0]['id']!r}", remedy="give both the same ids")
+    for prompt, record in zip(prompts, found):
+        same = record is None or record["prompt"] == prompt["prompt"]
+        require(same, "another prompt under this id", file=args.demonstrations, field="id", value=prompt["id"],
+                allowed="the prompt of --prompts", remedy="give both files the same prompts")
+    return [record or prompt for prompt, record in zip(prompts, found)]
+
+
+def _refit_of(args):
+    "The reward model that --refit asks for in every round, or None."
+    from lire_nb.enhancement import Refit
+
+    require(args.refit is not None or args.refit_lists is None, "has no effect without --refit", field="--refit-lists",
+            value=args.refit_lists, allowed="a backbone beside it", remedy="give --refit, or leave it out")
+    lists = [] if args.refit_lists is None else load_lists(args.refit_lists, **_chat(args))
+    return None if args.refit is None else Refit(lists, args.refit)
+
 # %% ../nbs/60_cli.ipynb #11a9106c
-@command("enhance", PROMPTS, REWARD, POLICY,
+@command("enhance", PROMPTS, option("--reward", default=None, help=REWARD[1]["help"] + "; left out with --refit"),
+         POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
          option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING,
          SETTINGS, *LORA,
@@ -455,20 +494,26 @@ def train_reward_command(args) -> None:
          option("--contrastive", action="store_true", help="rewards minus the start policy's mean for the prompt"),
          option("--stop-gold", default=None, metavar="REWARD", help="stop when this reward falls"),
          option("--stop-kl", type=float, default=None, help="stop above so many nats"),
-         option("--stop-prompts", default=None, help="held-out prompts for the stop rule"), CHAT, LIMIT, SEED, OUT)
+         option("--stop-prompts", default=None, help="held-out prompts for the stop rule"), *LEARNED, CHAT, LIMIT, SEED,
+         OUT)
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
     from lire_nb.enhancement import check_options, check_settings, self_enhance
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
     check_options(args.policy, training, options)
-    prompts = read_prompts(args.prompts, args.limit, **_chat(args))
+    prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
+    require((args.reward is None) != (args.refit is None), "one of both is needed", field="--reward, --refit",
+            value=(args.reward, args.refit), allowed="a reward, or a backbone to fit one in every round",
+            remedy="give one of them")
+    refit = _refit_of(args)
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
              f"prompts into {args.out}")
         training, stop = _with_limit(training, args), _stop_rule(args)
         policies = self_enhance(
-            args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate,
+            args.policy, prompts, args.reward and read_reward(args.reward), args.out, evolve=args.evolve,
+            iterate=args.iterate, refit=refit, reference_mix=args.reference_mix,
             num_candidates=args.num_candidates, settings=_sampling_of(args), training=training, seed=args.seed,
             pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
             trainer_options=options, select=args.select, pool_size=args.pool_size)

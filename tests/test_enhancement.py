@@ -245,13 +245,15 @@ def test_bad_plans(tmp_path, start, change, words):
 DPO = dict(OPTIONS, training=OPTIONS["training"] | {"loss_type": "dpo"})
 
 
-@pytest.mark.parametrize("mix", [None, 0, 0.25, lambda number: {2: 1.0}[number]], ids=["last", "0", "0.25", "start"])
-def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix):
+@pytest.mark.parametrize("mix, lora", [(None, False), (0, False), (0.25, False), (lambda number: {2: 1.0}[number], False),
+                                       (0.25, True)], ids=["last", "0", "0.25", "start", "lora"])
+def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix, lora):
     """Round 2 compares with round 1's policy, with the start, or with the mixture: log-probs from models loaded alone,
     one candidate at a time."""
     import torch
 
     from lire_nb import enhancement
+    from lire_nb.lab.memory import lora_config
     from lire_nb.models import load_policy
 
     seen = []
@@ -262,7 +264,9 @@ def test_the_reference_of_a_round(tmp_path, start, monkeypatch, mix):
             seen.append(self.train_dataset)
 
     monkeypatch.setattr(enhancement, "LIRETrainer", Watched)
-    folders = self_enhance(start, PROMPTS, codes, tmp_path / "run", evolve=2, reference_mix=mix, **DPO)
+    adapter = {"trainer_options": {"peft_config": lora_config(rank=2, alpha=32)}} if lora else {}
+    folders = self_enhance(start, PROMPTS, codes, tmp_path / "run", evolve=2, reference_mix=mix, **DPO, **adapter)
+    assert (folders[1] / "adapter_config.json").exists() == lora
     weight = mix(2) if callable(mix) else mix or 0.0
 
     def alone(name, row):

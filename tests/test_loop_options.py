@@ -13,11 +13,12 @@ from tiny_policy import make_start
 from lire_nb import enhancement
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance
-from lire_nb.lists import load_lists
+from lire_nb.lists import load_lists, save_lists
 from lire_nb.sampling import SamplingSettings
 
 PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
 SHOWN = [p | {"completions": [" a joy"], "rewards": [None], "sources": ["human"]} for p in PROMPTS]
+PROMPTS_ALONE = [p | {"completions": [""], "rewards": [None], "sources": ["unknown"]} for p in PROMPTS]
 PLAIN = dict(learning_rate=1e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2)
 OPTIONS = dict(num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False, training=PLAIN)
 
@@ -121,6 +122,36 @@ def test_killed_while_the_reward_is_trained(tmp_path, start, moment):
     run_refit(tmp_path / "run", start)
     whole, again = contents(tmp_path / "whole"), contents(tmp_path / "run")
     assert whole == again and "round-2/reward/model.safetensors" in whole
+
+
+def run_lire(*arguments) -> int:
+    from lire_nb.cli import main
+
+    return main(["enhance", "--policy", *map(str, arguments), "--max-new-tokens", "4", "--num-candidates", "3",
+                 *(word for pair in ("loss_type=dpo", "learning_rate=1e-2", "bf16=no", "use_cpu=yes",
+                                     "per_device_train_batch_size=2") for word in ("--set", pair))])
+
+
+def test_refit_demonstrations_and_mixture_on_the_command_line(tmp_path, start, capsys):
+    "The weights of self_enhance with the same arguments; what does not fit is one line before any folder is made."
+    save_lists(PROMPTS_ALONE, tmp_path / "p.jsonl")
+    save_lists(SHOWN[:3], tmp_path / "d.jsonl")
+    save_lists([SHOWN[0] | {"id": "other"}], tmp_path / "strange.jsonl")
+    save_lists([SHOWN[0] | {"prompt": "another film"}], tmp_path / "changed.jsonl")
+    given = [start, "--prompts", tmp_path / "p.jsonl", "--reference-mix", "0.5", "--refit", start]
+    shown = ["--demonstrations", tmp_path / "d.jsonl"]
+    for words, wrong in (("one of both", [*given, *shown, "--reward", "length"]), ("of no prompt here", [
+            *given, "--demonstrations", tmp_path / "strange.jsonl"]), ("another prompt under this id", [
+            *given, "--demonstrations", tmp_path / "changed.jsonl"]), ("nothing to fit", given),
+            ("without --refit", [*given[:5], "--reward", "length", "--refit-lists", tmp_path / "d.jsonl"])):
+        assert run_lire(*wrong, "--out", tmp_path / "wrong") == 2
+        said = capsys.readouterr().err.strip()
+        assert words in said and "\n" not in said and not (tmp_path / "wrong").exists(), said
+    assert run_lire(*given, *shown, "--out", tmp_path / "cli") == 0
+    self_enhance(start, SHOWN[:3] + PROMPTS[3:], None, tmp_path / "python", refit=Refit(backbone=start),
+                 reference_mix=0.5, **(OPTIONS | {"training": PLAIN | {"loss_type": "dpo"}}))
+    for name in ("round-1/reward/model.safetensors", "round-2/policy/model.safetensors"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
 
 
 @pytest.mark.parametrize("change, words", [
