@@ -31,7 +31,7 @@ from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
     default_device, has_bf16, load_reward_backbone, model_fingerprint, ModelError, quiet_transformers,
 )
-from .records import lists_dataset
+from .records import lists_dataset, read_as_answers
 from .servers import check_address, NoAnswer, progress_bar, run_requests, TryLater
 from .tasks import text_hash
 
@@ -51,7 +51,8 @@ def score_lists(
     *,
     only_missing: bool = False,  # keep the rewards that are there
 ) -> datasets.Dataset:  # the same lists with rewards
-    """Score every candidate; raises `LireError`, with the names of reward and list, when the reward raises, returns the
+    """Score every candidate; of a conversation the reward reads the agent's last turn as the answer to all that came
+    before. Raises `LireError`, with the names of reward and list, when the reward raises, returns the
     wrong count or a number that is not finite."""
     records = [r | {"rewards": list(r["rewards"])} for r in map(dict, lists)]
     todo = [(r, j) for r in records for j in range(len(r["completions"]))
@@ -76,7 +77,8 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
         return []
     field = f"reward {reward_name(reward)!r}"
     try:
-        scores = list(reward([r["prompt"] for r, _ in todo], [r["completions"][j] for r, j in todo]))
+        read = {id(r): read_as_answers(r) for r, _ in todo}
+        scores = list(reward(*map(list, zip(*(read[id(r)][j] for r, j in todo)))))
     except LireError:
         raise
     except Exception as e:
@@ -326,7 +328,7 @@ def train_reward_model(
         if latent is not None:
             _put_latent(reward.model, latent)
         for r in lists:  # a template that refuses a conversation does so before the first step
-            render_conversation(r["prompt"], r["completions"][0], reward.tokenizer, id=r["id"])
+            render_conversation(*read_as_answers(r)[0], reward.tokenizer, id=r["id"])
         steps = [b for _ in range(epochs) for b in torch.randperm(len(lists)).split(batch_size)]
         _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress, label_smoothing, latent_weight)
     return reward
@@ -342,8 +344,7 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
     reward.model.train()
     head = _latent_head(reward.model)
     for batch in progress_bar(progress, steps, desc=f"training {reward.name}", unit="step"):
-        scores = reward.scores([r["prompt"] for r in batch for _ in r["completions"]],
-                               [c for r in batch for c in r["completions"]])
+        scores = reward.scores(*map(list, zip(*(pair for r in batch for pair in read_as_answers(r)))))
         parts = scores.split([len(r["completions"]) for r in batch])
         loss = torch.stack([ranking_loss(s, r["rewards"], smoothing) for s, r in zip(parts, batch)]).mean()
         if head is not None:

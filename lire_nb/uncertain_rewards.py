@@ -22,7 +22,7 @@ from .base.errors import require
 from .base.files import _plain_rows, write_json
 from .identity import reward_identity
 from .losses import transform_rewards
-from .records import _validated, candidate_columns, lists_dataset
+from .records import _validated, candidate_columns, lists_dataset, read_as_answers
 from .rewards import Reward, reward_name, RewardError, RewardModel, train_reward_model
 
 # %% ../nbs/86_uncertain_rewards.ipynb #c418d68c
@@ -100,7 +100,7 @@ class RewardEnsemble:
 
     def calibrate(self, lists: Iterable[dict]) -> "RewardEnsemble":
         "The same ensemble with its members on one scale, found on the candidates of these lists."
-        texts = [(r["prompt"], text) for r in lists for text in r["completions"]]
+        texts = [pair for r in lists for pair in read_as_answers(r)]
         require(len(texts) > 1, "nothing to find a scale on", field="lists", value=len(texts),
                 allowed="two candidates or more", remedy="give the lists that the members were trained on")
         scores = [self._asked(reward, *map(list, zip(*texts))) for reward in self.rewards]

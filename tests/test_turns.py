@@ -16,6 +16,7 @@ from lire_nb.multi_turn import (
     ScriptedUser,
 )
 from lire_nb.records import make_record, merge_lists, select_candidates
+from lire_nb.rewards import score_lists
 from lire_nb.sampling import LocalSampler, sample_lists, SamplingSettings
 from lire_nb.shared_prompt import ListCollator, tokenize_list
 from lire_nb.training import LIREConfig, LIRETrainer
@@ -333,6 +334,25 @@ def test_rewards_are_mean_win_rates():
     assert ranked["rewards"] == [0.25, 1.0, 0.25]
     (alone,) = conversation_rewards([conversation_record(ASK, [["a"]])], second)
     assert alone["rewards"] == [None]
+
+
+def test_a_reward_reads_the_whole_conversation():
+    "Prompt and user before the agent's last turn, also where one list holds single answers and where scores are missing."
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend(zip(prompts, completions))
+        return [float(len(text)) for text in completions]
+
+    talk = [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "Because."}]
+    opening = [{"role": "user", "content": "Greet me."}]
+    whole = conversation_record(opening, [["Hello.", "Why?", "Because."], ["Hi."]], id="t")
+    plain = make_record("film", [" good", " bad"], id="s")
+    scored = score_lists([whole, plain], reward)
+    assert seen == [([*opening, *talk[:2]], "Because."), (opening, "Hi."), ("film", " good"), ("film", " bad")]
+    assert [r["rewards"] for r in scored] == [[8.0, 3.0], [5.0, 4.0]]
+    assert scored[0]["completions"] == whole["completions"] and scored[0]["meta"] == whole["meta"]
 
 
 def test_the_regression_with_a_mixed_reference_ends_at_the_papers_policy():
