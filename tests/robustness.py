@@ -1,5 +1,6 @@
 """How rewards stand flipped labels: `python tests/robustness.py embed FOLDER` makes embeddings of the graded answers once,
-`python tests/robustness.py heads FOLDER` and `… lists` write rows to data/results/robustness.jsonl.
+`python tests/robustness.py heads FOLDER` and `… lists` write rows to data/results/robustness.jsonl; `… models` and
+`… policies` take hours, keep each row as it comes, and go on where they stopped.
 
 Every pair of different grades of a training list is a label, and a share of the labels is flipped, each by itself. What
 learned from them is judged by the true grades: pair accuracy, one value for each list.
@@ -7,6 +8,10 @@ learned from them is judged by the true grades: pair accuracy, one value for eac
 - heads: linear rewards on frozen embeddings, trained on the training lists, judged on the test lists. What a method can
   be set to is chosen on the validation lists, whose labels are flipped as well.
 - lists: no features; the flipped labels of a list alone, judged on the same list. Can its order be recovered?
+- models: whole reward models trained from MiniLM on two labels of each training list, with and without smoothing, and
+  ensembles of three, judged on the test lists.
+- policies: SmolLM2 trained with Plackett–Luce DPO on the order that the flipped labels of a list give (by wins), with
+  `rho` against wrong orders; its implicit reward, β times the log-ratio to the start, is judged on the test lists.
 """
 import json
 import os
@@ -26,6 +31,8 @@ TASKS, FLIPPED, SEEDS = ("dialogue", "summarization"), (0.0, 0.1, 0.2, 0.4), 5
 HEAD_SEEDS = 3
 SMOOTHING, MEMBERS, RIDGES, MARGINS = 0.1, 8, (0.1, 1.0, 10.0, 100.0), (0.01, 0.02, 0.05, 0.1)
 LENGTHS = {"dialogue": 160, "summarization": 128}  # tokens of a conversation; a longer one loses its beginning
+EPOCHS, LABELS_A_LIST, ENSEMBLE = 2, 2, 3  # of reward models that are trained whole
+RHOS, BETA, POLICY_LISTS = (0.0, 0.1, 0.2), 0.1, 64
 DIMENSIONS = 32  # principal components of the embeddings
 
 
@@ -218,10 +225,86 @@ def lists_alone() -> list[dict]:
     return rows
 
 
+def models() -> None:
+    "Rows of reward models that are trained whole, on the dialogue task; those that are there are not made again."
+    from lire_nb.rewards import train_reward_model
+
+    lists = graded("dialogue")
+    texts = [[r["prompt"]] * len(r["completions"]) for r in lists["test"]]
+    for draw in range(HEAD_SEEDS):
+        for flipped in FLIPPED:
+            if all(known("models", flipped, draw, name) for name in ("plain", f"smoothing {SMOOTHING}")):
+                continue
+            rng = np.random.default_rng([draw, int(100 * flipped), 2])
+            noisy = labels(lists["train"], flipped, rng)
+            noisy = [[own[k] for k in rng.permutation(len(own))[:LABELS_A_LIST]] for own in noisy]
+            pairs, scores = as_pairs(lists["train"], noisy), []
+            for member in range(ENSEMBLE + 1):
+                start = time.process_time()
+                reward = train_reward_model(
+                    pairs, epochs=EPOCHS, max_length=LENGTHS["dialogue"], seed=10 * draw + member, progress=False,
+                    label_smoothing=SMOOTHING if member == ENSEMBLE else 0.0)
+                scores.append([reward(p, r["completions"]) for p, r in zip(texts, lists["test"])])
+                print(flipped, draw, member, round(float(np.mean(accuracy(lists["test"], scores[-1]))), 3),
+                      f"{time.process_time() - start:.0f} s", flush=True)
+            members = [np.stack(own) for own in zip(*scores[:ENSEMBLE])]
+            found = {"plain": scores[0], f"smoothing {SMOOTHING}": scores[ENSEMBLE],
+                     **{f"ensemble, k = {k:g}": [m.mean(0) - k * m.std(0) for m in members] for k in (0.0, 1.0)}}
+            keep([{"study": "models", "task": "dialogue", "flipped": flipped, "seed": draw, "method": name,
+                   "accuracy": accuracy(lists["test"], own)} for name, own in found.items()], "rewards.train_reward_model")
+
+
+def policies() -> None:
+    "Rows of Plackett–Luce DPO with `rho`; those that are there are not made again."
+    import tempfile
+
+    from lire_nb.enhancement import train_policy
+    from lire_nb.logprobs import dataset_logps
+    from lire_nb.models import load_policy
+
+    lists = graded("dialogue")
+    start = dataset_logps(*load_policy("smollm2"), lists["test"])
+    for draw in range(HEAD_SEEDS):
+        for flipped in FLIPPED:
+            noisy = labels(lists["train"], flipped, np.random.default_rng([draw, int(100 * flipped), 3]))
+            ordered = [{**r, "rewards": [float(sum(i == j for i, _ in own)) for j in range(len(r["rewards"]))]}
+                       for r, own in zip(lists["train"][:POLICY_LISTS], noisy)]
+            for rho in (rho for rho in RHOS if not known("policies", flipped, draw, f"rho {rho:g}")):
+                with tempfile.TemporaryDirectory() as folder:
+                    made = train_policy("smollm2", ordered, Path(folder, "policy"), seed=draw, rho=rho, beta=BETA,
+                                        loss_type="plackett_luce_dpo", learning_rate=1e-4, num_train_epochs=1,
+                                        per_device_train_batch_size=4, disable_tqdm=True)
+                    end = dataset_logps(*load_policy(made), lists["test"])
+                scores = [np.subtract(a, b) for (a, _), (b, _) in zip(end, start)]
+                row = {"study": "policies", "task": "dialogue", "flipped": flipped, "seed": draw,
+                       "method": f"rho {rho:g}", "accuracy": accuracy(lists["test"], scores)}
+                print(flipped, draw, rho, round(float(np.mean(row["accuracy"])), 3), flush=True)
+                keep([row], "rivals.plackett_luce_dpo_loss")
+
+
+def known(study: str, flipped: float, seed: int, method: str) -> bool:
+    rows = [json.loads(line) for line in TABLE.read_text().splitlines()] if TABLE.exists() else []
+    return any((r["study"], r["flipped"], r["seed"], r["method"]) == (study, flipped, seed, method) for r in rows)
+
+
+def keep(rows: list[dict], definition: str) -> None:
+    "Append rows, whole or not at all."
+    from lire_nb.base.versions import version
+    from lire_nb.cli import machine
+
+    about = machine()
+    rows = [{**row, "accuracy": [round(x, 4) for x in row["accuracy"]], "code": version(definition),
+             "date": about["date"], "machine": {k: v for k, v in about.items() if k != "date"}} for row in rows]
+    before = TABLE.read_text() if TABLE.exists() else ""
+    draft = TABLE.with_suffix(".tmp")
+    draft.write_text(before + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    draft.replace(TABLE)
+
+
 def main(study: str, *folder: str) -> None:
-    "Run a study; its rows replace the older ones of the same study."
-    if study == "embed":
-        return embed(*folder)
+    "Run a study; its rows replace the older ones of the same study, or, of a long study, join them."
+    if study in ("embed", "models", "policies"):
+        return {"embed": embed, "models": models, "policies": policies}[study](*folder)
     start = time.perf_counter()
     rows = {"heads": heads, "lists": lists_alone}[study](*folder)
     from lire_nb.base.versions import version
