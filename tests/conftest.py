@@ -5,13 +5,18 @@ import secrets
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With --dist loadgroup a file stays on one worker, for the sake of its fixtures; a notebook that is run goes where
-    there is time, at the end."""
-    for item in items:
-        if item.originalname != "test_notebook_runs":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Among workers a file stays on one, for the sake of its fixtures; a notebook that is run goes where there is time, at
+    the end. The mark xdist_group does nothing with pytest 9.2 and pytest-xdist 3.8."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            return nodeid if name.startswith("test_notebook_runs") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
