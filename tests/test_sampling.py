@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -532,11 +533,22 @@ def wait_for(path, count, alive):
         time.sleep(0.02)
 
 
+def few_layers(folder: Path) -> Path:
+    "SmolLM2 without all but its first four layers: its tokenizer, its template, a quick answer."
+    from lire_nb.models import load_policy
+
+    model, tokenizer = load_policy("smollm2", device="cpu")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:4], 4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_200_candidates_survive_a_killed_client_and_a_killed_server(tmp_path, monkeypatch):
     need_server()
-    from lire_nb.models import load_policy, resolve_model
+    from lire_nb.models import load_policy
 
-    folder, journal = resolve_model("smollm2"), tmp_path / "answers.jsonl"
+    folder, journal = few_layers(tmp_path / "few-layers"), tmp_path / "answers.jsonl"
     prompts = [f"Film number {n} is about" for n in range(50)]
     asked, ask = Counter(), ServerSampler._ask
     with Serve(folder, threads=1, log=tmp_path / "server.log") as server:
