@@ -14,8 +14,9 @@ import importlib.metadata
 import logging
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,7 @@ class Task:
     name: str
     about: str  # what the task asks, and where it is from
     prompts: dict[str, list[dict]]  # split -> records {"id", "prompt", "meta"}; splits "train", "validation", "test"
-    reward_lists: dict[str, datasets.Dataset]  # name -> graded lists to train or check a reward model
+    reward_lists: Mapping[str, datasets.Dataset]  # name -> graded lists to train or check a reward model
     rewards: str  # what the rewards mean, and their range
     max_prompt_length: int  # tokens
     max_completion_length: int  # tokens
@@ -272,6 +273,24 @@ def _review_pairs(reviews: list[tuple[str, int]], words: int) -> datasets.Datase
                                    meta={"chat": False}))
     return lists_dataset(records)
 
+
+class _MadeWhenAsked(Mapping):
+    "A table for each name, made at its first use and kept: whoever wants the prompts alone waits for no lists."
+
+    def __init__(self, makers: dict[str, Callable]):
+        self._makers, self._made = makers, {}
+
+    def __getitem__(self, name: str):
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self):
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
 # %% ../nbs/34_tasks.ipynb #17918a00
 def _sentiment_prompt(opening: str, chat: bool) -> str | list[dict]:
     return as_chat(f"Continue this film review from where it stops.\n\n{opening}") if chat else REVIEW_HEADER + opening
@@ -291,8 +310,8 @@ def _sentiment(path: str | Path | None, chat: bool = False, opening_words: int =
         prompt = _sentiment_prompt(opening, chat)
         record = as_chat({"id": prompt_id(prompt), "prompt": prompt, "meta": {"label": label}}, chat)
         prompts[split_of(opening, _PROMPT_SHARES, salt="split")].append(record)
-    lists = {name: _review_pairs(parts[part], review_words)
-             for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))}
+    lists = _MadeWhenAsked({name: partial(_review_pairs, parts[part], review_words)
+                            for name, part in (("proxy", "proxy"), ("gold", "gold"), ("test", "reward-test"))})
     return Task("sentiment", "continue the opening of an IMDb review", prompts, lists,
                 "1 for a positive, 0 for a negative review; policies should become positive",
                 PROMPT_LENGTHS["sentiment"], 64, chat,
