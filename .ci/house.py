@@ -48,13 +48,13 @@ VERBS = {
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
     "feasible_rewards": "lp_rewards",
-    "uncertain_rewards": "RewardEnsemble|mix_rewards", "neighbors": "plan",
+    "ranks": "split_rows", "uncertain_rewards": "RewardEnsemble|mix_rewards", "neighbors": "plan",
 }
 
 
 # Lowest first: a room imports from its own layer and from those below.
 LAYERS = {
-    "base": ("base.errors", "base.files", "base.versions"),
+    "base": ("base.errors", "base.files", "base.ranks", "base.versions"),
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from .base.errors import in_terminal, LireError, public_address, require, visible
 from .base.files import atomic_folder, _is_main, one_writer, read_jsonl, slug, write_json, write_jsonl
+from .base.ranks import on_main, sharing
 from .conversations import MAX_PROMPT_LENGTH
 from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
 from .tasks import load_task, PROMPT_LENGTHS
@@ -112,12 +113,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.call(args)
     except (LireError, OSError) as e:
-        print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
+        if _is_mine(e):
+            print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
         return 2
     except SystemExit as e:  # SIGTERM during training or self-enhancement
         if not hasattr(e, "message"):
             raise
-        print(f"lire {args.command}: {e.message}", file=sys.stderr)
+        if _is_mine(e):
+            print(f"lire {args.command}: {e.message}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt as e:  # training and self-enhancement know what they keep
         print(in_terminal(f"lire {args.command}: {getattr(e, 'message', None) or f'stopped by Ctrl-C; {_kept(args)}'}"),
@@ -126,6 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../nbs/60_cli.ipynb #fb194850
+def _is_mine(error: BaseException) -> bool:
+    "Whether no other process of the launch says it."
+    own = int(os.environ.get("RANK", 0))
+    return getattr(error, "rank", own) == own
+
+
 class _PlainFormatter(logging.Formatter):
     "Warnings whose texts obey no terminal and show no password."
 
@@ -241,19 +250,21 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
     from lire_nb.identity import claim_folder
 
     path, name = Path(out), f"{Path(out).name}.config.json"
-    if not _is_main():
-        yield not path.exists()
-        return
-    with one_writer(path, "another command", inside=False):
+
+    def claim() -> bool:
         require(not path.exists() or path.with_name(name).exists(), "is there already and was not made by this command",
                 field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
-        claim_folder(path.parent, {"output": path.name, **config}, name,
+        made_from = {name: value() if callable(value) else value for name, value in config.items()}
+        claim_folder(path.parent, {"output": path.name, **made_from}, name,
                      f"give another --out, or delete {path.name} to make it again",
                      # of an attempt that left no output nothing counts
                      made=[path.name, *([journal.name] if journal else [])], about=about)
         if path.exists():
             _say(f"{out} is there already, made with the same settings")
-        yield not path.exists()
+        return not path.exists()
+
+    with sharing(), one_writer(path, "another command", inside=False):
+        yield on_main(claim)
 
 # %% ../nbs/60_cli.ipynb #e3d06a10
 def _hash(path: str) -> str:
@@ -340,7 +351,7 @@ def sample_command(args) -> None:
         options = {"journal": journal, "max_in_flight": args.in_flight}
     else:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
-    with _claim(args.out, journal, policy=args.policy, fingerprint=identity.policy_identity(args.policy),
+    with _claim(args.out, journal, policy=args.policy, fingerprint=lambda: identity.policy_identity(args.policy),
                 prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
                 sampling=asdict(settings), seed=args.seed, **limit, **chosen,
                 **(search | {"guide": identity.reward_identity(guide)} if search else {})) as todo:
@@ -348,10 +359,11 @@ def sample_command(args) -> None:
             _say(f"sampling {count} candidates for {len(prompts)} prompts from {args.policy} into "
                  f"{args.out}")
             drawing = dict(settings=settings, seed=args.seed, **options)
-            lists = (guided.guided_lists(args.policy, prompts, count, guide, source=f"guided:{args.policy}", **search,
-                                         **drawing) if search else
+            lists = (on_main(lambda: guided.guided_lists(args.policy, prompts, count, guide,
+                                                         source=f"guided:{args.policy}", **search, **drawing))
+                     if search else
                      sampling.sample_lists(args.policy, prompts, count, source=f"policy:{args.policy}", **drawing))
-            save_lists(_selected(lists, args) if chosen else lists, args.out)
+            on_main(lambda: save_lists(_selected(lists, args) if chosen else lists, args.out))
             gaps = wanted - sum(len(r["completions"]) for r in lists)
             if gaps:
                 _say(f"{gaps} of {wanted} candidates were not answered; the same command asks for these again")
@@ -376,7 +388,7 @@ def score_command(args) -> None:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
             lists = rewards.score_lists(load_lists(args.lists, **_chat(args)), reward)
-            save_lists(_selected(lists, args) if chosen else lists, args.out)
+            on_main(lambda: save_lists(_selected(lists, args) if chosen else lists, args.out))
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, SETTINGS, *LORA,
@@ -389,7 +401,7 @@ def train_command(args) -> None:
     settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
     enhancement.check_options(args.policy, settings, options, args.merge_adapter)
-    with _claim(args.out, fingerprint=identity.policy_identity(args.policy), lists=_hash(args.lists),
+    with _claim(args.out, fingerprint=lambda: identity.policy_identity(args.policy), lists=lambda: _hash(args.lists),
                 settings=enhancement.settings_identity(settings), seed=args.seed, **({"lora": lora} if lora else {}),
                 **merge, **_chat(args), about={"policy": args.policy, "lists": args.lists}) as todo:
         if todo:
@@ -435,14 +447,18 @@ def train_reward_command(args) -> None:
     from lire_nb import identity, rewards
 
     options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
-    with _claim(args.out, backbone=identity.policy_identity(args.backbone), lists=_hash(args.lists), **options,
-                **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
+    with _claim(args.out, backbone=lambda: identity.policy_identity(args.backbone), lists=lambda: _hash(args.lists),
+                **options, **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
             reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone,
                                                 name=Path(args.out).name, **options)
-            with atomic_folder(args.out) as draft:
-                reward.save(draft)
+            on_main(lambda: _keep(reward, args.out))
+
+
+def _keep(reward, folder: str) -> None:
+    with atomic_folder(folder) as draft:
+        reward.save(draft)
 
 # %% ../nbs/60_cli.ipynb #11a9106c
 @command("enhance", PROMPTS, REWARD, POLICY,
@@ -512,19 +528,19 @@ def evaluate_command(args) -> None:
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = _sampling_of(args), limit_of(args.prompts, args.max_prompt_length)
     evaluation._checked_systems(Path(args.out), systems, prompts)
-    found = {name: identity.policy_identity(policy) for name, policy in systems.items()}
-    with one_writer(args.out, "another lire evaluate"):
+    with sharing(), one_writer(args.out, "another lire evaluate"):
+        found = on_main(lambda: {name: identity.policy_identity(policy) for name, policy in systems.items()})
         rewards = {name: read_reward(judge) for name, judge in judges.items()}
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),
                   "seed": args.seed, "max_prompt_length": limit}
-        identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
-                              about={"systems": systems, "judges": judges})
+        on_main(lambda: identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
+                                              about={"systems": systems, "judges": judges}))
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
         evaluation.evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
-        report_command(args)
+        on_main(lambda: report_command(args))
 
 # %% ../nbs/60_cli.ipynb #6b7f42e7
 def _answers(args) -> dict:

@@ -16,7 +16,6 @@ import math
 import numbers
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
 from .base.files import atomic_folder, disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
+from .base.ranks import kept_rows, on_main, sharing, together
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
 from lire_nb.identity import (
@@ -243,15 +243,15 @@ def self_enhance(
     asked = _checked(asked, start)
     _check_reference(asked, start)
     kept = "the stages that are finished are kept, start again to go on"
-    with one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
-        _claim_run(run_folder, asked.identity(start), start)
+    with together(), one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
+        _claim_run(run_folder, on_main(lambda: asked.identity(start)), start)
         if isinstance(asked.stop, StopRule):  # what is wrong with the rule is said before the work
             should_stop(asked.stop, 0, start, start, run_folder)
         for number in range(1, evolve + 1):
             last = Policy.of(folders[-1]) if folders else start
             folders.append(run_round(number, last, asked, run_folder, start))
-            if after_round is not None and _is_main():
-                after_round(number, folders[-1])
+            if after_round is not None:
+                on_main(lambda: after_round(number, folders[-1]) and None)
             if stop is not None and (reason := should_stop(asked.stop, number, folders[-1], start, run_folder)):
                 logger.info("stopped after round %d: %s", number, reason)
                 break
@@ -259,11 +259,12 @@ def self_enhance(
 
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
 def _claim_run(run_folder: Path, config: dict, policy: Policy) -> None:
-    if _is_main():
+    def claim():
         claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
                      about={"policy": policy.name})
         sweep_drafts(run_folder, within=True)
-    _wait_for((run_folder / "enhancement.json").exists)
+
+    on_main(claim)
 
 # %% ../nbs/19_enhancement.ipynb #c00a2db9
 def by_id(lists: Iterable[dict]) -> list[dict]:
@@ -292,7 +293,7 @@ def run_round(
     "Sample, score, train; a stage whose result is there is not run again."
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
-    sampled = {"policy": _within(policy, run_folder), "fingerprint": policy.fingerprint, "round": number,
+    sampled = {"policy": _within(policy, run_folder), "fingerprint": on_main(lambda: policy.fingerprint), "round": number,
                "seed": derive_seed(asked.seed, number, "sample"),
                "num_candidates": asked.pool_size or asked.num_candidates,
                "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training)}
@@ -342,9 +343,10 @@ def _score_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
     if keeps and number > 1:
         before = load_lists(folder.with_name(f"round-{number - 1}") / "lists.jsonl")
         before = _less_fitted(before, given) if asked.refit is not None else before
-    new = _select_round(folder, number, asked) if asked.select else load_lists(folder / "candidates.jsonl")
+    new = (on_main(lambda: _select_round(folder, number, asked)) if asked.select
+           else load_lists(folder / "candidates.jsonl"))
     lists = _scored(_joined(before, new, dedupe=keeps), _reward_of(folder, asked), asked.demonstrations())
-    if asked.contrastive and number == 1:
+    if asked.contrastive and number == 1 and _is_main():
         own = load_lists(folder / "pool.jsonl") if asked.select else lists
         write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in own})
     counts = {r["id"]: len(r["completions"]) for r in given}
@@ -368,25 +370,34 @@ def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> 
 
 # %% ../nbs/19_enhancement.ipynb #c70cbd38
 def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, after: Path) -> None:
-    "Make a file of lists where it is missing, on the main process, and note it in the manifest."
-    if _is_main() and not result.exists():
+    "Make a file of lists where it is missing, each process a share of it, and note it in the manifest."
+    if on_main(result.exists):
+        return
+    with sharing(), kept_rows(result.with_suffix(".parts"), {**sampled, "versions": _versions()}):
+        made = make()
+        on_main(lambda: save_lists(made, result))
+
+    def note():
         before = (read_manifest(folder) or {"files": {}})["files"].get(result.name)
-        save_lists(make(), result)
         if before and after.exists() and file_hash(result) != before["sha256"]:
             result.unlink()
             raise LireError("made again, it is not what it was", file=result,
                             allowed="the same bytes, from the same machine and versions",
                             remedy=f"delete {folder.name} and the rounds after it")
         _write_round(folder, sampled)
-    _wait_for(result.exists)
+
+    on_main(note)
 
 # %% ../nbs/19_enhancement.ipynb #fe2b58b4
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
+
+
 def _write_round(folder: Path, sampled: dict) -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
     files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*"),
                                                           *folder.glob("reward/**/*")]
              if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
-    write_manifest(folder, files, sampled_by=sampled, versions=versions)
+    write_manifest(folder, files, sampled_by=sampled, versions=_versions())
 
 # %% ../nbs/19_enhancement.ipynb #0acd2d63
 def _check_round(folder: Path, sampled: dict) -> None:
@@ -412,11 +423,6 @@ def _within(policy: Policy, run_folder: Path) -> str:
     "The path of a policy; inside the run folder it is relative, so that the folder may be moved."
     path = Path(policy.name)
     return path.relative_to(run_folder).as_posix() if path.is_relative_to(run_folder) else policy.name
-
-
-def _wait_for(ready: Callable[[], bool]) -> None:
-    while not ready():  # no barrier: sampling may take longer than its timeout
-        time.sleep(0.2)
 
 # %% ../nbs/19_enhancement.ipynb #b9f2145c
 def _given_lists(prompts: list[dict]) -> list[dict]:
@@ -508,13 +514,19 @@ class Refit:
 # %% ../nbs/19_enhancement.ipynb #70369da5
 def _fit_reward(folder: Path, number: int, asked: Rounds, sampled: dict) -> None:
     "The round's reward model, in the folder reward; it appears whole or not at all."
-    if not _is_main() or (folder / "reward").exists():
+    if on_main((folder / "reward").exists):
         return
     logger.info("round %d: fitting the reward model", number)
     joined = _joined(_given_lists(asked.prompts), load_lists(folder / "candidates.jsonl"), dedupe=False)
-    model = train_reward_model([*asked.refit.lists, *demonstration_pairs(joined)], asked.refit.backbone,
-                               seed=derive_seed(asked.seed, number, "reward") % 2**31, name=f"round-{number}",
-                               progress=asked.progress, **asked.refit.settings())
+    with sharing():
+        model = train_reward_model([*asked.refit.lists, *demonstration_pairs(joined)], asked.refit.backbone,
+                                   seed=derive_seed(asked.seed, number, "reward") % 2**31, name=f"round-{number}",
+                                   progress=asked.progress, **asked.refit.settings())
+    on_main(lambda: _keep_reward(model, folder, sampled))
+
+
+def _keep_reward(model: RewardModel, folder: Path, sampled: dict) -> None:
+    "The fitted model in the folder reward, as it was where it was there before."
     with atomic_folder(folder / "reward") as draft:
         model.save(draft)
     before = read_manifest(folder) or {"files": {}}
@@ -545,7 +557,8 @@ def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Poli
     "Lists as the trainer prepares them; their reference log-probs are weight · other's + (1 − weight) · model's."
     other, _ = load_policy(other, device=model.device)
     context = common_context(model, other)
-    prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
+    with sharing():
+        prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
     mixed = [[weight * b + (1 - weight) * a for a, b in zip(*rows)]
              for rows in zip(prepared["ref_logps"], theirs["ref_logps"])]
     return prepared.from_list([{**row, "ref_logps": logps} for row, logps in zip(prepared, mixed)])
@@ -574,18 +587,19 @@ def train_policy(
     policy = Policy.of(policy)
     check_options(policy, settings, trainer_options, merge_adapter)
     options, partial = trainer_options or {}, folder.with_name(f"{folder.name}.partial")
-    with one_writer(folder, "another training", inside=False):
-        identity = {"fingerprint": policy.fingerprint, "lists": lists_identity(lists), "seed": seed,
-                    "settings": settings_identity(settings), "trainer": plain_value(options),
-                    **({"merge_adapter": True} if merge_adapter else {}),
-                    **({"reference_mix": [reference_mix[0].fingerprint, reference_mix[1]]} if reference_mix else {})}
-        if folder.exists():
-            return _done_before(folder, partial, identity)
+    with together(), one_writer(folder, "another training", inside=False):
+        identity = on_main(lambda: {
+            "fingerprint": policy.fingerprint, "lists": lists_identity(lists), "seed": seed,
+            "settings": settings_identity(settings), "trainer": plain_value(options),
+            **({"merge_adapter": True} if merge_adapter else {}),
+            **({"reference_mix": [reference_mix[0].fingerprint, reference_mix[1]]} if reference_mix else {})})
+        if on_main(folder.exists):
+            return on_main(lambda: _done_before(folder, partial, identity))
         has_state = any(isinstance(c, ExportableState) for c in callbacks or ())
         args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": has_state}
                              | settings | {"output_dir": str(partial)}))
-        with args.main_process_first(local=False), disk_errors(folder):
-            resume = _claim_partial(partial, identity, args.process_index == 0, policy)
+        with disk_errors(folder):
+            resume = on_main(lambda: _claim_partial(partial, identity, policy))
         try:
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
@@ -650,15 +664,14 @@ def _done_before(folder: Path, partial: Path, identity: dict) -> Path:
     return folder
 
 # %% ../nbs/19_enhancement.ipynb #23eb4e2f
-def _claim_partial(partial: Path, identity: dict, main: bool, policy: Policy) -> Path | None:
+def _claim_partial(partial: Path, identity: dict, policy: Policy) -> Path | None:
     "The checkpoint to go on from, in a folder that belongs to this training."
     claim_folder(partial, identity, "identity.json",
                  remedy=f"delete {partial.name}, or train with the settings of before", made=["checkpoint-*"],
                  about={"policy": policy.name})
-    if main:
-        shutil.rmtree(partial / "policy", ignore_errors=True)
-        sweep_drafts(partial, within=True)
-    return last_checkpoint(partial, clean=main)
+    shutil.rmtree(partial / "policy", ignore_errors=True)
+    sweep_drafts(partial, within=True)
+    return last_checkpoint(partial, clean=True)
 
 # %% ../nbs/19_enhancement.ipynb #187bd7d3
 class _NoLastCheckpoint(TrainerCallback):
@@ -678,7 +691,7 @@ def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sig
         lists = _with_mixed_reference(model, tokenizer, lists, args, *reference_mix)
     trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer,
                                            callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
-    trainer.sigterm = sigterm
+    trainer.sigterm, trainer.known_whole = sigterm, resume
     draft = partial / "policy"
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=resume)
@@ -748,6 +761,10 @@ class StopRule:
     def measure(self, policy: str | Path | Policy, start: str | Path | Policy) -> dict:
         "Gold reward and KL of a policy, means over prompts."
         policy, start = Policy.of(policy), Policy.of(start)
+        with sharing():
+            return self._measured(policy, start)
+
+    def _measured(self, policy: Policy, start: Policy) -> dict:
         found, model, plain = {}, policy.load(compute_dtype()), self.settings == self.settings.plain
         limit = {"max_prompt_length": self.max_prompt_length or MAX_PROMPT_LENGTH}
 
@@ -792,17 +809,16 @@ def should_stop(
 ) -> str | None:
     "The reason to stop after this round; what was decided before is read from stop.json."
     path, measured = Path(run_folder) / "stop.json", isinstance(stop, StopRule)
-    if not _is_main():  # the others read what the main process wrote
-        _wait_for(lambda: path.exists() and len(json.loads(path.read_text())) > number)
-    history = json.loads(path.read_text()) if path.exists() else []
+    history = on_main(lambda: json.loads(path.read_text()) if path.exists() else [])
+    keep = lambda: on_main(lambda: write_json(path, history))  # noqa: E731
     if not history:
         history.append({"round": 0, **(stop.measure(start, start) if measured else {}), "reason": None})
-        write_json(path, history)
+        keep()
     if len(history) <= number:
         history.append({"round": number, **(stop.measure(policy, start) if measured else {})})
-        reason = stop.reason(history) if measured else stop(number, policy)
+        reason = stop.reason(history) if measured else on_main(lambda: stop(number, policy))
         history[-1]["reason"] = ("stop" if reason is True else reason) or None
-        write_json(path, history)
+        keep()
     return history[number]["reason"]
 
 # %% ../nbs/19_enhancement.ipynb #8e443313

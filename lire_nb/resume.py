@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from .base.errors import LireError, require
 from .base.files import _is_main, write_json
+from .base.ranks import on_main, together, watch_launcher
 from .models import file_hash, quiet_transformers
 
 # %% ../nbs/38_resume.ipynb #e94406ce
@@ -104,19 +105,28 @@ class WholeTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._resumed, self._saved, self._saved_step = None, time.monotonic(), None
+        self.known_whole = None  # a checkpoint whose files were compared with its manifest a moment ago
+        if self.accelerator.num_processes > 1:
+            watch_launcher()
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         "As the Trainer's. True takes the newest whole checkpoint in output_dir; one that is not whole is an error."
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            require(resume_from_checkpoint is not None, "no whole checkpoint", file=self.args.output_dir,
-                    field="resume_from_checkpoint", remedy="start without it")
-        self._resumed = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        manifest = self._resumed and read_manifest(self._resumed)
-        for name, what in (changed_files(self._resumed, manifest) if manifest else {}).items():
-            raise LireError(f"{name} is {what}", file=self._resumed, field="resume_from_checkpoint",
-                            remedy="delete this checkpoint and go on from an earlier one")
+        with together():
+            self._resumed = on_main(lambda: self._whole_checkpoint(resume_from_checkpoint))
         return super().train(self._resumed, *args, **kwargs)
+
+    def _whole_checkpoint(self, asked) -> str | None:
+        "The checkpoint to go on from; one process reads its files for all."
+        if asked is True:
+            asked = self.known_whole = last_checkpoint(self.args.output_dir)
+            require(asked is not None, "no whole checkpoint", file=self.args.output_dir,
+                    field="resume_from_checkpoint", remedy="start without it")
+        asked = str(asked) if asked else None
+        manifest = asked and asked != str(self.known_whole) and read_manifest(asked)
+        for name, what in (changed_files(asked, manifest) if manifest else {}).items():
+            raise LireError(f"{name} is {what}", file=asked, field="resume_from_checkpoint",
+                            remedy="delete this checkpoint and go on from an earlier one")
+        return asked
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

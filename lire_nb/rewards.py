@@ -23,9 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .base.errors import LireError, needed, require
-from .base.files import _batches
+from .base.files import _batches, _is_main
+from .base.ranks import even_batches, is_sharing, is_splitting, my_share, on_main, split_rows, sum_over_ranks
 from .conversations import encode_conversation, render_conversation
 from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
@@ -56,10 +58,7 @@ def score_lists(
     records = [r | {"rewards": list(r["rewards"])} for r in map(dict, lists)]
     todo = [(r, j) for r in records for j in range(len(r["completions"]))
             if not (only_missing and r["rewards"][j] is not None)]
-    try:
-        scores = _ask(reward, todo)
-    except RewardError as error:
-        raise _blame(error, reward, todo) from error.__cause__
+    scores = _asked_by_all(reward, todo) if is_splitting() else _asked(reward, todo)
     for (record, j), score in zip(todo, scores):
         record["rewards"][j] = _finite(score, f"reward {reward_name(reward)!r}, candidate {j} of list {record['id']!r}")
     return lists_dataset(records)
@@ -86,6 +85,14 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     require(len(scores) == len(todo), "wrong number of scores", error=RewardError, field=field, value=len(scores),
             allowed=f"{len(todo)}, one for each completion", remedy="return a list as long as the completions")
     return scores
+
+# %% ../nbs/15_rewards.ipynb #39a02885
+def _asked(reward: Reward, todo: list[tuple[dict, int]]) -> list:
+    "As `_ask`; the error names its list."
+    try:
+        return _ask(reward, todo)
+    except RewardError as error:
+        raise _blame(error, reward, todo) from error.__cause__
 
 # %% ../nbs/15_rewards.ipynb #fa92d0a7
 def _blame(error: RewardError, reward: Reward, todo: list[tuple[dict, int]]) -> RewardError:
@@ -340,16 +347,10 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
     share = lambda k: min((k + 1) / warm, (len(steps) - k) / max(1, len(steps) - warm))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     reward.model.train()
-    head = _latent_head(reward.model)
-    for batch in progress_bar(progress, steps, desc=f"training {reward.name}", unit="step"):
-        scores = reward.scores([r["prompt"] for r in batch for _ in r["completions"]],
-                               [c for r in batch for c in r["completions"]])
-        parts = scores.split([len(r["completions"]) for r in batch])
-        loss = torch.stack([ranking_loss(s, r["rewards"], smoothing) for s, r in zip(parts, batch)]).mean()
-        if head is not None:
-            loss = loss + latent_weight * head.kl.mean()
+    head, step_loss = _latent_head(reward.model), _shared_step if is_sharing() else _step
+    for batch in progress_bar(progress and _is_main(), steps, desc=f"training {reward.name}", unit="step"):
         optimizer.zero_grad()
-        loss.backward()
+        loss = step_loss(reward, batch, smoothing, latent_weight)
         torch.nn.utils.clip_grad_norm_(reward.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -357,6 +358,21 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
     if head is not None:
         head.kl = None  # holds the graph of the last step
     reward.model.eval()
+
+# %% ../nbs/15_rewards.ipynb #41cf955a
+def _texts_of(batch: list[dict]) -> tuple[list, list[str]]:
+    return [r["prompt"] for r in batch for _ in r["completions"]], [c for r in batch for c in r["completions"]]
+
+
+def _step(reward: RewardModel, batch: list[dict], smoothing: float, latent_weight: float) -> torch.Tensor:
+    "The loss of some lists, after its backward pass."
+    scores, head = reward.scores(*_texts_of(batch)), _latent_head(reward.model)
+    parts = scores.split([len(r["completions"]) for r in batch])
+    loss = torch.stack([ranking_loss(s, r["rewards"], smoothing) for s, r in zip(parts, batch)]).mean()
+    if head is not None:
+        loss = loss + latent_weight * head.kl.mean()
+    loss.backward()
+    return loss
 
 # %% ../nbs/15_rewards.ipynb #e6bfaf17
 def graded_scores(
@@ -391,6 +407,60 @@ def _right_pairs(grades: list[float], scores: list[float]) -> list[float]:
 def longer_wins(prompts: list, completions: list[str]) -> list[float]:
     "The baseline that every reward model should beat: length in characters."
     return [float(len(c)) for c in completions]
+
+# %% ../nbs/15_rewards.ipynb #63b43171
+def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]]) -> list:
+    "The scores of all texts, each process asking for a share; what cannot be split is asked by the first process."
+    if type(reward).__call__ is RewardModel.__call__:
+        sizes = [len(reward._checked_row(i, r["prompt"], r["completions"][j])) for i, (r, j) in enumerate(todo)]
+        order, size = sorted(range(len(todo)), key=sizes.__getitem__), reward.batch_size
+        exact = not has_bf16(reward.model.device.type)
+    elif getattr(reward, "per_text", False) or reward is longer_wins or type(reward) in (VaderReward, RandomReward):
+        order, size, exact, sizes = range(len(todo)), max(1, len(todo)), True, [1] * len(todo)
+    else:
+        return on_main(lambda: _asked(reward, todo))
+    batches = even_batches(order, size, exact)
+    found = split_rows(batches, lambda batch: _asked(reward, [todo[i] for i in batch]),
+                       weight=lambda batch: len(batch) * max(sizes[i] for i in batch), pack=float)
+    scores = {i: score for batch, row in zip(batches, found) for i, score in zip(batch, row)}
+    return [scores[i] for i in range(len(todo))]
+
+# %% ../nbs/15_rewards.ipynb #a374ff91
+class _SameDraws(TorchDispatchMode):
+    "Random numbers of some rows are those that the whole batch would have given them."
+
+    def __init__(self, rows: list[int], total: int):
+        super().__init__()
+        self.rows, self.total = rows, total
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.randn_like.default):
+            return func(*args, **(kwargs or {}))
+        own, *rest = args
+        each = own.shape[0] // len(self.rows)
+        drawn = func(own.new_empty(self.total * each, *own.shape[1:]), *rest, **(kwargs or {}))
+        part = drawn.unflatten(0, (self.total, each))[self.rows].flatten(0, 1)
+        return own.copy_(part) if func is torch.ops.aten.bernoulli_.float else part
+
+# %% ../nbs/15_rewards.ipynb #51150a40
+def _shared_step(reward: RewardModel, batch: list[dict], smoothing: float, latent_weight: float) -> torch.Tensor:
+    "As `_step`, but each process computes some of the lists, and the gradients are summed."
+    counts, head = [len(r["completions"]) for r in batch], _latent_head(reward.model)
+    mine = my_share(counts)
+    asked = mine or [0]  # whoever has nothing to do draws along, at a weight of zero
+    rows = [sum(counts[:n]) + j for n in asked for j in range(counts[n])]
+    whole = reward.encode(*_texts_of(batch))
+    with _SameDraws(rows, sum(counts)):
+        scores = reward._scores({name: part[rows] for name, part in whole.items()})
+    parts = zip(scores.split([counts[n] for n in asked]), asked)
+    loss = torch.stack([ranking_loss(s, batch[n]["rewards"], smoothing) for s, n in parts]).sum() / len(batch)
+    if head is not None:
+        loss = loss + latent_weight * head.kl.sum() / sum(counts)
+    loss = loss * bool(mine)
+    loss.backward()
+    loss = loss.detach().clone()
+    sum_over_ranks([loss, *(p.grad for p in reward.model.parameters() if p.grad is not None)])
+    return loss
 
 # %% ../nbs/15_rewards.ipynb #f6af19f7
 class RandomReward:
