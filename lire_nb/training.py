@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 
 import datasets
@@ -620,7 +620,7 @@ def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
     if isinstance(lists, dict):
         return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
     if not _is_prepared(lists):
-        with sharing():  # of the reference log-probs each process computes a share
+        with sharing() if reference else nullcontext():  # each process computes a share of the log-probs
             return prepare_lists(lists, tokenizer, args, reference, context)
     missing = [name for name in needed_columns(args.terms()) if name not in getattr(lists, "column_names", (name,))]
     require(not missing, f"prepared without {' and '.join(missing)}", field="lists", value=list(args.terms()),

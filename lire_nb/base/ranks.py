@@ -52,8 +52,12 @@ def even_batches(
 ) -> list[list]:
     "Batches as one process makes them; inside `sharing`, smaller ones where some ranks would have none."
     items, ranks = list(items), _ranks_sharing()
-    if may_cut and ranks > 1 and -(-len(items) // size) < ranks:
-        size = max(1, -(-len(items) // ranks))
+    if 1 < len(items) and -(-len(items) // size) < ranks:
+        if may_cut:
+            size = -(-len(items) // ranks)
+        elif _is_main():
+            logger.warning("%d rows are fewer batches of %d than there are processes (%d): a smaller batch size would "
+                           "give work to all", len(items), size, ranks)
     return list(_batches(items, size))
 
 
@@ -99,12 +103,19 @@ class _Link:
         "Raise the error of another rank, where there is one; `lives`: also where one of this machine is gone."
         if self._asked(lambda: self.store.check(["error"])):
             raise self._first()
-        for rank in range(self.size) if lives else ():
-            if self._asked(lambda: self.store.check([f"who/{rank}"])):
-                host, process = json.loads(self.store.get(f"who/{rank}"))
-                if host == socket.gethostname() and not _lives(process):
-                    time.sleep(0.5)  # it may have said why
-                    raise self._first() if self.store.check(["error"]) else _ended(rank)
+        for rank in self.gone() if lives else ():
+            time.sleep(0.5)  # it may have said why
+            raise self._first() if self._asked(lambda: self.store.check(["error"])) else _ended(rank)
+
+    def gone(self) -> list[int]:
+        "The ranks of this machine that have ended."
+        def ended(rank: int) -> bool:
+            if not self.store.check([f"who/{rank}"]):  # it is not here yet
+                return False
+            host, process = json.loads(self.store.get(f"who/{rank}"))
+            return host == socket.gethostname() and not _lives(process)
+
+        return self._asked(lambda: [rank for rank in range(self.size) if ended(rank)])
 
     def agree(self, error: BaseException) -> BaseException:
         "The first error of all ranks. Whoever had it waits a moment, so that the others hear it before it ends."
@@ -113,9 +124,10 @@ class _Link:
             first = self._first()
             if getattr(first, "rank", None) != self.rank:
                 return first
-            until = time.monotonic() + _LAST_WORDS
-            while time.monotonic() < until and not self.store.check([f"heard/{r}" for r in range(self.size)]):
+            until, others = time.monotonic() + _LAST_WORDS, set(range(self.size))
+            while others and time.monotonic() < until:
                 time.sleep(0.05)
+                others -= {r for r in others if self.store.check([f"heard/{r}"])} | set(self.gone())
         except RuntimeError:  # the store is gone with the rank that held it
             pass
         return error
