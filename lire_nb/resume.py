@@ -122,8 +122,8 @@ class WholeTrainer(Trainer):
             require(asked is not None, "no whole checkpoint", file=self.args.output_dir,
                     field="resume_from_checkpoint", remedy="start without it")
         asked = str(asked) if asked else None
-        manifest = asked and asked != str(self.known_whole) and read_manifest(asked)
-        for name, what in (changed_files(asked, manifest) if manifest else {}).items():
+        manifest, known = asked and read_manifest(asked), asked == str(self.known_whole)
+        for name, what in (changed_files(asked, manifest) if manifest and not known else {}).items():
             raise LireError(f"{name} is {what}", file=asked, field="resume_from_checkpoint",
                             remedy="delete this checkpoint and go on from an earlier one")
         return asked

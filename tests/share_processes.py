@@ -1,6 +1,6 @@
-"""What each of several processes does, for test_ranks.py: a round of self-enhancement with everything on, an evaluation,
-a reward that fails, a process that is killed. Started by warm.ranks, or alone with WORLD_SIZE=1: share_processes.py
-FOLDER WHAT"""
+"""What each of several processes does, for test_ranks.py: a round of self-enhancement with everything on, an
+evaluation, a reward that fails, a process that is killed. Started by warm.ranks, or alone with WORLD_SIZE=1:
+share_processes.py FOLDER WHAT"""
 import json
 import os
 import sys
@@ -85,7 +85,8 @@ def pieces(place: Path) -> dict:
         watch = EvaluationCallback(HELD_OUT, {"vowels": vowels}, start=sampler.model, settings=SHORT, seed=4)
         seen = watch.measure(sampler.model, sampler.tokenizer)
     # a ranking loss cannot see a constant on all scores: the last bias follows rounding alone
-    weights = torch.cat([p.detach().flatten() for name, p in reward.model.named_parameters() if "decode.bias" not in name])
+    named = reward.model.named_parameters()
+    weights = torch.cat([p.detach().flatten() for name, p in named if "decode.bias" not in name])
     return {"lists": [dict(r) for r in lists], "rewards": centered(scored), "history": reward.history,
             "weights": weights.tolist(), "none": len(none["rewards"][0]), "seen": seen}
 
