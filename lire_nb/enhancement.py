@@ -293,7 +293,8 @@ def run_round(
     "Sample, score, train; a stage whose result is there is not run again."
     folder = Path(run_folder) / f"round-{number}"
     candidates, scored, trained = folder / "candidates.jsonl", folder / "lists.jsonl", folder / "policy"
-    sampled = {"policy": _within(policy, run_folder), "fingerprint": on_main(lambda: policy.fingerprint), "round": number,
+    fingerprint = on_main(lambda: policy.fingerprint)
+    sampled = {"policy": _within(policy, run_folder), "fingerprint": fingerprint, "round": number,
                "seed": derive_seed(asked.seed, number, "sample"),
                "num_candidates": asked.pool_size or asked.num_candidates,
                "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training)}

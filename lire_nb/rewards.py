@@ -58,9 +58,9 @@ def score_lists(
     records = [r | {"rewards": list(r["rewards"])} for r in map(dict, lists)]
     todo = [(r, j) for r in records for j in range(len(r["completions"]))
             if not (only_missing and r["rewards"][j] is not None)]
-    scores = _asked_by_all(reward, todo) if is_splitting() else _asked(reward, todo)
+    scores = _asked_by_all(reward, todo) if is_splitting() else _checked_scores(reward, todo)
     for (record, j), score in zip(todo, scores):
-        record["rewards"][j] = _finite(score, f"reward {reward_name(reward)!r}, candidate {j} of list {record['id']!r}")
+        record["rewards"][j] = score
     return lists_dataset(records)
 
 # %% ../nbs/15_rewards.ipynb #610be1f9
@@ -87,12 +87,14 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     return scores
 
 # %% ../nbs/15_rewards.ipynb #39a02885
-def _asked(reward: Reward, todo: list[tuple[dict, int]]) -> list:
-    "As `_ask`; the error names its list."
+def _checked_scores(reward: Reward, todo: list[tuple[dict, int]]) -> list[float]:
+    "A finite score for each of these candidates; the error names its list."
     try:
-        return _ask(reward, todo)
+        scores = _ask(reward, todo)
     except RewardError as error:
         raise _blame(error, reward, todo) from error.__cause__
+    return [_finite(score, f"reward {reward_name(reward)!r}, candidate {j} of list {record['id']!r}")
+            for (record, j), score in zip(todo, scores)]
 
 # %% ../nbs/15_rewards.ipynb #fa92d0a7
 def _blame(error: RewardError, reward: Reward, todo: list[tuple[dict, int]]) -> RewardError:
@@ -418,10 +420,10 @@ def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     elif getattr(reward, "per_text", False) or reward is longer_wins or type(reward) in (VaderReward, RandomReward):
         order, size, exact, sizes = range(len(todo)), max(1, len(todo)), True, [1] * len(todo)
     else:
-        return on_main(lambda: _asked(reward, todo))
+        return on_main(lambda: _checked_scores(reward, todo))
     batches = even_batches(order, size, exact)
-    found = split_rows(batches, lambda batch: _asked(reward, [todo[i] for i in batch]),
-                       weight=lambda batch: len(batch) * max(sizes[i] for i in batch), pack=float)
+    found = split_rows(batches, lambda batch: _checked_scores(reward, [todo[i] for i in batch]),
+                       weight=lambda batch: len(batch) * max(sizes[i] for i in batch))
     scores = {i: score for batch, row in zip(batches, found) for i, score in zip(batch, row)}
     return [scores[i] for i in range(len(todo))]
 
@@ -437,6 +439,8 @@ class _SameDraws(TorchDispatchMode):
         if func not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.randn_like.default):
             return func(*args, **(kwargs or {}))
         own, *rest = args
+        if own.dim() == 0 or own.shape[0] % len(self.rows):  # not of these rows
+            return func(*args, **(kwargs or {}))
         each = own.shape[0] // len(self.rows)
         drawn = func(own.new_empty(self.total * each, *own.shape[1:]), *rest, **(kwargs or {}))
         part = drawn.unflatten(0, (self.total, each))[self.rows].flatten(0, 1)
