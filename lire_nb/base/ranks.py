@@ -25,7 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .errors import LireError
+from .errors import LireError, require
 from .files import _batches, _is_main, _processes, append_jsonl, json_digest, read_jsonl, write_json
 
 # %% ../../nbs/75_ranks.ipynb #7a7dacab
@@ -307,18 +307,25 @@ def split_rows(
     "The results of all batches: in one process a loop, inside `sharing` each rank does a share and gets all."
     block = _BLOCK.get()
     if not is_splitting():
-        return [list(work(batch)) for batch in batches]
+        return [_for_each(work, batch) for batch in batches]
     known = block.kept.next_rows() if block.kept else {}
     todo = [rest for batch in batches if (rest := [i for i in batch if i not in known])]
     made = {}
     for number in my_share([weight(batch) for batch in todo]):
         if is_sharing():
             block.link.look()
-        made |= (fresh := dict(zip(todo[number], work(todo[number]), strict=True)))
+        made |= (fresh := dict(zip(todo[number], _for_each(work, todo[number]))))
         if block.kept:
             block.kept.add({i: pack(value) for i, value in fresh.items()})
     made = {i: value for part in everyones(made) for i, value in part.items()}
     return [[made[i] if i in made else unpack(known[i]) for i in batch] for batch in batches]
+
+
+def _for_each(work: Callable, batch: list[int]) -> list:
+    found = list(work(batch))
+    require(len(found) == len(batch), "wrong number of results", field="work", value=len(found),
+            allowed=f"{len(batch)}, one for each row of the batch", remedy="return a result for every row")
+    return found
 
 # %% ../../nbs/75_ranks.ipynb #3a0ffbb5
 def everyones(
