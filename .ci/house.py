@@ -44,6 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide",
+    "ranks": "split_rows",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
@@ -54,7 +55,7 @@ VERBS = {
 
 # Lowest first: a room imports from its own layer and from those below.
 LAYERS = {
-    "base": ("base.errors", "base.files", "base.versions"),
+    "base": ("base.errors", "base.files", "base.versions", "base.ranks"),
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
@@ -66,9 +67,8 @@ LAYERS = {
     "evaluation": ("evaluation",),
     "watching": ("watching",),
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
-    "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
-            "lab.figures",
-            "lab.report", "lab.bench", "lab.neighbors"),
+    "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
+            "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors"),
     "cli": ("cli",),
 }
 

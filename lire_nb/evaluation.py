@@ -27,12 +27,13 @@ from scipy import stats
 
 from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
+from .base.ranks import even_batches, kept_rows, on_main, split_rows
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from lire_nb.identity import (
     check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity,
 )
 from .lists import checked_prompts
-from .logprobs import measure_candidates, policy_at_start, sampled_logps, without_ends
+from .logprobs import list_length, measure_candidates, policy_at_start, sampled_logps, without_ends
 from .models import common_context, compute_dtype, load_policy, unwrap
 from .path_check import check_paths, verified
 from lire_nb.preferences import (
@@ -376,25 +377,25 @@ def evaluate_systems(
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)
     with one_writer(run, "another evaluation"):
-        made_from = _made_from(systems, prompts, judges, seed, options)
+        made_from = on_main(lambda: _made_from(systems, prompts, judges, seed, options))
         for name, path in paths.items():  # before anything is sampled
-            if path.exists():
+            if on_main(path.exists):
                 check_claim(_beside(path), made_from[name],
                             remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
                 rows[name] = _judged_rows(path, prompts, judges)
         for number, (name, policy) in enumerate(systems.items()):
-            if not paths[name].exists():
+            if name not in rows:
                 start = start or _loaded(next(iter(systems.values())))
-                write_json(_beside(paths[name]),
-                           {"format": FORMAT, **made_from[name],
-                            "about": {"policy": str(policy)
-                                      if isinstance(policy, (str, os.PathLike)) else "in memory"}})
-                write_jsonl(paths[name],
-                            judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
-                                         **options))
+                about = {"policy": str(policy) if isinstance(policy, (str, os.PathLike)) else "in memory"}
+                config = {"format": FORMAT, **made_from[name], "about": about}
+                on_main(partial(write_json, _beside(paths[name]), config))
+                with kept_rows(paths[name].with_suffix(".parts"), made_from[name]):
+                    judged = judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
+                                          **options)
+                    on_main(partial(write_jsonl, paths[name], judged))
                 rows[name] = _judged_rows(paths[name], prompts, judges)
         figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
-        write_jsonl(run / "metrics.jsonl", figures)
+        on_main(lambda: write_jsonl(run / "metrics.jsonl", figures))
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #54641fce
@@ -530,18 +531,21 @@ def text_kl(
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
               "context": common_context(model, start)}
     tokens = [tokenize_list(r, tokenizer, **limits) for r in lists]
-    device, results = next(model.parameters()).device, []
+    device = next(model.parameters()).device
     for m, _ in modes:
         m.eval()
-    for first in range(0, len(tokens), batch_size):
-        batch = ListCollator(tokenizer.pad_token_id)(tokens[first : first + batch_size])
+
+    def measure(chunk):
+        batch = ListCollator(tokenizer.pad_token_id)([tokens[i] for i in chunk])
         found = iter(token_kl(model, start,
                               {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}).tolist())
-        results += [[[next(found) for _ in ids] for ids in predicted_ids(one)]
-                    for one in tokens[first : first + batch_size]]
+        return [[[next(found) for _ in ids] for ids in predicted_ids(tokens[i])] for i in chunk]
+
+    found = split_rows(even_batches(range(len(tokens)), batch_size), measure,
+                       weight=lambda chunk: sum(list_length(tokens[i]) for i in chunk))
     for m, mode in modes:
         m.train(mode)
-    return results
+    return [row for batch in found for row in batch]
 
 # %% ../nbs/22_evaluation.ipynb #b026e50d
 def __getattr__(name: str):

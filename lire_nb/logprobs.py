@@ -22,6 +22,7 @@ import torch
 
 from .base.errors import LireError, moved
 from .base.files import read_jsonl, write_jsonl
+from .base.ranks import even_batches, kept_rows, on_main, split_rows
 from lire_nb.conversations import (
     agent_lengths, candidate_tokens, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
     tokenizer_fingerprint,
@@ -136,15 +137,20 @@ def dataset_logps(
     order = sorted(range(len(tokens)),
                    key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
     collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
-    device = next(model.parameters()).device
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    exact = autocast is None and dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
+
+    def measure(chunk):
         batch = to_device(collate([tokens[i] for i in chunk]), device)
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             logps, lengths = list_logps(model, batch, impl=impl)
-        for i, logp, length in zip(chunk, logps.tolist(), lengths.tolist()):
-            m = len(tokens[i]["completion_ids"])
-            results[i] = (logp[:m], length[:m])
+        counts = [len(tokens[i]["completion_ids"]) for i in chunk]
+        return [(logp[:m], length[:m]) for m, logp, length in zip(counts, logps.tolist(), lengths.tolist())]
+
+    batches = even_batches(order, batch_size, exact)
+    found = split_rows(batches, measure, weight=lambda chunk: sum(list_length(tokens[i]) for i in chunk), unpack=tuple)
+    for i, one in zip(itertools.chain(*batches), itertools.chain(*found)):
+        results[i] = one
     model.train(was_training)
     return results
 
@@ -179,17 +185,19 @@ def reference_logps(
     options = limits | {"autocast": autocast, "batch_size": batch_size, "context": context}
     if folder is None:
         return [logps for logps, _ in dataset_logps(model, tokenizer, lists, **options)]
-    name = hashlib.sha256(repr((model_fingerprint(causal_lm(model), tokenizer), sorted(limits.items()), str(autocast),
-                                str(next(model.parameters()).dtype))).encode())
-    path = Path(folder) / f"reference-{name.hexdigest()[:16]}.jsonl"
-    known = _read_cache(path)
-    keys = [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]
+    name = on_main(lambda: hashlib.sha256(repr((
+        model_fingerprint(causal_lm(model), tokenizer), sorted(limits.items()), str(autocast),
+        str(next(model.parameters()).dtype))).encode()).hexdigest()[:16])
+    path = Path(folder) / f"reference-{name}.jsonl"
+    known, keys = on_main(lambda: (_read_cache(path),
+                                   [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]))
     missing = {key: record for key, record in zip(keys, lists) if key not in known}
     if missing:
         logger.info("reference log-probs of %d lists, kept in %s", len(missing), path)
-        found = dataset_logps(model, tokenizer, missing.values(), **options)
-        known |= {key: logps for key, (logps, _) in zip(missing, found)}
-        write_jsonl(path, ({"list": key, "logps": logps} for key, logps in sorted(known.items())))
+        with kept_rows(path.with_suffix(".parts"), {"lists": list(missing)}):
+            found = dataset_logps(model, tokenizer, missing.values(), **options)
+            known |= {key: logps for key, (logps, _) in zip(missing, found)}
+            on_main(lambda: write_jsonl(path, ({"list": key, "logps": logps} for key, logps in sorted(known.items()))))
     return [known[key] for key in keys]
 
 # %% ../nbs/17_logprobs.ipynb #6dd861eb

@@ -9,6 +9,7 @@ __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed',
 # %% ../nbs/14_sampling.ipynb #9b0b3127
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -28,7 +29,8 @@ from transformers import (
 )
 
 from .base.errors import LireError, moved, public_address, require
-from .base.files import _batches
+from .base.files import _is_main
+from .base.ranks import even_batches, on_main, split_rows
 from lire_nb.conversations import (
     answer_text, check_limit, completion_text, encode_prompt, end_tokens, MAX_PROMPT_LENGTH, render_prompt,
     tokenizer_fingerprint, warn_text_prompts,
@@ -213,7 +215,22 @@ def _completion(prompt, row: list[tuple[int, float]], tokenizer, settings, ends:
     logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
     return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
 
+# %% ../nbs/14_sampling.ipynb #1951982f
+def _plain(completions: list[Completion]) -> list[list]:
+    "The candidates of a prompt as JSON."
+    return [[c.text, c.finish_reason, c.token_ids, c.logp, c.failed] for c in completions]
+
+
+def _drawn(rows: list[list]) -> list[Completion]:
+    return [Completion(text, reason, None if ids is None else tuple(ids), *rest) for text, reason, ids, *rest in rows]
+
 # %% ../nbs/14_sampling.ipynb #986996a2
+def _is_exact(model) -> bool:
+    "Whether the rows beside it change a row by rounding only."
+    exact = getattr(model, "dtype", None) in (torch.float32, torch.float64)
+    return exact and not torch.is_autocast_enabled(model.device.type)
+
+
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and attention mask, (B, longest)."
     width = max(map(len, rows))
@@ -382,14 +399,19 @@ class LocalSampler:
         numbers = candidate_numbers(map(tuple, encoded), num_candidates)
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
         results, ends = [None] * len(prompts), end_tokens(self.tokenizer, self.model)
-        with progress_bar(self.progress, total=len(prompts), desc="sampling", unit="prompt") as bar:
-            for chunk in _batches(order, max(1, self.batch_size // num_candidates)):
+        batches = even_batches(order, max(1, self.batch_size // num_candidates), _is_exact(self.model))
+        with progress_bar(self.progress and _is_main(), total=len(prompts), desc="sampling", unit="prompt") as bar:
+            def draw(chunk):
                 asked = ([part[i] for i in chunk] for part in (prompts, encoded, numbers))
                 rows = iter(self._rows(*asked, settings, seed, ends))
-                for i in chunk:
-                    results[i] = [_completion(prompts[i], next(rows), self.tokenizer, settings, ends)
-                                  for _ in range(num_candidates)]
                 bar.update(len(chunk))
+                return [[_completion(prompts[i], next(rows), self.tokenizer, settings, ends)
+                         for _ in range(num_candidates)] for i in chunk]
+
+            drawn = split_rows(batches, draw, weight=lambda chunk: sum(len(encoded[i]) for i in chunk)
+                               + len(chunk) * num_candidates * settings.max_new_tokens, pack=_plain, unpack=_drawn)
+        for i, row in zip(itertools.chain(*batches), itertools.chain(*drawn)):
+            results[i] = row
         return results
 
     def _rows(self, prompts, encoded, numbers, settings, seed, ends) -> list[list[tuple[int, float]]]:
@@ -455,7 +477,8 @@ def sample_lists(
         sampler.check(asked, settings, ids)
     if tokenizer is not None:
         warn_text_prompts(records, tokenizer)
-    sampled = sampler.sample(asked, num_candidates, settings, seed)
+    draw = lambda: sampler.sample(asked, num_candidates, settings, seed)  # noqa: E731
+    sampled = draw() if isinstance(sampler, LocalSampler) else on_main(draw)  # a server is asked by one process
     _tell_failed(ids, sampled)
     drawn_by = tokenizer_fingerprint(tokenizer) if tokenizer is not None else None
     return lists_dataset(_sampled_record(r, c, source, drawn_by) for r, c in zip(records, sampled, strict=True)

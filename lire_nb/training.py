@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 
 import datasets
@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .adapters import check_peft_config, put_adapter
 from .base.errors import LireError, moved, require
+from .base.ranks import sharing
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .demonstrations import FORMS, needed_columns, taught_by_example, term_values
 from .exploration import term_beta
@@ -619,7 +620,8 @@ def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
     if isinstance(lists, dict):
         return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
     if not _is_prepared(lists):
-        return prepare_lists(lists, tokenizer, args, reference, context)
+        with sharing() if reference else nullcontext():  # each process computes a share of the log-probs
+            return prepare_lists(lists, tokenizer, args, reference, context)
     missing = [name for name in needed_columns(args.terms()) if name not in getattr(lists, "column_names", (name,))]
     require(not missing, f"prepared without {' and '.join(missing)}", field="lists", value=list(args.terms()),
             allowed="lists that were prepared with these settings", remedy="give the lists as records")

@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .base.errors import LireError, require
+from .base.ranks import sharing
 from .conversations import end_tokens, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from .evaluation import _anywhere, _estimate, MeanReward, _sampling, text_kl
 from .logprobs import measure_candidates, remember_start, without_ends
@@ -81,8 +82,8 @@ class EvaluationCallback(Onlooker):
     """Held-out rewards, KL and length during training, as `eval_<judge>_reward`, `eval_kl` and `eval_length`, each with
     `_se`; can stop the run.
 
-    Under several processes each one evaluates the same prompts; a policy split over processes (FSDP, ZeRO-3) cannot
-    sample here.
+    Under several processes each one evaluates a share of the prompts; a policy split over processes (FSDP, ZeRO-3)
+    cannot sample here.
     """
 
     def __init__(
@@ -125,6 +126,10 @@ class EvaluationCallback(Onlooker):
 
     def measure(self, model: torch.nn.Module, tokenizer) -> dict:
         "The figures of the policy as it is now."
+        with sharing():
+            return self._measured(model, tokenizer)
+
+    def _measured(self, model: torch.nn.Module, tokenizer) -> dict:
         model, limit = unwrap(model), self.max_prompt_length or MAX_PROMPT_LENGTH
         lists = list(sample_lists((model, tokenizer), self.prompts, self.num_samples, settings=self.settings,
                                   seed=self.seed, max_prompt_length=limit, progress=False))
