@@ -58,7 +58,7 @@ LAYERS = {
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
-    "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
+    "tasks, models": ("tasks", "models", "cards", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
                               "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
     "training": ("settings", "temperature", "resume", "training"),
