@@ -68,7 +68,7 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
-            "lab.report", "lab.bench", "lab.neighbors"),
+            "lab.report", "lab.bench", "lab.neighbors", "lab.extend"),
     "cli": ("cli",),
 }
 

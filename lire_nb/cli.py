@@ -835,7 +835,9 @@ _REPRODUCE = (
     option("--accept", default=None, metavar="CODE",
            help="let rows of this other code version count; several with commas"),
     option("--most", type=int, default=None, help="stop after so many experiments"),
-    option("--policy", default=None, help="folder or hub id, for the scale of the paper"),
+    option("--policy", default=None, help="folder or hub id, in the place of the scale's own"),
+    option("--loss", default=None, metavar="MODULE:FUNCTION", help="your loss in LIRE's place; also FILE.py:FUNCTION"),
+    option("--task", default=None, metavar="FILE", help="graded lists, in the place of the table's own task"),
     option("--reward", default=None, help="weights with a scalar head, for the scale of the paper"),
     option("--dry-run", action="store_true", help="the paper's recipe down to its first batch, with stand-ins"),
 )
@@ -845,11 +847,13 @@ _REPRODUCE = (
 def reproduce_command(args) -> None:
     "Run what is missing of a table of the paper, at the scale of this machine; goes on where it stopped."
     from lire_nb.lab import plans, runner
+    from lire_nb.lab.extend import Given, given_folder, given_runs, given_table
     from lire_nb.lab.results import results_folder
 
     about = machine()
     about = {"date": about.pop("date"), "machine": about}
-    for name, value in (("--policy", args.policy), ("--reward", args.reward)):
+    for name, value in (("--policy", args.policy), ("--reward", args.reward), ("--loss", args.loss),
+                        ("--task", args.task)):
         require(not (value and (args.list or args.dry_run)), "is not used by --list and --dry-run", field=name,
                 value=value, allowed="nothing", remedy=f"leave {name} out, or --list and --dry-run")
     if args.list:
@@ -862,10 +866,14 @@ def reproduce_command(args) -> None:
     names = list(every) if args.name == "all" else [args.name]
     if args.dry_run:
         return _show_dry_run(names, runner.dry_run)
-    results = args.results or results_folder(args.scale)
+    given = Given(None if args.scale == "paper" else args.policy, args.loss, args.task)
+    results = args.results or (given_folder if given else results_folder)(args.scale)
     count = runner.reproduce(names, args.scale, args.seeds, results=results, work=args.work, jobs=args.jobs,
                              accept=args.accept, about=about, say=_say, most=args.most, policy=args.policy,
-                             reward=args.reward)
+                             reward=args.reward, loss=args.loss, task=args.task)
+    for name in names if given and args.scale != "paper" else ():
+        if (table := given_table(given_runs(name, given, args.scale, results, args.seeds))) is not None:
+            print(table.to_string())
     kept = "; policies for the transfer table stay in the work folder, which may be deleted"
     _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else kept}")
 
