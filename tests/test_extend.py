@@ -269,7 +269,7 @@ def test_a_table_with_policy_loss_and_task_by_two_workers(tmp_path, monkeypatch)
     monkeypatch.setattr(extend, "plan", few := lambda *a, **k: [
         r for r in plan(*a, **k) if r.labels["method"] in ("start", "lire") and r.labels["stage"] == "final"])
     from lire_nb.lab import runner
-    from lire_nb.lab.plans import plan
+    from lire_nb.lab.plans import config_key, plan
 
     monkeypatch.setattr(runner, "plan", few)
     source = "def mine(logps, rewards, mask=None):\n    return -(logps * rewards * mask).sum(-1) * {scale}\n"
@@ -290,6 +290,22 @@ def test_a_table_with_policy_loss_and_task_by_two_workers(tmp_path, monkeypatch)
     table = extend.given_table(extend.given_runs("sentiment", extend.Given(**asked), "smoke"))
     assert list(table.index) == ["start", "two.py:mine"]
     Path("three.py").write_text(source.format(scale=0.2))
-    keys = {extend.config_key(extend.change(few("sentiment", "smoke")[1].config, extend.Given(**asked | new)))
+    keys = {config_key(extend.change(few("sentiment", "smoke")[1].config, extend.Given(**asked | new)))
             for new in ({}, {"loss": "three.py:mine"}, {"policy": str(stand_in("smollm2", "other", seed=4))})}
     assert len(keys) == 3
+
+
+# what a type checker sees
+
+
+def test_type_checkers_see_the_names_at_the_top():
+    """They are lazy at run time; the block for type checkers names each from its own home."""
+    import ast
+
+    import lire_nb
+
+    tree = ast.parse(Path(lire_nb.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    assert {node.module: tuple(name.name for name in node.names) for node in block.body} == lire_nb._HOMES
+    assert all(name.asname == name.name for node in block.body for name in node.names)  # a public name, says PEP 484
+    assert (Path(lire_nb.__file__).parent / "py.typed").is_file()
