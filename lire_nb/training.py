@@ -60,6 +60,11 @@ IMPLICIT = ("dpo", "plackett_luce_dpo", "infonca", "nca", "regression", "lipo", 
 COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "retokenized",
            "agent")
 
+
+def _taken(loss: LossSpec, **tables) -> dict:
+    "Those of the tables that a loss can be called with; a function of one's own may take neither."
+    return {name: table for name, table in tables.items() if loss.takes(name)}
+
 # %% ../nbs/18_training.ipynb #ec486ec3
 # long: one field a line
 @dataclass
@@ -132,7 +137,7 @@ class LIREConfig(TrainingArguments):
             settings = self.loss_settings()
             if isinstance(self.loss_type, str):
                 one = torch.ones(1, 2)
-                loss.fn(-one, one, lengths=one, ref_logps=-one, **settings)
+                loss.fn(-one, one, **_taken(loss, lengths=one, ref_logps=-one), **settings)
         except LireError:
             raise
         except (ValueError, TypeError) as e:
@@ -743,7 +748,7 @@ def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: in
         values = torch.tensor(padded, dtype=torch.float32)
         zero = torch.zeros_like(values)
         try:
-            loss.fn(zero, values, ~values.isnan(), ref_logps=zero, lengths=zero + 1, **settings)
+            loss.fn(zero, values, ~values.isnan(), **_taken(loss, ref_logps=zero, lengths=zero + 1), **settings)
         except ValueError as e:
             return str(e)
 

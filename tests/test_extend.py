@@ -256,7 +256,7 @@ def test_a_merge_that_went_wrong_leaves_nothing(start, tmp_path, monkeypatch):
 # tables with what was given
 
 
-def test_a_table_with_policy_loss_and_task_by_two_workers(tmp_path, monkeypatch):
+def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
     """Kept by content: moved files and a second start run nothing; another weight, or an edit of the loss, is another
     row; what runs is the function, and no row holds a path."""
     from lire_nb.lab import extend
@@ -277,7 +277,7 @@ def test_a_table_with_policy_loss_and_task_by_two_workers(tmp_path, monkeypatch)
     stand_in("smollm2", "policy", seed=3)
     save_lists([make_record([{"role": "user", "content": f"What is {n} plus {n}?"}], [f"It is {2 * n}.", "No idea."],
                             rewards=[1.0, 0.0]) for n in range(40)], "sums.jsonl")
-    how = dict(scale="smoke", work="work", jobs=2, say=lambda line: None)
+    how = dict(scale="smoke", work="work", jobs=1, say=lambda line: None)
     asked = dict(policy="policy", loss="one.py:mine", task="sums.jsonl")
     assert reproduce(["sentiment"], **how, **asked) == 2
     rows = Results(Path("runs/reproduce/smoke/results")).rows
