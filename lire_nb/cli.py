@@ -26,7 +26,7 @@ from pathlib import Path
 from .base.errors import in_terminal, LireError, public_address, require, visible
 from .base.files import atomic_folder, _is_main, one_writer, read_jsonl, slug, write_json, write_jsonl
 from .conversations import MAX_PROMPT_LENGTH
-from .lists import check_ending, checked_prompts, is_hub_id, load_lists, load_prompts, save_lists
+from .lists import check_ending, checked_prompts, load_lists, load_prompts, save_lists
 from .tasks import load_task, PROMPT_LENGTHS
 
 # %% ../nbs/60_cli.ipynb #4cf8b3de
@@ -268,15 +268,9 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
 
 # %% ../nbs/60_cli.ipynb #e3d06a10
 def _hash(path: str, reading: dict | None = None) -> str:
-    "What decides a file of lists, or a data set of the hub: its content."
-    from lire_nb.identity import lists_identity
-    from lire_nb.models import file_hash
+    from lire_nb.identity import source_identity
 
-    if is_hub_id(path):
-        return lists_identity(load_lists(path, **(reading or {})))
-    require(Path(path).is_file(), "no such file", field="lists", value=path,
-            allowed="a file of lists, or owner/name on the hub", remedy="check the path")
-    return file_hash(path)[:16]
+    return source_identity(path, **(reading or {}))
 
 # %% ../nbs/60_cli.ipynb #f7e74f3e
 def _sampling_of(args):
@@ -374,7 +368,7 @@ def sample_command(args) -> None:
                 journal.unlink(missing_ok=True)  # its answers are in the output now
 
 # %% ../nbs/60_cli.ipynb #aa7f6fac
-@command("score", LISTS, REWARD, *SCORED_SELECTION, CHAT, SEED, OUT)
+@command("score", LISTS, REWARD, *SCORED_SELECTION, *READING, CHAT, SEED, OUT)
 def score_command(args) -> None:
     "Score the candidates of lists."
     from lire_nb import identity, rewards
@@ -385,12 +379,12 @@ def score_command(args) -> None:
             remedy="give --select, or leave it out to keep all candidates")
     require(args.select is None or args.num_candidates is not None, "missing", field="--num-candidates",
             allowed="how many candidates to keep", remedy="give it beside --select")
-    reward, chosen = read_reward(args.reward), _selection(args)
-    with _claim(args.out, lists=_hash(args.lists), reward=identity.reward_identity(reward), about={"lists": args.lists},
-                **_chat(args), **chosen) as todo:
+    reward, chosen, reading = read_reward(args.reward), _selection(args), _reading(args)
+    with _claim(args.out, lists=_hash(args.lists, reading), reward=identity.reward_identity(reward),
+                about={"lists": args.lists}, **reading, **chosen) as todo:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-            lists = rewards.score_lists(load_lists(args.lists, **_chat(args)), reward)
+            lists = rewards.score_lists(load_lists(args.lists, **reading), reward)
             save_lists(_selected(lists, args) if chosen else lists, args.out)
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
@@ -407,6 +401,8 @@ def train_command(args) -> None:
     options, more = _adapter(lora) or {}, {"merge_adapter": True} if args.merge_adapter else {}
     held_out = {"eval_lists": _hash(args.eval_lists, reading)} if args.eval_lists else {}
     if args.eval_lists:
+        require(args.eval_lists != args.lists, "are the lists of the training", field="--eval-lists",
+                value=args.eval_lists, allowed="other lists", remedy="keep some lists aside in a file of their own")
         options["eval_dataset"] = load_lists(args.eval_lists, **reading)
         settings = {"eval_strategy": "epoch", "eval_on_start": True, **settings}
     if args.patience is not None:
@@ -455,17 +451,17 @@ def _adapter(lora: dict | None) -> dict | None:
 # %% ../nbs/60_cli.ipynb #68a87ee3
 @command("train-reward", LISTS, option("--backbone", default="minilm", help="asset, folder or hub id"),
          option("--max-length", type=int, default=256, help="tokens"),
-         option("--epochs", type=int, default=1, help="passes"), CHAT, SEED, OUT)
+         option("--epochs", type=int, default=1, help="passes"), *READING, CHAT, SEED, OUT)
 def train_reward_command(args) -> None:
     "Train a reward model on graded lists."
     from lire_nb import identity, rewards
 
-    options = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}
-    with _claim(args.out, backbone=identity.policy_identity(args.backbone), lists=_hash(args.lists), **options,
-                **_chat(args), about={"backbone": args.backbone, "lists": args.lists}) as todo:
+    options, reading = {"max_length": args.max_length, "epochs": args.epochs, "seed": args.seed}, _reading(args)
+    with _claim(args.out, backbone=identity.policy_identity(args.backbone), lists=_hash(args.lists, reading), **options,
+                **reading, about={"backbone": args.backbone, "lists": args.lists}) as todo:
         if todo:
             _say(f"training a reward model on {args.lists} into {args.out}")
-            reward = rewards.train_reward_model(load_lists(args.lists, **_chat(args)), args.backbone,
+            reward = rewards.train_reward_model(load_lists(args.lists, **reading), args.backbone,
                                                 name=Path(args.out).name, **options)
             with atomic_folder(args.out) as draft:
                 reward.save(draft)

@@ -243,10 +243,11 @@ def check_given(
 # %% ../../nbs/63_extend.ipynb #79ac0f7d
 def _check_policy(policy: Policy, tasks: list[Task]) -> None:
     "It must be a full model, and write the turns of a chat where a task asks in turns."
+    tokenizer = policy.tokenizer()  # a name that cannot be had is said now
     require(policy.adapter is None, "is an adapter", field="--policy", value=policy.name, allowed="a full model",
             remedy="lire merge makes one of it")
     asks = [task.name for task in tasks if any(isinstance(r["prompt"], list) for r in task.prompts["train"])]
-    require(not asks or policy.tokenizer().chat_template, "has no chat template", field="--policy", value=policy.name,
+    require(not asks or tokenizer.chat_template, "has no chat template", field="--policy", value=policy.name,
             allowed=f"one with a chat template, since {' and '.join(asks)} asks in turns",
             remedy="set tokenizer.chat_template and save it, or take a task of plain text, such as sentiment")
 
