@@ -16,6 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from . import __version__
 from .base.errors import in_markdown, public_address, require
 from .base.files import write_json
 from .lists import is_hub_id
@@ -143,7 +144,12 @@ def _about_lists(found: dict) -> str:
     return text if found["mean"] is None else (
         f"{text}; rewards from {found['low']:g} to {found['high']:g}, mean {found['mean']:.4g}")
 
-# %% ../nbs/62_cards.ipynb #8d2aceec
+# %% ../nbs/62_cards.ipynb #e7afe437
+def _version(name: str) -> str:
+    "Of this package as it is imported, from a checkout too."
+    return __version__ if name == "lire_nb" else importlib.metadata.version(name)
+
+
 def _rows(facts: TrainingFacts) -> dict[str, str]:
     "The table of a card; every cell is safe Markdown."
     loss, start = str(facts.settings.get("loss_type", "lire")), public_name(facts.start)
@@ -155,7 +161,7 @@ def _rows(facts: TrainingFacts) -> dict[str, str]:
              "loss": f"{loss}, {spec.source}" if spec else f"{loss}, a function of the user's own",
              "settings": settings, "steps": f"{facts.steps:,}", "lists": _about_lists(facts.lists),
              "candidates from": sources or "not recorded",
-             "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)}
+             "versions": ", ".join(f"{name} {_version(name)}" for name in packages)}
     return {name: in_markdown(cell, 600) for name, cell in cells.items()}
 
 # %% ../nbs/62_cards.ipynb #f27eb30e
