@@ -137,7 +137,7 @@ class LIREConfig(TrainingArguments):
             settings = self.loss_settings()
             if isinstance(self.loss_type, str):
                 one = torch.ones(1, 2)
-                loss.fn(-one, one, **_taken(loss, lengths=one, ref_logps=-one), **settings)
+                loss.fn(-one, one, one > 0, **_taken(loss, lengths=one, ref_logps=-one), **settings)
         except LireError:
             raise
         except (ValueError, TypeError) as e:

@@ -259,11 +259,12 @@ def test_a_merge_that_went_wrong_leaves_nothing(start, tmp_path, monkeypatch):
 def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
     """Kept by content: moved files and a second start run nothing; another weight, or an edit of the loss, is another
     row; what runs is the function, and no row holds a path."""
-    from lire_nb.lab import extend
+    from lire_nb.lab import experiments, extend
     from lire_nb.lab.experiments import stand_in
     from lire_nb.lab.results import Results
     from lire_nb.lab.runner import reproduce
     from lire_nb.lists import save_lists
+    from lire_nb.rewards import longer_wins
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(extend, "plan", few := lambda *a, **k: [
@@ -272,6 +273,7 @@ def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
     from lire_nb.lab.plans import config_key, plan
 
     monkeypatch.setattr(runner, "plan", few)
+    monkeypatch.setattr(experiments, "judges_of", lambda *a: {"proxy": longer_wins, "gold": longer_wins})
     source = "def mine(logps, rewards, mask=None):\n    return -(logps * rewards * mask).sum(-1) * {scale}\n"
     Path("one.py").write_text(source.format(scale=0.1))
     stand_in("smollm2", "policy", seed=3)
