@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from lire_nb import LIREConfig, LIRETrainer, load_policy, make_record
+from lire_nb.adapters import keep_gradients
 from lire_nb.models import load_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None,
@@ -25,6 +26,9 @@ def test_an_adapter_on_4_bit_weights_learns_and_is_loaded_back(tmp_path):
     model, tokenizer = load_policy(tmp_path / "base", quantization_config=nf4, device="cpu")
     kinds = {type(m).__name__ for m in model.modules()}
     assert "Linear4bit" in kinds
+    with torch.no_grad():
+        model(torch.arange(8)[None])  # read once: on some processors the weights are packed now, and pass no gradient
+    keep_gradients(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     lists = [make_record(f"The {what} was", [" good", " bad", " so so"], rewards=[1.0, 0.0, 0.4], meta={"chat": False})
              for what in ("film", "book", "concert", "meal")]
@@ -34,7 +38,7 @@ def test_an_adapter_on_4_bit_weights_learns_and_is_loaded_back(tmp_path):
                           peft_config={"r": 4, "target_modules": ["q_proj", "v_proj"]})
     trainer.train()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.01 and all(h["grad_norm"] > 0 for h in trainer.state.log_history if "loss" in h)
     after = dict(trainer.model.get_base_model().named_parameters())
     assert all(torch.equal(value, after[n.replace("q_proj", "q_proj.base_layer").replace("v_proj", "v_proj.base_layer")
                                         if n not in after else n]) for n, value in before.items())
