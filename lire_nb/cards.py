@@ -162,7 +162,7 @@ def _rows(facts: TrainingFacts) -> dict[str, str]:
              "settings": settings, "steps": f"{facts.steps:,}", "lists": _about_lists(facts.lists),
              "candidates from": sources or "not recorded",
              "versions": ", ".join(f"{name} {_version(name)}" for name in packages)}
-    return {name: in_markdown(cell, 600) for name, cell in cells.items()}
+    return {name: in_markdown(cell, 600).replace("&#95;", r"\_") for name, cell in cells.items()}
 
 # %% ../nbs/62_cards.ipynb #f27eb30e
 _LOAD = {
@@ -175,7 +175,7 @@ _LOAD = {
 
 
 def _sources(facts: TrainingFacts) -> str:
-    papers = [f"[arXiv {n}](https://arxiv.org/abs/{n})" for n in _papers(facts)]
+    papers = [f"[arXiv {n}](https://arxiv.org/abs/{n})" for n in _papers(facts) if n != PAPER]
     return (f"The loss: {', '.join(papers)}. " if papers else "") + (
         f"Trained with lire_nb, which follows LIRE, list-wise reward enhancement: [arXiv {PAPER}]"
         f"(https://arxiv.org/abs/{PAPER}), Findings of ACL 2024.")

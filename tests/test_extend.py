@@ -259,21 +259,27 @@ def test_a_merge_that_went_wrong_leaves_nothing(start, tmp_path, monkeypatch):
 def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
     """Kept by content: moved files and a second start run nothing; another weight, or an edit of the loss, is another
     row; what runs is the function, and no row holds a path."""
-    from lire_nb.lab import experiments, extend
+    from lire_nb.lab import extend, runner
     from lire_nb.lab.experiments import stand_in
     from lire_nb.lab.results import Results
     from lire_nb.lab.runner import reproduce
     from lire_nb.lists import save_lists
-    from lire_nb.rewards import longer_wins
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(extend, "plan", few := lambda *a, **k: [
         r for r in plan(*a, **k) if r.labels["method"] in ("start", "lire") and r.labels["stage"] == "final"])
-    from lire_nb.lab import runner
     from lire_nb.lab.plans import config_key, plan
 
     monkeypatch.setattr(runner, "plan", few)
-    monkeypatch.setattr(experiments, "judges_of", lambda *a: {"proxy": longer_wins, "gold": longer_wins})
+    ran = []
+
+    def run(config, work, keep):  # the page runs real ones
+        ran.append(config)
+        two = [[1.0], [float(len(ran))]]
+        return {"ids": "x", "scores": {"proxy": two, "gold": two}, "tokens": two, "logps": two, "start_logps": two,
+                "ended": two, "examples": [], "seconds": {"total": 0.1}}
+
+    monkeypatch.setattr(runner, "run_experiment", run)
     source = "def mine(logps, rewards, mask=None):\n    return -(logps * rewards * mask).sum(-1) * {scale}\n"
     Path("one.py").write_text(source.format(scale=0.1))
     stand_in("smollm2", "policy", seed=3)
@@ -286,6 +292,8 @@ def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
     text = json.dumps(list(rows.values()))
     assert len(rows) == 2 and "sums.jsonl" not in text and str(tmp_path) not in text
     assert {r["config"]["method"] for r in rows.values()} == {"start", "given"}
+    assert [c["source"]["policy"] for c in ran] == ["policy"] * 2 and ran[1]["training"]["loss_type"] == "one.py:mine"
+    assert Path(ran[1]["paths"]["given"]).read_bytes() == Path("sums.jsonl").read_bytes() and "given" not in ran[1]
     Path("policy").rename("moved"), Path("sums.jsonl").rename("elsewhere.jsonl"), Path("one.py").rename("two.py")
     asked = dict(policy="moved", loss="two.py:mine", task="elsewhere.jsonl")
     assert reproduce(["sentiment"], **how, **asked) == 0
