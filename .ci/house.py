@@ -49,6 +49,7 @@ VERBS = {
     "guided": "guided_lists",
     "feasible_rewards": "lp_rewards",
     "uncertain_rewards": "RewardEnsemble|mix_rewards", "neighbors": "plan",
+    "cards": "model_card", "extend": "own_loss",
 }
 
 

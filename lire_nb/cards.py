@@ -23,7 +23,7 @@ from .lists import is_hub_id
 from .rivals import LOSSES
 from .tasks import ASSETS
 
-# %% ../nbs/62_cards.ipynb #bf562c9b
+# %% ../nbs/62_cards.ipynb #8e4aab85
 def before_after(
     log: list[dict],  # rows of a training, in order
     name: str,  # of a figure in them
@@ -33,7 +33,7 @@ def before_after(
     some = max(1, len(values) // 5)
     return (sum(values[:some]) / some, sum(values[-some:]) / some) if len(values) > 1 else None
 
-# %% ../nbs/62_cards.ipynb #454a737f
+# %% ../nbs/62_cards.ipynb #1bc6a0c3
 _SHOWN = {"loss": "loss", "expected_reward": "expected reward", "rewards/accuracies": "share of pairs in order",
           "rewards/margins": "margin of the pairs"}  # figure -> what it is called
 
@@ -50,7 +50,7 @@ def courses(
         rows.append((f"held-out {title}", None if None in ends else ends))
     return [[title, *pair] for title, pair in rows if pair]
 
-# %% ../nbs/62_cards.ipynb #6d07dfba
+# %% ../nbs/62_cards.ipynb #530f83d3
 def lists_facts(
     lists,  # records, or a data set of them; also prepared ones, which have no sources
 ) -> dict:  # lists, candidates, fewest, most, scored, low, mean, high, sources
@@ -65,7 +65,7 @@ def lists_facts(
             "mean": sum(scores) / len(scores) if scores else None, "high": max(scores, default=None),
             "sources": dict(sources.most_common(6))}
 
-# %% ../nbs/62_cards.ipynb #0df82964
+# %% ../nbs/62_cards.ipynb #4299670f
 @dataclass(frozen=True)
 class TrainingFacts:
     "What a training knows of itself."
@@ -77,7 +77,7 @@ class TrainingFacts:
     adapter: dict | None = None  # peft_type and r of what was trained; None: all weights
     merged: bool = False  # the adapter was added to the weights of its base afterwards
 
-# %% ../nbs/62_cards.ipynb #d2f668cd
+# %% ../nbs/62_cards.ipynb #3c2b65ae
 def hub_id(name: str | os.PathLike) -> str | None:
     "The name, if it may be one of the hub: owner/name, and no folder of this machine."
     return str(name) if is_hub_id(str(name)) else None
@@ -88,7 +88,7 @@ def public_name(name: str | os.PathLike) -> str:
     text = public_address(name)
     return text if hub_id(text) or text in ASSETS else Path(text).name or text
 
-# %% ../nbs/62_cards.ipynb #83d1a5e7
+# %% ../nbs/62_cards.ipynb #e4441ab2
 PAPER = "2405.13516"  # LIRE, on arXiv
 
 
@@ -112,7 +112,7 @@ def card_data(facts: TrainingFacts) -> ModelCardData:
 def _is_lora(facts: TrainingFacts) -> bool:
     return bool(facts.adapter) and str(facts.adapter.get("peft_type")).endswith("LORA")
 
-# %% ../nbs/62_cards.ipynb #d36d913e
+# %% ../nbs/62_cards.ipynb #e4abcc53
 _DECIDES = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
             "num_candidates", "max_prompt_length", "max_completion_length", "optimism", "demo_weight")
 
@@ -125,7 +125,7 @@ def deciding(
     said = {**settings, **(settings.get("loss_kwargs") or {})}
     return {name: said[name] for name in ("loss_type", *own, *_DECIDES) if said.get(name) is not None}
 
-# %% ../nbs/62_cards.ipynb #b0e037bd
+# %% ../nbs/62_cards.ipynb #491bc3be
 def _what(facts: TrainingFacts) -> str:
     "What was trained, in a few words."
     kind = "all weights"
@@ -144,7 +144,7 @@ def _about_lists(found: dict) -> str:
     return text if found["mean"] is None else (
         f"{text}; rewards from {found['low']:g} to {found['high']:g}, mean {found['mean']:.4g}")
 
-# %% ../nbs/62_cards.ipynb #e7afe437
+# %% ../nbs/62_cards.ipynb #c6c2ff1c
 def _version(name: str) -> str:
     "Of this package as it is imported, from a checkout too."
     return __version__ if name == "lire_nb" else importlib.metadata.version(name)
@@ -164,7 +164,7 @@ def _rows(facts: TrainingFacts) -> dict[str, str]:
              "versions": ", ".join(f"{name} {_version(name)}" for name in packages)}
     return {name: in_markdown(cell, 600).replace("&#95;", r"\_") for name, cell in cells.items()}
 
-# %% ../nbs/62_cards.ipynb #f27eb30e
+# %% ../nbs/62_cards.ipynb #93dc4a2f
 _LOAD = {
     "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
                     "model = AutoModelForCausalLM.from_pretrained(folder)\n"
@@ -174,33 +174,44 @@ _LOAD = {
 }
 
 
+_UNSAID = ("## What this card does not say\n\nThe rewards of the lists are all that this training knew of quality. How "
+           "another judge likes the answers, and how far the policy moved, `lire evaluate` measures.")
+
+
+def _seen(facts: TrainingFacts) -> list[str]:
+    "The figures before and after, where there are some."
+    rows = "\n".join(f"| {title} | {before:.4g} | {after:.4g} |" for title, before, after in facts.moved)
+    return [f"""## What the training saw
+
+Means over the first and the last fifth of its log; held-out lists at the first and the last look.
+
+| figure | before | after |
+| --- | ---: | ---: |
+{rows}"""] if rows else []
+
+
 def _sources(facts: TrainingFacts) -> str:
     papers = [f"[arXiv {n}](https://arxiv.org/abs/{n})" for n in _papers(facts) if n != PAPER]
     return (f"The loss: {', '.join(papers)}. " if papers else "") + (
         f"Trained with lire_nb, which follows LIRE, list-wise reward enhancement: [arXiv {PAPER}]"
         f"(https://arxiv.org/abs/{PAPER}), Findings of ACL 2024.")
 
-# %% ../nbs/62_cards.ipynb #b64d1a59
+# %% ../nbs/62_cards.ipynb #11c1d4e6
 def model_card(
     name: str,  # of the policy, the card's title
     facts: TrainingFacts,
 ) -> str:  # the text of README.md
     "A model card: metadata, what was trained on what, what the training saw, how to load it, the papers."
     data, rows = card_data(facts), _rows(facts)
-    seen = [f"| {title} | {before:.4g} | {after:.4g} |" for title, before, after in facts.moved]
-    parts = [
-        f"---\n{data.to_yaml()}\n---", f"# {in_markdown(Path(name).name, 100)}",
-        f"A language model that learned from lists of scored answers. It began as {in_markdown(public_name(facts.start))}.",
-        "| | |\n| --- | --- |\n" + "\n".join(f"| {what} | {said} |" for what, said in rows.items()),
-        f"## To load it\n\n```python\n{_LOAD[data.library_name]}\n```",
-        *(["## What the training saw\n\nMeans over the first and the last fifth of its log; held-out lists at the first "
-           "and the last look.\n\n| figure | before | after |\n| --- | ---: | ---: |\n" + "\n".join(seen)] if seen else []),
-        "## What this card does not say\n\nThe rewards of the lists are all that this training knew of quality. How another "
-        "judge likes the answers, and how far the policy moved, `lire evaluate` measures.",
-        f"## Sources\n\n{_sources(facts)}\n"]
+    table = "\n".join(f"| {what} | {said} |" for what, said in rows.items())
+    start = in_markdown(public_name(facts.start))
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {in_markdown(Path(name).name, 100)}",
+             f"A language model that learned from lists of scored answers. It began as {start}.",
+             f"| | |\n| --- | --- |\n{table}", f"## To load it\n\n```python\n{_LOAD[data.library_name]}\n```",
+             *_seen(facts), _UNSAID, f"## Sources\n\n{_sources(facts)}\n"]
     return "\n\n".join(parts)
 
-# %% ../nbs/62_cards.ipynb #c69a4dc5
+# %% ../nbs/62_cards.ipynb #3278d59b
 def write_card(
     folder: str | os.PathLike,  # of the weights
     facts: TrainingFacts,
@@ -222,7 +233,7 @@ def read_card(
     known, said = {f.name for f in fields(TrainingFacts)}, json.loads(path.read_text(encoding="utf-8"))
     return TrainingFacts(**{k: v for k, v in said.items() if k in known})
 
-# %% ../nbs/62_cards.ipynb #57f9cf59
+# %% ../nbs/62_cards.ipynb #549c6bf6
 def closing_lines(
     folder: str | os.PathLike,  # of the trained policy
     start: str | os.PathLike | None = None,  # as it was asked for; default: as the card calls it

@@ -48,7 +48,9 @@ from .rivals import LOSSES
 from .sampling import derive_seed, sample_lists, SamplingSettings
 from .selection import learn_categories, select as select_from, WAYS
 from .settings import parse_settings, refuse_decided
-from .training import check_call, check_teaching, facts_of, LIREConfig, LIRETrainer, prepare_lists, use_training_bar
+from lire_nb.training import (
+    check_call, check_teaching, facts_of, LIREConfig, LIRETrainer, prepare_lists, use_training_bar,
+)
 
 # %% ../nbs/19_enhancement.ipynb #8bb1f00b
 logger = logging.getLogger(__name__)

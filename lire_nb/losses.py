@@ -394,7 +394,7 @@ def pair_rewards(
     *,
     pairs: str = "all",  # or "best_worst"
 ) -> dict[str, Tensor]:  # (B,) each; nan where a list has no pair
-    "rewards/chosen, rewards/rejected, rewards/accuracies and rewards/margins, means over a list's pairs, as TRL logs them."
+    "rewards/chosen, …/rejected, …/accuracies and …/margins, means over a list's pairs, as TRL logs them."
     x = _as_lists(scores, rewards, mask)
     none, zero = _no_signal(x), torch.zeros_like(x.logps)
     better, worse = x.logps.unsqueeze(-1) + zero.unsqueeze(-2), x.logps.unsqueeze(-2) + zero.unsqueeze(-1)

@@ -99,8 +99,8 @@ def own_loss(
 def _given_task(path=None) -> Task:
     require(path is not None, "has no file", field="task given", allowed="a file of graded lists",
             remedy="give it: --task FILE")
-    return _from_lists("given", path, about="prompts and graded answers of a file that was given", max_prompt_length=256,
-                       max_completion_length=128, chat=True, rewards="as in the file",
+    return _from_lists("given", path, about="prompts and graded answers of a file that was given", chat=True,
+                       max_prompt_length=256, max_completion_length=128, rewards="as in the file",
                        out_of_distribution="not known")
 
 
