@@ -217,7 +217,9 @@ def given_plan(
     given: Given,
     find: Find = lambda config: None,  # the result of a changed configuration, or None
 ) -> list[Run]:
-    "The plain plan with every configuration changed."
+    "The plain plan with every configuration changed; the plan itself where nothing was given."
+    if not given:
+        return runs(find)
     found = []
     for run in runs(lambda config: find(change(config, given))):
         config = change(run.config, given)

@@ -60,20 +60,17 @@ def reproduce(
     names = list(names)
     size = _checked(names, scale, seeds, policy, reward, configs)
     given = Given(None if scale == "paper" else policy, loss, task and str(task))
+    plain = lambda name, find: _planned(name, scale, seeds, find, policy, configs, reward)  # noqa: E731
     if given:
-        check_given(given, [r for name in names for r in _planned(name, scale, seeds, lambda _: None, policy, configs,
-                                                                  reward)])
-    folder = given_folder if given else results_folder
-    results = Path(folder(scale) if results is None else results)
+        check_given(given, [run for name in names for run in plain(name, lambda config: None)])
+    results = Path((given_folder if given else results_folder)(scale) if results is None else results)
     work, threads = Path(work or Path("runs", "reproduce", scale)), size.get("threads")
     if _processes() > 1:
         jobs = 1  # the processes of accelerate launch train together
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1)
 
     def planned(find: Find) -> dict[str, Run]:
-        plain = lambda name, known: _planned(name, scale, seeds, known, policy, configs, reward)  # noqa: E731
-        found = ((lambda known, name=name: plain(name, known)) for name in names)
-        return _distinct(r for runs in found for r in (given_plan(runs, given, find) if given else runs(find)))
+        return _distinct(run for name in names for run in given_plan(lambda known: plain(name, known), given, find))
 
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
