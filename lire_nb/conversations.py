@@ -66,15 +66,19 @@ def _has_template(prompt, tokenizer) -> bool:
 def _apply(tokenizer, messages: list[dict], id: str | None = None, **options) -> str:
     "The chat template's text; raises `LireError` where the template refuses these turns."
     messages, tools = split_tools(messages) if messages else (messages, None)
-    options |= {"tools": tools} if tools else {}
+    write = lambda **more: tokenizer.apply_chat_template(messages, tokenize=False, **options, **more)  # noqa: E731
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = write(tools=tools) if tools else write()
+        if not tools or text != write():
+            return text
     except Exception as e:  # a template may raise anything
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise LireError(f"the chat template refuses this conversation ({why})", field=_where(id),
                         value=", ".join(m["role"] for m in messages), allowed="turns that the template takes",
                         remedy="move the system text into the first user turn, let user and assistant alternate, "
                                "or set another chat_template") from e
+    raise LireError("the chat template leaves out the tools", field=_where(id), value=f"{len(tools)} tools",
+                    allowed="a template that writes tools", remedy="set another chat_template")
 
 # %% ../nbs/13_conversations.ipynb #2f75002a
 def _check_kept(text: str, messages: list[dict], dropped: frozenset, id: str | None) -> None:

@@ -96,7 +96,7 @@ def test_what_a_template_leaves_out_and_what_has_no_place(chat):
     from lire_nb.models import load_tokenizer
 
     plain = load_tokenizer("smollm2")  # its template knows no tools
-    with pytest.raises(LireError, match="leaves out a tool|refuses"):
+    with pytest.raises(LireError, match="leaves out the tools|refuses"):
         render_prompt([{**TALK[0], "tools": [WEATHER]}], plain)
     plain.chat_template = None
     with pytest.raises(ListError, match="no place in a transcript"):
