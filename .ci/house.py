@@ -59,7 +59,7 @@ LAYERS = {
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
-    "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
+    "tasks, models": ("tasks", "models", "adapters", "identity", "servers", "cards"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
                               "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
     "training": ("settings", "temperature", "resume", "training"),
@@ -68,7 +68,7 @@ LAYERS = {
     "watching": ("watching",),
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
-            "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors"),
+            "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend"),
     "cli": ("cli",),
 }
 

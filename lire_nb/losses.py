@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'AUTO_TEMPERATURE', 'SATURATED', 'scored_mask', 'list_probs', 'transform_rewards', 'lire_loss',
-           'list_metrics', 'pair_metrics']
+           'list_metrics', 'pair_metrics', 'pair_rewards']
 
 # %% ../nbs/10_losses.ipynb #13661497
 import math
@@ -353,12 +353,17 @@ def list_metrics(
 # %% ../nbs/10_losses.ipynb #b7a72382
 def _pair_mean(x: _Lists, scores: Tensor, pairs: str, penalty: Callable[[Tensor], Tensor]) -> Tensor:
     "Mean `(B,)` of penalty(score of the better − score of the worse) over the chosen pairs; 0 if there are none."
+    return _masked_mean(penalty(_gaps(scores)).flatten(1), _chosen_pairs(x, pairs).flatten(1))
+
+
+def _chosen_pairs(x: _Lists, pairs: str) -> Tensor:
+    "`(B, M, M)` bool: the pairs (better, worse) that count."
     _check_choice("pairs", pairs, ("best_worst", "all"))
     chosen = _better(x)
     if pairs == "best_worst":
         best, worst = _extreme(x.rewards, x.mask), _extreme(-x.rewards, x.mask)
         chosen = chosen & best.unsqueeze(-1) & worst.unsqueeze(-2)
-    return _masked_mean(penalty(_gaps(scores)).flatten(1), chosen.flatten(1))
+    return chosen
 
 # %% ../nbs/10_losses.ipynb #39c29e5b
 @torch.no_grad()
@@ -379,6 +384,25 @@ def pair_metrics(
         "kendall": _kendall(x.logps, x),
         "no_signal": none.to(x.logps.dtype),
     }
+
+# %% ../nbs/10_losses.ipynb #656cc93f
+@torch.no_grad()
+def pair_rewards(
+    scores: Tensor,  # (B, M) implicit rewards u, e.g. β(log π − log π_ref)
+    rewards: Tensor,  # (B, M), finite where not masked
+    mask: Tensor | None = None,  # (B, M) bool, True for a real candidate
+    *,
+    pairs: str = "all",  # or "best_worst"
+) -> dict[str, Tensor]:  # (B,) each; nan where a list has no pair
+    "rewards/chosen, …/rejected, …/accuracies and …/margins, means over a list's pairs, as TRL logs them."
+    x = _as_lists(scores, rewards, mask)
+    none, zero = _no_signal(x), torch.zeros_like(x.logps)
+    better, worse = x.logps.unsqueeze(-1) + zero.unsqueeze(-2), x.logps.unsqueeze(-2) + zero.unsqueeze(-1)
+    figures = {"chosen": better, "rejected": worse, "accuracies": (better > worse).to(x.logps.dtype),
+               "margins": better - worse}
+    chosen = _chosen_pairs(x, pairs)
+    return {f"rewards/{name}": _masked_mean(value.flatten(1), chosen.flatten(1)).masked_fill(none, math.nan)
+            for name, value in figures.items()}
 
 # %% ../nbs/10_losses.ipynb #2e158a2a
 def __getattr__(name: str):

@@ -22,12 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from .base.errors import LireError, moved, needed, require
 from .tasks import asset_path, ASSETS
+
+if TYPE_CHECKING:  # transformers is imported where it is used
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/35_models.ipynb #4e43f978
 logger = logging.getLogger(__name__)
@@ -187,7 +191,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 # %% ../nbs/35_models.ipynb #532b5d26
 def load_tokenizer(
     name: str | Path | Policy,  # asset name, folder or hub id
-):  # a transformers tokenizer with a padding token
+) -> "PreTrainedTokenizerBase":  # with a padding token
     "Load a tokenizer; the end-of-text token pads where there is no padding token."
     from transformers import AutoTokenizer
 
@@ -208,7 +212,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,  # of the weights
     device: torch.device | str | None = None,  # default: the accelerator, else the CPU
     **kwargs,  # for `from_pretrained`
-):  # (causal language model in eval mode, tokenizer)
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # in eval mode
     "Load a policy and its tokenizer; an adapter's folder gives its base with the adapter on it, a `peft.PeftModel`."
     from transformers import AutoModelForCausalLM
 

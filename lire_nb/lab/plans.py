@@ -273,7 +273,8 @@ def _loss_identity(name: str) -> list:
 
 # %% ../../nbs/41_plans.ipynb #e9e74ee8
 # say what a result is called, or refuse to make one; what it is they do not decide
-_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by", "read_experiment")
+_NAMING = ("MADE", "KINDS", "code_version", "config_key", "_outside", "_made_by", "read_experiment",
+           "write_card", "facts_of", "lists_facts")  # and what a model card says
 
 
 @cache

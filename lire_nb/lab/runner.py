@@ -25,6 +25,7 @@ from transformers import GPTJConfig, GPTJModel
 from ..base.errors import data_path, LireError, require
 from ..base.files import one_writer, _processes
 from .experiments import run_experiment, stand_in, trained_lists
+from .extend import check_given, Given, given_folder, given_plan, GivenRun, own_loss
 from .memory import lora_config, read_recipe, step_settings
 from .neighbors import neighbors_plan  # noqa: F401  which puts its table among the others
 from lire_nb.lab.plans import (
@@ -48,22 +49,28 @@ def reproduce(
     about: dict | None = None,  # machine and date, written into every row
     say: Callable[[str], None] = print,
     most: int | None = None,  # stop after so many runs
-    policy: str | None = None,  # of the paper's scale: folder or hub id
+    policy: str | None = None,  # in the place of the scale's own: folder or hub id
     reward: str | None = None,  # of the paper's scale: weights with a scalar head, folder or hub id
     configs: str | Path | None = None,  # the recipes of the paper's scale; default: data/configs
+    loss: str | None = None,  # in LIRE's place: module:function or file.py:function
+    task: str | Path | None = None,  # in the place of the table's own: a file of graded lists
 ) -> int:  # how many experiments were run
     """Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what
     is left. Raises `LireError` before anything runs for what cannot be done, and at the end where runs failed."""
     names = list(names)
     size = _checked(names, scale, seeds, policy, reward, configs)
-    results = Path(results_folder(scale) if results is None else results)
+    given = Given(None if scale == "paper" else policy, loss, task and str(task))
+    plain = lambda name, find: _planned(name, scale, seeds, find, policy, configs, reward)  # noqa: E731
+    if given:
+        check_given(given, [run for name in names for run in plain(name, lambda config: None)])
+    results = Path((given_folder if given else results_folder)(scale) if results is None else results)
     work, threads = Path(work or Path("runs", "reproduce", scale)), size.get("threads")
     if _processes() > 1:
         jobs = 1  # the processes of accelerate launch train together
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1)
 
     def planned(find: Find) -> dict[str, Run]:
-        return _distinct(r for name in names for r in _planned(name, scale, seeds, find, policy, configs, reward))
+        return _distinct(run for name in names for run in given_plan(lambda known: plain(name, known), given, find))
 
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
@@ -139,12 +146,17 @@ def _say_failed(failed: dict[str, str], planned: dict[str, Run], count: int, say
                         value=next(iter(failed.values())), remedy="mend the cause and start the same command again")
 
 
+def _job_of(run: Run, work: Path) -> dict:
+    "The configuration that runs: with what was given in the place of its fingerprints."
+    return run.job(work) if isinstance(run, GivenRun) else run.config
+
+
 def _one_by_one(runs: list[Run], work: Path, done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:
     "Every run in this process; gives what failed, and why."
     failed = []
     for run in runs:
         try:
-            result = run_experiment(run.config, work, run.keep)
+            result = run_experiment(_job_of(run, work), work, run.keep)
         except Exception as e:  # also a model that does not fit: the others go on
             failed.append((run, _reason(e)))
         else:
@@ -164,6 +176,8 @@ def _worker() -> None:
     for line in lines:
         job = json.loads(line)
         try:
+            if ":" in (loss := job["config"].get("training", {}).get("loss_type") or ""):
+                own_loss(loss)  # a function that was given is known here under its name
             answer = {"result": run_experiment(job["config"], job["work"], job["keep"]), "code": code_of(job["config"])}
         except Exception as e:  # also a model that does not fit: the others go on
             traceback.print_exc()
@@ -243,7 +257,8 @@ class _Workers:
 def _ask(process: subprocess.Popen, run: Run, work: Path, log: str) -> dict:
     "The answer of a worker: a result with its code, or an error."
     try:
-        process.stdin.write(json.dumps({"config": run.config, "work": str(work), "keep": run.keep}) + "\n")
+        job = {"config": _job_of(run, work), "work": str(work), "keep": run.keep}
+        process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
     except BrokenPipeError:
@@ -274,10 +289,9 @@ def _check_scale(scale: str) -> None:
 def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, configs) -> dict:
     "The settings of a scale; raises `LireError` for what cannot be run."
     _check_scale(scale)
-    for option, value in (("--policy", policy), ("--reward", reward)):
-        require(not value or scale == "paper", "is used at the scale of the paper only", field=option, value=value,
-                allowed="nothing at the other scales, which say their policies and rewards themselves",
-                remedy=f"leave {option} out, or give --scale paper")
+    require(not reward or scale == "paper", "is used at the scale of the paper only", field="--reward", value=reward,
+            allowed="nothing at the other scales, which train their rewards themselves",
+            remedy="leave --reward out, or give --scale paper")
     for name in names:
         table_of(name) if scale != "paper" else _recipe(name, configs)
     require(seeds is None or seeds >= 1, "too few", field="--seeds", value=seeds, allowed="1 or more",
