@@ -49,6 +49,7 @@ VERBS = {
     "guided": "guided_lists",
     "feasible_rewards": "lp_rewards",
     "uncertain_rewards": "RewardEnsemble|mix_rewards", "neighbors": "plan",
+    "compare": "compare", "own_lists": "split_by_prompt|look_at_lists",
 }
 
 
@@ -68,7 +69,7 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
-            "lab.report", "lab.bench", "lab.neighbors"),
+            "lab.report", "lab.bench", "lab.neighbors", "lab.own_lists", "lab.compare"),
     "cli": ("cli",),
 }
 

@@ -7,7 +7,8 @@ __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CH
            'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
            'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
            'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
-           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'report_command', 'bench_command', 'compare_command', 'reproduce_command', 'quickstart', 'machine',
+           'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -135,7 +136,7 @@ class _PlainFormatter(logging.Formatter):
 # %% ../nbs/60_cli.ipynb #d37878ff
 def _kept(args) -> str:
     "What a command that was stopped leaves behind, by what lies there."
-    kept = {**dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce"), "stages that are finished"),
+    kept = {**dict.fromkeys(("enhance", "evaluate", "quickstart", "reproduce", "compare"), "stages that are finished"),
             "bench": "points that are finished", "judge": "the replies that came"}
     if args.command in kept:
         return f"{kept[args.command]} are kept, the same command goes on after them"
@@ -784,6 +785,49 @@ def _point(text: str):
         raise LireError("not a point", field="--point", value=text, allowed="P,R,M or P,R,M,LISTS, all 1 or more",
                         remedy="for example --point 192,48,6,2") from None
     return Point(*numbers)
+
+# %% ../nbs/60_cli.ipynb #cmp00002
+_COMPARE = (
+    option("--lists", required=True, help="a file of scored lists, or a hub data set: OWNER/NAME or OWNER/NAME:SPLIT"),
+    option("--loss", action="append", default=[], metavar="NAME",
+           help="repeat; a name of grids.toml or 11_rivals, or module:function; default: lire, dpo and sft"),
+    option("--judge", default="grades",
+           help="grades (a reward model of lists put aside), a reward as elsewhere, module:function, or a chat model: "
+                "http://HOST:PORT/v1#MODEL"),
+    option("--sampler", default=None,
+           help="a server of the start policy, which draws its answers: http://HOST:PORT/v1#MODEL"),
+    option("--seeds", type=int, default=5, help="trainings of each loss; below five nothing is decided"),
+    option("--points", type=int, default=6, help="settings that are tried of each loss"),
+    option("--max-kl", type=float, default=8.0, help="nats that a policy may move"),
+    option("--prompts", type=int, default=32, help="held-out prompts that judge, at most"),
+    option("--samples", type=int, default=2, help="answers to each of them"),
+    option("--best-of", type=int, default=16, help="answers of the start policy to each of them"),
+    option("--max-new-tokens", type=int, default=None, help="of an answer; default: as the lists' own"),
+    option("--minutes", type=float, default=None, help="the budget; what does not fit is said before the work"),
+    option("--lora-rank", type=int, default=None, help="train LoRA adapters of this rank"),
+    option("--dry-run", action="store_true", help="say what would be done, how long it takes and how much memory"),
+)
+
+# %% ../nbs/60_cli.ipynb #cmp00003
+@command("compare", *_COMPARE, POLICY, SETTINGS, CHAT, SEED, OUT)
+def compare_command(args) -> None:
+    "Which loss is best for these lists? Equal searches, seeds, and a report that begins with the answer."
+    from lire_nb.lab.compare import compare
+    from lire_nb.lab.own_lists import read_lists
+
+    names = ("seeds", "points", "max_kl", "prompts", "samples", "best_of", "minutes", "max_new_tokens", "lora_rank",
+             "sampler", "seed", "dry_run")
+    same = {name: getattr(args, name) for name in names}
+    page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
+                   _judge_of(args.judge), args.out, training=settings_of(args.set), say=_say, **same)
+    if page is not None:
+        _say(f"report: {page}")
+
+
+def _judge_of(name: str):
+    "A judge that this command line has a name for; the others are named as `compare` names them."
+    own = name in ("vader", "length") or name.startswith("scalar-head:") or Path(name, "ensemble.json").is_file()
+    return read_reward(name) if own or "://" in name and "#" not in name else name
 
 # %% ../nbs/60_cli.ipynb #bff670cb
 _REPRODUCE = (

@@ -24,7 +24,7 @@ EXPECTED = [
     "40_experiments", "41_plans", "42_runner", "43_results", "44_claims", "45_figures", "46_report", "47_bench",
     "48_memory", "49_trl_online",
     "50_verdicts", "51_chat", "52_sheets",
-    "60_cli",
+    "60_cli", "61_compare", "63_own_lists",
     "70_long_lists",
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",
     "85_feasible_rewards", "86_uncertain_rewards", "87_frontiers",

@@ -60,7 +60,6 @@ from ..resume import on_sigterm
 from ..rewards import pair_accuracy, Reward, reward_name, RewardModel, score_lists, train_reward_model
 from ..rivals import get_loss, LOSSES
 from ..sampling import derive_seed, sample_lists, SamplingSettings
-from ..temperature import ROUND
 from ..training import check_teaching, LIREConfig, LIRETrainer, use_training_bar
 from ..watching import Onlooker
 
@@ -138,7 +137,8 @@ def read_method(
             part = {k: v for k, v in point.items() if k != "learning_rate"}
             own += [] if part in own else [part]
         return Method(grid["name"], grid.get("loss", loss), grid.get("always", {}), own)
-    require(loss in LOSSES, "no such loss", field="losses", value=loss, allowed=", ".join(dict.fromkeys([*GRIDS, *LOSSES])),
+    known = ", ".join(dict.fromkeys([*GRIDS, *LOSSES]))
+    require(loss in LOSSES, "no such loss", field="losses", value=loss, allowed=known,
             remedy="name one of these, or module:function")
     return Method(loss, loss, {}, [{}])
 
@@ -849,8 +849,8 @@ def write_report(room: Room, found: Found) -> Path:  # report.html
     ).set_index("change")
     parts = [("h1", answer), ("samples", shown)]
     if decided:
-        parts += [("figure", (plot_courses(found, counts, room.question.max_kl), "gain against distance of every loss")),
-                  ("table", table)]
+        figure = plot_courses(found, counts, room.question.max_kl)
+        parts += [("figure", (figure, "gain against distance of every loss")), ("table", table)]
     parts += [("list", lines)]
     text = [f"**{MARKDOWN.safe(answer)}**", samples_text(shown, MARKDOWN),
             *([markdown_table(table)] if decided else []), "\n".join(f"- {MARKDOWN.safe(line)}" for line in lines)]
