@@ -21,11 +21,10 @@ from lire_nb.records import make_record
 
 TEXTS = ["eee", "abc", "e", "zz", "eeee", "qe", "k", "eaea"]
 STAGES = {  # a stage -> what has appeared when it is hit
-    "looking": "look.json", "start": "start-test.jsonl", "judge": "judge.jsonl",
+    "start": "start-test.jsonl", "judge": "judge.jsonl",
     "search, training": "runs/search-*-0/policy.partial/checkpoint-2/manifest.json",
     "search, done": "runs/search-*-1/done.json",
     "seeds, first look": "runs/seed-*-0/step-*1.jsonl",
-    "seeds, last look": "runs/seed-*-0/step-*3.jsonl",
     "seeds, policy": "runs/seed-*-0/policy", "report": "report.md",
 }
 

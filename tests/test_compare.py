@@ -14,7 +14,9 @@ import warm
 from scipy import stats
 
 from lire_nb.frontiers import choose_under_cap
-from lire_nb.lab.compare import Question, Room, read_found, read_method, search_points, work_of, write_report
+from lire_nb.lab.compare import (
+    first_line, Question, read_found, read_method, Room, search_points, work_of, write_report,
+)
 from lire_nb.lab.own_lists import same_text, split_by_prompt
 from lire_nb.models import Policy
 from lire_nb.records import make_record
@@ -72,9 +74,9 @@ def test_the_work_is_counted_right():
 PROMPTS, SAMPLES = 12, 3
 
 
-def simulated(folder, slopes: dict[str, float], seeds: int, draw, noise=0.15) -> Path:
-    """The report of a comparison whose policies gain slope · √KL, and whose seeds differ by the noise."""
-    room = Room(question(seeds), folder, lambda line: None)
+def simulated(folder, slopes: dict[str, float], seeds: int, draw, noise=0.15, page=False, **more) -> str:
+    """The answer of a comparison whose policies gain slope · √KL, and whose seeds differ by the noise."""
+    room = Room(question(seeds, **more), folder, lambda line: None)
     room.__dict__.update(parts={"train": [], "validation": [], "test": []}, look={"lines": ["seen"]})
     base = draw.normal(0, 2, PROMPTS)
     scores = base[:, None] + draw.normal(0, 1, (PROMPTS, 16))
@@ -88,8 +90,10 @@ def simulated(folder, slopes: dict[str, float], seeds: int, draw, noise=0.15) ->
     chosen = {name: choose_under_cap([{"settings": search_points(names[name], 1, temperature=20.0)[0], "proxy": 0.0,
                                        "kl": 0.0}], 6.0) for name in slopes}
     judge = {"fails": "", "logits": False, "name": "planted", "accuracy": 1.0, "lists": 9, "spread": 1.0}
-    write_report(room, read_found(room, judge, chosen, runs))
-    return Path(folder)
+    found = read_found(room, judge, chosen, runs)
+    if page:
+        write_report(room, found)
+    return first_line(found)
 
 
 def look(base, slope, luck, kl, draw) -> list[dict]:
@@ -148,14 +152,11 @@ def bounds(table: np.ndarray) -> tuple[float, float]:
 LABELS = {"LIRE": "LIRE, T = 20", "DPO": "DPO", "SFT": "SFT"}
 
 
-def said(folder) -> str:
-    return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))["answer"]
-
-
 def test_the_first_line_is_what_the_rows_say(tmp_path):
     draw = np.random.default_rng(5)
-    simulated(tmp_path, {"LIRE": 0.9, "DPO": 0.3, "SFT": 0.05}, 5, draw)
-    answer, found = said(tmp_path), recomputed(tmp_path)
+    answer = simulated(tmp_path, {"LIRE": 0.9, "DPO": 0.3, "SFT": 0.05}, 5, draw, page=True)
+    found = recomputed(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["answer"] == answer
     first = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[0]
     assert first == f"**{answer}**" and f"<h1>{answer}</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     number = r"([+-]\d+\.\d+) sd at (\d+\.\d) nats over ([^\[]+?) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]"
@@ -173,19 +174,19 @@ def test_planted_winners_are_found_and_ties_are_not_won(tmp_path):
     won = wrong = 0
     for k in range(10):
         draw = np.random.default_rng(100 + k)
-        answer = said(simulated(tmp_path / f"won-{k}", {"LIRE": 0.3, "DPO": 0.9, "SFT": 0.3}, 5, draw))
+        answer = simulated(tmp_path / f"won-{k}", {"LIRE": 0.3, "DPO": 0.9, "SFT": 0.3}, 5, draw)
         won += answer.startswith("DPO: +") and "over LIRE" in answer and "over SFT" in answer
-        answer = said(simulated(tmp_path / f"tie-{k}", {"LIRE": 0.6, "DPO": 0.6, "SFT": 0.6}, 5, draw, noise=0.05))
+        answer = simulated(tmp_path / f"tie-{k}", {"LIRE": 0.6, "DPO": 0.6, "SFT": 0.6}, 5, draw, noise=0.05)
         wrong += any(f"nats over {name} [" in answer.partition("undecided:")[0] for name in LABELS.values())
     assert won >= 9 and wrong <= 1, (won, wrong)
 
 
 def test_no_signal_and_few_seeds_are_said(tmp_path):
     draw = np.random.default_rng(3)
-    answer = said(simulated(tmp_path / "two", {"LIRE": 0.9, "DPO": 0.1, "SFT": 0.1}, 2, draw))
+    answer = simulated(tmp_path / "two", {"LIRE": 0.9, "DPO": 0.1, "SFT": 0.1}, 2, draw)
     assert answer.startswith("LIRE, T = 20 leads, undecided") and "2 seeds decide nothing, 5 do" in answer
     assert "[" not in answer, "no bounds below five seeds"
-    answer = said(simulated(tmp_path / "none", {"LIRE": 0.0, "DPO": 0.0, "SFT": 0.0}, 30, draw, noise=0.02))
+    answer = simulated(tmp_path / "none", dict.fromkeys(LABELS, 0.0), 8, draw, noise=0.02, margin=0.5)
     assert answer.startswith("No signal")
 
 
