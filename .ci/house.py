@@ -45,6 +45,9 @@ VERBS = {
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide",
     "ranks": "split_rows",
+    "frontiers": "gain_at_distance",
+    "compare": "compare",
+    "own_lists": "split_by_prompt|look_at_lists",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
@@ -58,7 +61,7 @@ LAYERS = {
     "base": ("base.errors", "base.files", "base.versions", "base.ranks"),
     "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
-    "statistics": ("statistics", "preferences", "proxy", "decisions"),
+    "statistics": ("statistics", "preferences", "proxy", "decisions", "frontiers"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers", "cards"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
                               "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
@@ -68,7 +71,8 @@ LAYERS = {
     "watching": ("watching",),
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
-            "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend"),
+            "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
+            "lab.own_lists", "lab.compare"),
     "cli": ("cli",),
 }
 

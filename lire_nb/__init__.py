@@ -25,6 +25,7 @@ _HOMES = {
     "preferences": ("win_rate",),
     "evaluation": ("evaluate_systems",),
     "lab.report": ("report",),
+    "lab.compare": ("compare",),
 }
 __all__ = [name for names in _HOMES.values() for name in names]
 

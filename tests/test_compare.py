@@ -1,0 +1,200 @@
+"""`lire compare`: splits without leakage, equal searches, a killed run, and an answer recomputed from its rows."""
+import json
+import math
+import os
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import warm
+from scipy import stats
+
+from lire_nb.frontiers import choose_under_cap
+from lire_nb.lab.compare import (
+    first_line, Question, read_found, read_method, Room, search_points, work_of, write_report,
+)
+from lire_nb.lab.own_lists import same_text, split_by_prompt
+from lire_nb.models import Policy
+from lire_nb.records import make_record
+from lire_nb.rivals import LOSSES
+
+HERE = Path(__file__).parent
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_prompt_stands_on_two_sides(seed):
+    """Copies of prompts in other dress go where their prompt goes, and every list goes somewhere, once."""
+    draw = random.Random(seed)
+    dress = [str.upper, str.title, lambda t: f"  {t}!! ", lambda t: t.replace(" ", "\n"), lambda t: f"“{t}”"]
+    words = [f"what is {draw.randrange(90)} and {draw.randrange(90)}" for _ in range(40)]
+    texts = words + [draw.choice(dress)(draw.choice(words)) for _ in range(60)]
+    lists = [make_record(t, ["a", "b"], [1, 0], id=str(k)) for k, t in enumerate(texts)]
+    draw.shuffle(lists)
+    parts = split_by_prompt(lists, {"validation": 0.2, "test": 0.3}, seed=seed)
+    # the oracle strips a text to its letters and digits in another way
+    bare = [{"".join(c for c in r["prompt"].lower() if c.isalnum()) for r in part} for part in parts.values()]
+    assert not any(a & b for a, b in combinations(bare, 2)) and all(bare)
+    assert sorted(r["id"] for part in parts.values() for r in part) == sorted(r["id"] for r in lists)
+    count = len(set().union(*bare))
+    assert len(bare[1]) == round(0.2 * count) and len(bare[2]) == round(0.3 * count)
+
+
+def test_text_and_turns_of_one_prompt_are_the_same():
+    assert same_text([{"role": "user", "content": "Hi there."}]) == same_text("hi  THERE")
+    system = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi there"}]
+    assert same_text(system) != same_text("hi there")
+
+
+def test_every_loss_is_searched_equally():
+    for points in range(1, 7):
+        tried = {name: search_points(read_method(name), points, temperature=10.0) for name in LOSSES}
+        assert {len(found) for found in tried.values()} == {points}
+        assert all(len({json.dumps(one, sort_keys=True) for one in found}) == points for found in tried.values())
+
+
+def question(seeds=5, **more):
+    lists = [make_record(f"prompt {k}", ["a", "b"], [1, 0]) for k in range(8)]
+    methods = tuple(read_method(name) for name in ("lire", "dpo", "sft"))
+    return Question(lists, Policy("none", "none"), methods, len, seeds=seeds, max_kl=6.0, **more)
+
+
+def test_the_work_is_counted_right():
+    asked = question(seeds=3, points=4, prompts=8, samples=2, best_of=16)
+    asked.training.update(num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    # 50 lists in batches of 8 are 7 steps, three times; a search point is judged once, a seed at three looks
+    assert work_of(asked, 50, {"validation": 5, "test": 8}) == (
+        3 * (4 + 3), 21, 3 * (4 * 5 * 2 + 3 * 3 * 8 * 2) + 8 * 16)
+
+
+PROMPTS, SAMPLES = 12, 3
+
+
+def simulated(folder, slopes: dict[str, float], seeds: int, draw, noise=0.15, page=False, **more) -> str:
+    """The answer of a comparison whose policies gain slope · √KL, and whose seeds differ by the noise."""
+    room = Room(question(seeds, **more), folder, lambda line: None)
+    room.__dict__.update(parts={"train": [], "validation": [], "test": []}, look={"lines": ["seen"]})
+    base = draw.normal(0, 2, PROMPTS)
+    scores = base[:, None] + draw.normal(0, 1, (PROMPTS, 16))
+    room.rows("start-test", lambda: [
+        {"id": f"p{i}", "prompt": f"q{i}", "completions": ["x"] * 16, "scores": {"judge": list(row)},
+         "tokens": [1] * 16, "finish_reasons": ["eos"] * 16} for i, row in enumerate(scores)])
+    runs, names = {}, {m.name: m for m in room.question.methods}
+    for name, slope in slopes.items():
+        runs[name] = [[look(base, slope, draw.normal(0, noise), kl * draw.uniform(0.8, 1.3), draw)
+                       for kl in (2.0, 5.0, 8.0)] for _ in range(seeds)]
+    chosen = {name: choose_under_cap([{"settings": search_points(names[name], 1, temperature=20.0)[0], "proxy": 0.0,
+                                       "kl": 0.0}], 6.0) for name in slopes}
+    judge = {"fails": "", "logits": False, "name": "planted", "accuracy": 1.0, "lists": 9, "spread": 1.0}
+    found = read_found(room, judge, chosen, runs)
+    if page:
+        write_report(room, found)
+    return first_line(found)
+
+
+def look(base, slope, luck, kl, draw) -> list[dict]:
+    rows = []
+    for i, b in enumerate(base):
+        ratio = kl + draw.normal(0, 0.3, SAMPLES)
+        got = b + slope * math.sqrt(kl) + luck + draw.normal(0, 1, SAMPLES)
+        rows.append({"id": f"p{i}", "prompt": f"q{i}", "completions": ["y"] * SAMPLES, "scores": {"judge": list(got)},
+                     "tokens": [2] * SAMPLES, "logps": list(ratio - 9), "start_logps": [-9.0] * SAMPLES})
+    return rows
+
+
+def recomputed(folder: Path, max_kl: float = 6.0) -> dict:
+    """Differences at equal distance of every two losses, (seeds, prompts), and the distance, from the rows alone."""
+    rows = pd.read_parquet(folder / "rows.parquet")
+    start = rows[rows.loss == "start"]
+    unit = math.sqrt((start.groupby("id").score.var(ddof=1)).mean())  # equally many answers to each prompt
+    old = start.groupby("id").score.mean()
+    rows = rows[rows.loss != "start"].assign(kl=lambda r: r.logp - r.start_logp)
+    course = {}
+    for (loss, seed), run in rows.groupby(["loss", "seed"]):
+        kls = [0.0, *run.groupby("look").kl.mean()]
+        gains = [0 * old, *((one.groupby("id").score.mean() - old) / unit for _, one in run.groupby("look"))]
+        course.setdefault(loss, {})[seed] = kls, np.array(gains)
+    course["start"] = {}
+    found = {}
+    for new, against in [*combinations([n for n in course if n != "start"], 2), *((n, "start") for n in course)]:
+        if new == against:
+            continue
+        runs = [*course[new].values(), *course[against].values()]
+        at = min(max_kl, *(max(kls) for kls, _ in runs))
+        read = lambda kls, gains: np.array([np.interp(at**0.5, np.sqrt(kls), g) for g in gains.T])  # noqa: E731
+        table = np.array([read(*course[new][s]) - (read(*course[against][s]) if against != "start" else 0)
+                          for s in sorted(course[new])])
+        found[new, against] = table, at
+    return found
+
+
+def bounds(table: np.ndarray) -> tuple[float, float]:
+    """A two-way analysis of variance by sums of squares: seeds always count, prompts where they exceed the rest."""
+    S, N = table.shape
+    grand = table.mean()
+    ms_seed = N * sum((row.mean() - grand) ** 2 for row in table) / (S - 1)
+    ms_prompt = S * sum((column.mean() - grand) ** 2 for column in table.T) / (N - 1)
+    ms_rest = sum((table[s, n] - table[s].mean() - table[:, n].mean() + grand) ** 2
+                  for s in range(S) for n in range(N)) / ((S - 1) * (N - 1))
+    parts = [(ms_seed, S - 1)]
+    if ms_prompt > ms_rest:
+        parts += [(ms_prompt, N - 1), (-ms_rest, (S - 1) * (N - 1))]
+    total = sum(part for part, _ in parts)
+    freedom = max(total**2 / sum(part**2 / df for part, df in parts), S - 1)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(total / (S * N))
+    return grand - half, grand + half
+
+
+LABELS = {"LIRE": "LIRE, T = 20", "DPO": "DPO", "SFT": "SFT"}
+
+
+def test_the_first_line_is_what_the_rows_say(tmp_path):
+    draw = np.random.default_rng(5)
+    answer = simulated(tmp_path, {"LIRE": 0.9, "DPO": 0.3, "SFT": 0.05}, 5, draw, page=True)
+    found = recomputed(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["answer"] == answer
+    first = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"**{answer}**" and f"<h1>{answer}</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    number = r"([+-]\d+\.\d+) sd at (\d+\.\d) nats over ([^\[]+?) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]"
+    claims = re.findall(number, answer)
+    assert {name for *_, name, _, _ in claims} == {"DPO", "SFT", "the start policy"} and answer.startswith("LIRE, T = 20")
+    for value, kl, name, low, high in claims:
+        other = next((k for k, v in LABELS.items() if v == name), "start")
+        table, at = found.get(("LIRE", other)) or [(-t, d) for t, d in [found[other, "LIRE"]]][0]
+        assert abs(table.mean() - float(value)) < 0.006 and abs(at - float(kl)) < 0.06
+        assert np.allclose(bounds(table), (float(low), float(high)), atol=0.006)
+
+
+def test_planted_winners_are_found_and_ties_are_not_won(tmp_path):
+    """Ten simulated sets each. A winner by twice what matters is named; of equals nobody is said to be better."""
+    won = wrong = 0
+    for k in range(10):
+        draw = np.random.default_rng(100 + k)
+        answer = simulated(tmp_path / f"won-{k}", {"LIRE": 0.3, "DPO": 0.9, "SFT": 0.3}, 5, draw)
+        won += answer.startswith("DPO: +") and "over LIRE" in answer and "over SFT" in answer
+        answer = simulated(tmp_path / f"tie-{k}", {"LIRE": 0.6, "DPO": 0.6, "SFT": 0.6}, 5, draw, noise=0.05)
+        wrong += any(f"nats over {name} [" in answer.partition("undecided:")[0] for name in LABELS.values())
+    assert won >= 9 and wrong <= 1, (won, wrong)
+
+
+def test_no_signal_and_few_seeds_are_said(tmp_path):
+    draw = np.random.default_rng(3)
+    answer = simulated(tmp_path / "two", {"LIRE": 0.9, "DPO": 0.1, "SFT": 0.1}, 2, draw)
+    assert answer.startswith("LIRE, T = 20 leads, undecided") and "2 seeds decide nothing, 5 do" in answer
+    assert "[" not in answer, "no bounds below five seeds"
+    answer = simulated(tmp_path / "none", dict.fromkeys(LABELS, 0.0), 8, draw, noise=0.02, margin=0.5)
+    assert answer.startswith("No signal")
+
+
+def test_killed_in_every_stage_it_ends_in_the_same_bytes(tmp_path):
+    done = warm.run(HERE / "killed_compare.py", tmp_path, cwd=HERE, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["code"] == 0 and not found["different"], (found["different"], found["log"])
+    assert {"results.json", "rows.parquet", "report.html"} <= set(found["files"])
+    missed = [stage for stage, code in found["hits"].items() if code != -9]
+    assert not missed, (missed, found["log"])
