@@ -223,7 +223,7 @@ def page(path: Path, contents: dict[str, list[str]]) -> list[dict]:
                 text = re.sub(r"\s*\*\*Time:\*\* .*", "", text)
                 if not text:
                     continue
-                text = f":::{{div}} lead\n{text}\n:::"
+                text = f":::{{container}} door\n{text}\n:::"
             if not told:  # after the title, and the line that sums the page up
                 head = re.match(r"# .*\n+((?:>.*\n?)*)", text + "\n")
                 text = f"{text[:head.end()].rstrip()}\n\n{place(path.stem, own, contents)}\n\n{text[head.end():]}"
