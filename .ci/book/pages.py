@@ -153,7 +153,7 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
         tags.append("nb-wide")
     known = cell["metadata"].get("tags", [])
     outputs = [markdown_output(o) for o in cell["outputs"]]
-    prompt = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+    prompt = {"code_prompt_show": "Show the code behind it", "code_prompt_hide": "Hide the code behind it"}
     asked = {"mystnb": prompt} if is_solution(cell) else {}
     return {**cell, "source": text, "outputs": outputs,
             "metadata": {**cell["metadata"], **asked, "tags": [*known, *tags]}}
