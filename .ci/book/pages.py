@@ -230,8 +230,15 @@ def page(path: Path, contents: dict[str, list[str]]) -> list[dict]:
                 told = True
             made.append({**cell, "source": text})
         elif cell["cell_type"] == "code" and (shown := code_cell(cell, path.stem == "index")):
+            if made and _is_silent(made[-1]) and _is_silent(shown):  # one box for setup in several cells
+                shown = {**made[-1], "source": f"{made.pop()['source']}\n\n{shown['source']}"}
             made.append(shown)
     return made
+
+
+def _is_silent(cell: dict) -> bool:
+    "A folded cell that shows nothing."
+    return "hide-input" in cell["metadata"].get("tags", ()) and not cell["outputs"]
 
 
 def write(path: Path, text: str) -> None:
