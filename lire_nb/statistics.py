@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEW', 'Interval', 'bootstrap_interval', 'wilson_interval', 'paired_difference', 'crossed_interval',
-           'crossed_bootstrap']
+           'crossed_bootstrap', 'as_table']
 
 # %% ../nbs/20_statistics.ipynb #2bc27121
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -152,3 +152,30 @@ def crossed_bootstrap(
         return Interval(point, np.nan, np.nan)
     low, high = np.quantile(statistic(rows, columns), [0.025, 0.975])
     return Interval(point, float(low), float(high), "bootstrap")
+
+# %% ../nbs/20_statistics.ipynb #b20t0002
+def as_table(
+    results,  # rows (dicts or named tuples, such as intervals), one of them, or a dict of them by name
+):  # a pandas DataFrame; numbers stay numbers
+    "What a verb returned, as a frame; raises `LireError` for what has no rows."
+    import pandas as pd
+
+    named = isinstance(results, Mapping) and all(_is_row(r) for r in results.values()) and bool(results)
+    rows = list(results.values()) if named else [results] if _is_row(results) else results
+    require(isinstance(rows, (list, tuple)) and all(map(_is_row, rows)), "not rows", field="results", value=results,
+            allowed="dicts or named tuples, a list of them, or a dict of them", remedy="give what a verb returned")
+    return pd.DataFrame([_flat(row) for row in rows], index=list(results) if named else None)
+
+
+def _is_row(value) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "_asdict")
+
+
+def _flat(row) -> dict:
+    "A row whose intervals stand in columns of their own."
+    flat = {}
+    for name, value in (row if isinstance(row, Mapping) else row._asdict()).items():
+        parts = value._asdict() if isinstance(value, Interval) else None
+        flat |= {name: value} if parts is None else {
+            name if part == "value" else f"{name} {part}": own for part, own in parts.items()}
+    return flat

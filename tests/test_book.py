@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / ".ci" / "book"))
 import api  # noqa: E402
 import check  # noqa: E402
 import fold  # noqa: E402
+import lead  # noqa: E402
 import pages  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -193,3 +194,59 @@ def test_the_extras_are_pinned():
     for extra in ("notebook", "book"):
         names = [re.split("[<>=]", r)[0].lower() for r in config["DEFAULT"][f"{extra}_requirements"].split()]
         assert names and set(names) <= pinned, set(names) - pinned
+
+
+ORDER = [name for names in pages.toc().values() for name in names]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_page_says_what_comes_and_leads_on(name):
+    """Both cells are what `make export` makes of the page today; the times are computed."""
+    path = ROOT / "nbs" / f"{name}.ipynb"
+    own = json.loads(path.read_text(encoding="utf-8"))
+    made = lead.lead(json.loads(json.dumps(own)), name, ORDER, path.parent)
+    assert made == own, f"nbs/{name}.ipynb: make export"
+    door, end = pages.source(own["cells"][1]), pages.source(own["cells"][-1])
+    assert own["cells"][1]["id"] == "lead" and "**Time:** about " in door
+    neighbors = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", end)
+    place = ORDER.index(name)
+    assert neighbors == [*ORDER[max(place - 1, 0):place], *ORDER[place + 1:place + 2]]
+    for part in ("**You will learn** ", "**You need:** "):
+        assert door.count(part) == 1, f"nbs/{name}.ipynb: the cell `lead` says what one learns, and what one needs"
+
+
+def test_reading_times_are_counted():
+    """400 words and 50 lines are four minutes; what is folded, and what `lead.py` adds, costs nothing."""
+    text = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "word " * 400}
+    code = cell("\n".join(f"x = {k}" for k in range(50)))
+    plumbing, solution = cell("import os\n" * 300), cell("#| solution\n" + "x = 1\n" * 300)
+    assert pages.minutes([text, code, plumbing, solution, lead.cell("lead", "word " * 900)]) == 4
+    assert [pages.spoken(n) for n in (1, 9, 10, 12, 13)] == ["1 minute", "9 minutes", "10 minutes", "10 minutes",
+                                                             "15 minutes"]
+
+
+def test_a_page_without_these_cells_gets_them_and_keeps_its_words(tmp_path):
+    for name in ("10_a", "11_b"):
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps({"cells": [lead.cell("t", f"# {name.upper()}\n")]}))
+    nb = json.loads((tmp_path / "10_a.ipynb").read_text())
+    made = lead.lead(nb, "10_a", ["10_a", "11_b"], tmp_path)
+    assert [c["id"] for c in made["cells"]] == ["t", "lead", "onward"]
+    assert "11_b.ipynb" in pages.source(made["cells"][-1]) and "Before" not in pages.source(made["cells"][-1])
+    made["cells"][1] = lead.cell("lead", "Words.\n\n**Time:** about 99 minutes.")
+    again = lead.lead(made, "10_a", ["10_a", "11_b"], tmp_path)
+    assert pages.source(again["cells"][1]) == "Words.\n\n**Time:** about 1 minute."
+
+
+METHOD = [name for name in ORDER if name[0] == "1"]
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_a_page_of_the_method_has_two_exercises_with_solutions(name):
+    """A question, an answer in words that is folded, and code that was run and is folded."""
+    own = pages.cells(ROOT / "nbs" / f"{name}.ipynb")
+    texts = "\n".join(pages.source(c) for c in own if c["cell_type"] == "markdown")
+    solutions = [c for c in own if pages.is_solution(c)]
+    assert len(solutions) == 2 and texts.count("<details><summary>Solution") == 2 == texts.count("</details>")
+    for c in solutions:
+        assert c["outputs"] and c["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
+        assert "assert" in pages.source(c), "a solution proves what it says"

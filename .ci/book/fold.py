@@ -14,7 +14,8 @@ def fold(nb: dict) -> dict:
     for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):
         own = cell["metadata"].get("jupyter", {})
         own = {**{k: v for k, v in own.items() if k != "source_hidden"},
-               **({"source_hidden": True} if pages.folded(cell) else {})}
+               **({"source_hidden": True} if pages.folded(cell) else {}),
+               **({"outputs_hidden": True} if pages.is_solution(cell) else {})}
         rest = {k: v for k, v in cell["metadata"].items() if k != "jupyter"}
         cell["metadata"] = {**({"jupyter": own} if own else {}), **rest}
     return nb

@@ -22,6 +22,7 @@ DIRECTIVE = re.compile(r"^#\|\s*(\w+)(.*)\n?", re.MULTILINE)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
 WIDE = 760  # pixels; on a small screen a wider figure keeps its size and is moved under the finger
 WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 25
+KEPT = ("lead", "onward")  # cells that `lead.py` keeps
 
 
 def source(cell: dict) -> str:
@@ -89,9 +90,22 @@ def broken_links(path: Path) -> list[str]:
 
 
 def minutes(nb: list[dict]) -> int:
+    "How long a page takes to read; what is folded is left out, and what `lead.py` adds."
+    nb = [c for c in nb if c.get("id") not in KEPT]
     words = sum(len(source(c).split()) for c in nb if c["cell_type"] == "markdown")
     lines = sum(source(c).count("\n") + 1 for c in nb if c["cell_type"] == "code" and not folded(c))
     return max(1, round(words / WORDS_A_MINUTE + lines / CODE_LINES_A_MINUTE))
+
+
+def spoken(spent: int) -> str:
+    "From ten minutes on in steps of five."
+    spent = spent if spent < 10 else 5 * round(spent / 5)
+    return f"{spent} minute{'s' * (spent > 1)}"
+
+
+def is_solution(cell: dict) -> bool:
+    "The code behind an exercise: `#| solution`. A reader opens it after a try."
+    return cell["cell_type"] == "code" and source(cell).startswith("#| solution")
 
 
 def _is_plumbing(node: ast.stmt) -> bool:
@@ -105,8 +119,11 @@ def _is_plumbing(node: ast.stmt) -> bool:
 
 
 def folded(cell: dict) -> bool:
-    "Whether a reader can do without seeing the code of a cell: `#| hide`, and cells of nothing but imports and setup."
+    """Whether a reader can do without seeing the code of a cell: `#| hide`, cells of nothing but imports and setup, and
+    solutions of exercises."""
     text = source(cell)
+    if is_solution(cell):
+        return True
     if re.search(r"^#\|\s*hide\s*$", text, re.MULTILINE):
         return True
     try:
@@ -125,6 +142,8 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
         tags.append("remove-input")
     elif "hide" in said and is_index:
         return None
+    elif is_solution(cell):
+        tags.append("hide-cell")
     elif folded(cell):
         tags.append("hide-input")
     text = DIRECTIVE.sub("", text).strip("\n")
@@ -134,7 +153,10 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
         tags.append("nb-wide")
     known = cell["metadata"].get("tags", [])
     outputs = [markdown_output(o) for o in cell["outputs"]]
-    return {**cell, "source": text, "outputs": outputs, "metadata": {**cell["metadata"], "tags": [*known, *tags]}}
+    prompt = {"code_prompt_show": "Show the code behind it", "code_prompt_hide": "Hide the code behind it"}
+    asked = {"mystnb": prompt} if is_solution(cell) else {}
+    return {**cell, "source": text, "outputs": outputs,
+            "metadata": {**cell["metadata"], **asked, "tags": [*known, *tags]}}
 
 
 def width(output: dict) -> int:
@@ -176,9 +198,8 @@ def place(name: str, nb: list[dict], contents: dict[str, list[str]]) -> str:
     "The line under a title: where the reader is, and for how long."
     part = next(part for part, names in contents.items() if name in names)
     names = contents[part]
-    spent = minutes(nb)
-    return (f"{{.place}}\n**{part}**, page {names.index(name) + 1} of {len(names)} · about {spent} "
-            f"minute{'s' * (spent > 1)} to read · `nbs/{name}.ipynb`")
+    return (f"{{.place}}\n**{part}**, page {names.index(name) + 1} of {len(names)} · about {spoken(minutes(nb))} to "
+            f"read · `nbs/{name}.ipynb`")
 
 
 def contents_of(contents: dict[str, list[str]], nbs: Path, about: list[str]) -> str:
@@ -194,16 +215,30 @@ def page(path: Path, contents: dict[str, list[str]]) -> list[dict]:
     "The cells of a notebook as the book shows them."
     made, told, own = [], path.stem == "index", cells(path)
     for cell in own:
+        if cell.get("id") == "onward":  # the theme leads on
+            continue
         if cell["cell_type"] == "markdown":
             text = to_site(source(cell), path.parent)
+            if cell.get("id") == "lead":  # the place says the time
+                text = re.sub(r"\s*\*\*Time:\*\* .*", "", text)
+                if not text:
+                    continue
+                text = f":::{{container}} door\n{text}\n:::"
             if not told:  # after the title, and the line that sums the page up
                 head = re.match(r"# .*\n+((?:>.*\n?)*)", text + "\n")
                 text = f"{text[:head.end()].rstrip()}\n\n{place(path.stem, own, contents)}\n\n{text[head.end():]}"
                 told = True
             made.append({**cell, "source": text})
         elif cell["cell_type"] == "code" and (shown := code_cell(cell, path.stem == "index")):
+            if made and _is_silent(made[-1]) and _is_silent(shown):  # one box for setup in several cells
+                shown = {**made[-1], "source": f"{made.pop()['source']}\n\n{shown['source']}"}
             made.append(shown)
     return made
+
+
+def _is_silent(cell: dict) -> bool:
+    "A folded cell that shows nothing."
+    return "hide-input" in cell["metadata"].get("tags", ()) and not cell["outputs"]
 
 
 def write(path: Path, text: str) -> None:
