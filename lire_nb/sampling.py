@@ -37,7 +37,7 @@ from lire_nb.conversations import (
 )
 from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy
-from .records import as_chat, lists_dataset, make_record, prompt_id
+from .records import as_chat, lists_dataset, make_record, prompt_id, split_tools, uses_tools
 from lire_nb.servers import (
     check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, run_requests, TryLater,
 )
@@ -645,6 +645,9 @@ class ServerSampler:
         "Where to send it, and what."
         chat = self._is_chat(prompt)
         content = {"messages": as_chat(prompt)} if chat else {"prompt": render_prompt(prompt)}
+        if chat and uses_tools(content["messages"]):
+            content["messages"], tools = split_tools(content["messages"])
+            content |= {"tools": tools} if tools else {}
         if self._is_prefilled(prompt):
             content |= {"add_generation_prompt": False, "continue_final_message": True}
         body = {"model": self.model, **content, "max_tokens": settings.max_new_tokens,
