@@ -48,6 +48,8 @@ VERBS = {
     "frontiers": "gain_at_distance",
     "compare": "compare",
     "own_lists": "split_by_prompt|look_at_lists",
+    "cards": "model_card",
+    "extend": "own_loss",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
