@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
-           'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
-           'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
-           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command',
+           'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
+           'train_command', 'train_reward_command', 'enhance_command', 'engines_of', 'evaluate_command',
+           'judge_command', 'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine',
+           'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -87,6 +88,21 @@ GUIDED = (
     option("--step", default=None, help="sentence (the default), or a number of tokens"),
     option("--width", type=int, default=None, help="continuations of each step"),
     option("--backtrack", type=int, default=None, help="how often an answer may go back; default: never"),
+)
+SERVERS = (
+    option("--sampler", action="append", default=[], metavar="NAME=URL",
+           help="a server that draws the answers of NAME (enhance: policy; evaluate: a system), "
+                "http://HOST:PORT/v1#MODEL; repeat, also for several servers of one name. It must give log-probs "
+                "(vLLM, SGLang, llama.cpp): they show that it serves the weights of the round"),
+    option("--hand-over", default=None, metavar="COMMAND",
+           help="run where a server serves something else, with {folder} (the policy's) and {url} filled in; it "
+                "returns when the old weights are gone, e.g. './restart-vllm.sh {folder}'"),
+    option("--tolerance", type=float, default=None, metavar="NATS",
+           help="how far a server's log-probs may be from the policy's, a token; default: 0.1"),
+    option("--in-flight", type=int, default=16, help="requests at a time, to servers"),
+    option("--scorer", action="append", default=[], metavar="NAME=URL",
+           help="an address that scores as the reward model NAME (enhance: reward; evaluate: a judge) does; it is "
+                "compared with it first"),
 )
 LORA = (
     option("--lora-rank", type=int, default=None,
@@ -448,7 +464,7 @@ def train_reward_command(args) -> None:
 @command("enhance", PROMPTS, REWARD, POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
          option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING,
-         SETTINGS, *LORA,
+         *SERVERS, SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
                 help="keep: train also on the candidates of earlier rounds"),
          option("--max-candidates", type=int, default=None, help="cap of a list"),
@@ -462,19 +478,60 @@ def enhance_command(args) -> None:
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
     check_options(args.policy, training, options)
+    engines, scorers = engines_of(args, ["policy"]), _by_name(args.scorer, "--scorer", ["reward"])
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
              f"prompts into {args.out}")
         training, stop = _with_limit(training, args), _stop_rule(args)
+        reward = _scored_by(read_reward(args.reward), scorers.get("reward"), args.out)
         policies = self_enhance(
-            args.policy, prompts, read_reward(args.reward), args.out, evolve=args.evolve, iterate=args.iterate,
+            args.policy, prompts, reward, args.out, sampler=engines.get("policy"), evolve=args.evolve, iterate=args.iterate,
             num_candidates=args.num_candidates, settings=_sampling_of(args), training=training, seed=args.seed,
             pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
             trainer_options=options, select=args.select, pool_size=args.pool_size)
         _say(f"the last policy is in {policies[-1]}")
 
 # %% ../nbs/60_cli.ipynb #d7934f28
+def _by_name(pairs: list[str], flag: str, names: list[str]) -> dict[str, list[str]]:
+    "['policy=http://a/v1', 'policy=http://b/v1'] -> {'policy': [both]}; the names must be among those given."
+    from lire_nb.servers import check_address
+
+    found = {}
+    for pair in pairs:
+        name, _, url = pair.partition("=")
+        require(url and name in names, "not a name and an address", field=flag, value=public_address(pair),
+                allowed=f"NAME=URL, NAME one of {', '.join(names)}", remedy=f"for example {flag} {names[0]}=http://…/v1")
+        found.setdefault(name, []).append(check_address(url, query=flag == "--scorer"))
+    return found
+
+
+def engines_of(
+    args,  # with --sampler, --hand-over, --tolerance and --in-flight
+    names: list[str],  # that a sampler may stand for
+) -> dict:  # name -> Engine
+    "The servers that sample, by the name of what they serve."
+    from lire_nb.handover import Engine, TOLERANCE
+
+    for flag, value in (("--hand-over", args.hand_over), ("--tolerance", args.tolerance)):
+        require(args.sampler or value is None, "has no effect without --sampler", field=flag, value=value,
+                allowed="a server beside it", remedy=f"give --sampler {names[0]}=URL, or leave it out")
+    return {name: Engine(urls, args.hand_over, tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
+                         max_in_flight=args.in_flight)
+            for name, urls in _by_name(args.sampler, "--sampler", names).items()}
+
+
+def _scored_by(reward, urls: list[str] | None, out: str):
+    "The reward itself, or an address that scores in its place once it has shown that it scores alike."
+    from lire_nb.handover import ServedReward
+    from lire_nb.rewards import reward_name, ServerReward
+
+    require(urls is None or len(urls) == 1, "given twice", field="--scorer", value=urls, allowed="one address a name",
+            remedy="leave one out")
+    return reward if urls is None else ServedReward(ServerReward(urls[0]), reward,
+                                                    journal=Path(out, f"{slug(reward_name(reward))}.scores"))
+
+
 def _stop_rule(args):
     "The rule that --stop-gold and --stop-kl ask for, or None."
     from lire_nb.enhancement import StopRule
@@ -503,7 +560,8 @@ def _with_limit(training: dict, args) -> dict:
                 help="repeat; the first is the start policy"),
          option("--judge", action="append", required=True, metavar="NAME=REWARD",
                 help="repeat, e.g. proxy=FOLDER gold=FOLDER"),
-         option("--num-samples", type=int, default=2, help="per prompt"), *SAMPLING, CHAT, LIMIT, SEED, OUT)
+         option("--num-samples", type=int, default=2, help="per prompt"), *SAMPLING, *SERVERS, CHAT, LIMIT, SEED,
+         OUT)
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
     from lire_nb import evaluation, identity
@@ -512,17 +570,18 @@ def evaluate_command(args) -> None:
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = _sampling_of(args), limit_of(args.prompts, args.max_prompt_length)
     evaluation._checked_systems(Path(args.out), systems, prompts)
+    engines, scorers = engines_of(args, list(systems)), _by_name(args.scorer, "--scorer", list(judges))
     found = {name: identity.policy_identity(policy) for name, policy in systems.items()}
     with one_writer(args.out, "another lire evaluate"):
-        rewards = {name: read_reward(judge) for name, judge in judges.items()}
+        rewards = {name: _scored_by(read_reward(judge), scorers.get(name), args.out) for name, judge in judges.items()}
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),
-                  "seed": args.seed, "max_prompt_length": limit}
+                  "seed": args.seed, "max_prompt_length": limit, **({"samplers": sorted(engines)} if engines else {})}
         identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
                               about={"systems": systems, "judges": judges})
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-        evaluation.evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples,
+        evaluation.evaluate_systems(args.out, systems, prompts, rewards, samplers=engines, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
         report_command(args)
 

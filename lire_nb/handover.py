@@ -28,7 +28,7 @@ from .adapters import merged_policy
 from .base.errors import LireError, require
 from .base.files import atomic_folder, json_digest
 from .conversations import answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH
-from .models import compute_dtype, context_of, Policy, quiet_transformers
+from .models import context_of, Policy, quiet_transformers
 from .records import prompt_id
 from .rewards import RewardError
 from lire_nb.sampling import (
@@ -161,7 +161,7 @@ class Probe:
 
     def model(self, policy: Policy):
         if policy.fingerprint not in self.models:
-            self.models[policy.fingerprint] = policy.load(compute_dtype())[0]
+            self.models[policy.fingerprint] = policy.load()[0]  # float32: what is rough is the server's side alone
         return self.models[policy.fingerprint]
 
     def rest(self) -> None:
@@ -330,8 +330,9 @@ class Engine:
         extra_body: dict | None = None,  # fields to send besides; None as a value takes a field away
         progress: bool = True,
     ):
-        servers = [servers] if isinstance(servers, str) else list(servers)
-        require(servers and all(isinstance(s, str) for s in servers), "no server", field="sampler", value=servers,
+        servers = [servers] if isinstance(servers, str) else servers
+        fits = isinstance(servers, (list, tuple)) and servers and all(isinstance(s, str) for s in servers)
+        require(fits, "no server", field="sampler", value=servers,
                 allowed="an address, or several", remedy="for example http://127.0.0.1:8000/v1")
         fits = callable(hand_over) or hand_over is None or isinstance(hand_over, str) and "{folder}" in hand_over
         require(fits, "does not say what to load", field="hand_over", value=hand_over,
