@@ -9,6 +9,7 @@ __all__ = ['logger', 'TOLERANCE', 'Reading', 'read_probe', 'check_reading', 'dra
 
 # %% ../nbs/72_handover.ipynb #469fbf84
 import gc
+import inspect
 import json
 import logging
 import math
@@ -118,6 +119,13 @@ def draw_gap(
     return float(max((steps[1:] - u).max(), (u - steps[:-1]).max())), math.sqrt(math.log(2e6) / (2 * len(u)))
 
 # %% ../nbs/72_handover.ipynb #0b714f41
+def _last_logits(model, ids: list[int], count: int) -> torch.Tensor:
+    "(count, V) float32 scores at the last positions; the head is asked about no others, where the model can."
+    known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    options = {"logits_to_keep": count} if "logits_to_keep" in known else {}
+    return model(torch.tensor([ids], device=model.device), **options).logits[0, -count:].float()
+
+
 @torch.no_grad()
 def token_logps(
     model: torch.nn.Module,  # a causal language model
@@ -125,9 +133,8 @@ def token_logps(
     ids: list[int],  # (R,) that follow it
 ) -> list[float]:  # (R,) log-probs at temperature 1
     "The log-prob of each token of an answer, by one plain forward pass."
-    rows = torch.tensor([[*prompt, *ids]], device=model.device)
-    logps = model(rows).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    return logps.gather(1, rows[0, len(prompt) :, None]).squeeze(1).tolist()
+    logps = _last_logits(model, [*prompt, *ids], len(ids) + 1)[:-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(ids, device=logps.device)[:, None]).squeeze(1).tolist()
 
 # %% ../nbs/72_handover.ipynb #4ec60e95
 @torch.no_grad()
@@ -138,7 +145,7 @@ def first_token_probs(
     banned: Sequence[int] = (),  # tokens that never come first: the ends
 ) -> torch.Tensor:  # (V,) float64, on the CPU
     "The distribution that the first token of an answer is drawn from."
-    scores = model(torch.tensor([prompt], device=model.device)).logits[:, -1].float()
+    scores = _last_logits(model, prompt, 1)
     scores[:, [i for i in banned if i < scores.shape[1]]] = -torch.inf
     if not settings.temperature:
         return torch.nn.functional.one_hot(scores[0].argmax(), scores.shape[1]).double().cpu()
@@ -203,7 +210,8 @@ def engine_request(
     if kind in ("vllm", "sglang"):
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True} if kind == "vllm" else {}
         return body | {"top_k": settings.top_k or -1, "repetition_penalty": 1.0, "min_tokens": 1, **ids}
-    return body | {"top_k": settings.top_k, "repeat_penalty": 1.0, "return_tokens": True, "samplers": _SAMPLERS}
+    order = {"samplers": _SAMPLERS} if kind == "llamacpp" else {}
+    return body | {"top_k": settings.top_k, "repeat_penalty": 1.0, "return_tokens": True, **order}
 
 # %% ../nbs/72_handover.ipynb #4712d09e
 def read_choice(
@@ -282,14 +290,14 @@ class _Front:
                            allowed='choices with text and finish_reason "stop" or "length"',
                            remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), "
                                   "and see the server's log") from None
-        require(read == length, "reads another prompt than it was sent", field=f"server {self.url}",
+        require(read == length, "reads another prompt than it was sent", error=_Disobeyed, field=f"server {self.url}",
                 value=f"{read} tokens", allowed=f"{length} tokens",
                 remedy="raise its context (vLLM: --max-model-len), or lower max_prompt_length")
         return choices
 
     def _check_length(self, one: dict, settings: SamplingSettings) -> None:
         cut = one["finish"] == "length" and one["ids"] is not None and len(one["ids"]) < settings.max_new_tokens
-        require(not cut, "cuts answers", field=f"server {self.url}", value=f"{len(one['ids'] or ())} tokens",
+        require(not cut, "cuts answers", error=_Disobeyed, field=f"server {self.url}", value=f"{len(one['ids'] or ())} tokens",
                 allowed=f"{settings.max_new_tokens} tokens, as asked",
                 remedy="raise its limit of new tokens and its context, or lower max_new_tokens")
 
@@ -340,6 +348,8 @@ class Engine:
         positive = isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf
         require(positive, "out of range", field="tolerance", value=tolerance, allowed="above 0 nats a token",
                 remedy=f"leave it at {TOLERANCE}")
+        require(isinstance(max_in_flight, int) and max_in_flight >= 1, "out of range", field="max_in_flight",
+                value=max_in_flight, allowed="1 or more", remedy="16 suits most servers")
         options = dict(api_key=api_key, timeout=timeout, patience=patience)
         self.fronts = [_Front(address, extra_body, **options) for address in servers]
         self.hand_over, self.tolerance, self.wait = hand_over, tolerance, wait

@@ -127,7 +127,7 @@ def test_a_server_that_does_something_else_is_refused(starts, faults, words):
         engine = Engine(server.url, lambda folder, url: loads.append(folder), **FAST)
         text = said(lambda: engine.serve(starts[0], TEXTS))
         assert all(any(w in text for w in word.split("|")) for word in words), text
-        assert not server.sampled(4)
+        assert not server.sampled(4) and (not loads or "other weights" in text)  # loading again mends no setting
 
 
 def test_the_runs_own_cut_is_obeyed_or_refused(starts):
