@@ -6,9 +6,8 @@
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
            'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command',
            'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
-           'train_command', 'train_reward_command', 'enhance_command', 'engines_of', 'evaluate_command',
-           'judge_command', 'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine',
-           'quickstart_command']
+           'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
+           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -475,61 +474,31 @@ def train_reward_command(args) -> None:
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
     from lire_nb.enhancement import check_options, check_settings, self_enhance
+    from lire_nb.handover import scored_by, scorers_of
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
     check_options(args.policy, training, options)
-    engines, scorers = engines_of(args, ["policy"]), _by_name(args.scorer, "--scorer", ["reward"])
+    engines, scorers = _engines(args, ["policy"]), scorers_of(args.scorer, ["reward"])
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
              f"prompts into {args.out}")
         training, stop = _with_limit(training, args), _stop_rule(args)
-        reward = _scored_by(read_reward(args.reward), scorers.get("reward"), args.out)
+        reward = scored_by(read_reward(args.reward), scorers.get("reward"), args.out)
         policies = self_enhance(
-            args.policy, prompts, reward, args.out, sampler=engines.get("policy"), evolve=args.evolve, iterate=args.iterate,
+            args.policy, prompts, reward, args.out, sampler=engines.get("policy"),
+            evolve=args.evolve, iterate=args.iterate,
             num_candidates=args.num_candidates, settings=_sampling_of(args), training=training, seed=args.seed,
             pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
             trainer_options=options, select=args.select, pool_size=args.pool_size)
         _say(f"the last policy is in {policies[-1]}")
 
 # %% ../nbs/60_cli.ipynb #d7934f28
-def _by_name(pairs: list[str], flag: str, names: list[str]) -> dict[str, list[str]]:
-    "['policy=http://a/v1', 'policy=http://b/v1'] -> {'policy': [both]}; the names must be among those given."
-    from lire_nb.servers import check_address
-
-    found = {}
-    for pair in pairs:
-        name, _, url = pair.partition("=")
-        require(url and name in names, "not a name and an address", field=flag, value=public_address(pair),
-                allowed=f"NAME=URL, NAME one of {', '.join(names)}", remedy=f"for example {flag} {names[0]}=http://…/v1")
-        found.setdefault(name, []).append(check_address(url, query=flag == "--scorer"))
-    return found
-
-
-def engines_of(
-    args,  # with --sampler, --hand-over, --tolerance and --in-flight
-    names: list[str],  # that a sampler may stand for
-) -> dict:  # name -> Engine
+def _engines(args, names: list[str]) -> dict:
     "The servers that sample, by the name of what they serve."
-    from lire_nb.handover import Engine, TOLERANCE
+    from lire_nb.handover import engines_of
 
-    for flag, value in (("--hand-over", args.hand_over), ("--tolerance", args.tolerance)):
-        require(args.sampler or value is None, "has no effect without --sampler", field=flag, value=value,
-                allowed="a server beside it", remedy=f"give --sampler {names[0]}=URL, or leave it out")
-    return {name: Engine(urls, args.hand_over, tolerance=TOLERANCE if args.tolerance is None else args.tolerance,
-                         max_in_flight=args.in_flight)
-            for name, urls in _by_name(args.sampler, "--sampler", names).items()}
-
-
-def _scored_by(reward, urls: list[str] | None, out: str):
-    "The reward itself, or an address that scores in its place once it has shown that it scores alike."
-    from lire_nb.handover import ServedReward
-    from lire_nb.rewards import reward_name, ServerReward
-
-    require(urls is None or len(urls) == 1, "given twice", field="--scorer", value=urls, allowed="one address a name",
-            remedy="leave one out")
-    return reward if urls is None else ServedReward(ServerReward(urls[0]), reward,
-                                                    journal=Path(out, f"{slug(reward_name(reward))}.scores"))
+    return engines_of(args.sampler, names, args.hand_over, args.tolerance, args.in_flight)
 
 
 def _stop_rule(args):
@@ -564,16 +533,17 @@ def _with_limit(training: dict, args) -> dict:
          OUT)
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
-    from lire_nb import evaluation, identity
+    from lire_nb import evaluation, handover, identity
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = _sampling_of(args), limit_of(args.prompts, args.max_prompt_length)
     evaluation._checked_systems(Path(args.out), systems, prompts)
-    engines, scorers = engines_of(args, list(systems)), _by_name(args.scorer, "--scorer", list(judges))
+    engines, scorers = _engines(args, list(systems)), handover.scorers_of(args.scorer, list(judges))
     found = {name: identity.policy_identity(policy) for name, policy in systems.items()}
     with one_writer(args.out, "another lire evaluate"):
-        rewards = {name: _scored_by(read_reward(judge), scorers.get(name), args.out) for name, judge in judges.items()}
+        rewards = {name: handover.scored_by(read_reward(judge), scorers.get(name), args.out)
+                   for name, judge in judges.items()}
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),

@@ -234,7 +234,8 @@ def self_enhance(
     # weight of the start policy's log-probs in the reference of a loss that has one, or a function of the round;
     # the rest is the last policy's. None or 0: the last policy, where the round's training starts
     reference_mix: float | Callable[[int], float] | None = None,
-    sampler: "Engine | str | list[str] | None" = None,  # servers that sample, see `lire_nb.handover`; None: this process
+    # servers that sample, see `lire_nb.handover`; None: this process
+    sampler: "Engine | str | list[str] | None" = None,
 ) -> list[Path]:  # the policy folder of every round
     """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
     it goes on where it stopped."""

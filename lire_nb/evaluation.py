@@ -379,11 +379,9 @@ def evaluate_systems(
     run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)
-    engines = _checked_samplers(samplers or {}, systems)
+    engines = _checked_samplers(samplers, systems)
     with one_writer(run, "another evaluation"):
-        made_from = _made_from(systems, prompts, judges, seed, options)
-        for name in engines:
-            made_from[name]["sampler"] = "server"
+        made_from = _made_from(systems, prompts, judges, seed, options, engines)
         for name, path in paths.items():  # before anything is sampled
             if path.exists():
                 check_claim(_beside(path), made_from[name],
@@ -396,12 +394,11 @@ def evaluate_systems(
                            {"format": FORMAT, **made_from[name],
                             "about": {"policy": str(policy)
                                       if isinstance(policy, (str, os.PathLike)) else "in memory"}})
-                drawn = {"sampler": _engine_sampler(engines[name], policy, systems, prompts, paths[name], options)
-                         } if name in engines else {}
+                sampler = _engine_sampler(engines.get(name), policy, systems, prompts, paths[name], options)
                 write_jsonl(paths[name],
                             judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
-                                         **options, **drawn))
-                paths[name].with_suffix(".journal").unlink(missing_ok=True)  # a server's answers are in the rows now
+                                         sampler=sampler, **options))
+                paths[name].with_suffix(".journal").unlink(missing_ok=True)  # a server's answers are in the rows
                 rows[name] = _judged_rows(paths[name], prompts, judges)
         figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
         write_jsonl(run / "metrics.jsonl", figures)
@@ -431,8 +428,9 @@ def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str,
     return {name: run / "evaluation" / f"{short}.jsonl" for name, short in zip(systems, slugs)}
 
 # %% ../nbs/22_evaluation.ipynb #633ebff7
-def _checked_samplers(samplers: dict, systems: dict) -> dict[str, Engine]:
+def _checked_samplers(samplers: dict | None, systems: dict) -> dict[str, Engine]:
     "The servers of systems that are named on the disk."
+    samplers = samplers or {}
     for name in samplers:
         named = isinstance(systems.get(name), (str, os.PathLike))
         require(named, "no system of this name that a server can load", field="samplers", value=name,
@@ -440,8 +438,10 @@ def _checked_samplers(samplers: dict, systems: dict) -> dict[str, Engine]:
     return {name: Engine.of(sampler) for name, sampler in samplers.items()}
 
 
-def _engine_sampler(engine: Engine, policy, systems: dict, prompts: list[dict], path: Path, options: dict):
-    "The system in its servers, verified: told from the start policy."
+def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[dict], path: Path, options: dict):
+    "The system in its servers, verified: told from the start policy; None where it has none."
+    if engine is None:
+        return None
     start = next(iter(systems.values()))
     return engine.serve(policy, [p["prompt"] for p in prompts], options.get("settings", SamplingSettings()),
                         last=start if isinstance(start, (str, os.PathLike)) else None, place=path.parent,
@@ -449,7 +449,8 @@ def _engine_sampler(engine: Engine, policy, systems: dict, prompts: list[dict], 
                         journal=path.with_suffix(".journal"))
 
 
-def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict) -> dict[str, dict]:
+def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict,
+               engines: Iterable[str] = ()) -> dict[str, dict]:
     "What each system's rows are made from."
     limits = {name: p.default
               for name, p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty
@@ -460,7 +461,8 @@ def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, opti
             "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
             "options": plain_value(limits)}
     found = {name: policy_identity(policy) for name, policy in systems.items()}
-    return {name: {"policy": found[name], "start": next(iter(found.values())), **same} for name in systems}
+    return {name: {"policy": found[name], "start": next(iter(found.values())), **same,
+                   **({"sampler": "server"} if name in engines else {})} for name in systems}
 
 # %% ../nbs/22_evaluation.ipynb #77796c3c
 def _check_options(judges: dict, options: dict) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'TOLERANCE', 'Reading', 'read_probe', 'check_reading', 'draw_gap', 'token_logps',
            'first_token_probs', 'Probe', 'engine_request', 'read_choice', 'served_folder', 'Engine', 'run_command',
-           'EngineSampler', 'ServedReward']
+           'EngineSampler', 'ServedReward', 'engines_of', 'scorers_of', 'scored_by']
 
 # %% ../nbs/72_handover.ipynb #469fbf84
 import gc
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from .adapters import merged_policy
-from .base.errors import LireError, require
-from .base.files import atomic_folder, json_digest
+from .base.errors import LireError, public_address, require
+from .base.files import atomic_folder, json_digest, slug
 from .conversations import answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH
 from .models import context_of, Policy, quiet_transformers
 from .records import prompt_id
-from .rewards import RewardError
+from .rewards import reward_name, RewardError, ServerReward
 from lire_nb.sampling import (
     _completion, _cut_at_stop, _warpers, candidate_numbers, Completion, derive_seed, SamplingSettings, ServerSampler,
 )
@@ -46,7 +46,7 @@ class Reading:
     "What a probe found out about a server."
 
     apart: float  # nats a token: root mean square distance from the expected policy's log-probs
-    share: float | None = None  # 0: where the last policy stands, 1: the expected one; None: there is no other to compare
+    share: float | None = None  # 0: where the last policy stands, 1: the expected one; None: there is no last one
     error: float | None = None  # standard error of the share
     tokens: int = 0
 
@@ -97,8 +97,8 @@ def check_reading(
             "still serves the last policy" if old else "serves other weights", field=where, value=found,
             allowed=f"{name}: at most {tolerance:g} nats a token away" + ("" if share is None else
                                                                          f", {1 - _NEAR} to {1 + _NEAR} of the way"),
-            remedy="make it load this folder, by hand or with a hand-over command (--hand-over); the command returns when "
-                   "the old weights are gone")
+            remedy="make it load this folder, by hand or with a hand-over command (--hand-over); the command returns "
+                   "when the old weights are gone")
 
 # %% ../nbs/72_handover.ipynb #545003f5
 def draw_gap(
@@ -247,8 +247,8 @@ class _Front:
 
     def __init__(self, address: str, extra_body: dict | None, **options):
         url, _, self.named = check_address(address).partition("#")
-        self.sampler, self.extra, self.stale = ServerSampler(url, self.named or None, **options), extra_body or {}, False
-        self.lock = threading.RLock()
+        self.sampler, self.extra = ServerSampler(url, self.named or None, **options), extra_body or {}
+        self.stale, self.lock = False, threading.RLock()  # stale: it was away since it was verified
 
     @property
     def url(self) -> str:
@@ -288,8 +288,8 @@ class _Front:
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise NoAnswer(f"the answer is not a completion ({e})", field=f"server {self.url}/completions", value=text,
                            allowed='choices with text and finish_reason "stop" or "length"',
-                           remedy="check that this is the address of an OpenAI-compatible API (it usually ends in /v1), "
-                                  "and see the server's log") from None
+                           remedy="check that this is the address of an OpenAI-compatible API (it usually ends in "
+                                  "/v1), and see the server's log") from None
         require(read == length, "reads another prompt than it was sent", error=_Disobeyed, field=f"server {self.url}",
                 value=f"{read} tokens", allowed=f"{length} tokens",
                 remedy="raise its context (vLLM: --max-model-len), or lower max_prompt_length")
@@ -297,8 +297,8 @@ class _Front:
 
     def _check_length(self, one: dict, settings: SamplingSettings) -> None:
         cut = one["finish"] == "length" and one["ids"] is not None and len(one["ids"]) < settings.max_new_tokens
-        require(not cut, "cuts answers", error=_Disobeyed, field=f"server {self.url}", value=f"{len(one['ids'] or ())} tokens",
-                allowed=f"{settings.max_new_tokens} tokens, as asked",
+        require(not cut, "cuts answers", error=_Disobeyed, field=f"server {self.url}",
+                value=f"{len(one['ids'] or ())} tokens", allowed=f"{settings.max_new_tokens} tokens, as asked",
                 remedy="raise its limit of new tokens and its context, or lower max_new_tokens")
 
 # %% ../nbs/72_handover.ipynb #17388ad8
@@ -432,7 +432,8 @@ def run_command(
     "Run a user's hand-over; raises `LireError` where it fails or does not return."
     if callable(command):
         return command(folder, url)
-    line, log = command.replace("{folder}", shlex.quote(folder)).replace("{url}", shlex.quote(url)), place / "hand_over.log"
+    line = command.replace("{folder}", shlex.quote(folder)).replace("{url}", shlex.quote(url))
+    log = place / "hand_over.log"
     place.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as said:
         try:
@@ -506,8 +507,8 @@ class EngineSampler:
             raise _Disobeyed("does not draw as it was asked", field=f"server {front.url}",
                              value=f"first tokens {gap:.2f} away from the policy's own distribution",
                              allowed=f"{said}, min_p 0, no penalties: at most {limit:.2f} away",
-                             remedy="look which of these settings it ignores or cuts, and start it without limits of its "
-                                    "own")
+                             remedy="look which of these settings it ignores or cuts, and start it without limits "
+                                    "of its own")
 
     def check(self, prompts: list, settings: SamplingSettings, ids: list[str] | None = None) -> None:
         "Raises `LireError` for a prompt that cannot be rendered or is too long for the model."
@@ -619,3 +620,51 @@ class ServedReward:
                 allowed=f"at most {self.tolerance:g}", remedy="make the server load this model, or name the one it has")
         self.checked = True
         return apart
+
+# %% ../nbs/72_handover.ipynb #e3a49896
+def _by_name(pairs: list[str], flag: str, names: list[str]) -> dict[str, list[str]]:
+    "['policy=http://a/v1', 'policy=http://b/v1'] -> {'policy': [both]}; the names must be among those given."
+    found = {}
+    for pair in pairs:
+        name, _, url = pair.partition("=")
+        require(url and name in names, "not a name and an address", field=flag, value=public_address(pair),
+                allowed=f"NAME=URL, NAME one of {', '.join(names)}", remedy=f"for example {flag} {names[0]}=http://…")
+        found.setdefault(name, []).append(check_address(url, query=flag == "--scorer"))
+    return found
+
+
+def engines_of(
+    samplers: list[str],  # of --sampler: "NAME=URL"
+    names: list[str],  # that a sampler may stand for
+    hand_over: str | None = None,  # of --hand-over
+    tolerance: float | None = None,  # nats a token
+    in_flight: int = 16,  # requests at a time
+) -> dict[str, Engine]:
+    "The servers that sample, by the name of what they serve."
+    for flag, value in (("--hand-over", hand_over), ("--tolerance", tolerance)):
+        require(samplers or value is None, "has no effect without --sampler", field=flag, value=value,
+                allowed="a server beside it", remedy=f"give --sampler {names[0]}=URL, or leave it out")
+    return {name: Engine(urls, hand_over, tolerance=TOLERANCE if tolerance is None else tolerance,
+                         max_in_flight=in_flight) for name, urls in _by_name(samplers, "--sampler", names).items()}
+
+# %% ../nbs/72_handover.ipynb #542e6ed2
+def scorers_of(
+    scorers: list[str],  # of --scorer: "NAME=URL"
+    names: list[str],  # of rewards or judges
+) -> dict[str, str]:
+    "The addresses that score, by the name of the reward that they stand for."
+    found = _by_name(scorers, "--scorer", names)
+    for urls in found.values():
+        require(len(urls) == 1, "given twice", field="--scorer", value=urls, allowed="one address a name",
+                remedy="leave one out")
+    return {name: urls[0] for name, urls in found.items()}
+
+
+def scored_by(
+    reward: Callable[[list, list[str]], list[float]],
+    url: str | None,  # that scores in its place, once it has shown that it scores alike; None: nobody does
+    folder: str | Path,  # for the scores as they come
+) -> Callable[[list, list[str]], list[float]]:
+    "The reward itself, or its address."
+    kept = Path(folder, f"{slug(reward_name(reward))}.scores")
+    return reward if url is None else ServedReward(ServerReward(url), reward, journal=kept)
