@@ -621,7 +621,7 @@ class ServedReward:
         self.checked = True
         return apart
 
-# %% ../nbs/72_handover.ipynb #e3a49896
+# %% ../nbs/72_handover.ipynb #609256db
 def _by_name(pairs: list[str], flag: str, names: list[str]) -> dict[str, list[str]]:
     "['policy=http://a/v1', 'policy=http://b/v1'] -> {'policy': [both]}; the names must be among those given."
     found = {}
@@ -647,7 +647,7 @@ def engines_of(
     return {name: Engine(urls, hand_over, tolerance=TOLERANCE if tolerance is None else tolerance,
                          max_in_flight=in_flight) for name, urls in _by_name(samplers, "--sampler", names).items()}
 
-# %% ../nbs/72_handover.ipynb #542e6ed2
+# %% ../nbs/72_handover.ipynb #0e91fd06
 def scorers_of(
     scorers: list[str],  # of --scorer: "NAME=URL"
     names: list[str],  # of rewards or judges

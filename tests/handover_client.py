@@ -6,7 +6,7 @@ from lire_nb.enhancement import self_enhance
 from lire_nb.handover import Engine
 from lire_nb.sampling import SamplingSettings
 
-PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(6)]
+PROMPTS = [{"id": f"p{i}", "prompt": f"film {i} was", "meta": {}} for i in range(4)]
 OPTIONS = dict(evolve=2, num_candidates=3, settings=SamplingSettings(max_new_tokens=4), progress=False,
                training=dict(learning_rate=5e-2, bf16=False, use_cpu=True, per_device_train_batch_size=2,
                              lr_scheduler_type="constant"))

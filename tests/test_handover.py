@@ -28,7 +28,7 @@ from lire_nb.rewards import RewardError
 from lire_nb.sampling import sample_lists, SamplingSettings
 
 pytest.importorskip("openai")
-HERE, TEXTS = Path(__file__).parent, [p["prompt"] for p in PROMPTS]
+HERE, TEXTS, N = Path(__file__).parent, [p["prompt"] for p in PROMPTS], len(PROMPTS)
 FAST = dict(progress=False, patience=20, wait=20)
 
 
@@ -45,6 +45,11 @@ def starts(tmp_path_factory):
                     weight.mul_(8).add_(0.02 * seed * torch.randn_like(weight))
         model.save_pretrained(folder / name)
     return folder / "a", folder / "b"
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    monkeypatch.setattr("lire_nb.handover._LENGTH", 8)
 
 
 def said(call, *words):
@@ -64,8 +69,8 @@ def test_two_rounds_with_a_hand_over(starts, tmp_path):
         policies = self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS)
         assert server.loads == [str(starts[0]), str(policies[0])]
         asked = server.sampled(4)
-        assert len(asked) == 12 and all(b["n"] == 3 for b in asked)  # 6 prompts, 2 rounds; nobody asked twice
-        assert len({(tuple(b["prompt"]), b["seed"]) for b in asked}) == 12
+        assert len(asked) == 2 * N and all(b["n"] == 3 for b in asked)  # in two rounds; nobody asked twice
+        assert len({(tuple(b["prompt"]), b["seed"]) for b in asked}) == 2 * N
         for body in server.received:
             assert (body["top_k"], body["top_p"], body["min_p"]) == (0, 1.0, 0.0) and "seed" in body
             assert body["temperature"] in (1.0, 2.0) and body["repeat_penalty"] == 1.0
@@ -73,8 +78,8 @@ def test_two_rounds_with_a_hand_over(starts, tmp_path):
         for number, own in ((1, starts[0]), (2, policies[0])):
             server.load(own)  # an oracle: the stub draws the same again from the folder that the round names
             lists = load_lists(tmp_path / "run" / f"round-{number}" / "candidates.jsonl")
-            for r, body in zip(lists, asked[6 * number - 6 :]):
-                again = next(server.answer(b) for b in asked[6 * number - 6 : 6 * number]
+            for r in lists:
+                again = next(server.answer(b) for b in asked[N * (number - 1) : N * number]
                              if tokenizer.decode(b["prompt"]) == r["prompt"])["choices"]
                 kept = [c["token_ids"] for c in again if c["token_ids"][0] != 0]
                 assert [ids for ids in r["meta"]["token_ids"]][: len(kept)] == kept
@@ -93,12 +98,12 @@ def test_the_old_weights_served_on_are_caught_before_a_candidate_is_accepted(sta
         engine = Engine(server.url, lambda folder, url: None, **FAST)
         said(lambda: self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS),
              "still serves the last policy", server.url, "of the way", "nats a token")
-        assert len(server.sampled(4)) == 6  # of round 1
+        assert len(server.sampled(4)) == N  # of round 1
         left = sorted(p.name for p in (tmp_path / "run" / "round-2").iterdir() if not p.name.endswith(".lock"))
         assert left == []
         server.load(tmp_path / "run" / "round-1" / "policy")  # by hand: the run goes on
         self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=server.url, **OPTIONS)
-        assert len(server.sampled(4)) == 12
+        assert len(server.sampled(4)) == 2 * N
 
 
 def test_half_of_the_new_weights_are_caught(starts, tmp_path):
@@ -119,7 +124,7 @@ def test_half_of_the_new_weights_are_caught(starts, tmp_path):
     ({"seed": True}, ["ignores the seed"]),
     ({"logprobs": None}, ["gives no log-probs", "vLLM"]),
     ({"reads": 3}, ["reads another prompt", "3 tokens"]),
-    ({"cut": 2}, ["cuts answers", "2 tokens", "16 tokens, as asked"]),
+    ({"cut": 2}, ["cuts answers", "2 tokens", "8 tokens, as asked"]),
 ])
 def test_a_server_that_does_something_else_is_refused(starts, faults, words):
     with StubEngine(starts[0], **faults) as server:
@@ -134,7 +139,7 @@ def test_the_runs_own_cut_is_obeyed_or_refused(starts):
     settings = SamplingSettings(max_new_tokens=4, top_k=5, temperature=0.7)
     with StubEngine(starts[0]) as server:
         drawn = Engine(server.url, **FAST).serve(starts[0], TEXTS, settings).sample(TEXTS, 3, settings, 0)
-        assert len(drawn) == 6
+        assert len(drawn) == N
         server.faults["top_k"] = 0
         said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS, settings), "top_k 5")
 
@@ -195,19 +200,19 @@ def test_a_server_that_was_killed_comes_back_as_the_same_or_is_refused(starts, t
     for back, fine in ((starts[0], True), (starts[1], False)):
         with StubEngine(starts[0]) as server:
             sampler = Engine(server.url, max_in_flight=1, **FAST).serve(starts[0], TEXTS, journal=tmp_path / "journal")
-            crash(server, 4, back)
+            crash(server, 3, back)
             settings = SamplingSettings(max_new_tokens=4)
             if fine:
                 drawn = sampler.sample(TEXTS, 3, settings, 0)
                 asked = server.sampled(4)
                 assert all(len(row) == 3 for row in drawn)
-                answered = [b for k, b in enumerate(asked) if k != 3]  # the fourth was cut off
-                assert len(answered) == 6 == len({tuple(b["prompt"]) for b in answered})
-                assert len((tmp_path / "journal").read_text().splitlines()) == 6
+                answered = [b for k, b in enumerate(asked) if k != 2]  # the third was cut off
+                assert len(answered) == N == len({tuple(b["prompt"]) for b in answered})
+                assert len((tmp_path / "journal").read_text().splitlines()) == N
                 (tmp_path / "journal").unlink()
             else:
                 said(lambda: sampler.sample(TEXTS, 3, settings, 0), "serves other weights")
-                assert len(server.sampled(4)) == 4  # nothing was asked of the wrong one
+                assert len(server.sampled(4)) == 3  # nothing was asked of the wrong one
 
 
 def test_weights_that_change_without_an_outage_are_caught_at_the_end(starts, tmp_path):
@@ -226,17 +231,17 @@ def test_a_client_that_was_killed_asks_for_the_rest(starts, tmp_path):
         with warm.start(HERE / "handover_client.py", starts[0], tmp_path / "run", server.url, cwd=HERE,
                         env={**os.environ, "HF_HUB_OFFLINE": "1"}) as client:
             until = time.monotonic() + 60
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
                 assert client.poll() is None and time.monotonic() < until, client.said()
                 time.sleep(0.01)
             client.send_signal(signal.SIGKILL)
             client.wait()
         kept, server.hook = journal.read_text().splitlines(), lambda count: None
         before = len(server.sampled(4))
-        assert 3 <= len(kept) < 6
+        assert 2 <= len(kept) < N
         engine = Engine(server.url, server.load, **FAST)
         self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS)
-        assert len(server.sampled(4)) - before == 6 - len(kept) + 6  # the rest of round 1, and round 2
+        assert len(server.sampled(4)) - before == N - len(kept) + N  # the rest of round 1, and round 2
         lists = load_lists(tmp_path / "run" / "round-1" / "candidates.jsonl")
         texts = {tuple(one["text"] for one in json.loads(line)["answer"]) for line in kept}
         assert texts <= {tuple(r["completions"]) for r in lists}
@@ -248,7 +253,7 @@ def test_two_servers_share_the_work(starts):
         sampler = Engine([one.url, two.url], two_load, **FAST).serve(starts[0], TEXTS)
         assert isinstance(sampler, EngineSampler) and (one.loads, two.loads) == ([], [str(starts[0])])
         drawn = sampler.sample(TEXTS, 2, SamplingSettings(max_new_tokens=4), 0)
-        assert len(one.sampled(4)) == len(two.sampled(4)) == 3 and all(len(row) == 2 for row in drawn)
+        assert len(one.sampled(4)) == len(two.sampled(4)) == N / 2 and all(len(row) == 2 for row in drawn)
 
 
 def test_an_adapter_is_handed_over_merged(starts, tmp_path):
@@ -272,7 +277,7 @@ def test_evaluation_draws_from_servers(starts, tmp_path):
         run = lambda **more: evaluate_systems(tmp_path / "run", systems, PROMPTS, {"vowels": vowels},  # noqa: E731
                                               settings=settings, progress=False, **more)
         run(samplers={"new": Engine(server.url, **FAST)})
-        assert len(server.sampled(4)) == 6 and all(b["n"] == 2 for b in server.sampled(4))
+        assert len(server.sampled(4)) == N and all(b["n"] == 2 for b in server.sampled(4))
         rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation" / "new.jsonl").read_text().splitlines()]
         assert all(x < 0 for r in rows for x in r["logps"] + r["start_logps"])
         configs = [json.loads((tmp_path / "run" / "evaluation" / f"{name}.config.json").read_text()) for name in systems]
