@@ -144,7 +144,8 @@ def test_the_runs_own_cut_is_obeyed_or_refused(starts):
         said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS, settings), "top_k 5")
 
 
-def test_a_server_that_takes_no_n_is_asked_for_the_rest(starts):
+def test_a_server_that_takes_no_n_is_asked_for_the_rest(starts, monkeypatch):
+    monkeypatch.setattr("lire_nb.handover._DRAWS", 40)
     with StubEngine(starts[0], n=1) as server:
         engine = Engine(server.url, **FAST)
         drawn = engine.serve(starts[0], TEXTS[:2]).sample(TEXTS[:2], 3, SamplingSettings(max_new_tokens=4), 0)
