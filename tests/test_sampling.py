@@ -442,7 +442,7 @@ def test_text_is_completed_and_messages_are_chatted():
         assert (
             chat.endswith("/chat/completions")
             and chat_body["messages"] == [{"role": "user", "content": "Say"}]
-            and "top_k" not in chat_body
+            and chat_body["top_k"] == 0 and chat_body["min_p"] == 0  # off, and said so: some servers cut by themselves
         )
         assert plain_body["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
         assert plain_body["min_p"] == 0.1 and "seed" not in plain_body
@@ -458,6 +458,23 @@ def test_servers_that_need_other_fields_are_recognized():
         body = server.received[0][1]
         said = json.loads(body["generation_config"])
         assert "top_k" not in body and said["top_k"] == 3 and said["do_sample"]
+
+
+def test_a_server_that_cuts_by_itself_is_told_not_to_and_one_that_knows_no_cut_is_asked_without():
+    pytest.importorskip("openai")
+    with Pretend(lambda path, body: completed("x"), owner="llamacpp") as server:
+        ServerSampler(server.url, **FAST).sample(["Say"], 1, SamplingSettings(), 0)
+        body = server.received[0][1]
+        assert (body["top_k"], body["min_p"], body["repeat_penalty"]) == (0, 0, 1)
+
+    def strict(path, body):
+        return (400, '{"error": "unknown field"}') if {"top_k", "min_p"} & body.keys() else completed("x")
+
+    with Pretend(strict) as server:
+        [[a, b]] = ServerSampler(server.url, max_in_flight=1, **FAST).sample(["Say"], 2, SamplingSettings(), 0)
+        assert a.text == b.text == "x" and len(server.received) == 3  # refused once, not once a request
+        said(lambda: ServerSampler(server.url, **FAST).sample(["Say"], 1, SamplingSettings(top_k=5), 0), "400",
+             "unknown field")
 
 
 def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):

@@ -1,0 +1,100 @@
+"""A server of OpenAI's /completions on loopback, in this process, that draws from a tiny policy with a loop of its own.
+What it gets wrong is switched on by name. It keeps what it was sent."""
+import http.server
+import json
+import threading
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class StubEngine:
+    """`with StubEngine(folder) as server`. Faults: `top_k`, `temperature` (used in the place of what was asked), `seed`
+    (drawn anew each time), `n` (one answer, whatever was asked), `logprobs` (none given), `reads` (tokens of the prompt),
+    `cut` (tokens of an answer)."""
+
+    def __init__(self, folder=None, owner="llamacpp", **faults):
+        self.owner, self.faults, self.received, self.loads, self.hook = owner, faults, [], [], lambda count: None
+        self.lock, self.server, self.port, self.anew = threading.Lock(), None, 0, iter(range(10**6, 10**9))
+        if folder is not None:
+            self.load(folder)
+        self.loads.clear()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def load(self, folder, url=None):
+        self.loads.append(str(folder))
+        self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def sampled(self, tokens) -> list[dict]:
+        "The requests that are none of a probe, which has answers of 1 and of 16 tokens."
+        return [body for body in self.received if body["max_tokens"] == tokens]
+
+    @torch.no_grad()
+    def answer(self, body) -> dict:
+        wrong, prompt, count = self.faults, body["prompt"], 1 if "n" in self.faults else body["n"]
+        first = next(self.anew) if "seed" in wrong else body["seed"]
+        rngs = [torch.Generator().manual_seed(first + k) for k in range(count)]
+        heat, keep = wrong.get("temperature", body["temperature"]), wrong.get("top_k", max(body["top_k"], 0))
+        rows, logps, running = [[] for _ in rngs], [[] for _ in rngs], list(range(count))
+        for _ in range(min(body["max_tokens"], wrong.get("cut", 10**6))):
+            logits = self.model(torch.tensor([prompt + rows[k] for k in running])).logits[:, -1].double()
+            for k, own in zip(list(running), logits):
+                scores = own.clone() / heat
+                if keep:
+                    scores[own < own.topk(keep).values[-1]] = -torch.inf
+                cdf = scores.softmax(-1).cumsum(-1)
+                token = int((cdf < torch.rand((), generator=rngs[k], dtype=torch.float64) * cdf[-1]).sum())
+                rows[k].append(token)
+                logps[k].append(float(own.log_softmax(-1)[token]))
+                if token == self.tokenizer.eos_token_id:
+                    running.remove(k)
+            if not running:
+                break
+        choices = [{"text": self.tokenizer.decode(ids, skip_special_tokens=True), "finish_reason":
+                    "stop" if ids[-1] == self.tokenizer.eos_token_id else "length", "token_ids": ids,
+                    "logprobs": None if "logprobs" in wrong else {"tokens": [f"token_id:{i}" for i in ids],
+                                                                  "token_logprobs": said}}
+                   for ids, said in zip(rows, logps)]
+        return {"choices": choices, "usage": {"prompt_tokens": wrong.get("reads", len(prompt))}}
+
+    def start(self) -> "StubEngine":
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send(200, {"data": [{"id": "tiny", "owned_by": outer.owner}]} if self.path == "/v1/models" else {})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.received.append(body)
+                    outer.hook(len(outer.received))
+                    self.send(200, outer.answer(body))
+
+            def send(self, status, value):
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *exc):
+        self.stop()

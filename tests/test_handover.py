@@ -1,0 +1,347 @@
+"""Servers that sample for self-enhancement and evaluation: handed over, verified, refused, killed. The server is a stub
+on loopback (stub_engine.py); tests/real_vllm.py does the same with vLLM."""
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import warm
+from handover_client import OPTIONS, PROMPTS, vowels
+from scipy import stats
+from stub_engine import StubEngine
+from tiny_policy import make_start
+
+from lire_nb.base.errors import LireError
+from lire_nb.cli import main
+from lire_nb.enhancement import self_enhance
+from lire_nb.evaluation import evaluate_systems
+from lire_nb.handover import Engine, EngineSampler, served_folder, ServedReward
+from lire_nb.lists import load_lists
+from lire_nb.models import load_policy, Policy
+from lire_nb.resume import read_manifest
+from lire_nb.rewards import RewardError
+from lire_nb.sampling import sample_lists, SamplingSettings
+
+pytest.importorskip("openai")
+HERE, TEXTS, N = Path(__file__).parent, [p["prompt"] for p in PROMPTS], len(PROMPTS)
+FAST = dict(progress=False, patience=20, wait=20)
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    "A policy, and one that is near it."
+    folder = tmp_path_factory.mktemp("starts")
+    for name, seed in (("a", 0), ("b", 1)):
+        model, tokenizer = load_policy(make_start(folder / name, dropout=0.0), device="cpu")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 2:  # not almost uniform
+                    weight.mul_(8).add_(0.02 * seed * torch.randn_like(weight))
+        model.save_pretrained(folder / name)
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    monkeypatch.setattr("lire_nb.handover._LENGTH", 8)
+
+
+def said(call, *words):
+    with pytest.raises(LireError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and "remedy: " in text and "allowed: " in text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+def test_two_rounds_with_a_hand_over(starts, tmp_path):
+    """Every round is sampled by the policy of the round before, M answers a request, the drawn tokens with them."""
+    with StubEngine(starts[1]) as server:  # of something else at first
+        engine = Engine(server.url, server.load, **FAST)
+        policies = self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS)
+        assert server.loads == [str(starts[0]), str(policies[0])]
+        asked = server.sampled(4)
+        assert len(asked) == 2 * N and all(b["n"] == 3 for b in asked)  # in two rounds; nobody asked twice
+        assert len({(tuple(b["prompt"]), b["seed"]) for b in asked}) == 2 * N
+        for body in server.received:
+            assert (body["top_k"], body["top_p"], body["min_p"]) == (0, 1.0, 0.0) and "seed" in body
+            assert body["temperature"] in (1.0, 2.0) and body["repeat_penalty"] == 1.0
+        tokenizer = Policy.of(starts[0]).tokenizer()
+        for number, own in ((1, starts[0]), (2, policies[0])):
+            server.load(own)  # an oracle: the stub draws the same again from the folder that the round names
+            lists = load_lists(tmp_path / "run" / f"round-{number}" / "candidates.jsonl")
+            for r in lists:
+                again = next(server.answer(b) for b in asked[N * (number - 1) : N * number]
+                             if tokenizer.decode(b["prompt"]) == r["prompt"])["choices"]
+                kept = [c["token_ids"] for c in again if c["token_ids"][0] != 0]
+                assert [ids for ids in r["meta"]["token_ids"]][: len(kept)] == kept
+                assert r["meta"]["logps"] == [None] * 3 and r["sources"] == [f"policy:round-{number}"] * 3
+            assert read_manifest(tmp_path / "run" / f"round-{number}")["sampled_by"]["sampler"] == "server"
+        left = {p.name for p in (tmp_path / "run").rglob("*")}
+        assert not [name for name in left if "journal" in name and not name.endswith(".lock") or "served" in name], left
+        count = len(server.received)
+        self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=server.url, **OPTIONS)
+        assert len(server.received) == count
+    said(lambda: self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", **OPTIONS), "sampler")
+
+
+def test_the_old_weights_served_on_are_caught_before_a_candidate_is_accepted(starts, tmp_path):
+    with StubEngine(starts[0]) as server:
+        engine = Engine(server.url, lambda folder, url: None, **FAST)
+        said(lambda: self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS),
+             "still serves the last policy", server.url, "of the way", "nats a token")
+        assert len(server.sampled(4)) == N  # of round 1
+        left = sorted(p.name for p in (tmp_path / "run" / "round-2").iterdir() if not p.name.endswith(".lock"))
+        assert left == []
+        server.load(tmp_path / "run" / "round-1" / "policy")  # by hand: the run goes on
+        self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=server.url, **OPTIONS)
+        assert len(server.sampled(4)) == 2 * N
+
+
+def test_half_of_the_new_weights_are_caught(starts, tmp_path):
+    a, b = (load_policy(folder, device="cpu")[0] for folder in starts)
+    with torch.no_grad():
+        for mine, theirs in zip(a.model.layers.parameters(), b.model.layers.parameters()):
+            theirs.copy_(mine)  # the embeddings are new, the layers old
+    b.save_pretrained(tmp_path / "half")
+    Policy.of(starts[0]).tokenizer().save_pretrained(tmp_path / "half")
+    with StubEngine(tmp_path / "half") as server:
+        said(lambda: Engine(server.url, tolerance=5.0, **FAST).serve(starts[1], TEXTS, last=starts[0]),
+             "of the way")
+
+
+@pytest.mark.parametrize("faults, words", [
+    ({"top_k": 10}, ["does not draw as it was asked", "top_k 0"]),
+    ({"temperature": 0.4}, ["other weights|does not draw as it was asked"]),
+    ({"seed": True}, ["ignores the seed"]),
+    ({"logprobs": None}, ["gives no log-probs", "vLLM"]),
+    ({"reads": 3}, ["reads another prompt", "3 tokens"]),
+    ({"cut": 2}, ["cuts answers", "2 tokens", "8 tokens, as asked"]),
+])
+def test_a_server_that_does_something_else_is_refused(starts, faults, words):
+    with StubEngine(starts[0], **faults) as server:
+        loads = []
+        engine = Engine(server.url, lambda folder, url: loads.append(folder), **FAST)
+        text = said(lambda: engine.serve(starts[0], TEXTS))
+        assert all(any(w in text for w in word.split("|")) for word in words), text
+        assert not server.sampled(4) and (not loads or "other weights" in text)  # loading again mends no setting
+
+
+def test_the_runs_own_cut_is_obeyed_or_refused(starts):
+    settings = SamplingSettings(max_new_tokens=4, top_k=5, temperature=0.7)
+    with StubEngine(starts[0]) as server:
+        drawn = Engine(server.url, **FAST).serve(starts[0], TEXTS, settings).sample(TEXTS, 3, settings, 0)
+        assert len(drawn) == N
+        server.faults["top_k"] = 0
+        said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS, settings), "top_k 5")
+
+
+def test_a_server_that_takes_no_n_is_asked_for_the_rest(starts, monkeypatch):
+    monkeypatch.setattr("lire_nb.handover._DRAWS", 40)
+    with StubEngine(starts[0], n=1) as server:
+        engine = Engine(server.url, **FAST)
+        drawn = engine.serve(starts[0], TEXTS[:2]).sample(TEXTS[:2], 3, SamplingSettings(max_new_tokens=4), 0)
+        assert [len(row) for row in drawn] == [3, 3]
+        asked = server.sampled(4)
+        assert len(asked) >= 6 and len({b["seed"] for b in asked}) == len(asked)
+
+
+def test_equal_in_distribution_to_local_sampling(starts):
+    """First tokens by chi², and the mean log-prob of whole answers."""
+    settings, (model, tokenizer) = SamplingSettings(max_new_tokens=3), load_policy(starts[0], device="cpu")
+    with StubEngine(starts[0]) as server:
+        sampler = Engine(server.url, **FAST).serve(starts[0], TEXTS[:1], settings)
+        [theirs] = sampler.sample(TEXTS[:1], 600, settings, 0)
+    ours = sample_lists((model, tokenizer), TEXTS[:1], 600, settings=settings, seed=1, progress=False)[0]
+    counts = np.zeros((2, 96))
+    for row, ids in ((0, [c.token_ids for c in theirs]), (1, ours["meta"]["token_ids"])):
+        for one in ids:
+            counts[row, one[0]] += 1
+    common = counts.sum(0) >= 10
+    table = np.c_[counts[:, common], counts[:, ~common].sum(1)]
+    assert stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
+    assert (counts[:, 0] == 0).all()  # no answer begins with its end
+
+    def logp(ids):
+        rows = torch.tensor([[*tokenizer(TEXTS[0])["input_ids"], *ids]])
+        with torch.no_grad():
+            logps = model(rows).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+        return float(logps.gather(1, rows[0, -len(ids) :, None]).sum())
+
+    means = [np.array([logp(ids) for ids in rows[:200]]) for rows in ([c.token_ids for c in theirs],
+                                                                       ours["meta"]["token_ids"])]
+    assert stats.ttest_ind(*means).pvalue > 1e-3
+
+
+def crash(server, at, folder):
+    "At its `at`-th request for the run the server is cut off, and soon back with the weights of a folder."
+    seen = []
+
+    def hook(count):
+        if server.received[-1]["max_tokens"] == 4:
+            seen.append(1)
+        if len(seen) == at and not server.faults.get("crashed"):
+            server.faults["crashed"] = True
+            server.stop()
+            threading.Thread(target=lambda: (time.sleep(0.2), server.load(folder), server.start()), daemon=True).start()
+            raise ConnectionAbortedError
+
+    server.hook, server.server.handle_error = hook, lambda *args: None
+
+
+def test_a_server_that_was_killed_comes_back_as_the_same_or_is_refused(starts, tmp_path):
+    for back, fine in ((starts[0], True), (starts[1], False)):
+        with StubEngine(starts[0]) as server:
+            sampler = Engine(server.url, max_in_flight=1, **FAST).serve(starts[0], TEXTS, journal=tmp_path / "journal")
+            crash(server, 3, back)
+            settings = SamplingSettings(max_new_tokens=4)
+            if fine:
+                drawn = sampler.sample(TEXTS, 3, settings, 0)
+                asked = server.sampled(4)
+                assert all(len(row) == 3 for row in drawn)
+                answered = [b for k, b in enumerate(asked) if k != 2]  # the third was cut off
+                assert len(answered) == N == len({tuple(b["prompt"]) for b in answered})
+                assert len((tmp_path / "journal").read_text().splitlines()) == N
+                (tmp_path / "journal").unlink()
+            else:
+                said(lambda: sampler.sample(TEXTS, 3, settings, 0), "serves other weights")
+                assert len(server.sampled(4)) == 3  # nothing was asked of the wrong one
+
+
+def test_weights_that_change_without_an_outage_are_caught_at_the_end(starts, tmp_path):
+    with StubEngine(starts[0]) as server:
+        sampler = Engine(server.url, **FAST).serve(starts[0], TEXTS, journal=tmp_path / "journal")
+        server.load(starts[1])
+        said(lambda: sampler.sample(TEXTS, 3, SamplingSettings(max_new_tokens=4), 0), "serves other weights")
+        assert not (tmp_path / "journal").exists()
+
+
+def test_a_client_that_was_killed_asks_for_the_rest(starts, tmp_path):
+    """SIGKILL in the middle of sampling: what was answered is neither lost nor asked again."""
+    journal = tmp_path / "run" / "round-1" / "candidates.journal"
+    with StubEngine(starts[0]) as server:
+        server.hook = lambda count: time.sleep(0.3 if server.received[-1]["max_tokens"] == 4 else 0)
+        with warm.start(HERE / "handover_client.py", starts[0], tmp_path / "run", server.url, cwd=HERE,
+                        env={**os.environ, "HF_HUB_OFFLINE": "1"}) as client:
+            until = time.monotonic() + 60
+            while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+                assert client.poll() is None and time.monotonic() < until, client.said()
+                time.sleep(0.01)
+            client.send_signal(signal.SIGKILL)
+            client.wait()
+        kept, server.hook = journal.read_text().splitlines(), lambda count: None
+        before = len(server.sampled(4))
+        assert 2 <= len(kept) < N
+        engine = Engine(server.url, server.load, **FAST)
+        self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=engine, **OPTIONS)
+        assert len(server.sampled(4)) - before == N - len(kept) + N  # the rest of round 1, and round 2
+        lists = load_lists(tmp_path / "run" / "round-1" / "candidates.jsonl")
+        texts = {tuple(one["text"] for one in json.loads(line)["answer"]) for line in kept}
+        assert texts <= {tuple(r["completions"]) for r in lists}
+
+
+def test_two_servers_share_the_work(starts):
+    with StubEngine(starts[0]) as one, StubEngine(starts[1]) as two:
+        two_load = lambda folder, url: (two if url == two.url else one).load(folder)  # noqa: E731
+        sampler = Engine([one.url, two.url], two_load, **FAST).serve(starts[0], TEXTS)
+        assert isinstance(sampler, EngineSampler) and (one.loads, two.loads) == ([], [str(starts[0])])
+        drawn = sampler.sample(TEXTS, 2, SamplingSettings(max_new_tokens=4), 0)
+        assert len(one.sampled(4)) == len(two.sampled(4)) == N / 2 and all(len(row) == 2 for row in drawn)
+
+
+def test_an_adapter_is_handed_over_merged(starts, tmp_path):
+    from peft import get_peft_model, LoraConfig
+
+    model, tokenizer = load_policy(starts[0], device="cpu")
+    torch.manual_seed(0)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False,
+                                     task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    policy, ids = Policy.of(tmp_path / "adapter"), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        whole = load_policy(served_folder(policy, tmp_path), device="cpu")[0](ids).logits
+        torch.testing.assert_close(whole, policy.load(device="cpu")[0](ids).logits)
+        assert not torch.allclose(whole, load_policy(starts[0], device="cpu")[0](ids).logits, atol=1e-3)
+    assert served_folder(Policy.of(starts[0]), tmp_path) == str(starts[0])
+
+
+def test_evaluation_draws_from_servers(starts, tmp_path):
+    systems, settings = dict(zip(("start", "new"), map(str, starts))), SamplingSettings(max_new_tokens=4)
+    with StubEngine(starts[1]) as server:
+        run = lambda **more: evaluate_systems(tmp_path / "run", systems, PROMPTS, {"vowels": vowels},  # noqa: E731
+                                              settings=settings, progress=False, **more)
+        run(samplers={"new": Engine(server.url, **FAST)})
+        assert len(server.sampled(4)) == N and all(b["n"] == 2 for b in server.sampled(4))
+        rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation" / "new.jsonl").read_text().splitlines()]
+        assert all(x < 0 for r in rows for x in r["logps"] + r["start_logps"])
+        configs = [json.loads((tmp_path / "run" / "evaluation" / f"{name}.config.json").read_text()) for name in systems]
+        assert "sampler" not in configs[0] and configs[1]["sampler"] == "server"
+        count = len(server.received)
+        run(samplers={"new": server.url})
+        assert len(server.received) == count
+    said(lambda: run(samplers={"gold": "http://127.0.0.1:1/v1"}), "no system of this name", "gold")
+    said(run, "sampler: 'server' there, nothing now")
+
+
+def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
+    asked, length = [], lambda prompts, texts: [float(len(t)) for t in texts]
+
+    def address(prompts, texts):
+        asked.append(len(texts))
+        if len(asked) == 3:
+            raise OSError("killed")
+        return length(prompts, texts)
+
+    prompts, texts = ["p"] * 80, ["x" * (k % 7) for k in range(80)]
+    with pytest.raises(OSError):
+        ServedReward(address, length, journal=tmp_path / "scores")(prompts, texts)
+    first = len(asked)
+    assert ServedReward(address, length, journal=tmp_path / "scores")(prompts, texts) == length(prompts, texts)
+    assert asked[0] == 16 and sum(asked[1:first]) - 32 + sum(asked[first + 1 :]) <= 80 + 32
+    with pytest.raises(RewardError, match="scores otherwise"):
+        ServedReward(lambda p, t: [-x for x in length(p, t)], length)(prompts, texts)
+    with pytest.raises(RewardError, match="no scores"):
+        ServedReward(lambda p, t: [float("nan") for _ in t], length)(prompts, texts)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--sampler", "start=http://127.0.0.1:1/v1"], ["--sampler", "policy"]),
+    (["--sampler", "http://127.0.0.1:1/v1"], ["--sampler"]),
+    (["--sampler", "policy=ftp://x"], ["not an address"]),
+    (["--sampler", "policy=http://127.0.0.1:1/v1", "--hand-over", "restart"], ["{folder}"]),
+    (["--hand-over", "restart {folder}"], ["has no effect without --sampler"]),
+    (["--sampler", "policy=http://127.0.0.1:1/v1", "--tolerance", "0"], ["tolerance", "above 0"]),
+    (["--scorer", "gold=http://127.0.0.1:1"], ["--scorer", "reward"]),
+    (["--sampler", "policy=http://127.0.0.1:1/v1"], ["does not answer", "start it"]),
+])
+def test_what_a_user_can_get_wrong_on_the_command_line_is_one_line(starts, tmp_path, capsys, options, words):
+    (tmp_path / "prompts.txt").write_text("film one was\nfilm two was\n")
+    code = main(["enhance", "--prompts", str(tmp_path / "prompts.txt"), "--reward", "length", "--policy", str(starts[0]),
+                 "--set", "use_cpu=true", "--set", "bf16=false", "--out", str(tmp_path / "run"), *options])
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("servers", [[], 5, None, [None], "nonsense", "http://me:secret@localhost/v1"])
+def test_what_is_no_address_is_refused(servers):
+    assert "secret" not in said(lambda: Engine(servers))
+
+
+def test_a_command_is_told_the_folder(starts, tmp_path):
+    """A command of the shell: quoted, its words kept in a log, its failure and its silence in one line."""
+    from lire_nb.handover import run_command
+
+    odd = tmp_path / "a folder; of 'mine'"
+    run_command("printf %s {folder} > " + str(tmp_path / "told"), str(odd), "http://127.0.0.1:1/v1", tmp_path, 10)
+    assert (tmp_path / "told").read_text() == str(odd)
+    said(lambda: run_command("sleep 5; echo {folder}", "x", "y", tmp_path, 0.1), "no end within 0.1 s", "background")
+    began = time.monotonic()
+    run_command("sleep 20 & echo {folder}", "x", "y", tmp_path, 10)  # a server in the background
+    assert time.monotonic() - began < 5
