@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT',
-           'SETTINGS', 'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED', 'QUICKSTART', 'option',
-           'command', 'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command',
-           'score_command', 'train_command', 'train_reward_command', 'merge_command', 'enhance_command',
-           'evaluate_command', 'judge_command', 'report_command', 'bench_command', 'compare_command',
+           'SETTINGS', 'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED',
+           'QUICKSTART', 'option', 'command', 'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of',
+           'sample_command', 'score_command', 'train_command', 'train_reward_command', 'merge_command',
+           'enhance_command', 'evaluate_command', 'judge_command', 'report_command', 'bench_command', 'compare_command',
            'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
@@ -92,6 +92,21 @@ GUIDED = (
     option("--step", default=None, help="sentence (the default), or a number of tokens"),
     option("--width", type=int, default=None, help="continuations of each step"),
     option("--backtrack", type=int, default=None, help="how often an answer may go back; default: never"),
+)
+SERVERS = (
+    option("--sampler", action="append", default=[], metavar="NAME=URL",
+           help="a server that draws the answers of NAME (enhance: policy; evaluate: a system), "
+                "http://HOST:PORT/v1#MODEL; repeat, also for several servers of one name. It must give log-probs "
+                "(vLLM, SGLang, llama.cpp): they show that it serves the weights of the round"),
+    option("--hand-over", default=None, metavar="COMMAND",
+           help="run where a server serves something else, with {folder} (the policy's) and {url} filled in; it "
+                "returns when the old weights are gone, e.g. './restart-vllm.sh {folder}'"),
+    option("--tolerance", type=float, default=None, metavar="NATS",
+           help="how far a server's log-probs may be from the policy's, a token; default: 0.1"),
+    option("--in-flight", type=int, default=16, help="requests at a time, to servers"),
+    option("--scorer", action="append", default=[], metavar="NAME=URL",
+           help="an address that scores as the reward model NAME (enhance: reward; evaluate: a judge) does; it is "
+                "compared with it first"),
 )
 LORA = (
     option("--lora-rank", type=int, default=None,
@@ -538,7 +553,7 @@ def _refit_of(args):
          POLICY,
          option("--evolve", type=int, default=2, help="rounds that sample"),
          option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING,
-         SETTINGS, *LORA,
+         *SERVERS, SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
                 help="keep: train also on the candidates of earlier rounds"),
          option("--max-candidates", type=int, default=None, help="cap of a list"),
@@ -550,9 +565,11 @@ def _refit_of(args):
 def enhance_command(args) -> None:
     "Evolve × iterate: sample, score, train, again."
     from lire_nb.enhancement import check_options, check_settings, self_enhance
+    from lire_nb.handover import scored_by, scorers_of
 
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
     check_options(args.policy, training, options)
+    engines, scorers = _engines(args, ["policy"]), scorers_of(args.scorer, ["reward"])
     prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
     require((args.reward is None) != (args.refit is None), "one of both is needed", field="--reward, --refit",
             value=(args.reward, args.refit), allowed="a reward, or a backbone to fit one in every round",
@@ -562,8 +579,9 @@ def enhance_command(args) -> None:
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
              f"prompts into {args.out}")
         training, stop = _with_limit(training, args), _stop_rule(args)
+        reward = args.reward and scored_by(read_reward(args.reward), scorers.get("reward"), args.out)
         policies = self_enhance(
-            args.policy, prompts, args.reward and read_reward(args.reward), args.out, evolve=args.evolve,
+            args.policy, prompts, reward, args.out, sampler=engines.get("policy"), evolve=args.evolve,
             iterate=args.iterate, refit=refit, reference_mix=args.reference_mix,
             num_candidates=args.num_candidates, settings=_sampling_of(args), training=training, seed=args.seed,
             pool=args.pool, max_candidates=args.max_candidates, contrastive=args.contrastive, stop=stop,
@@ -571,6 +589,13 @@ def enhance_command(args) -> None:
         _say(f"the last policy is in {policies[-1]}")
 
 # %% ../nbs/60_cli.ipynb #d7934f28
+def _engines(args, names: list[str]) -> dict:
+    "The servers that sample, by the name of what they serve."
+    from lire_nb.handover import engines_of
+
+    return engines_of(args.sampler, names, args.hand_over, args.tolerance, args.in_flight)
+
+
 def _stop_rule(args):
     "The rule that --stop-gold and --stop-kl ask for, or None."
     from lire_nb.enhancement import StopRule
@@ -599,26 +624,29 @@ def _with_limit(training: dict, args) -> dict:
                 help="repeat; the first is the start policy"),
          option("--judge", action="append", required=True, metavar="NAME=REWARD",
                 help="repeat, e.g. proxy=FOLDER gold=FOLDER"),
-         option("--num-samples", type=int, default=2, help="per prompt"), *SAMPLING, CHAT, LIMIT, SEED, OUT)
+         option("--num-samples", type=int, default=2, help="per prompt"), *SAMPLING, *SERVERS, CHAT, LIMIT, SEED,
+         OUT)
 def evaluate_command(args) -> None:
     "Compare policies on held-out prompts; the first system is the start policy."
-    from lire_nb import evaluation, identity
+    from lire_nb import evaluation, handover, identity
 
     systems, judges = named(args.system, "--system"), named(args.judge, "--judge")
     prompts = read_prompts(args.prompts, args.limit, **_chat(args))
     settings, limit = _sampling_of(args), limit_of(args.prompts, args.max_prompt_length)
     evaluation._checked_systems(Path(args.out), systems, prompts)
+    engines, scorers = _engines(args, list(systems)), handover.scorers_of(args.scorer, list(judges))
     with sharing(), one_writer(args.out, "another lire evaluate"):
         found = on_main(lambda: {name: identity.policy_identity(policy) for name, policy in systems.items()})
-        rewards = {name: read_reward(judge) for name, judge in judges.items()}
+        rewards = {name: handover.scored_by(read_reward(judge), scorers.get(name), args.out)
+                   for name, judge in judges.items()}
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),
-                  "seed": args.seed, "max_prompt_length": limit}
+                  "seed": args.seed, "max_prompt_length": limit, **({"samplers": sorted(engines)} if engines else {})}
         on_main(lambda: identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
                                               about={"systems": systems, "judges": judges}))
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
-        evaluation.evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples,
+        evaluation.evaluate_systems(args.out, systems, prompts, rewards, samplers=engines, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
         on_main(lambda: report_command(args))
 

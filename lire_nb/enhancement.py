@@ -30,6 +30,7 @@ from .base.ranks import kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
+from .handover import Engine, EngineSampler
 from lire_nb.identity import (
     check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
     prompts_identity, reward_identity,
@@ -80,6 +81,7 @@ class Rounds:
     embed: Callable | None = None
     refit: "Refit | None" = None
     reference_mix: float | Callable[[int], float] | None = None
+    sampler: Engine | None = None
 
     def identity(self, policy: Policy) -> dict:
         "Everything that decides what the rounds make, as JSON."
@@ -97,7 +99,8 @@ class Rounds:
         embeds = self.select in ("kmedoids", "category")
         embed = plain_value(self.embed) if self.embed else policy_identity("minilm") if embeds else None
         return {"select": self.select, "pool_size": self.pool_size, "embed": embed,
-                "refit": self.refit and self.refit.identity(), "reference_mix": plain_value(self.reference_mix)}
+                "refit": self.refit and self.refit.identity(), "reference_mix": plain_value(self.reference_mix),
+                "sampler": self.sampler and "server"}  # which one does not matter: it was verified
 
     def demonstrations(self) -> dict[str, list[bool]]:
         "For each list what of the given is a demonstration and stays without a reward; nothing where none is used."
@@ -234,13 +237,16 @@ def self_enhance(
     # weight of the start policy's log-probs in the reference of a loss that has one, or a function of the round;
     # the rest is the last policy's. None or 0: the last policy, where the round's training starts
     reference_mix: float | Callable[[int], float] | None = None,
+    # servers that sample, see `lire_nb.handover`; None: this process
+    sampler: "Engine | str | list[str] | None" = None,
 ) -> list[Path]:  # the policy folder of every round
     """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
     it goes on where it stopped."""
     run_folder, folders = Path(run_folder), []
     asked = Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,
                    check_settings(training or {}), seed, progress, pool, max_candidates, contrastive, stop,
-                   trainer_options, select, pool_size, embed, refit, reference_mix)
+                   trainer_options, select, pool_size, embed, refit, reference_mix,
+                   None if sampler is None else Engine.of(sampler))
     _check_arguments(asked)
     start = Policy.of(policy)
     asked = _checked(asked, start)
@@ -300,11 +306,18 @@ def run_round(
     sampled = {"policy": _within(policy, run_folder), "fingerprint": fingerprint, "round": number,
                "seed": derive_seed(asked.seed, number, "sample"),
                "num_candidates": asked.pool_size or asked.num_candidates,
-               "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training)}
+               "sampling": plain_value(asdict(asked.settings)), "max_prompt_length": prompt_limit(asked.training),
+               **({"sampler": "server"} if asked.sampler else {})}
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
-    _stage(folder, candidates, lambda: _sample_round(policy, asked, sampled), sampled, after=scored)
+    sample = lambda: _sample_round(policy, asked, sampled, policy)  # noqa: E731
+    if asked.sampler is not None:  # one process brings the policy into the servers and asks them
+        sample = lambda: on_main(lambda: _sample_round(  # noqa: E731
+            policy, asked, sampled, _served(policy, asked, sampled, folder, start)))
+    _stage(folder, candidates, sample, sampled, after=scored)
+    if _is_main():
+        (folder / "candidates.journal").unlink(missing_ok=True)  # a server's answers are in the file now
     if asked.refit is not None:
         _fit_reward(folder, number, asked, sampled)
     if asked.select:
@@ -319,17 +332,29 @@ def run_round(
                      **(defaults | asked.training))
     if _is_main():
         shutil.rmtree(trained.with_name("policy.partial"), ignore_errors=True)
+        for copy in folder.glob("served-*"):  # of an adapter, for the server that sampled
+            shutil.rmtree(copy)
         _write_round(folder, sampled)
     return trained
 
 # %% ../nbs/19_enhancement.ipynb #73be26dc
-def _sample_round(policy: Policy, asked: Rounds, sampled: dict):
+def _sample_round(policy: Policy, asked: Rounds, sampled: dict, sampler: "Policy | EngineSampler"):
     logger.info("round %d: sampling %d × %d candidates from %s", sampled["round"], len(asked.prompts),
                 sampled["num_candidates"], policy)
     records = [{"id": p["id"], "prompt": p["prompt"], "meta": prompt_facts(p)} for p in asked.prompts]
-    return sample_lists(policy, records, sampled["num_candidates"], settings=asked.settings, seed=sampled["seed"],
+    return sample_lists(sampler, records, sampled["num_candidates"], settings=asked.settings, seed=sampled["seed"],
                         source=f"policy:round-{sampled['round']}",
                         max_prompt_length=sampled["max_prompt_length"], progress=asked.progress)
+
+
+def _served(policy: Policy, asked: Rounds, sampled: dict, folder: Path, start: Policy | None) -> EngineSampler:
+    "The policy in the servers, verified: told from the one that they had in the round before."
+    number = sampled["round"]
+    before = folder.with_name(f"round-{number - 2}") / "policy" if number > 2 else start if number == 2 else None
+    last = before if not isinstance(before, Path) or before.is_dir() else None
+    return asked.sampler.serve(policy, [p["prompt"] for p in asked.prompts], asked.settings, last=last,
+                               max_prompt_length=sampled["max_prompt_length"], place=folder,
+                               journal=folder / "candidates.journal")
 
 
 def prompt_limit(

@@ -27,8 +27,9 @@ from scipy import stats
 
 from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
-from .base.ranks import even_batches, kept_rows, on_main, split_rows
+from .base.ranks import even_batches, is_splitting, kept_rows, on_main, split_rows
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
+from .handover import Engine
 from lire_nb.identity import (
     check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity,
 )
@@ -61,11 +62,12 @@ def judge_policy(
     # also "token_kl", the mean exact per-token KL of every completion; None where the start has another tokenizer
     exact_kl: bool = False,
     progress: bool = True,
+    sampler=None,  # that draws in the policy's place, such as a server that was verified to serve it
 ) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, log-probs
     "Sample, score and measure a policy on prompts it was not trained on; the log-probs of `logprobs.sampled_logps`."
     prompts = checked_prompts(prompts)
     policy, start = _loaded_pair(policy, start)
-    lists = list(sample_lists(policy, prompts, num_samples, settings=settings, seed=seed,
+    lists = list(sample_lists(sampler or policy, prompts, num_samples, settings=settings, seed=seed,
                               max_prompt_length=max_prompt_length, progress=progress))
     scores = {name: [r["rewards"] for r in score_lists(lists, judge)] for name, judge in judges.items()}
     found = sampled_logps(policy, start, lists, stopped=bool(settings.stop), max_prompt_length=max_prompt_length)
@@ -369,6 +371,8 @@ def evaluate_systems(
     judges: dict[str, Reward],
     *,
     seed: int = 0,
+    # name of a system -> servers that draw its answers, see `lire_nb.handover`; the weights are read here all the same
+    samplers: dict[str, "Engine | str | list[str]"] | None = None,
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
     """Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count
@@ -376,8 +380,9 @@ def evaluate_systems(
     run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)
+    engines = _checked_samplers(samplers, systems)
     with one_writer(run, "another evaluation"):
-        made_from = on_main(lambda: _made_from(systems, prompts, judges, seed, options))
+        made_from = on_main(lambda: _made_from(systems, prompts, judges, seed, options, engines))
         for name, path in paths.items():  # before anything is sampled
             if on_main(path.exists):
                 check_claim(_beside(path), made_from[name],
@@ -389,10 +394,13 @@ def evaluate_systems(
                 about = {"policy": str(policy) if isinstance(policy, (str, os.PathLike)) else "in memory"}
                 config = {"format": FORMAT, **made_from[name], "about": about}
                 on_main(partial(write_json, _beside(paths[name]), config))
+                sampler = _engine_sampler(engines.get(name), policy, systems, prompts, paths[name], options)
                 with kept_rows(paths[name].with_suffix(".parts"), made_from[name]):
                     judged = judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
-                                          **options)
+                                          sampler=sampler, **options)
                     on_main(partial(write_jsonl, paths[name], judged))
+                # a server's answers are in the rows
+                on_main(partial(paths[name].with_suffix(".journal").unlink, missing_ok=True))
                 rows[name] = _judged_rows(paths[name], prompts, judges)
         figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
         on_main(lambda: write_jsonl(run / "metrics.jsonl", figures))
@@ -407,7 +415,7 @@ def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str,
         require(not str(policy).startswith(("http://", "https://")),
                 "is a server, and KL and perplexity need its weights", field=f"system {name}",
                 value=public_address(str(policy)), allowed="a local policy: a folder, an asset or a hub id",
-                remedy="draw its answers with lire sample, and compare them with lire judge")
+                remedy="give the policy, and the server beside it as a sampler (--sampler NAME=URL)")
     slugs = [slug(name) for name in systems]
     require("" not in slugs and len(set(slugs)) == len(slugs), "names that are not different as file names",
             field="systems", value=list(systems), allowed="names that differ in letters and digits",
@@ -422,24 +430,49 @@ def _checked_systems(run: Path, systems: dict, prompts: list[dict]) -> dict[str,
     return {name: run / "evaluation" / f"{short}.jsonl" for name, short in zip(systems, slugs)}
 
 # %% ../nbs/22_evaluation.ipynb #633ebff7
-def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict) -> dict[str, dict]:
+def _checked_samplers(samplers: dict | None, systems: dict) -> dict[str, Engine]:
+    "The servers of systems that are named on the disk."
+    samplers = samplers or {}
+    for name in samplers:
+        named = isinstance(systems.get(name), (str, os.PathLike))
+        require(named, "no system of this name that a server can load", field="samplers", value=name,
+                allowed="a system that is given as a folder, an asset or a hub id", remedy="check the name")
+    return {name: Engine.of(sampler) for name, sampler in samplers.items()}
+
+
+def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[dict], path: Path, options: dict):
+    "The system in its servers, verified: told from the start policy; None where it has none."
+    if engine is None:
+        return None
+    require(not is_splitting(), "servers are asked by one process", field="samplers", value="several processes",
+            allowed="one", remedy="start this evaluation without accelerate launch, or leave the servers out")
+    start = next(iter(systems.values()))
+    return engine.serve(policy, [p["prompt"] for p in prompts], options.get("settings", SamplingSettings()),
+                        last=start if isinstance(start, (str, os.PathLike)) else None, place=path.parent,
+                        max_prompt_length=options.get("max_prompt_length", MAX_PROMPT_LENGTH),
+                        journal=path.with_suffix(".journal"))
+
+
+def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, options: dict,
+               engines: Iterable[str] = ()) -> dict[str, dict]:
     "What each system's rows are made from."
     limits = {name: p.default
               for name, p in inspect.signature(judge_policy).parameters.items() if p.default is not p.empty
-              and name not in ("seed", "progress")}
+              and name not in ("seed", "progress", "sampler")}
     limits = {k: asdict(v) if is_dataclass(v) else v
               for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
     same = {"prompts": prompts_identity(prompts),
             "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
             "options": plain_value(limits)}
     found = {name: policy_identity(policy) for name, policy in systems.items()}
-    return {name: {"policy": found[name], "start": next(iter(found.values())), **same} for name in systems}
+    return {name: {"policy": found[name], "start": next(iter(found.values())), **same,
+                   **({"sampler": "server"} if name in engines else {})} for name in systems}
 
 # %% ../nbs/22_evaluation.ipynb #77796c3c
 def _check_options(judges: dict, options: dict) -> None:
     "Unknown options, and judges that cannot be called, are said before the work."
     known = [n for n in inspect.signature(judge_policy).parameters
-             if n not in ("policy", "prompts", "judges", "start", "seed")]
+             if n not in ("policy", "prompts", "judges", "start", "seed", "sampler")]
     for name in options:
         require(name in known, "unknown option", field=name, allowed=", ".join(known), remedy="check the spelling")
     count, settings = options.get("num_samples", 2), options.get("settings", SamplingSettings())

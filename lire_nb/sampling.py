@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import datasets
 import numpy as np
@@ -39,7 +40,7 @@ from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy
 from .records import as_chat, lists_dataset, make_record, prompt_id, split_tools, uses_tools
 from lire_nb.servers import (
-    check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, run_requests, TryLater,
+    check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, RefusedOne, run_requests, TryLater,
 )
 
 # %% ../nbs/14_sampling.ipynb #7f9881b3
@@ -548,7 +549,10 @@ def _generation_config(settings: SamplingSettings) -> dict:
 _SPECIAL_FIELDS = {
     "transformers": _generation_config,
     "vllm": lambda s: {"top_k": s.top_k or -1, "repetition_penalty": 1.0, "min_p": 0.0},
-    "other": lambda s: {"top_k": s.top_k} if s.top_k else {},
+    "sglang": lambda s: {"top_k": s.top_k or -1, "repetition_penalty": 1.0, "min_p": 0.0},
+    "llamacpp": lambda s: {"top_k": s.top_k, "repeat_penalty": 1.0, "min_p": 0.0},
+    "openai": lambda s: {"top_k": s.top_k} if s.top_k else {},  # it knows neither, and would refuse them
+    "other": lambda s: {"top_k": s.top_k, "min_p": 0.0},  # servers around llama.cpp cut to 40 tokens unless told
 }
 
 # %% ../nbs/14_sampling.ipynb #faa6bd80
@@ -600,6 +604,7 @@ class ServerSampler:
         require(api in _APIS, "unknown API", field="api", value=api, allowed=", ".join(_APIS),
                 remedy="choose one of these")
         self.model, self.api, self.extra_body, self.kind = model, api, extra_body or {}, None
+        self.unknown = set()  # settings that are off, and that the server does not know
         self.running = dict(journal=journal, max_in_flight=max_in_flight, patience=patience, max_retries=max_retries,
                             progress=progress)
 
@@ -656,9 +661,25 @@ class ServerSampler:
                 **_SPECIAL_FIELDS[self.kind](settings), **self.extra_body}
         return "/chat/completions" if chat else "/completions", {k: v for k, v in body.items() if v is not None}
 
+    def _post(self, path: str, body: dict) -> str:
+        "The answer's body; an unknown server that refuses settings that are off is asked without them."
+        body = {k: v for k, v in body.items() if k not in self.unknown}
+        off = {k for k in ("top_k", "min_p") if self.kind == "other" and body.get(k) == 0}
+        try:
+            return self.server.post(path, body)
+        except RefusedOne:
+            if not off:
+                raise
+        text = self.server.post(path, {k: v for k, v in body.items() if k not in off})
+        if not off <= self.unknown:
+            logger.warning("server %s refuses %s, which are off: it is asked without them", self.server.base_url,
+                           " and ".join(sorted(off)))
+        self.unknown |= off
+        return text
+
     def _ask(self, path: str, body: dict) -> dict:
         "One completion, checked; raises `TryLater`, `NoAnswer` or `LireError`."
-        text = self.server.post(path, body)
+        text = self._post(path, body)
         try:
             return _read_answer(text, path.startswith("/chat"), body.get("stop"))
         except ValueError as e:
@@ -682,7 +703,9 @@ class ServerSampler:
         if self.kind == "transformers" and self.model:
             return  # its list names the models of a cache, not the one it was started with
         models = [m for m in look("/models").get("data") or [] if isinstance(m, dict)]
-        self.kind = "vllm" if any(m.get("owned_by") == "vllm" for m in models) else self.kind
+        owners = [m.get("owned_by") for m in models]
+        self.kind = next((kind for kind in ("vllm", "sglang", "llamacpp") if kind in owners), self.kind)
+        self.kind = "openai" if urlsplit(url).hostname.endswith("openai.com") else self.kind
         if self.model is None and len(models) != 1:
             self.kind, names = None, ", ".join(str(m.get("id")) for m in models[:5])
             raise LireError("which model?", field="policy", value=url,
