@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
-           'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
-           'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
-           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'HEAP', 'QUICKSTART', 'option', 'command',
+           'keep_heap', 'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command',
+           'score_command', 'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command',
+           'judge_command', 'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine',
+           'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -102,10 +103,27 @@ SELECTION = (_WAY, option("--pool-size", type=int, default=None, metavar="N",
                           help="answers sampled for each prompt, to choose from"))
 SCORED_SELECTION = (_WAY, option("--num-candidates", type=int, default=None, help="M, with --select"))
 
+# %% ../nbs/60_cli.ipynb #gp103a36
+HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+_LONG = ("quickstart", "sample", "train", "train-reward", "enhance", "evaluate", "reproduce")
+
+
+def keep_heap(
+    given: list[str],  # the words after `lire`
+) -> None:
+    "Start this process again with `HEAP`, where it is a long command of its own under the GNU C library."
+    words = getattr(sys, "orig_argv", [])
+    own = bool(given) and words[-len(given):] == given  # not in a notebook, a test or a fork
+    launched = {"GLIBC_TUNABLES", "LOCAL_RANK"} & os.environ.keys()
+    if own and not launched and given[0] in _LONG and platform.libc_ver()[0] == "glibc":
+        os.execve(sys.executable, [sys.executable, *words[1:]], {**os.environ, "GLIBC_TUNABLES": HEAP})
+
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
     args = _parser().parse_args(argv)
+    if argv is None:
+        keep_heap(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="lire: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PlainFormatter("lire: %(message)s"))

@@ -30,7 +30,7 @@ from .models import causal_lm, config_content, context_of, model_fingerprint, un
 from .path_check import _around, _HARMLESS, _PADDED, say_once, to_device, verified
 from .records import select_candidates
 from lire_nb.shared_prompt import (
-    enable_shared, for_a_while, ListCollator, _path_logps, predicted_lengths, tokenize_list,
+    at_hand, enable_shared, for_a_while, ListCollator, _path_logps, predicted_lengths, tokenize_list,
 )
 
 # %% ../nbs/17_logprobs.ipynb #79383e03
@@ -54,7 +54,8 @@ def summed(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, M) sums, (B, M) lengths in tokens
     "Sums over the predicted tokens of each candidate: all of an answer, or the agent's of a conversation."
     lengths = predicted_lengths(batch)
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    row = torch.repeat_interleave(numbers, lengths, output_size=len(tokens))  # else a GPU is asked how many
     sums = tokens.new_zeros(len(lengths)).index_add(0, row, tokens)
     return in_table(batch, sums), in_table(batch, lengths)
 
@@ -75,6 +76,7 @@ def token_ratio(
     batch: dict,  # from `ListCollator`
 ) -> float:
     "Tokens of the padded path, pads included, over those of the shared path."
+    batch = at_hand(batch)
     total = batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]
     return float(len(total) * total.max() / (batch["prompt_lengths"].sum() + batch["completion_lengths"].sum()))
 
@@ -97,7 +99,8 @@ def path_of(
     if impl not in IMPLS:
         raise LireError("unknown path", field="impl", value=impl, allowed=" or ".join(IMPLS),
                         remedy="leave it at 'auto'")
-    length = int((batch["prompt_lengths"][batch["list_index"]] + batch["completion_lengths"]).max())
+    known = at_hand(batch)
+    length = int((known["prompt_lengths"][known["list_index"]] + known["completion_lengths"]).max())
     check = verified(model, length)
     problem = check.reason or _row_noise(model)
     if impl == "shared" and problem:
