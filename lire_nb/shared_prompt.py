@@ -541,7 +541,8 @@ def _attend(query, key, value, mask, scaling, dropout, softcap):
         key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
     if causal:
-        mask = _additive(torch.ones(Q, Q, dtype=torch.bool, device=query.device).tril(), query.dtype)[None, None].repeat(1, 1, groups, 1)
+        mask = _additive(torch.ones(Q, Q, dtype=torch.bool, device=query.device).tril(), query.dtype)
+        mask = mask[None, None].repeat(1, 1, groups, 1)
     folded = query.reshape(X, K, groups * Q, D)
     if softcap is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
