@@ -8,11 +8,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 BOOK := .venv-book
 
-.PHONY: help quickstart test setup lint notebook notebooks tables export readme book clean
+.PHONY: help quickstart test gpu-check setup lint notebook notebooks tables export readme book clean
 
 help:
 	@echo "make quickstart   align a small model on a real task: table, figures, report (about 6 minutes on 2 cores)"
 	@echo "make test         notebooks and pytest"
+	@echo "make gpu-check    on a machine with a CUDA GPU: is it right there, and how fast (7 minutes, no network)"
 	@echo "make notebook     JupyterLab on nbs/, open at the whole way"
 	@echo "make book         the notebooks and an API reference as a site, from their stored outputs: build/book/html/index.html"
 	@echo "make tables       run what is missing of the paper's tables (hours on 2 cores; may be stopped), then draw them"
@@ -29,6 +30,11 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -c "from lire_nb.models import resolve_model; resolve_model('smollm2')"
 	$(BIN)/python -m compileall -q lire_nb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# On a machine that has PyTorch with CUDA already: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:
+	PYTHONPATH=. $(GPU_PYTHON) tests/gpu_check.py
 
 setup: $(VENV)/.ready-dev
 

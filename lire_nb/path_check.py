@@ -19,7 +19,7 @@ import torch
 from .base.errors import LireError
 from .models import causal_lm, context_of, text_config, unwrap
 from lire_nb.shared_prompt import (
-    _bends, disable_shared, enable_shared, for_a_while, ListCollator, _path_logps, _ropes, seen_windows, SHARED,
+    AtHand, _bends, disable_shared, enable_shared, for_a_while, ListCollator, _path_logps, _ropes, seen_windows, SHARED,
     _switch,
 )
 
@@ -300,8 +300,10 @@ def _tiny_lists(model, lm, length: int) -> list[dict]:
 
 # %% ../nbs/25_path_check.ipynb #3619f1d6
 def to_device(batch: dict, device) -> dict:
-    "The batch with its tensors on a device."
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    "The batch with its tensors on a device, and as it was at hand, see `shared_prompt.at_hand`."
+    moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    stays = torch.device(device).type == "cpu" or "host" in batch or batch["prompt_ids"].device.type != "cpu"
+    return moved if stays else {**moved, "host": AtHand(batch)}
 
 # %% ../nbs/25_path_check.ipynb #3e3e7edd
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",

@@ -42,7 +42,8 @@ from lire_nb.multi_turn import (
 from ..sampling import derive_seed, sample_lists, SamplingSettings
 from ..selection import select, WAYS
 from ..tasks import load_task, Task
-from ..training import LIREConfig, LIRETrainer
+from ..shared_prompt import for_a_while
+from ..training import LIREConfig, LIRETrainer, look_logger
 from ..uncertain_rewards import RewardEnsemble
 from ..watching import Onlooker
 
@@ -499,7 +500,8 @@ def run_experiment(
     try:
         if config.get("threads"):
             torch.set_num_threads(config["threads"])
-        result = json.loads(json.dumps(KINDS[config["kind"]](config, Path(work), keep)))
+        with for_a_while((look_logger, "disabled", True)):  # T is part of the question, and the look costs 2 steps
+            result = json.loads(json.dumps(KINDS[config["kind"]](config, Path(work), keep)))
     finally:
         torch.set_num_threads(threads)
         gc.collect()

@@ -1,0 +1,149 @@
+"What a GPU would feel, counted with pretended tensors; and the check for a GPU, run dry on the CPU."
+import json
+
+import pytest
+import torch
+from pretended import on_device, Pretended, Watch
+from tiny_policy import make_start
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lire_nb.logprobs as logprobs
+import lire_nb.shared_prompt as shared_prompt
+from lire_nb.lab.bench import bench_batch, Point
+from lire_nb.models import load_policy
+from lire_nb.path_check import PathCheck, to_device
+from lire_nb.records import make_record
+from lire_nb.shared_prompt import at_hand, AtHand, for_a_while
+from lire_nb.training import LIREConfig, LIRETrainer, TrainingCollator
+
+RAGGED = [{"id": str(b), "prompt_ids": list(range(3, 3 + p)), "completion_ids": [[5 + k] * n for k, n in enumerate(ns)],
+           "rewards": [float(k) for k in range(len(ns))]} for b, (p, ns) in enumerate(((9, (3, 1, 4)), (5, (2, 6))))]
+
+TEXTS = [" good", " bad", " of no interest"]
+LISTS = [make_record(f"film {n} was", TEXTS[: 2 + n % 2], rewards=[1.0, -0.5, 0.25][: 2 + n % 2], id=f"film-{n}")
+         for n in range(4)]
+
+
+def model_of(layers: int, **settings):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+                                        num_attention_heads=4, num_key_value_heads=2, **settings))
+
+
+@pytest.fixture
+def policy(tmp_path):
+    return load_policy(make_start(tmp_path / "start", dropout=0.0))
+
+
+@pytest.fixture(autouse=True)
+def believed(monkeypatch):
+    "The self-check looks at numbers on purpose, once for a model."
+    sure = lambda *args, **kwargs: PathCheck("chunks", True, "")  # noqa: E731
+    monkeypatch.setattr(logprobs, "verified", sure)
+
+
+def measured(model, batch, way):
+    values = logprobs.list_logps(model, batch, impl=way)[0]
+    return values, torch.autograd.grad(values.sum(), model.model.embed_tokens.weight)[0]
+
+
+@pytest.mark.parametrize("way", ["padded", "shared"])
+def test_values_and_gradients_on_a_device_without_a_wait(way):
+    batch = TrainingCollator()(RAGGED)
+    plain, gradient = measured(model_of(2), batch, way)
+    with Watch() as seen:
+        found, theirs = measured(on_device(model_of(2)), to_device(batch, "cuda"), way)
+    torch.testing.assert_close(found.real_one, plain.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.real_one, gradient, rtol=1e-4, atol=1e-6)
+    ours = {k: n for k, n in seen.waits.items() if k[1] != "elsewhere"}
+    assert not ours
+
+
+def operations_of_a_layer(way: str, flex: bool | None) -> int:
+    counts = []
+    for layers in (1, 2):
+        batch, model = bench_batch(Point(20, 6, 3, 2), 300), model_of(layers)
+        with Watch() as seen, torch.no_grad(), for_a_while((shared_prompt, "FLEX", flex)):
+            logprobs.list_logps(on_device(model), to_device(batch, "cuda"), impl=way)
+        counts.append(sum(seen.operations.values()))
+    return counts[1] - counts[0]
+
+
+def test_operations_of_a_layer(monkeypatch):
+    "FlexAttention is one kernel; in blocks there are some more."
+    def one_kernel(query, key, value, block_mask, scale, enable_gqa):
+        Watch.active[-1].operations["flex"] += 1
+        return Pretended(torch.zeros(query.shape))
+
+    monkeypatch.setattr(shared_prompt, "_flex_function", lambda compiled: one_kernel)
+    monkeypatch.setattr(shared_prompt, "create_block_mask", lambda *args, **kwargs: None)
+    padded, blocks, flex = (operations_of_a_layer(*how) for how in
+                            (("padded", None), ("shared", False), ("shared", True)))
+    print(padded, blocks, flex)
+    assert flex <= 1.15 * padded and blocks <= 1.4 * padded
+
+
+def test_waits_of_a_micro_batch(policy, tmp_path):
+    args = LIREConfig(output_dir=str(tmp_path), temperature=2.0, logps_impl="shared", report_to="none", bf16=False)
+    trainer = LIRETrainer(policy[0], args, LISTS, processing_class=policy[1])
+    rows = [trainer.train_dataset[k] for k in range(4)]
+    collate = TrainingCollator(0, "packed")
+    plain = trainer.compute_loss(trainer.model, TrainingCollator()(rows), num_items_in_batch=torch.tensor(4.0))
+    with Watch() as seen:
+        batch, model = collate(rows), on_device(trainer.model)
+        batch = {k: v.to("cuda") if torch.is_tensor(v) else v for k, v in batch.items()}  # as accelerate does
+        assert isinstance(batch["host"], AtHand) and not at_hand(batch)["mask"].is_cuda
+        items = torch.tensor(4.0).to("cuda")
+        seen.waits.clear()
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=items)
+        loss.backward()
+    assert isinstance(loss, Pretended) and sum(seen.waits.values()) <= 6, seen.waits
+    torch.testing.assert_close(loss.detach().real_one, plain.detach())
+
+
+def test_sampling_does_not_wait_for_each_token(policy):
+    from lire_nb.sampling import LocalSampler, SamplingSettings
+
+    asked = (["one", "two prompts"], 3, SamplingSettings(max_new_tokens=17), 5)
+    plain = LocalSampler(*policy, progress=False, share_prompt=True).sample(*asked)
+    with Watch() as seen:
+        model = on_device(policy[0])
+        model.__class__ = type("Device", (type(model),), {"device": property(lambda self: torch.device("cuda", 0))})
+        drawn = LocalSampler(model, policy[1], progress=False, share_prompt=True).sample(*asked)
+    assert [[c.token_ids for c in row] for row in drawn] == [[c.token_ids for c in row] for row in plain]
+    ours = sum(n for (_, where), n in seen.waits.items() if where != "elsewhere")
+    assert ours < 17, seen.waits
+
+
+def test_flex_without_copies_is_exact_and_never_has_to_give_a_gradient_on_a_cpu():
+    batch, model = TrainingCollator()(RAGGED), model_of(2)
+    blocks, gradient = measured(model, batch, "shared")
+    with for_a_while((shared_prompt, "FLEX", True)):
+        with torch.no_grad():
+            flex = logprobs.list_logps(model, batch, impl="shared")[0]
+        again = measured(model, batch, "shared")[1]
+    torch.testing.assert_close(flex, blocks.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gradient, again)
+
+
+@pytest.mark.parametrize("width, path", [(576, "padded"), (4096, "shared")])
+def test_auto_knows_what_waits_for_launches(width, path):
+    batch = to_device(bench_batch(Point(192, 48, 6, 4), 300), "cpu")
+    model = model_of(1)
+    model.config.hidden_size = width
+    assert logprobs.worth_sharing(model, batch)  # on a CPU fewer tokens are always less work
+    with Watch():
+        assert logprobs.worth_sharing(model, to_device(batch, "cuda")) == (path == "shared")
+
+
+def test_the_check_of_a_gpu_runs_dry(tmp_path, capsys):
+    import gpu_check
+
+    out = tmp_path / "gpu.jsonl"
+    assert gpu_check.main(["--out", str(out), "--device", "cpu", "--tiny", "--models", "135m"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["what"] for r in rows][0] == "machine" and rows[-1]["good"]
+    assert {r["way"] for r in rows if r["what"] == "step"} == {"authors", "padded", "shared"}
+    assert not [r for r in rows if "error" in r and r["what"] != "trl"], rows
+    assert all(r["code"] == gpu_check.CODE for r in rows)
+    assert gpu_check.main(["--out", str(out)]) == 2 or torch.cuda.is_available()
