@@ -61,7 +61,7 @@ LAYERS = {
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
                               "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
-    "training": ("settings", "temperature", "resume", "training"),
+    "training": ("settings", "temperature", "launch", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),
     "watching": ("watching",),

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 
 import datasets
@@ -27,6 +27,7 @@ from .base.errors import LireError, moved, require
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .demonstrations import FORMS, needed_columns, taught_by_example, term_values
 from .exploration import term_beta
+from .launch import asked_engine, check_engine, needs_search
 from .lists import as_lists, _is_prepared
 from .logprobs import IMPLS, list_logps, policy_at_start, reference_logps, remember_start
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
@@ -41,7 +42,7 @@ from lire_nb.settings import (
     check_arguments, check_checkpointing, check_optimizer, check_ranges, check_schedule, check_used, check_words,
     loss_settings_of, parse_settings,
 )
-from .shared_prompt import ListCollator, tokenize_list
+from .shared_prompt import for_a_while, ListCollator, tokenize_list
 from lire_nb.temperature import (
     largest_weights, lost_updates, median, mute_lists, needs_difference, spread_out, temperature_for, why_mute,
 )
@@ -439,10 +440,13 @@ class LIRETrainer(ListTrainer):
         _check_paths(model, args, ref_model)
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
-        super().__init__(
-            model=model, args=args, processing_class=processing_class, callbacks=callbacks,
-            data_collator=TrainingCollator(processing_class.pad_token_id or 0),
-            train_dataset=prepare(train_dataset), eval_dataset=prepare(eval_dataset), **kwargs)
+        train_dataset, eval_dataset = prepare(train_dataset), prepare(eval_dataset)
+        with _searched(model, args):
+            super().__init__(
+                model=model, args=args, processing_class=processing_class, callbacks=callbacks,
+                data_collator=TrainingCollator(processing_class.pad_token_id or 0),
+                train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        check_engine(args, self.accelerator.distributed_type)
         self.model_accepts_loss_kwargs = True  # our loss is already divided by the lists of the whole step
         self._began, self._at_once = False, None  # candidates in memory at a time, under "auto"
 
@@ -662,6 +666,13 @@ def _check_paths(model, args: LIREConfig, ref_model=None) -> None:
                 remedy="give a reference with the policy's tokenizer")
 
 # %% ../nbs/18_training.ipynb #f62b2408
+def _searched(model, args: LIREConfig):
+    "A block in which DDP is told to look for weights without a gradient only where some may have none."
+    if args.ddp_find_unused_parameters is not None or args.world_size == 1 or asked_engine(args):
+        return nullcontext()
+    return for_a_while((args, "ddp_find_unused_parameters", needs_search(model, args)))
+
+
 def _check_model(model, tokenizer) -> None:
     "What cannot be trained on lists is said before the work."
     require(tokenizer is not None, "missing", field="processing_class", value=None, allowed="the policy's tokenizer",
