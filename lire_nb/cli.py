@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'SETTINGS',
-           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'QUICKSTART', 'option', 'command', 'main',
-           'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command', 'score_command',
-           'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command', 'judge_command',
-           'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SAMPLING', 'GUIDED', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LOADING', 'ROWS', 'QUICKSTART', 'option',
+           'command', 'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of', 'sample_command',
+           'score_command', 'train_command', 'train_reward_command', 'enhance_command', 'evaluate_command',
+           'judge_command', 'report_command', 'bench_command', 'reproduce_command', 'quickstart', 'machine',
+           'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -18,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,6 +103,30 @@ SELECTION = (_WAY, option("--pool-size", type=int, default=None, metavar="N",
                           help="answers sampled for each prompt, to choose from"))
 SCORED_SELECTION = (_WAY, option("--num-candidates", type=int, default=None, help="M, with --select"))
 
+# %% ../nbs/60_cli.ipynb #60d5a0a3
+@contextmanager
+def _as_asked(args):
+    "A block in which policies are loaded and sampled as the options say."
+    dtype, attention, rows = (getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch"))
+    if dtype is attention is rows is None:
+        yield
+        return
+    from lire_nb.models import loading
+    from lire_nb.sampling import rows_at_once
+
+    served = str(getattr(args, "policy", "")).startswith(("http://", "https://"))
+    require(not served, "has no effect on a server", field="--dtype, --attn-implementation, --sampling-batch",
+            value=[dtype, attention, rows], allowed="a policy that is loaded here",
+            remedy="leave them out, and start the server so")
+    with loading(dtype, attention), rows_at_once(rows) if rows is not None else nullcontext():
+        yield
+
+
+def _loaded() -> dict:
+    "How policies are loaded, as part of a configuration; nothing, and no import, where nothing was asked for."
+    models = sys.modules.get("lire_nb.models")
+    return models.loaded_as() if models else {}
+
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
@@ -110,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PlainFormatter("lire: %(message)s"))
     try:
-        args.call(args)
+        with _as_asked(args):
+            args.call(args)
     except (LireError, OSError) as e:
         print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
         return 2
@@ -247,7 +273,7 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
     with one_writer(path, "another command", inside=False):
         require(not path.exists() or path.with_name(name).exists(), "is there already and was not made by this command",
                 field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
-        claim_folder(path.parent, {"output": path.name, **config}, name,
+        claim_folder(path.parent, {"output": path.name, **config, **_loaded()}, name,
                      f"give another --out, or delete {path.name} to make it again",
                      # of an attempt that left no output nothing counts
                      made=[path.name, *([journal.name] if journal else [])], about=about)
@@ -518,13 +544,25 @@ def evaluate_command(args) -> None:
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),
-                  "seed": args.seed, "max_prompt_length": limit}
+                  "seed": args.seed, "max_prompt_length": limit, **_loaded()}
         identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
                               about={"systems": systems, "judges": judges})
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
         evaluation.evaluate_systems(args.out, systems, prompts, rewards, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
         report_command(args)
+
+# %% ../nbs/60_cli.ipynb #60d5a0a2
+LOADING = (
+    option("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+           help="weights of every policy; default: float32 for training, and what is fast here for sampling"),
+    option("--attn-implementation", default=None, metavar="NAME", help="sdpa, eager, flash_attention_2, …"),
+)
+ROWS = option("--sampling-batch", type=int, default=None, metavar="ROWS",
+              help="rows sampled at once, prompts × candidates; default: 128")
+for _name, _more in (("sample", (*LOADING, ROWS)), ("train", LOADING), ("enhance", (*LOADING, ROWS)),
+                     ("evaluate", (*LOADING, ROWS))):
+    COMMANDS[_name] = COMMANDS[_name][0], (*COMMANDS[_name][1], *_more)
 
 # %% ../nbs/60_cli.ipynb #6b7f42e7
 def _answers(args) -> dict:

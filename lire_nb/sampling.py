@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers', 'candidate_numbers',
-           'draw_tokens', 'cannot_share_prompts', 'LocalSampler', 'sample_lists', 'ServerSampler']
+           'draw_tokens', 'cannot_share_prompts', 'rows_at_once', 'LocalSampler', 'sample_lists', 'ServerSampler']
 
 # %% ../nbs/14_sampling.ipynb #9b0b3127
 import hashlib
@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -343,6 +344,22 @@ def _generate(model, tokenizer, prompts, encoded, repeats: int, choose: _Chooser
     rows = [list(zip(*row)) for row in zip(out[:, ids.shape[1] :].tolist(), torch.stack(chosen.logps, 1).tolist())]
     return [row[: next((k + 1 for k, (t, _) in enumerate(row) if t in choose.ends), None)] for row in rows]
 
+# %% ../nbs/14_sampling.ipynb #72a5d0aa
+_ROWS: ContextVar[int] = ContextVar("rows", default=128)
+
+
+@contextmanager
+def rows_at_once(
+    count: int,  # prompts × candidates in one batch of sampling
+):
+    "A block in which local sampling takes so many rows at once: memory against time. The draws stay the same."
+    _check_count(count, "rows_at_once", "128 suits most models")
+    token = _ROWS.set(count)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
 # %% ../nbs/14_sampling.ipynb #79acad67
 # long: one class; what a batch does stands above
 class LocalSampler:
@@ -352,13 +369,14 @@ class LocalSampler:
         self,
         model,
         tokenizer,
-        batch_size: int = 128,  # rows at once
+        batch_size: int | None = None,  # rows at once; None: what `rows_at_once` says, usually 128
         # tokens; what is longer is cut as `conversations.encode_prompt` does
         max_prompt_length: int = MAX_PROMPT_LENGTH,
         progress: bool = True,
         share_prompt: bool | None = None,  # None: share where it is exact
     ):
         check_limit(max_prompt_length, "max_prompt_length")
+        batch_size = _ROWS.get() if batch_size is None else batch_size
         _check_count(batch_size, "batch_size", "128 suits most models")
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
         self.max_prompt_length, self.share_prompt = max_prompt_length, share_prompt
