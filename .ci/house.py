@@ -55,7 +55,7 @@ VERBS = {
 # Lowest first: a room imports from its own layer and from those below.
 LAYERS = {
     "base": ("base.errors", "base.files", "base.versions"),
-    "losses, records": ("losses", "rivals", "records", "conversations", "layouts", "lists", "exploration",
+    "losses, records": ("losses", "rivals", "many_lists", "records", "conversations", "layouts", "lists", "exploration",
                         "demonstrations"),
     "statistics": ("statistics", "preferences", "proxy", "decisions"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -38,6 +39,7 @@ from lire_nb.identity import (
 from .launch import check_checkpoint, check_engine, launched_as
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
 from .logprobs import sampled_logps
+from .many_lists import in_order, MANY, with_column
 from lire_nb.models import (
     common_context, compute_dtype, digest, file_hash, load_policy, loaded_as, Policy, quiet_transformers,
 )
@@ -273,6 +275,11 @@ def _claim_run(run_folder: Path, config: dict, policy: Policy) -> None:
 def by_id(lists: Iterable[dict]) -> list[dict]:
     "Records in the order of their ids."
     return sorted((dict(r) for r in lists), key=lambda r: (r["id"], json.dumps(r, sort_keys=True)))
+
+
+def _ordered(lists):
+    "Lists in the order of their ids; a data set stays one, so that it need not fit into memory."
+    return in_order(lists) if isinstance(lists, Dataset) and len(lists) >= MANY else by_id(lists)
 
 # %% ../nbs/19_enhancement.ipynb #f1c0ea3c
 def settings_identity(
@@ -552,7 +559,7 @@ def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Poli
     prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
     mixed = [[weight * b + (1 - weight) * a for a, b in zip(*rows)]
              for rows in zip(prepared["ref_logps"], theirs["ref_logps"])]
-    return prepared.from_list([{**row, "ref_logps": logps} for row, logps in zip(prepared, mixed)])
+    return with_column(prepared.remove_columns("ref_logps"), "ref_logps", mixed)
 
 # %% ../nbs/19_enhancement.ipynb #e8cd0635
 TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1,
@@ -574,7 +581,7 @@ def train_policy(
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
-    folder, lists, settings = Path(folder), by_id(as_lists(lists, "lists")), check_settings(settings)
+    folder, lists, settings = Path(folder), _ordered(as_lists(lists, "lists")), check_settings(settings)
     policy = Policy.of(policy)
     check_options(policy, settings, trainer_options, merge_adapter)
     options, partial = trainer_options or {}, folder.with_name(f"{folder.name}.partial")
