@@ -1,4 +1,4 @@
-"""How memory and time grow with the number of lists: python tests/many_lists.py [20000 200000] [--in-memory]
+"""How memory and time grow with the number of lists: python tests/many_lists.py [20000 200000] [--words 30 12] [--in-memory]
 
 Each count is measured in a process of its own: a file of lists is read (`load_lists`), put in order, identified,
 tokenized and trained on for four steps by `train_policy`, with a tiny policy. For every stage a line: seconds, lists a
@@ -19,13 +19,13 @@ from pathlib import Path
 WORDS = "the film was long dull bright odd fine and slow with a good end that nobody liked much but all talked of".split()
 
 
-def write_lists(path: Path, count: int) -> None:
-    """Lists of 30 words of prompt and four candidates of 12 words."""
+def write_lists(path: Path, count: int, words: tuple[int, int] = (30, 12)) -> None:
+    """Lists with so many words of prompt, and in each of four candidates."""
     said = lambda n, k: " ".join(WORDS[(n * 7 + i * i + n // 19 * i) % len(WORDS)] for i in range(k))  # noqa: E731
     with open(path, "w") as f:
         for n in range(count):
-            texts = [f" {said(n + 31 * j, 12)} {j}" for j in range(4)]
-            record = {"id": f"list-{n * 7919 % count:07}", "prompt": f"{n} {said(n, 30)}", "completions": texts,
+            texts = [f" {said(n + 31 * j, words[1])} {j}" for j in range(4)]
+            record = {"id": f"list-{n * 7919 % count:07}", "prompt": f"{n} {said(n, words[0])}", "completions": texts,
                       "rewards": [0.5 * j - n % 3 for j in range(4)], "sources": ["made"] * 4, "meta": {}}
             f.write(json.dumps(record) + "\n")
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("counts", nargs="*", type=int, default=[20_000, 200_000])
     parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--words", nargs=2, type=int, default=(30, 12), help="of a prompt, and of a candidate")
     parser.add_argument("--inside", default=None)
     args = parser.parse_args()
     if args.inside:
@@ -120,7 +121,7 @@ def main() -> None:
     peaks = {}
     for count in args.counts:
         with tempfile.TemporaryDirectory() as folder:
-            write_lists(Path(folder, "lists.jsonl"), count)
+            write_lists(Path(folder, "lists.jsonl"), count, args.words)
             size = Path(folder, "lists.jsonl").stat().st_size
             print(f"{count} lists, {size / 2**20:.0f} MiB of text", flush=True)
             command = [sys.executable, __file__, "--inside", folder, str(count), *["--in-memory"] * args.in_memory]
