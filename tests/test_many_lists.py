@@ -15,16 +15,18 @@ from lire_nb.identity import lists_identity
 from lire_nb.lists import load_lists
 from lire_nb.many_lists import kept_rows
 from lire_nb.models import load_tokenizer
-from lire_nb.records import lists_dataset, make_record
+from lire_nb.records import lists_dataset, make_record, turns_text
 from lire_nb.training import check_teaching, LIREConfig, prepare_lists
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = [" good", " bad", " dull and long", " fine"]
 LISTS = [make_record(f"film {n % 9} was", WORDS[: 2 + n % 3], [1.0, -0.5, None, 0.25][: 2 + n % 3], id=f"{n % 9}-{n:02}",
                      sources=["policy", "human", "human", "policy"][: 2 + n % 3]) for n in range(23)]
-TALKS = [make_record("film was", [" good", " bad"], [1.0, 0.0], id=f"t{n}", meta={
-    "turns": [[{"role": "assistant", "content": " good"}, {"role": "user", "content": " why?"},
-               {"role": "assistant", "content": " so."}], None]}) for n in range(2)]
+TALK = [{"role": role, "content": text} for role, text in (("assistant", "good"), ("user", "why"), ("assistant", "so"))]
+TALKS = [make_record([{"role": "user", "content": "film"}], [turns_text(TALK), "bad"], [1.0, 0.0], id=f"t{n}",
+                     meta={"turns": [TALK, None]}) for n in range(2)]
+TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
 SETTINGS = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_prompt_length=8,
                 max_completion_length=6)
 
@@ -63,6 +65,7 @@ def test_a_file_of_lists_with_bad_and_double_rows(tmp_path, on_disk):
                          ids=["plain", "terms", "conversations"])
 def test_token_ids_of_both_ways(start, tmp_path, on_disk, caplog, lists, more):
     tokenizer, found = load_tokenizer(start), []
+    tokenizer.chat_template = TEMPLATE if lists is TALKS else None
     data = lists_dataset({**r, "meta": {**r["meta"], "token_ids": [[1], *[None] * (len(r["completions"]) - 1)],
                                         "tokenizer": "another"}} if lists is LISTS else r for r in lists)
     limits = {} if lists is LISTS else {"max_completion_length": 60, "max_prompt_length": 60}
