@@ -407,6 +407,7 @@ def score_command(args) -> None:
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, SETTINGS, *LORA,
          option("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"),
+         option("--sharded-loading", action="store_true", help="each process reads its share of the weights alone"),
          CHAT, SEED, OUT)
 def train_command(args) -> None:
     "Train a policy on scored lists."
@@ -414,6 +415,7 @@ def train_command(args) -> None:
 
     settings, lora = enhancement.check_settings(settings_of(args.set)), _lora(args)
     options, merge = _adapter(lora), {"merge_adapter": True} if args.merge_adapter else {}
+    merge |= {"sharded": True} if args.sharded_loading else {}
     enhancement.check_options(args.policy, settings, options, args.merge_adapter)
     with _claim(args.out, fingerprint=identity.policy_identity(args.policy), lists=_hash(args.lists),
                 settings=enhancement.settings_identity(settings), seed=args.seed, **({"lora": lora} if lora else {}),

@@ -36,7 +36,7 @@ from lire_nb.identity import (
     check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
     prompts_identity, reward_identity,
 )
-from .launch import check_checkpoint, check_engine, launched_as
+from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
 from .logprobs import sampled_logps
 from .many_lists import in_order, MANY, with_column
@@ -576,6 +576,7 @@ def train_policy(
     callbacks: list | None = None,
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
     merge_adapter: bool = False,  # of the start policy: add it to the weights of its base first
+    sharded: bool = False,  # each process reads its share of the weights alone, see `sharded_loading`
     # for a loss with a reference: another policy, and the weight of its log-probs; the rest is the start's
     reference_mix: tuple[Policy, float] | None = None,
     **settings,  # for LIREConfig
@@ -588,7 +589,8 @@ def train_policy(
     with one_writer(folder, "another training", inside=False):
         identity = {"fingerprint": policy.fingerprint, "lists": lists_identity(lists), "seed": seed,
                     "settings": settings_identity(settings), "trainer": plain_value(options),
-                    **({"merge_adapter": True} if merge_adapter else {}), **loaded_as(),
+                    **({"merge_adapter": True} if merge_adapter else {}), **({"sharded": True} if sharded else {}),
+                    **loaded_as(),
                     **({"reference_mix": [reference_mix[0].fingerprint, reference_mix[1]]} if reference_mix else {})}
         if folder.exists():
             return _done_before(folder, partial, identity)
@@ -596,6 +598,7 @@ def train_policy(
         args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": has_state}
                              | settings | {"output_dir": str(partial)}))
         check_engine(args)
+        how = sharded_loading(args) if sharded else {}
         with args.main_process_first(local=False), disk_errors(folder):
             resume = _claim_partial(partial, identity, args.process_index == 0, policy)
         if resume:
@@ -604,7 +607,7 @@ def train_policy(
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks,
-                       merge_adapter=merge_adapter, reference_mix=reference_mix, **options)
+                       merge_adapter=merge_adapter, reference_mix=reference_mix, how=how, **options)
         except Interrupted:
             raise
         except KeyboardInterrupt as e:  # the second one
@@ -684,8 +687,8 @@ class _NoLastCheckpoint(TrainerCallback):
 
 # %% ../nbs/19_enhancement.ipynb #4e5d55de
 def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter,
-           reference_mix, **options) -> None:
-    model, tokenizer = load_policy(policy)
+           reference_mix, how, **options) -> None:
+    model, tokenizer = load_policy(policy, **how)
     if merge_adapter:
         model = merged_policy(model)
     if reference_mix is not None:

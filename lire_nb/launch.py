@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['asked_engine', 'state_dict_kind', 'launched_as', 'check_engine', 'check_checkpoint', 'unreached',
-           'needs_search', 'trained_weights', 'say_precision']
+           'needs_search', 'trained_weights', 'say_precision', 'sharded_loading', 'shared_out']
 
 # %% ../nbs/71_launch.ipynb #d8f8c550
 import json
@@ -160,3 +160,33 @@ def say_precision(
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = kinds.pop()
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+# %% ../nbs/71_launch.ipynb #71c0d002
+def sharded_loading(
+    args,  # a `TrainingArguments`
+) -> dict:  # for `load_policy`
+    "What makes each process read its share of the weights alone. Raises `LireError` where that cannot be trained."
+    from transformers.distributed import DistributedConfig
+
+    say = {"field": "sharded loading"}
+    require(asked_engine(args) is None, "two ways of sharing weights out", value=asked_engine(args), **say,
+            allowed="a launcher's file without an engine, as data/configs/two_cpu_processes.yaml",
+            remedy="leave one of the two out")
+    require(args.world_size > 1, "one process reads all weights", value=args.world_size, **say,
+            allowed="two processes or more", remedy="start it with accelerate launch, or leave it out")
+    require(str(getattr(args.save_strategy, "value", args.save_strategy)) == "no",
+            "the optimizer's state of weights that are shared out while they are read cannot be written", **say,
+            value=f"save_strategy={getattr(args.save_strategy, 'value', args.save_strategy)}",
+            allowed="save_strategy=no: a run that is stopped starts anew",
+            remedy="set it, or use data/configs/eight_gpus_fsdp.yaml, which writes checkpoints")
+    return {"distributed_config": DistributedConfig(fsdp_size=args.world_size)}
+
+# %% ../nbs/71_launch.ipynb #71c0d003
+def shared_out(
+    model: torch.nn.Module,
+) -> torch.nn.Module:
+    "The model with every weight back at its share; one that is not shared out stays as it is."
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # of FSDP2
+            module.reshard()
+    return model

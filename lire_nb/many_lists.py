@@ -24,7 +24,7 @@ from .base.errors import LireError
 from .base.files import atomic_write, _batches, disk_errors, free_lock, take_lock
 
 # %% ../nbs/72_many_lists.ipynb #46b54d4d
-IN_MEMORY = 64 * 2**20  # bytes of a table that stays in memory
+IN_MEMORY = 16 * 2**20  # bytes of a table that stays in memory
 MANY = 2000  # lists, from which on token ids go to the disk
 
 
@@ -81,7 +81,7 @@ class OnDisk:
 # %% ../nbs/72_many_lists.ipynb #3c8b1891
 def sorted_lines(
     lines: Iterable[str],  # without line ends
-    most: int = 2**25,  # characters in memory at a time
+    most: int = 2**23,  # characters in memory at a time
 ) -> Iterator[str]:
     "The lines in ascending order, as `sorted` gives them."
     runs, held, size = [], [], 0

@@ -224,7 +224,9 @@ def load_policy(
         raise e if base is policy else _no_base(policy, base, e)
     if base is not policy:
         model = _with_adapter(model, policy.folder)
-    return model.to(device or default_device()).eval(), load_tokenizer(policy)
+    if "distributed_config" not in kwargs:  # weights that are shared out lie where they belong
+        model = model.to(device or default_device())
+    return model.eval(), load_tokenizer(policy)
 
 # %% ../nbs/35_models.ipynb #f9d7a339
 def _from_pretrained(cls, name, **kwargs):

@@ -31,7 +31,7 @@ from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_p
 from .demonstrations import FORMS, needed_columns, taught_by_example, term_values
 from .exploration import term_beta
 from .identity import tokenizer_identity
-from .launch import asked_engine, check_engine, needs_search
+from .launch import asked_engine, check_engine, needs_search, shared_out
 from .lists import as_lists, _is_prepared
 from .logprobs import IMPLS, list_logps, policy_at_start, reference_logps, remember_start
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
@@ -505,6 +505,10 @@ class LIRETrainer(ListTrainer):
         self._began = True  # from here on the model is no longer the policy at the start
         return super().train(*args, **kwargs)
 
+    def create_optimizer(self, *args, **kwargs):
+        shared_out(self.model)  # after the self-check and the reference log-probs
+        return super().create_optimizer(*args, **kwargs)
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """As the Trainer's; a single step is no warm-up, since that begins at a learning rate of 0 and would change
         nothing."""
@@ -717,7 +721,8 @@ def _check_paths(model, args: LIREConfig, ref_model=None) -> None:
 # %% ../nbs/18_training.ipynb #f62b2408
 def _searched(model, args: LIREConfig):
     "A block in which DDP is told to look for weights without a gradient only where some may have none."
-    if args.ddp_find_unused_parameters is not None or args.world_size == 1 or asked_engine(args):
+    shared = getattr(model, "is_distributed_loading_by_transformers", False)
+    if args.ddp_find_unused_parameters is not None or args.world_size == 1 or asked_engine(args) or shared:
         return nullcontext()
     return for_a_while((args, "ddp_find_unused_parameters", needs_search(model, args)))
 
