@@ -24,7 +24,7 @@ VERBS = {
     "conversations": "render_prompt|encode_conversation", "tasks": "load_task", "models": "load_policy",
     "sampling": "sample_lists",
     "rewards": "score_lists", "shared_prompt": "packed_rows", "logprobs": "list_logps", "training": "LIRETrainer|train",
-    "resume": "ExactTrainer|last_checkpoint",
+    "resume": "ExactTrainer|last_checkpoint", "launch": "launched_as|check_engine", "many_lists": "whole_table|kept_rows",
     "enhancement": "self_enhance", "statistics": "bootstrap_interval", "preferences": "win_rate",
     "evaluation": "judge_policy|evaluate_systems",
     "watching": "EvaluationCallback", "temperature": "suggest_temperature", "path_check": "check_paths",

@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,18 +107,13 @@ SCORED_SELECTION = (_WAY, option("--num-candidates", type=int, default=None, hel
 @contextmanager
 def _as_asked(args):
     "A block in which policies are loaded and sampled as the options say."
-    dtype, attention, rows = (getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch"))
-    if dtype is attention is rows is None:
+    asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]
+    if asked == [None, None, None]:
         yield
         return
-    from lire_nb.models import loading
-    from lire_nb.sampling import rows_at_once
+    from lire_nb.launch import as_asked
 
-    served = str(getattr(args, "policy", "")).startswith(("http://", "https://"))
-    require(not served, "has no effect on a server", field="--dtype, --attn-implementation, --sampling-batch",
-            value=[dtype, attention, rows], allowed="a policy that is loaded here",
-            remedy="leave them out, and start the server so")
-    with loading(dtype, attention), rows_at_once(rows) if rows is not None else nullcontext():
+    with as_asked(*asked, str(getattr(args, "policy", ""))):
         yield
 
 

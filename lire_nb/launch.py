@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['asked_engine', 'state_dict_kind', 'launched_as', 'check_engine', 'check_checkpoint', 'unreached',
-           'needs_search', 'trained_weights', 'say_precision', 'sharded_loading', 'shared_out']
+           'needs_search', 'trained_weights', 'say_precision', 'sharded_loading', 'shared_out', 'as_asked']
 
 # %% ../nbs/71_launch.ipynb #d8f8c550
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from accelerate.utils import DistributedType
 
 from .base.errors import require
 from .logprobs import list_logps
-from .models import causal_lm, text_config, unwrap
+from .models import causal_lm, loading, text_config, unwrap
 from .path_check import _tiny_lists, to_device
+from .sampling import rows_at_once
 from .shared_prompt import ListCollator
 
 # %% ../nbs/71_launch.ipynb #8c586987
@@ -190,3 +192,19 @@ def shared_out(
         if hasattr(module, "reshard") and hasattr(module, "unshard"):  # of FSDP2
             module.reshard()
     return model
+
+# %% ../nbs/71_launch.ipynb #71f0d002
+@contextmanager
+def as_asked(
+    dtype: str | None = None,  # see `loading`
+    attn_implementation: str | None = None,
+    rows: int | None = None,  # see `rows_at_once`
+    policy: str = "",  # an address is a server's, which was started in its own way
+):
+    "A block in which policies are loaded and sampled so; raises `LireError` where a setting would have no effect."
+    served = policy.startswith(("http://", "https://"))
+    require(not served, "has no effect on a server", field="--dtype, --attn-implementation, --sampling-batch",
+            value=[dtype, attn_implementation, rows], allowed="a policy that is loaded here",
+            remedy="leave them out, and start the server so")
+    with loading(dtype, attn_implementation), rows_at_once(rows) if rows is not None else nullcontext():
+        yield

@@ -394,7 +394,7 @@ def loading(
     require(name is None or name in DTYPES, "unknown precision", field="dtype", value=name, allowed=", ".join(DTYPES),
             remedy="leave it out for the usual one")
     require(attn_implementation in (None, *ATTENTIONS), "unknown attention", field="attn_implementation",
-            value=attn_implementation, allowed=", ".join(ATTENTIONS), remedy="leave it out for transformers' own choice")
+            value=attn_implementation, allowed=", ".join(ATTENTIONS), remedy="leave it out")
     flash = (attn_implementation or "").startswith("flash")
     require(not flash or torch.cuda.is_available() and find_spec("flash_attn") is not None,
             "needs a CUDA device and the package flash_attn", field="attn_implementation", value=attn_implementation,
