@@ -94,13 +94,16 @@ def taught_by_example(
     "Which lists have a demonstration that teaches. Raises `LireError` where a term finds nothing and that is needed."
     if not terms:
         return [False] * len(lists)
-    said = [_said(row) for row in _few_columns(lists)]
-    for name, weight in terms.items():
-        found, reason, field, allowed, remedy = _FOUND[name]
-        require(not needed or not said or any(found(*one) for one in said), reason, field=field,
-                value=name if field == "demo_form" else weight, allowed=allowed, remedy=remedy)
     by = next((_FOUND[name][0] for name in terms if name in FORMS), lambda demos, own: False)
-    return [by(*one) for one in said]
+    shown, seen = [], dict.fromkeys(terms, False)
+    for one in map(_said, _few_columns(lists)):
+        shown.append(by(*one))
+        seen |= {name: bool(seen[name] or _FOUND[name][0](*one)) for name in terms}
+    for name, weight in terms.items():
+        _, reason, field, allowed, remedy = _FOUND[name]
+        require(not needed or not shown or seen[name], reason, field=field,
+                value=name if field == "demo_form" else weight, allowed=allowed, remedy=remedy)
+    return shown
 
 
 def _few_columns(lists):

@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import accelerate.state
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -21,19 +20,19 @@ from lire_nb.training import LIRETrainer
 
 SETTINGS = dict(learning_rate=5e-3, max_steps=4, bf16=False, use_cpu=True, per_device_train_batch_size=2,
                 disable_tqdm=True)
-known = accelerate.state.AcceleratorState.__init__
+known = PartialState.__init__
 
 
 def as_if_on_gpus(self, *args, **kwargs):
-    PartialState(cpu=True)
-    if not accelerate.state.AcceleratorState._shared_state:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    fresh = not PartialState._shared_state
     known(self, *args, **kwargs)
+    if fresh:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
-    accelerate.state.AcceleratorState.__init__ = as_if_on_gpus
+    PartialState.__init__ = as_if_on_gpus
     found, step = {}, LIRETrainer.training_step
 
     def training_step(self, model, *args, **kwargs):

@@ -25,7 +25,7 @@ EXPECTED = [
     "48_memory", "49_trl_online",
     "50_verdicts", "51_chat", "52_sheets",
     "60_cli", "61_compare", "62_cards", "63_extend", "63_own_lists",
-    "70_long_lists", "72_handover", "75_ranks",
+    "70_long_lists", "71_launch", "72_handover", "72_many_lists", "75_ranks",
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",
     "85_feasible_rewards", "86_uncertain_rewards", "87_frontiers",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
