@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT',
-           'SETTINGS', 'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED',
-           'QUICKSTART', 'option', 'command', 'main', 'read_prompts', 'read_reward', 'named', 'settings_of', 'limit_of',
-           'sample_command', 'score_command', 'train_command', 'train_reward_command', 'merge_command',
-           'enhance_command', 'evaluate_command', 'judge_command', 'report_command', 'bench_command', 'compare_command',
-           'reproduce_command', 'quickstart', 'machine', 'quickstart_command']
+           'SETTINGS', 'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED', 'HEAP',
+           'LOADING', 'ROWS', 'QUICKSTART', 'option', 'command', 'keep_heap', 'main', 'read_prompts', 'read_reward',
+           'named', 'settings_of', 'limit_of', 'sample_command', 'score_command', 'train_command',
+           'train_reward_command', 'merge_command', 'enhance_command', 'evaluate_command', 'judge_command',
+           'report_command', 'bench_command', 'compare_command', 'reproduce_command', 'quickstart', 'machine',
+           'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
 import argparse
@@ -133,15 +134,52 @@ LEARNED = (
            help="of the start policy in the reference of a loss that has one; the rest is the last round's"),
 )
 
+# %% ../nbs/60_cli.ipynb #gp103a36
+HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+_LONG = ("quickstart", "sample", "train", "train-reward", "enhance", "evaluate", "reproduce")
+
+
+def keep_heap(
+    given: list[str],  # the words after `lire`
+) -> None:
+    "Start this process again with `HEAP`, where it is a long command of its own under the GNU C library."
+    words = getattr(sys, "orig_argv", [])
+    own = bool(given) and words[-len(given):] == given  # not in a notebook, a test or a fork
+    launched = {"GLIBC_TUNABLES", "LOCAL_RANK"} & os.environ.keys()
+    if own and not launched and given[0] in _LONG and platform.libc_ver()[0] == "glibc":
+        os.execve(sys.executable, [sys.executable, *words[1:]], {**os.environ, "GLIBC_TUNABLES": HEAP})
+
+# %% ../nbs/60_cli.ipynb #60d5a0a3
+@contextmanager
+def _as_asked(args):
+    "A block in which policies are loaded and sampled as the options say."
+    asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]
+    if asked == [None, None, None]:
+        yield
+        return
+    from lire_nb.launch import as_asked
+
+    with as_asked(*asked, str(getattr(args, "policy", ""))):
+        yield
+
+
+def _loaded() -> dict:
+    "How policies are loaded, as part of a configuration; nothing, and no import, where nothing was asked for."
+    models = sys.modules.get("lire_nb.models")
+    return models.loaded_as() if models else {}
+
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
     args = _parser().parse_args(argv)
+    if argv is None:
+        keep_heap(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="lire: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PlainFormatter("lire: %(message)s"))
     try:
-        args.call(args)
+        with _as_asked(args):
+            args.call(args)
     except (LireError, OSError) as e:
         if _is_mine(e):
             print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
@@ -292,7 +330,7 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
         require(not path.exists() or path.with_name(name).exists(), "is there already and was not made by this command",
                 field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
         made_from = {name: value() if callable(value) else value for name, value in config.items()}
-        claim_folder(path.parent, {"output": path.name, **made_from}, name,
+        claim_folder(path.parent, {"output": path.name, **made_from, **_loaded()}, name,
                      f"give another --out, or delete {path.name} to make it again",
                      # of an attempt that left no output nothing counts
                      made=[path.name, *([journal.name] if journal else [])], about=about)
@@ -429,6 +467,7 @@ def score_command(args) -> None:
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, SETTINGS, *LORA,
          option("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"),
+         option("--sharded-loading", action="store_true", help="each process reads its share of the weights alone"),
          option("--eval-lists", default=None, metavar="LISTS", help="held-out lists, looked at in every epoch"),
          option("--patience", type=int, default=None, help="stop after so many evaluations without a new best"),
          *READING, CHAT, SEED, OUT)
@@ -438,6 +477,7 @@ def train_command(args) -> None:
 
     settings, lora, reading = enhancement.check_settings(settings_of(args.set)), _lora(args), _reading(args)
     options, more = _adapter(lora) or {}, {"merge_adapter": True} if args.merge_adapter else {}
+    more |= {"sharded": True} if args.sharded_loading else {}
     held_out = {"eval_lists": _hash(args.eval_lists, reading)} if args.eval_lists else {}
     if args.eval_lists:
         require(args.eval_lists != args.lists, "are the lists of the training", field="--eval-lists",
@@ -642,13 +682,26 @@ def evaluate_command(args) -> None:
         config = {"systems": found, "judges": {name: identity.reward_identity(r) for name, r in rewards.items()},
                   "prompts": identity.prompts_identity(prompts), "samples": args.num_samples,
                   "sampling": asdict(settings),
-                  "seed": args.seed, "max_prompt_length": limit, **({"samplers": sorted(engines)} if engines else {})}
+                  "seed": args.seed, "max_prompt_length": limit, **({"samplers": sorted(engines)} if engines else {}),
+                  **_loaded()}
         on_main(lambda: identity.claim_folder(args.out, config, made=["evaluation/*.jsonl"],
                                               about={"systems": systems, "judges": judges}))
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
         evaluation.evaluate_systems(args.out, systems, prompts, rewards, samplers=engines, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
         on_main(lambda: report_command(args))
+
+# %% ../nbs/60_cli.ipynb #60d5a0a2
+LOADING = (
+    option("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+           help="weights of every policy; default: float32 for training, and what is fast here for sampling"),
+    option("--attn-implementation", default=None, metavar="NAME", help="sdpa, eager, flash_attention_2, …"),
+)
+ROWS = option("--sampling-batch", type=int, default=None, metavar="ROWS",
+              help="rows sampled at once, prompts × candidates; default: 128")
+for _name, _more in (("sample", (*LOADING, ROWS)), ("train", LOADING), ("enhance", (*LOADING, ROWS)),
+                     ("evaluate", (*LOADING, ROWS))):
+    COMMANDS[_name] = COMMANDS[_name][0], (*COMMANDS[_name][1], *_more)
 
 # %% ../nbs/60_cli.ipynb #6b7f42e7
 def _answers(args) -> dict:

@@ -20,12 +20,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
-from .base.files import atomic_folder, disk_errors, _is_main, one_writer, sweep_drafts, write_json, write_jsonl
+from lire_nb.base.files import (
+    atomic_folder, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
+)
 from .base.ranks import kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
@@ -35,10 +38,12 @@ from lire_nb.identity import (
     check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
     prompts_identity, reward_identity,
 )
+from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
 from .logprobs import sampled_logps
+from .many_lists import in_order, MANY, with_column
 from lire_nb.models import (
-    common_context, compute_dtype, digest, file_hash, load_policy, Policy, quiet_transformers,
+    common_context, compute_dtype, digest, file_hash, load_policy, loaded_as, Policy, quiet_transformers,
 )
 from .records import demonstrated, keep_best_and_worst, make_record, merge_candidates, select_candidates
 from lire_nb.resume import (
@@ -91,7 +96,8 @@ class Rounds:
         return {"fingerprint": policy.fingerprint, "reward": self.reward and reward_identity(self.reward),
                 "prompts": prompts_identity(self.prompts), "given": lists_identity(_given_lists(self.prompts)),
                 "sampling": asdict(self.settings), "training": settings_identity(self.training), "stop": stop, **plain,
-                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {}),
+                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {}), **loaded_as(),
+                **({"processes": _processes()} if _processes() > 1 else {}),
                 **{name: said for name, said in self._options().items() if said is not None}}
 
     def _options(self) -> dict:
@@ -279,6 +285,11 @@ def _claim_run(run_folder: Path, config: dict, policy: Policy) -> None:
 def by_id(lists: Iterable[dict]) -> list[dict]:
     "Records in the order of their ids."
     return sorted((dict(r) for r in lists), key=lambda r: (r["id"], json.dumps(r, sort_keys=True)))
+
+
+def _ordered(lists):
+    "Lists in the order of their ids; a data set stays one, so that it need not fit into memory."
+    return in_order(lists) if isinstance(lists, Dataset) and len(lists) >= MANY else by_id(lists)
 
 # %% ../nbs/19_enhancement.ipynb #f1c0ea3c
 def settings_identity(
@@ -590,7 +601,7 @@ def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Poli
         prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
     mixed = [[weight * b + (1 - weight) * a for a, b in zip(*rows)]
              for rows in zip(prepared["ref_logps"], theirs["ref_logps"])]
-    return prepared.from_list([{**row, "ref_logps": logps} for row, logps in zip(prepared, mixed)])
+    return with_column(prepared.remove_columns("ref_logps"), "ref_logps", mixed)
 
 # %% ../nbs/19_enhancement.ipynb #e8cd0635
 TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1,
@@ -607,13 +618,14 @@ def train_policy(
     callbacks: list | None = None,
     trainer_options: dict | None = None,  # for LIRETrainer, e.g. peft_config
     merge_adapter: bool = False,  # of the start policy: add it to the weights of its base first
+    sharded: bool = False,  # each process reads its share of the weights alone, see `sharded_loading`
     # for a loss with a reference: another policy, and the weight of its log-probs; the rest is the start's
     reference_mix: tuple[Policy, float] | None = None,
     patience: int | None = None,  # stop after so many evaluations without a new best, and keep the best
     **settings,  # for LIREConfig
 ) -> Path:
     "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
-    folder, lists, settings = Path(folder), by_id(as_lists(lists, "lists")), check_settings(settings)
+    folder, lists, settings = Path(folder), _ordered(as_lists(lists, "lists")), check_settings(settings)
     policy = Policy.of(policy)
     if patience is not None:
         settings, callbacks = stopping_early(patience, settings, callbacks, trainer_options)
@@ -623,21 +635,25 @@ def train_policy(
         identity = on_main(lambda: {
             "fingerprint": policy.fingerprint, "lists": lists_identity(lists), "seed": seed,
             "settings": settings_identity(settings), "trainer": plain_value(options),
-            **({"merge_adapter": True} if merge_adapter else {}),
-            **({"patience": patience} if patience is not None else {}),
+            **({"merge_adapter": True} if merge_adapter else {}), **({"sharded": True} if sharded else {}),
+            **loaded_as(), **({"patience": patience} if patience is not None else {}),
             **({"reference_mix": [reference_mix[0].fingerprint, reference_mix[1]]} if reference_mix else {})})
         if on_main(folder.exists):
             return on_main(lambda: _done_before(folder, partial, identity))
         has_state = any(isinstance(c, ExportableState) for c in callbacks or ())
         args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": has_state}
                              | settings | {"output_dir": str(partial)}))
+        check_engine(args)
+        how = sharded_loading(args) if sharded else {}
         with disk_errors(folder):
             resume = on_main(lambda: _claim_partial(partial, identity, policy))
+        if resume:
+            check_checkpoint(resume, read_manifest(resume), launched_as(args))
         try:
             check_teaching(lists, args, warn=False)  # before the policy is loaded; the trainer warns
             with on_sigterm(saves=args.save_strategy != "no") as sigterm, disk_errors(folder):
                 _train(policy, lists, args, partial, folder, resume, sigterm, callbacks=callbacks,
-                       merge_adapter=merge_adapter, reference_mix=reference_mix, **options)
+                       merge_adapter=merge_adapter, reference_mix=reference_mix, how=how, **options)
         except Interrupted:
             raise
         except KeyboardInterrupt as e:  # the second one
@@ -735,8 +751,8 @@ class _NoLastCheckpoint(TrainerCallback):
 
 # %% ../nbs/19_enhancement.ipynb #4e5d55de
 def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sigterm, callbacks, merge_adapter,
-           reference_mix, **options) -> None:
-    model, tokenizer = load_policy(policy)
+           reference_mix, how, **options) -> None:
+    model, tokenizer = load_policy(policy, **how)
     if merge_adapter:
         model = merged_policy(model)
     if reference_mix is not None:

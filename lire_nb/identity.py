@@ -31,6 +31,7 @@ import torch
 from .base.errors import has_password, LireError, moved, public_address, require, without_secrets
 from .base.files import write_json
 from .lists import is_hub_id, load_lists
+from .many_lists import sorted_lines
 from .models import config_content, digest, file_hash, model_fingerprint, Policy
 
 # %% ../nbs/36_identity.ipynb #1cfa4d69
@@ -39,8 +40,11 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/36_identity.ipynb #75fe6efd
 def lists_identity(lists: Iterable[dict]) -> str:  # 16 hex digits
     "A fingerprint of lists, whatever their order."
-    lines = sorted(json.dumps(dict(r), sort_keys=True) for r in lists)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    found, before = hashlib.sha256(), ""
+    for line in sorted_lines(json.dumps(dict(r), sort_keys=True) for r in lists):
+        found.update(f"{before}{line}".encode())
+        before = "\n"
+    return found.hexdigest()[:16]
 
 
 def source_identity(
@@ -53,6 +57,7 @@ def source_identity(
     require(Path(path).is_file(), "no such file", field="lists", value=path,
             allowed="a file of lists, or owner/name on the hub", remedy="check the path")
     return file_hash(path)[:16]
+
 
 # %% ../nbs/36_identity.ipynb #c79aeda2
 def prompts_identity(

@@ -33,6 +33,7 @@ from lire_nb.layouts import (
     Notes, _PAIRED, _RANKED, _read_long, _row_id, _row_prompt, spaced, _transcript_prompt, _turn_keys, unspaced,
     with_tools, without_tools, _with_turns,
 )
+from .many_lists import OnDisk
 from lire_nb.records import (
     as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
     _validated,
@@ -119,7 +120,7 @@ class _Seen:
     """Remembers ids and prompts, and applies the rules for duplicates."""
 
     def __init__(self, report: LoadReport):
-        self.report, self.ids, self.prompts, self.contents = report, {}, set(), set()
+        self.report, self.ids, self.prompts, self.contents = report, OnDisk(), OnDisk(), OnDisk()
 
     def admit(self, record: dict) -> bool:
         """False if `record` is a duplicate; may change its id. Raises `ListError` for one id on two prompts."""
@@ -136,8 +137,7 @@ class _Seen:
             names = (f"{record['id']}-{n}" for n in itertools.count(2))
             record["id"] = next(name for name in names if name not in self.ids)
         self.ids[record["id"]] = prompt
-        self.contents.add(content)
-        self.prompts.add(prompt)
+        self.contents[content] = self.prompts[prompt] = ""
         return True
 
 # %% ../nbs/33_lists.ipynb #bd66d998

@@ -23,6 +23,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from .base.errors import ListError, require
 from .base.files import _batches, _CellList, _check_text, _json, json_digest, _plain_rows, _sorted_json
+from .many_lists import whole_table
 
 # %% ../nbs/12_records.ipynb #4af37471
 FEATURES = Features(
@@ -335,14 +336,19 @@ def _to_table(records: list[dict]) -> pa.Table:
 
 # %% ../nbs/12_records.ipynb #6df61167
 def _to_dataset(records: Iterable[dict]) -> Dataset:
-    tables = [_to_table(batch) for batch in _batches(records)] or [FEATURES.arrow_schema.empty_table()]
     # datasets would copy everything to hash it; the buffers can be hashed where they are.
     digest = hashlib.sha256()
-    for chunk in (chunk for table in tables for column in table.columns for chunk in column.chunks):
-        for buffer in filter(None, getattr(chunk, "storage", chunk).buffers()):
-            digest.update(buffer)
-    return Dataset(pa.concat_tables(tables), info=datasets.DatasetInfo(features=FEATURES),
-                   fingerprint=digest.hexdigest()[:16])
+
+    def tables():
+        for batch in _batches(records):
+            table = _to_table(batch)
+            for chunk in (chunk for column in table.columns for chunk in column.chunks):
+                for buffer in filter(None, getattr(chunk, "storage", chunk).buffers()):
+                    digest.update(buffer)
+            yield table
+
+    table = whole_table(tables(), FEATURES.arrow_schema)
+    return Dataset(table, info=datasets.DatasetInfo(features=FEATURES), fingerprint=digest.hexdigest()[:16])
 
 # %% ../nbs/12_records.ipynb #74ec05dc
 def lists_dataset(records: Iterable[dict]) -> Dataset:

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from .base.errors import LireError, require
 from .base.files import _is_main, write_json
 from .base.ranks import on_main, together, watch_launcher
+from .launch import check_checkpoint, launched_as, say_precision, trained_weights
 from .models import file_hash, quiet_transformers
 
 # %% ../nbs/38_resume.ipynb #e94406ce
@@ -130,6 +131,8 @@ class WholeTrainer(Trainer):
         for name, what in (changed_files(asked, manifest) if manifest and not known else {}).items():
             raise LireError(f"{name} is {what}", file=asked, field="resume_from_checkpoint",
                             remedy="delete this checkpoint and go on from an earlier one")
+        if asked:
+            check_checkpoint(asked, manifest, launched_as(self.args))
         return asked
 
     def _save_checkpoint(self, model, trial):
@@ -146,7 +149,7 @@ class WholeTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
-                write_manifest(folder, **self._facts())
+                write_manifest(folder, launched_as=launched_as(self.args), **self._facts())
                 self._rotate(folder, limit)
         except (OSError, SafetensorError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not any(word in str(e) for word in _TORCH_WRITES):
@@ -159,6 +162,16 @@ class WholeTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         self._saved, self._saved_step = time.monotonic(), self.state.global_step
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        "As the Trainer's; the policy at the end has the weights that DeepSpeed's optimizer changed, not their copies."
+        if not self.is_deepspeed_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder, weights = output_dir or self.args.output_dir, trained_weights(self)
+        if self.args.should_save:
+            self._save(folder, state_dict=weights)
+            say_precision(folder, weights)
 
     def _rotate(self, newest: Path, limit: int | None) -> None:
         "Keep the newest `limit` checkpoints, and the best."
