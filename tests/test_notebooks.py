@@ -27,7 +27,7 @@ EXPECTED = [
     "60_cli",
     "70_long_lists",
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",
-    "85_feasible_rewards", "86_uncertain_rewards",
+    "85_feasible_rewards", "86_uncertain_rewards", "87_frontiers",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",
     "97_cost", "98_neighbors",
     "index",
