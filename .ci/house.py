@@ -43,7 +43,8 @@ VERBS = {
     "proxy": "parting_point|calibration",
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
-    "decisions": "decide", "frontiers": "gain_at_distance",
+    "decisions": "decide", "frontiers": "gain_at_distance", "linear_judge": "train_linear_judge",
+    "protocol": "trial_plan", "trials": "run_experiment", "texts": "judge_texts",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
@@ -60,7 +61,8 @@ LAYERS = {
     "statistics": ("statistics", "preferences", "proxy", "decisions", "frontiers"),
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
-                              "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards"),
+                              "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards",
+                              "linear_judge"),
     "training": ("settings", "temperature", "resume", "training"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),
@@ -68,7 +70,7 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
-            "lab.report", "lab.bench", "lab.neighbors"),
+            "lab.report", "lab.bench", "lab.neighbors", "lab.protocol", "lab.trials", "lab.texts"),
     "cli": ("cli",),
 }
 
