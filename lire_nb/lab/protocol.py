@@ -53,21 +53,21 @@ def trial(
     *,
     split: str = "test",
     take: dict | None = None,  # other prompts or candidates than the scale's
-    pool: dict | None = None,  # other prompts and samples of the source
+    pool: dict | None = None,  # another pool of prompts, and other samples of each, than the scale's
     elsewhere: Iterable[str] = (),  # tasks
     points: int | None = None,  # default: the protocol's
     weak: int | None = None,  # lists of the proxy
 ) -> Experiment:
     "One trial of a scale."
     search, judges = split == "validation", _judges(scale, task, split)
+    scale = {**scale, "tasks": {**scale["tasks"], task: {**scale["tasks"][task], **(pool or {})}}}
     more = {"points": points or _said(scale, "points", "rule"),
             "stop": 1.5 * PROTOCOL["rule"]["cap"] if search else None,
             "elsewhere": {t: {"prompts": scale["tasks"][t]["test"], "tokens": scale["tasks"][t]["tokens"]}
                           for t in elsewhere}}
     made = experiment(scale, task, method, seed, settings, split=split, take=take, kind="trial", **more)
     samples = _said(scale, "samples", "best_of_n") if method == "start" else 1
-    return replace(made, source=replace(made.source, **(pool or {})), judge=replace(made.judge, samples=samples,
-                                                                                    judges=judges),
+    return replace(made, judge=replace(made.judge, samples=samples, judges=judges),
                    rewards={t: _rewards(scale, t, weak) for t in sorted({task, *more["elsewhere"]})})
 
 # %% ../../nbs/71_protocol.ipynb #pr012
@@ -200,7 +200,7 @@ def candidates_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
                  if method == "lire" or budget == "prompts"]
         runs += tried + [_labeled("sentiment", trial(scale, "sentiment", method, seed, best,
                                                      take={"prompts": prompts, "sampled": M},
-                                                     pool={"prompts": many, "sampled": most}),
+                                                     pool={"pool": many, "sampled": most}),
                                   "matched_candidates", stage="final", method=method, M=M, budget=budget, seed=seed)
                          for seed in _few(seeds) for budget, M, prompts in (cases if best else ())]
     return runs + _starts_of(scale, seeds)

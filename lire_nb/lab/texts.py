@@ -71,7 +71,7 @@ def distinct_2(
     rows: Iterable[Iterable[int]],  # token ids of texts
 ) -> float:  # NaN where no text has two tokens
     "The share of different pairs of neighboring tokens among all of them."
-    pairs = [pair for row in rows for pair in zip(row := [*row], row[1:])]
+    pairs = [pair for row in map(list, rows) for pair in zip(row, row[1:])]
     return len(set(pairs)) / len(pairs) if pairs else float("nan")
 
 
