@@ -789,7 +789,7 @@ def _point(text: str):
 _REPRODUCE = (
     option("name", nargs="?", metavar="NAME", help="a table, or all; see --list"),
     option("--list", action="store_true", help="the tables, and how far they are"),
-    option("--scale", default="laptop", help="smoke, laptop, gpu or paper"),
+    option("--scale", default="laptop", help="smoke, laptop, evidence, gpu or paper"),
     option("--seeds", type=int, default=None, help="default: the scale's own number"),
     option("--jobs", type=int, default=None, help="processes side by side; default: as the cores allow"),
     option("--results", default=None,
@@ -822,7 +822,8 @@ def reproduce_command(args) -> None:
             remedy="lire reproduce --list shows what each one is")
     require(args.name != "cost", "is made by another command", field="NAME", value="cost",
             allowed=", ".join(plans.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
-    every = plans.TABLES if args.scale != "paper" and not args.dry_run else runner.RECIPES
+    every = [name for name, table in plans.TABLES.items() if args.scale in table.scales]
+    every = every if args.scale != "paper" and not args.dry_run else runner.RECIPES
     names = list(every) if args.name == "all" else [args.name]
     if args.dry_run:
         return _show_dry_run(names, runner.dry_run)
@@ -838,8 +839,13 @@ def _list_tables(rows: list[dict]) -> None:
     for row in rows:
         other = f"   ({row['other']} more rows of other code, see --accept)" if row["other"] else ""
         print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  "
-              f"{row['minutes']:4} min   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
+              f"{row['minutes']:4} min{_left(row['hours'])}   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
     print("cost              made by lire bench --peers --out data/results/cost.jsonl   nbs/97_cost.ipynb")
+
+
+def _left(hours: float) -> str:
+    "What is still to be done, in hours of one core; nothing where nothing is, and where it is not known."
+    return f", about {hours:.1f} h of a core left" if hours > 0 else ""
 
 
 def _show_dry_run(names: list[str], dry_run) -> None:

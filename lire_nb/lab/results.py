@@ -290,6 +290,12 @@ class Results:
         "Write one row at the end of the table's file."
         from lire_nb.base.files import _is_main, append_jsonl, one_writer
 
+        texts = result.get("texts")
+        if texts and _is_main():  # beside the row, and before it
+            from .texts import write_texts
+
+            write_texts(self.folder, run.key, texts)
+        result = {name: value for name, value in result.items() if name != "texts"}
         row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels,
                "config": run.config, "result": result}
         if _is_main():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PrinterCallback
 
 from ..base.files import atomic_folder, write_json
 from ..base.versions import version
@@ -225,7 +226,9 @@ def _trial(config: dict, work: Path, keep: bool) -> dict:
                     config["stop"])
     model, tokenizer = load_policy(_policy(config["source"]["policy"], work))
     with quiet_transformers():
-        LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[watch]).train()
+        trainer = LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[watch])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     away = {task: looks.at((model, tokenizer), total, task) for task in others}
     return _split_texts(watch.points, looks.known) | ({"elsewhere": {
         task: {k: v for k, v in found.items() if k != "texts"} for task, found in away.items()}} if away else {})
