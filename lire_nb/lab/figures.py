@@ -406,8 +406,9 @@ def heat_map(
             values[i, j] = found.value
             shade = colors(0.5 + (found.value - middle) / (2 * reach))
             dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5  # luminance of the cell
-            axes.text(j, i, f"{found.value:{form}}\n[{found.low:{form}}, {found.high:{form}}]", ha="center",
-                      va="center", fontsize=9, color="white" if dark else "black")
+            bounds = "" if np.isnan(found.low) else f"\n[{found.low:{form}}, {found.high:{form}}]"
+            axes.text(j, i, f"{found.value:{form}}{bounds}", ha="center", va="center", fontsize=9,
+                      color="white" if dark else "black")
         image = axes.imshow(values, cmap=colors, vmin=middle - reach, vmax=middle + reach, aspect="auto")
         axes.set_xticks(range(len(columns)), [_wrapped(n) for n in columns])
         axes.set_yticks(range(len(rows)), [_wrapped(n) for n in rows])
