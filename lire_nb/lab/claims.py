@@ -430,7 +430,8 @@ def _along(table: str, along: str, low: float, high: float, results: Results) ->
 def _between(table: str, more: list, less: list, results: Results) -> list[Quantity]:
     "The gain of one setting minus that of another, at equal distance."
     runs, starts = _matched(table, results)
-    (a, b), far = at_common_distance([courses_of(final_runs(runs, setting=s, value=v), starts) for s, v in (more, less)])
+    (a, b), far = at_common_distance([courses_of(final_runs(runs, setting=s, value=v), starts)
+                                      for s, v in (more, less)])
     return [_deciding("gain minus the other's", a - b), *_beside(starts, len(a), far)]
 
 # %% ../../nbs/44_claims.ipynb #pr440008

@@ -27,7 +27,8 @@ def read_settings(name: str) -> dict:
     return tomllib.loads(data_path(name).read_text(encoding="utf-8"))
 
 
-SCALES: dict[str, dict] = {name: read_settings(f"scales/{name}.toml") for name in ("smoke", "laptop", "gpu", "evidence")}
+SCALES: dict[str, dict] = {name: read_settings(f"scales/{name}.toml")
+                           for name in ("smoke", "laptop", "gpu", "evidence")}
 
 # %% ../../nbs/41_plans.ipynb #6eb8c9e5
 GRIDS: dict[str, dict] = read_settings("grids.toml")  # method -> name, points …

@@ -14,10 +14,8 @@ from functools import cache, partial
 
 import numpy as np
 
-from ..base.errors import LireError, data_path
-from lire_nb.lab.plans import (
-    Experiment, Find, GRIDS, Run, SCALES, TABLES, Table, experiment, plan, read_settings, _run,
-)
+from ..base.errors import data_path
+from .plans import experiment, Experiment, Find, read_settings, Run, Table, TABLES, _run
 
 # %% ../../nbs/71_protocol.ipynb #pr007
 PROTOCOL = read_settings("protocol.toml")
@@ -40,8 +38,9 @@ def changed_protocol(
     if not others:
         return ""
     names = ", ".join(sorted(set(others)))
-    return (f"data/protocol.toml was changed after {len(others)} rows were made by it ({names}, now {protocol_hash()}): "
-            "take the old file back (git checkout), or say beside every claim that its rule is younger than its rows")
+    return (f"data/protocol.toml was changed after {len(others)} rows were made by it ({names}, now "
+            f"{protocol_hash()}): take the old file back (git checkout), or say beside every claim that its rule is "
+            "younger than its rows")
 
 # %% ../../nbs/71_protocol.ipynb #pr011
 def trial(
@@ -148,7 +147,7 @@ def _labeled(task: str, made: Experiment, table: str | None = None, **labels) ->
 
 # %% ../../nbs/71_protocol.ipynb #pr022
 def seeds_of(task: str, method: str, seeds: int) -> int:
-    "How many seeds a method has: all that are asked for where it stands in the claims, else at most the protocol's few."
+    "How many seeds a method has: all that are asked for where claims name it, else at most the protocol's few."
     most = {} if seeds < PROTOCOL["seeds"]["many"] else _pilot().get(task, {})
     return max(most.get(method, 0), seeds if method in ("start", *PROTOCOL["methods"]["many"])
                else min(seeds, PROTOCOL["seeds"]["few"]))

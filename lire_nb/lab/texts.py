@@ -55,7 +55,7 @@ def judge_texts(
     judge: Callable[[list, list[str]], list[float]],  # any reward
     keys: Iterable[str] | None = None,  # of rows; default: all that have texts
 ) -> pd.DataFrame:  # key, step, id, sample, score
-    "What a judge says of stored texts, each different text asked about once; raises `LireError` where it says nonsense."
+    "What a judge says of stored texts, each asked about once; raises `LireError` where it gives no finite scores."
     frame = read_texts(folder, keys)
     asked = frame["prompt"].map(lambda p: json.dumps(p, ensure_ascii=False)) + "\0" + frame["completion"]
     first = ~asked.duplicated()
