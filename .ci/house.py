@@ -44,7 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide", "frontiers": "gain_at_distance", "linear_judge": "train_linear_judge",
-    "protocol": "trial_plan", "trials": "run_experiment", "texts": "judge_texts",
+    "protocol": "trial_plan", "trials": "run_experiment", "texts": "judge_texts", "courses": "at_common_distance",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
@@ -70,7 +70,8 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
-            "lab.report", "lab.bench", "lab.neighbors", "lab.protocol", "lab.trials", "lab.texts"),
+            "lab.report", "lab.bench", "lab.neighbors", "lab.protocol", "lab.trials", "lab.texts",
+            "lab.courses"),
     "cli": ("cli",),
 }
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Quantity', 'NotMeasured', 'Measured', 'Claim', 'measure_claims', 'off_mean', 'transfer_gain',
-           'courses_of', 'best_of_n_courses', 'at_common_distance', 'matched_claims', 'claims_now', 'verdict_table',
-           'verdict_text', 'summary_table', 'paper_table', 'beside_paper', 'reward_table', 'sample_text']
+           'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'paper_table',
+           'beside_paper', 'reward_table', 'sample_text']
 
 # %% ../../nbs/44_claims.ipynb #53a0ba1b
 from collections.abc import Callable
@@ -316,137 +316,29 @@ CLAIMS: list[Claim] = [
       for a in _PAPER for b in _PAPER if a != b),
 ]
 
-# %% ../../nbs/44_claims.ipynb #pr440003
-class _Start(NamedTuple):
-    "The start policy of one seed, as its gold judge sees it."
-    gold: list  # (N, K) scores
-    proxy: list
-    unit: float  # within-prompt standard deviation
-    margin: float  # 0.2 of the total one, in that unit
-    fails: str  # why its judge decides nothing
-
-
-def _starts_by_seed(runs: pd.DataFrame) -> dict[int, _Start]:
-    from lire_nb.frontiers import check_judge, within_spread
-    from lire_nb.lab.protocol import PROTOCOL
-
-    found = {}
-    for _, run in final_runs(runs, method="start").iterrows():
-        scores, judge = run["result"]["points"][0]["scores"], run["result"]["judges"]["gold"]
-        unit = within_spread(scores["gold"]) or 1.0
-        fails = check_judge(scores["gold"], judge["accuracy"], judge["lists"], PROTOCOL["judges"]["least_spread"]).fails
-        found[run["seed"]] = _Start(scores["gold"], scores["proxy"], unit,
-                                    PROTOCOL["rule"]["margin"] * float(np.std(scores["gold"])) / unit, fails)
-    return found
-
-# %% ../../nbs/44_claims.ipynb #pr440004
-def courses_of(
-    runs: pd.DataFrame,  # of `final_runs`: one method or setting
-    starts: dict[int, _Start],
-) -> dict[int, list[tuple]]:  # seed -> points (KL, gains of the prompts), as `gain_at_distance` takes them
-    "The courses of a method by the judges of each seed; seeds whose judge fails are left out."
-    found = {}
-    for _, run in runs.iterrows():
-        start = starts.get(run["seed"])
-        if start is None or start.fails:
-            continue
-        base = np.array([np.mean(s) for s in start.gold])
-        found[run["seed"]] = [(float(np.mean(np.subtract(p["logps"], p["start_logps"]))),
-                               (np.array([np.mean(s) for s in p["scores"]["gold"]]) - base) / start.unit)
-                              for p in run["result"]["points"]]
-    return found
-
-
-def best_of_n_courses(starts: dict[int, _Start]) -> dict[int, list[tuple]]:
-    "The frontier of best-of-n, chosen by the proxy, as courses."
-    from lire_nb.frontiers import best_of_n_course
-    from lire_nb.lab.protocol import PROTOCOL
-
-    return {seed: best_of_n_course(s.gold, s.proxy, [n for n in PROTOCOL["best_of_n"]["counts"] if n <= len(s.gold[0])],
-                                   s.unit) for seed, s in starts.items() if not s.fails}
-
-# %% ../../nbs/44_claims.ipynb #pr440005
-def at_common_distance(
-    courses: list[dict[int, list[tuple]]],  # of two or more methods
-) -> tuple[np.ndarray, float]:  # (C, S, N) gains of the common seeds, and the distance in nats
-    "Gains at the largest distance, up to the protocol's cap, that every course of every common seed reaches."
-    from lire_nb.frontiers import common_distance, gain_at_distance
-    from lire_nb.lab.protocol import PROTOCOL
-
-    seeds = sorted(set.intersection(*(set(c) for c in courses)))
-    if not seeds:
-        raise NotMeasured
-    three = lambda points: [*points, *[points[-1]] * (3 - len(points))]  # noqa: E731  a smoke run has two points
-    courses = [{seed: three(c[seed]) for seed in seeds} for c in courses]
-    far = common_distance([c[seed] for c in courses for seed in seeds], PROTOCOL["rule"]["cap"])
-    return np.array([[gain_at_distance(c[seed], far).gain for seed in seeds] for c in courses]), far
-
-# %% ../../nbs/44_claims.ipynb #pr440006
-def _system_courses(runs: pd.DataFrame, starts: dict, method: str) -> dict:
-    return best_of_n_courses(starts) if method == "best_of_n" else courses_of(final_runs(runs, method=method), starts)
-
-
-def _matched(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, _Start]]:
-    "The runs of a table of the protocol, at the scale that has some, and the start of each seed."
-    for scale in ("evidence", "smoke"):
-        try:
-            runs = load_runs(table, results, scale)
-        except LireError:
-            continue
-        return runs, _starts_by_seed(runs)
-    raise NotMeasured
-
-
-def _beside(starts: dict[int, _Start], seeds: int, far: float) -> list[Quantity]:
-    nothing = lambda value: Interval(value, np.nan, np.nan)  # noqa: E731
-    return [Quantity("read at nats", nothing(far), seeds, ".1f", decides=False)]
-
-
-def _at_distance(table: str, method: str, opponent: str, results: Results) -> list[Quantity]:
-    "The gain of one method minus that of another, in the unit in which a margin is 0.2."
-    runs, starts = _matched(table, results)
-    (ours, theirs), far = at_common_distance([_system_courses(runs, starts, m) for m in (method, opponent)])
-    scale = np.mean([s.margin for s in starts.values()]) / 0.2  # so that the margin of the rule is 0.2 here too
-    return [_deciding(f"gain minus that of {NAMES.get(opponent, opponent.replace('_', '-'))}", (ours - theirs) / scale),
-            *_beside(starts, len(ours), far)]
-
-# %% ../../nbs/44_claims.ipynb #pr440007
-def _along(table: str, along: str, low: float, high: float, results: Results) -> list[Quantity]:
-    "The trend of the gain at equal distance along T, or along M at an equal number of prompts or completions."
-    from lire_nb.decisions import trend
-
-    runs, starts = _matched(table, results)
-    if along == "temperature":
-        parts = {np.log10(T): final_runs(runs, setting="temperature", value=T)
-                 for T in sorted({v for v in runs[runs["setting"] == "temperature"]["value"]}) if low <= T <= high}
-    else:
-        parts = {np.log2(M): final_runs(runs, method="lire", M=M, budget=along)
-                 for M in sorted({m for m in runs["M"].dropna()})}
-    gains, far = at_common_distance([courses_of(own, starts) for own in parts.values()])
-    per = "gain per tenfold T" if along == "temperature" else "gain per doubling of M"
-    return [_deciding(per, trend(list(parts), gains.mean(2).T)), *_beside(starts, gains.shape[1], far)]
-
-
-def _between(table: str, more: list, less: list, results: Results) -> list[Quantity]:
-    "The gain of one setting minus that of another, at equal distance."
-    runs, starts = _matched(table, results)
-    (a, b), far = at_common_distance([courses_of(final_runs(runs, setting=s, value=v), starts)
-                                      for s, v in (more, less)])
-    return [_deciding("gain minus the other's", a - b), *_beside(starts, len(a), far)]
-
 # %% ../../nbs/44_claims.ipynb #pr440008
+def _equal(measure: str, *what, results: Results) -> list[Quantity]:
+    "What a function of `courses` finds, as quantities."
+    from lire_nb.lab import courses
+
+    name, values, far = getattr(courses, measure)(*what, results)
+    return [_deciding(name, values), Quantity("read at nats", Interval(far, np.nan, np.nan), len(values), ".1f", False)]
+
+
 def matched_claims() -> list[Claim]:
     "The claims of data/protocol.toml."
     from lire_nb.lab.protocol import PROTOCOL
 
+    def claim(text: str, said_by: str, table: str, *what, family: str = "") -> Claim:
+        return Claim(text, said_by, table, lambda results: _equal(*what[:1], table, *what[1:], results=results), family)
+
     name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
-    found = [Claim(f"{name(f['method'])} gains more than {name(o)} at equal distance, {task}", f["said_by"],
-                   f"matched_{task}", partial(_at_distance, f"matched_{task}", f["method"], o), f"{f['name']}, {task}")
-             for task in _PAPER for f in PROTOCOL["families"] for o in f["opponents"]]
-    found += [Claim(t["name"], "ours", t["table"], partial(_along, t["table"], t["along"], t.get("from", 0),
-                                                          t.get("upto", np.inf))) for t in PROTOCOL["trends"]]
-    return found + [Claim(p["name"], "ours", p["table"], partial(_between, p["table"], p["more"], p["less"]))
-                    for p in PROTOCOL["pairs"]]
+    return [*(claim(f"{name(f['method'])} gains more than {name(o)} at equal distance, {task}", f["said_by"],
+                    f"matched_{task}", "at_distance", f["method"], o, family=f"{f['name']}, {task}")
+              for task in _PAPER for f in PROTOCOL["families"] for o in f["opponents"]),
+            *(claim(t["name"], "ours", t["table"], "along", t["along"], t.get("from", 0), t.get("upto", np.inf))
+              for t in PROTOCOL["trends"]),
+            *(claim(p["name"], "ours", p["table"], "between", p["more"], p["less"]) for p in PROTOCOL["pairs"])]
 
 # %% ../../nbs/44_claims.ipynb #cab6832b
 def claims_now(

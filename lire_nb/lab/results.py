@@ -300,12 +300,7 @@ class Results:
         "Write one row at the end of the table's file."
         from lire_nb.base.files import _is_main, append_jsonl, one_writer
 
-        texts = result.get("texts")
-        if texts and _is_main():  # beside the row, and before it
-            from .texts import write_texts
-
-            write_texts(self.folder, run.key, texts)
-        result = {name: value for name, value in result.items() if name != "texts"}
+        result = _without_texts(self.folder, run, result)
         row = {"key": run.key, "table": run.table, "code": code_of(run.config), **about, "labels": run.labels,
                "config": run.config, "result": result}
         if _is_main():
@@ -316,6 +311,16 @@ class Results:
         return row
 
 # %% ../../nbs/43_results.ipynb #714c4dad
+def _without_texts(folder: Path, run: Run, result: dict) -> dict:
+    "A result whose texts, if it has some, lie beside its row."
+    from lire_nb.base.files import _is_main
+    from lire_nb.lab.texts import write_texts
+
+    if result.get("texts") and _is_main():
+        write_texts(folder, run.key, result["texts"])
+    return {name: value for name, value in result.items() if name != "texts"}
+
+
 def rows_in(
     results: str | Path | Results | None = None,  # a folder; default: `results_folder()`
 ) -> Results:
