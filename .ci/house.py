@@ -44,7 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide", "frontiers": "gain_at_distance", "linear_judge": "train_linear_judge",
-    "protocol": "trial_plan", "trials": "run_experiment", "texts": "judge_texts", "courses": "at_common_distance",
+    "protocol": "trial_plan", "trials": "run_experiment", "texts": "judge_texts", "courses": "at_common_distance", "published": "paper_table",
     "selection": "select",
     "multi_turn": "conversation_record|sample_conversations",
     "guided": "guided_lists",
@@ -71,7 +71,7 @@ LAYERS = {
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner", "lab.claims",
             "lab.figures",
             "lab.report", "lab.bench", "lab.neighbors", "lab.protocol", "lab.trials", "lab.texts",
-            "lab.courses"),
+            "lab.courses", "lab.published"),
     "cli": ("cli",),
 }
 

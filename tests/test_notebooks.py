@@ -25,7 +25,7 @@ EXPECTED = [
     "48_memory", "49_trl_online",
     "50_verdicts", "51_chat", "52_sheets",
     "60_cli",
-    "70_long_lists", "71_protocol", "72_trials", "73_linear_judge", "74_stored_texts", "75_courses",
+    "70_long_lists", "71_protocol", "72_trials", "73_linear_judge", "74_stored_texts", "75_courses", "76_published",
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",
     "85_feasible_rewards", "86_uncertain_rewards", "87_frontiers",
     "90_methods", "91_losses", "92_candidates", "93_ablations", "94_rounds", "95_overoptimization", "96_transfer",

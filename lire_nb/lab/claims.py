@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Quantity', 'NotMeasured', 'Measured', 'Claim', 'measure_claims', 'off_mean', 'transfer_gain',
-           'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'paper_table',
-           'beside_paper', 'reward_table', 'sample_text']
+           'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'reward_table',
+           'sample_text']
 
 # %% ../../nbs/44_claims.ipynb #53a0ba1b
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.errors import data_path, in_markdown, LireError, require
+from ..base.errors import data_path, in_markdown, LireError
 from .plans import NAMES, SCALES, TABLES
 from lire_nb.lab.results import (
     Results, difference, distance, final_runs, gain, load_runs, over_seeds, points_of, rows_in, shown, spread_of,
@@ -44,15 +44,12 @@ def _deciding(name: str, values: np.ndarray, form: str = "+.2f") -> Quantity:
 def _reason(found, together: int) -> str:  # of `decisions.Decision`
     "Why a verdict is what it is."
     corrected = f"corrected for {together} claims" if together > 1 else "one claim"
-    if found.verdict in ("supported", "contradicted"):
-        side = "above" if found.verdict == "supported" else "below"
-        return f"the difference lies {side} zero (p = {found.p:.2g}, {corrected})"
-    if found.verdict == "tie":
-        return f"it is surely smaller than what matters (p = {found.p_tie:.2g}, {corrected})"
-    if found.verdict == "undecided":
-        more = f"about {found.needed} seeds" if found.needed else "more than 200 seeds"
-        return f"zero and a difference that matters are both possible; {more} would decide it"
-    return f"{found.seeds} seed{'s' * (found.seeds != 1)} decide nothing"
+    more = f"about {found.needed} seeds" if found.needed else "more than 200 seeds"
+    return {"supported": f"the difference lies above zero (p = {found.p:.2g}, {corrected})",
+            "contradicted": f"the difference lies below zero (p = {found.p:.2g}, {corrected})",
+            "tie": f"it is surely smaller than what matters (p = {found.p_tie:.2g}, {corrected})",
+            "undecided": f"zero and a difference that matters are both possible; {more} would decide it"}.get(
+        found.verdict, f"{found.seeds} seed{'s' * (found.seeds != 1)} decide nothing")
 
 # %% ../../nbs/44_claims.ipynb #8a2603c3
 class NotMeasured(Exception):
@@ -415,34 +412,6 @@ def summary_table(
         columns[task] = {name: _cell(runs, systems["start"]) for name, runs in systems.items() if name != "start"}
     order = [n for n in NAMES.values() if any(n in column for column in columns.values())]
     return pd.DataFrame(columns).reindex(order).fillna("").rename_axis("method")
-
-# %% ../../nbs/44_claims.ipynb #53119411
-def paper_table(
-    table: str,
-    path: str | Path | None = None,  # default: data/paper_tables.csv
-) -> pd.DataFrame:  # system × metric, as text; empty where no source is known
-    "What is published for a table; raises `LireError` for one that the file does not name."
-    rows = pd.read_csv(path := Path(path or data_path("paper_tables.csv")))
-    mine = rows[rows["table"] == table]
-    require(not mine.empty, "not in the file", file=path.name, field="table", value=table,
-            allowed=", ".join(sorted(set(rows["table"]))), remedy="choose one of these")
-    wide = mine.pivot(index="system", columns="metric", values="value").reindex(index=mine["system"].unique(),
-                                                                                columns=mine["metric"].unique())
-    return wide.map(lambda v: "" if pd.isna(v) else f"{v:g}")
-
-# %% ../../nbs/44_claims.ipynb #670ca594
-def beside_paper(
-    systems: dict[str, pd.DataFrame],  # of `systems_of`
-    table: str,
-    path: str | Path | None = None,  # default: data/paper_tables.csv
-) -> pd.DataFrame:  # paper's numbers and ours, by system
-    "The paper's table with ours beside it; systems that only one of them has keep empty cells."
-    ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])),
-                   "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
-                   "ours: perplexity": f"{start_perplexity(runs).value:.1f}"} for name, runs in systems.items()}
-    theirs = paper_table(table, path).add_prefix("paper: ")
-    order = [*theirs.index, *(n for n in systems if n not in theirs.index)]
-    return theirs.join(pd.DataFrame(ours).T, how="outer").reindex(order).fillna("").rename_axis("system")
 
 # %% ../../nbs/44_claims.ipynb #813cd3a0
 def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
