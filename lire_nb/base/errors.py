@@ -274,9 +274,10 @@ MOVED = {  # old module -> {new module: the names that are there now, old=new wh
     },
     "tables": {
         "lab.claims": (
-            "CLAIMS NotMeasured off_mean reward_table sample_text summary_table "
+            "CLAIMS NotMeasured off_mean sample_text summary_table "
             "transfer_gain verdict=measure_claims verdict_table verdict_text"
         ),
+        "lab.courses": "reward_table",
         "lab.published": "beside_paper paper_table",
         "lab.results": (
             "about_runs difference distance final_runs gain gain_values load_runs points_of search_table shown "

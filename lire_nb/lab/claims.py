@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Quantity', 'NotMeasured', 'Measured', 'Claim', 'measure_claims', 'off_mean', 'transfer_gain',
-           'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'reward_table',
-           'sample_text']
+           'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'sample_text']
 
 # %% ../../nbs/44_claims.ipynb #53a0ba1b
 from collections.abc import Callable
@@ -412,18 +411,6 @@ def summary_table(
         columns[task] = {name: _cell(runs, systems["start"]) for name, runs in systems.items() if name != "start"}
     order = [n for n in NAMES.values() if any(n in column for column in columns.values())]
     return pd.DataFrame(columns).reindex(order).fillna("").rename_axis("method")
-
-# %% ../../nbs/44_claims.ipynb #813cd3a0
-def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
-    "Held-out accuracy of the judges of a table."
-    rows = []
-    for _, run in runs[runs["stage"] == "reward"].iterrows():
-        found = run["result"]
-        half = 1.96 * (found["accuracy"] * (1 - found["accuracy"]) / found["lists"]) ** 0.5
-        rows.append({"judge": run["method"], "lists it learned from": found["trained_on"],
-                     "held-out pairs": found["pairs"], "held-out lists": found["lists"],
-                     "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
-    return pd.DataFrame(rows).set_index("judge")
 
 # %% ../../nbs/44_claims.ipynb #e158d17b
 def sample_text(

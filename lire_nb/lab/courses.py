@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses',
-           'matched_runs', 'at_distance', 'along', 'between']
+           'matched_runs', 'at_distance', 'along', 'between', 'reward_table']
 
 # %% ../../nbs/75_courses.ipynb #co002
 from typing import NamedTuple
@@ -124,3 +124,15 @@ def between(table: str, more: list, less: list, results: Results) -> tuple[str, 
     (a, b), far = at_common_distance([courses_of(final_runs(runs, setting=s, value=v), starts)
                                       for s, v in (more, less)])
     return "gain minus the other's", a - b, far
+
+# %% ../../nbs/75_courses.ipynb #813cd3a0
+def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
+    "Held-out accuracy of the judges of a table."
+    rows = []
+    for _, run in runs[runs["stage"] == "reward"].iterrows():
+        found = run["result"]
+        half = 1.96 * (found["accuracy"] * (1 - found["accuracy"]) / found["lists"]) ** 0.5
+        rows.append({"judge": run["method"], "lists it learned from": found["trained_on"],
+                     "held-out pairs": found["pairs"], "held-out lists": found["lists"],
+                     "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
+    return pd.DataFrame(rows).set_index("judge")
