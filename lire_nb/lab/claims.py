@@ -127,7 +127,6 @@ def _seeds(*runs: pd.DataFrame) -> int:
 
 def _minus(name: str, new: pd.DataFrame, old: pd.DataFrame, unit: float) -> Quantity:
     "The gold reward of `new` minus that of `old`."
-    _seeds(new, old)
     a, b = _paired(new, old)
     return _deciding(name, (values_of(a, "gold") - values_of(b, "gold")) / unit)
 
@@ -232,7 +231,6 @@ def _with_and_without_term(results: Results) -> list[Quantity]:
     runs = load_runs("overoptimization", results)
     courses = {name: points_of(final_runs(runs, method="lire", sft_weight=alpha))
                for name, alpha in (("with the term", 1.0), ("without the term", 0.0))}
-    _seeds(*(p[0][1] for p in courses.values()))
     unit = spread_of(courses["without the term"][0][1])
     since = {name: _since_best(points) / unit for name, points in courses.items()}
     falls = [Quantity(f"gold since its best point {name}", over_seeds(values), len(values), decides=False)
