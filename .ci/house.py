@@ -47,6 +47,10 @@ VERBS = {
     "handover": "read_probe",
     "ranks": "split_rows",
     "frontiers": "gain_at_distance",
+    "linear_judge": "train_linear_judge",
+    "protocol": "trial_plan",
+    "trials": "run_experiment",
+    "texts": "judge_texts",
     "compare": "compare",
     "own_lists": "split_by_prompt|look_at_lists",
     "cards": "model_card",
@@ -70,7 +74,7 @@ LAYERS = {
     "tasks, models": ("tasks", "models", "adapters", "identity", "servers", "cards"),
     "lists in, numbers out": ("sampling", "rewards", "shared_prompt", "path_check", "logprobs", "long_lists",
                               "selection", "guided", "multi_turn", "feasible_rewards", "uncertain_rewards",
-                              "handover"),
+                              "handover", "linear_judge"),
     "training": ("settings", "temperature", "resume", "training", "launch"),
     "enhancement": ("enhancement",),
     "evaluation": ("evaluation",),
@@ -78,7 +82,7 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
             "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
-            "lab.own_lists", "lab.compare"),
+            "lab.protocol", "lab.trials", "lab.texts", "lab.own_lists", "lab.compare"),
     "cli": ("cli",),
 }
 

@@ -21,7 +21,7 @@ from lire_nb.base import files
 from lire_nb.base.errors import LireError
 from lire_nb.cli import main
 from lire_nb.judges import sheets, verdicts
-from lire_nb.lab import claims, experiments, figures, plans, report, results, runner
+from lire_nb.lab import claims, experiments, figures, plans, published, report, results, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -652,9 +652,9 @@ def test_42_the_wheel_works_in_an_empty_directory(wheel):
 import lire_nb, pathlib
 assert pathlib.Path(lire_nb.__file__).parents[1].name == "site", lire_nb.__file__
 from lire_nb.tasks import load_task
-from lire_nb.lab import claims, results, runner
+from lire_nb.lab import published, results, runner
 assert len(load_task("dialogue").reward_lists["train"]) > 100 and len(load_task("summarization").prompts["test"]) > 50
-assert not claims.paper_table("dialogue").empty and len(runner.paper_plan("summarization")) == 8
+assert not published.paper_table("dialogue").empty and len(runner.paper_plan("summarization")) == 8
 assert len(results.load_runs("sentiment")) > 40
 from lire_nb.cli import main
 raise SystemExit(main(["reproduce", "--list"]))
@@ -669,7 +669,7 @@ def test_42_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     for place in (tmp_path, ROOT, ROOT / "nbs"):
         monkeypatch.chdir(place)
         assert len(results.load_runs("sentiment")) > 40
-        assert not claims.paper_table("dialogue").empty and runner.paper_plan("dialogue")
+        assert not published.paper_table("dialogue").empty and runner.paper_plan("dialogue")
         assert tasks.load_task("dialogue").name == "dialogue" and claims.verdict_text("90_methods")
 
 

@@ -362,22 +362,26 @@ def test_a_method_has_its_color_in_every_figure():
     assert judges == {figures.JUDGE_COLORS["gold"], figures.JUDGE_COLORS["proxy"]}
 
 
-def test_frontier_bars_are_over_prompts_and_dots_are_seeds():
+def test_fewer_than_five_seeds_are_dots_without_bars():
     systems = results.systems_of(results.load_runs("sentiment", ROOT / "data" / "results"))
-    points = figures.frontier_points(systems).set_index("group")
+    found = figures.frontier_points(systems).set_index("group").loc["LIRE"]
     values = results.gain_values(systems["LIRE"], systems["start"])
-    found, wide = points.loc["LIRE"], results.gain(systems["LIRE"], systems["start"])
     assert [y for _, y in found["dots"]] == pytest.approx(values.mean(1).tolist()) and len(values) == 3
-    assert found["gain"] == pytest.approx(wide.value) and found["gain_high"] - found["gain_low"] < wide.high - wide.low
+    assert found["gain"] == pytest.approx(values.mean()) and np.isnan([found["gain_low"], found["kl_high"]]).all()
+    five = figures.bar_of(np.tile(values, (2, 1))[:5])
+    assert five.low < five.value < five.high
 
 
 def test_claims_figure_draws_what_decides():
     store = results.Results(ROOT / "data" / "results")
-    found = {claim.text: claim.measured(store) for claim in claims.CLAIMS}
-    figure = figures.plot_claims(found)
-    drawn = sorted((c.lines[0].get_xdata()[0], c.lines[0].get_color()) for axes in figure.axes for c in axes.containers)
-    assert drawn == sorted((q.interval.value, figures.VERDICT_COLORS[m.verdict]) for m in found.values()
-                           for q in m.quantities if q.decides)
+    found = claims.measure_claims(claims.claims_now(store), store)
+    axes, = figures.plot_claims(found).axes
+    drawn = sorted((c.lines[0].get_xdata()[0], c.lines[0].get_color()) for c in axes.containers)
+    deciding = {text: next(q for q in m.quantities if q.decides) for text, m in found.items()}
+    assert drawn == sorted((q.interval.value, figures.VERDICT_COLORS[found[text].verdict])
+                           for text, q in deciding.items())
+    dots = [line for line in axes.lines if line.get_marker() == "." and line.get_linestyle() == "None"]
+    assert sum(len(line.get_xdata()) for line in dots) == sum(q.seeds for q in deciding.values())
 
 
 def test_pictures_of_the_readme_follow_from_the_rows(tmp_path):
@@ -388,7 +392,7 @@ def test_pictures_of_the_readme_follow_from_the_rows(tmp_path):
     if pinned is None or matplotlib.__version__ != pinned[1]:
         pytest.skip("the stored pictures are those of the pinned matplotlib")
     store = results.Results(ROOT / "data" / "results")
-    figure = figures.plot_claims({claim.text: claim.measured(store) for claim in claims.CLAIMS})
+    figure = figures.plot_claims(claims.measure_claims(claims.claims_now(store), store))
     for name, made in (("figures/claims", figure), ("quickstart/figures/reward_kl", figures.plot_reward_kl(RUN))):
         stored = ROOT / "data" / "results" / f"{name}.png"
         assert figures.save_figure(made, tmp_path, stored.stem)[0].read_bytes() == stored.read_bytes(), name

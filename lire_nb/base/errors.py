@@ -274,9 +274,11 @@ MOVED = {  # old module -> {new module: the names that are there now, old=new wh
     },
     "tables": {
         "lab.claims": (
-            "beside_paper CLAIMS NotMeasured off_mean paper_table reward_table sample_text summary_table "
-            "transfer_gain verdict verdict_table verdict_text"
+            "CLAIMS NotMeasured off_mean sample_text summary_table "
+            "transfer_gain verdict=measure_claims verdict_table verdict_text"
         ),
+        "lab.courses": "reward_table",
+        "lab.published": "beside_paper paper_table",
         "lab.results": (
             "about_runs difference distance final_runs gain gain_values load_runs points_of search_table shown "
             "spread_of start_perplexity system_table systems_of values_of wins"

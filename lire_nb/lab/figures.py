@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..base.errors import in_figure, require
-from ..statistics import bootstrap_interval, crossed_interval, FEW, Interval
-from .results import gain_values, read_metrics, read_records, read_systems, values_of, wins
+from ..statistics import bootstrap_interval, FEW, Interval
+from .results import gain_values, over_seeds, read_metrics, read_records, read_systems, values_of, wins
 
 # %% ../../nbs/45_figures.ipynb #bd561ff4
 METHOD_COLORS = {
@@ -35,7 +35,8 @@ METHOD_COLORS = {
     "RRHF": "#CC79A7", "PRO": "#882255", "SFT": "#999933", "RLOO": "#000000",
 }
 JUDGE_COLORS = {"gold": "#E69F00", "proxy": "#5E3C99", "vader": "#44AA99"}
-VERDICT_COLORS = {"confirmed": "#2166AC", "open": "#8C8C8C", "refuted": "#B2182B"}
+VERDICT_COLORS = {"supported": "#2166AC", "tie": "#5AAE61", "contradicted": "#B2182B", "undecided": "#8C8C8C",
+                  "too few seeds": "#BDBDBD", "not measured": "#D9D9D9"}
 _SPARE = ["#332288", "#DDAA33", "#117733", "#88CCEE", "#CC6677", "#661100", "#AA4499"]
 _MARKS = "osD^vP*Xh<>p"
 
@@ -50,8 +51,8 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
 def bar_of(
     values: np.ndarray,  # (S, N): seeds × prompts
 ) -> Interval:
-    "The mean with the bar of a figure: over prompts alone below five seeds, then over both."
-    return crossed_interval(values if len(values) > 4 else values.mean(0, keepdims=True))
+    "The mean with the bar of a figure: over seeds and prompts from five seeds on, none (NaN) below."
+    return over_seeds(values)
 
 # %% ../../nbs/45_figures.ipynb #d024c62b
 class Line(NamedTuple):
@@ -65,8 +66,7 @@ def along(
     parts: dict[float, pd.DataFrame],  # position -> runs
     values: Callable[[pd.DataFrame], np.ndarray],  # of some runs: (S, N)
 ) -> Line:
-    """A line over the seeds that all positions have; below five seeds the intervals are over prompts, and the seeds are
-    shown as dots."""
+    "A line over the seeds that all positions have; below five seeds there are no bars, and the seeds are dots."
     seeds = set.intersection(*(set(runs["seed"]) for runs in parts.values()))
     require(seeds, "no common seed", field="parts", value={x: sorted(runs["seed"]) for x, runs in parts.items()},
             allowed="runs with the same seeds", remedy="leave out the positions without them")
@@ -406,8 +406,9 @@ def heat_map(
             values[i, j] = found.value
             shade = colors(0.5 + (found.value - middle) / (2 * reach))
             dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5  # luminance of the cell
-            axes.text(j, i, f"{found.value:{form}}\n[{found.low:{form}}, {found.high:{form}}]", ha="center",
-                      va="center", fontsize=9, color="white" if dark else "black")
+            bounds = "" if np.isnan(found.low) else f"\n[{found.low:{form}}, {found.high:{form}}]"
+            axes.text(j, i, f"{found.value:{form}}{bounds}", ha="center", va="center", fontsize=9,
+                      color="white" if dark else "black")
         image = axes.imshow(values, cmap=colors, vmin=middle - reach, vmax=middle + reach, aspect="auto")
         axes.set_xticks(range(len(columns)), [_wrapped(n) for n in columns])
         axes.set_yticks(range(len(rows)), [_wrapped(n) for n in rows])
@@ -442,29 +443,26 @@ def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None =
 def plot_claims(
     found: dict,  # claim -> `claims.Measured`
 ) -> Figure:
-    "A forest plot: a row for every claim with what decides it; a quantity of one seed is hollow."
+    "A forest plot: a row for every claim; fewer than five seeds are dots."
+    deciding = {claim: [q for q in m.quantities if q.decides][:1] for claim, m in found.items()}
     with figure_style():
-        deciding = [[q for q in measured.quantities if q.decides] for measured in found.values()]
-        ends = np.cumsum([0.0, *(max(1.0, 0.4 + 0.3 * len(own)) for own in deciding)])  # a bar needs its room
-        middles = (ends[1:] + ends[:-1]) / 2
-        figure = Figure(figsize=(9.6, 1.0 + 0.36 * ends[-1]), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
-        for middle, measured, own in zip(middles, found.values(), deciding):
-            color = VERDICT_COLORS[measured.verdict]
-            for k, q in enumerate(own):
-                place = middle + (k - (len(own) - 1) / 2) * 0.3
-                (right if "nats" in q.name else left).errorbar(
-                    [q.interval.value], [place], xerr=_ends([q.interval]), color=color, marker="o", ms=4, capsize=2,
-                    lw=1.1, ls="none", mfc="white" if q.seeds == 1 else color)
-        for verdict, color in VERDICT_COLORS.items():
-            left.plot([], [], "o-", ms=4, color=color, label=verdict)
-        left.set(xlabel="standard deviations of the start policy's reward\n95 % intervals over prompts and seeds",
-                 xlim=(-1.3, 1.3), ylim=(ends[-1], 0))
-        left.set_yticks(middles, [textwrap.fill(in_figure(claim), 46) for claim in found], fontsize=9)
-        right.set(xlabel="nats", xlim=(-45, 45))
-        for axes in (left, right):
-            axes.axvline(0, color="0.6", lw=1)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+        figure = Figure(figsize=(8.6, 1.2 + 0.25 * len(found)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvspan(-0.2, 0.2, color="0.93", zorder=0)
+        axes.axvline(0, color="0.6", lw=1)
+        for place, (claim, own) in enumerate(deciding.items()):
+            color = VERDICT_COLORS[found[claim].verdict]
+            for q in own:
+                means = q.values if q.values.ndim == 1 else q.values.mean(1)
+                axes.plot(means, [place] * len(means), ".", ms=4, color=color, alpha=0.8)
+                axes.errorbar([q.interval.value], [place], xerr=_ends([q.interval]), color=color, marker="o", ms=5,
+                              capsize=2, lw=1.2, ls="none", mfc=color if q.seeds >= 5 else "white")
+        for verdict in dict.fromkeys(m.verdict for m in found.values()):
+            axes.plot([], [], "o", ms=5, color=VERDICT_COLORS[verdict], label=verdict)
+        axes.set(xlabel="difference; the unit is that of the claim's page", xlim=(-1.3, 1.3),
+                 ylim=(len(found) - 0.5, -0.5))
+        axes.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), 62) for claim in found], fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 # %% ../../nbs/45_figures.ipynb #a2e37765
@@ -481,7 +479,7 @@ def plot_before_after(run: str | Path, judge: str | None = None, system: str | N
         ends = [min(before.min(), after.min()), max(before.max(), after.max())]
         axes.plot(ends, ends, color="0.6", lw=1, zorder=1)
         axes.scatter(before, after, s=18, alpha=0.7, lw=0,
-                     color=[VERDICT_COLORS["confirmed" if up else "refuted"] for up in after >= before])
+                     color=[VERDICT_COLORS["supported" if up else "contradicted"] for up in after >= before])
         _cross(axes, bootstrap_interval(before), bootstrap_interval(after), color="black", lw=2, capsize=3,
                label="mean, 95 % intervals")
         axes.set_aspect("equal")

@@ -1,0 +1,232 @@
+"""The protocol: its file is whole, plans follow it, the rule errs as rarely as it says, rows keep their texts."""
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lire_nb.base.errors import LireError
+from lire_nb.decisions import decide
+from lire_nb.lab import claims, courses, protocol, results, texts
+from lire_nb.lab.plans import GRIDS, SCALES, TABLES, Run, plan, read_experiment
+
+RULE, EVIDENCE = protocol.PROTOCOL["rule"], SCALES["evidence"]
+
+
+def course(kl_at_end: float, gain_per_root: float = 1.0) -> dict:
+    kls = [kl_at_end / 3, 2 * kl_at_end / 3, kl_at_end]
+    return {"points": [{"scores": {"proxy": [[gain_per_root * k**0.5]] * 4}, "logps": [[k]] * 4,
+                        "start_logps": [[0.0]] * 4} for k in kls]}
+
+
+def test_every_method_has_a_grid_of_six_and_its_place():
+    methods = sum((protocol.PROTOCOL["methods"][k] for k in ("many", "few")), [])
+    assert len(set(methods)) == len(methods) and set(methods) == protocol.PROTOCOL["grids"].keys() <= GRIDS.keys()
+    for method in methods:
+        found = [*protocol.tried_settings(method), *protocol.tried_settings(method, 1.0)]
+        assert len(found) == (1 if method == "lire_paper" else 6), method
+        assert len({str(s) for s in found}) == len(found)
+    named = {m for f in protocol.PROTOCOL["families"] for m in (f["method"], *f["opponents"])}
+    assert named <= {*methods, "best_of_n"}
+
+
+def test_claims_name_one_opponent_each_and_decide_where_seeds_suffice():
+    found = claims.matched_claims()
+    assert len({c.text for c in found}) == len(found) and all(c.table in TABLES for c in found)
+    for family in protocol.PROTOCOL["families"]:
+        for method in (family["method"], *family["opponents"]):
+            assert method == "best_of_n" or protocol.seeds_of("dialogue", method, 8) >= 5
+
+
+def test_the_search_takes_the_rate_first_and_stops_at_the_cap():
+    asked = []
+
+    def find(config):  # further with the rate; the gain for a distance is larger at β = 0.3
+        asked.append(config)
+        beta = config["training"]["beta"]
+        return course(3e5 * config["training"]["learning_rate"], 2.0 if beta == 0.3 else 1.0)
+
+    runs, best = protocol.trial_search("dialogue", "dpo", EVIDENCE, find)
+    assert best["beta"] == 0.3  # and at 8 nats or less all rates gain alike
+    betas = [r.config["training"]["beta"] for r in runs]
+    assert betas == [0.1] * 3 + [0.01, 0.03, 0.3]
+    assert {r.config["training"]["learning_rate"] for r in runs[3:]} == {best["learning_rate"]}
+    assert all(r.config["judge"]["judges"] == ["proxy"] and r.config["stop"] == 1.5 * RULE["cap"] for r in runs)
+    unfinished, none = protocol.trial_search("dialogue", "dpo", EVIDENCE, lambda config: None)
+    assert len(unfinished) == 3 and none is None
+
+
+def test_search_and_final_runs_share_no_prompt_that_taught_the_proxy():
+    from lire_nb.lab.experiments import prompts_of
+    from lire_nb.lab.trials import judge_lists, judge_spec
+    from lire_nb.tasks import load_task
+
+    task, config = load_task("summarization"), protocol.trial(EVIDENCE, "summarization", "lire", 4, {}).config()
+    learn, left, _ = judge_lists(task, judge_spec(config, "summarization", "proxy"))
+    judged = {p["id"] for p in prompts_of(task, "validation", EVIDENCE["tasks"]["summarization"]["validation"])}
+    assert not judged & {r["id"] for r in learn + left} and not {r["id"] for r in learn} & {r["id"] for r in left}
+    golds = [{r["id"] for r in judge_lists(task, judge_spec({**config, "seed": s}, "summarization", "gold"))[0]}
+             for s in range(5)]
+    assert len({frozenset(g) for g in golds}) == 5
+
+
+def test_plans_are_read_back_and_counted():
+    find = lambda config: protocol.SUPPOSED  # noqa: E731
+    whole = {name: plan(name, "evidence", find=find) for name in TABLES if name.startswith("matched_")}
+    for runs in whole.values():
+        for run in runs:
+            assert read_experiment(run.config).config() == run.config
+            assert math.isfinite(protocol.cost_of(run)) and run.labels["protocol"] == protocol.protocol_hash()
+    finals = [r for r in whole["matched_dialogue"] if r.labels["stage"] == "final"]
+    counts = pd.Series([r.labels["method"] for r in finals]).value_counts()
+    assert counts["lire"] == 8 and counts["simpo"] == 5
+    seeds = [r.labels["seed"] for r in finals if r.labels["method"] != "start"]
+    assert seeds == sorted(seeds)  # whole seeds first
+    assert protocol.family_plan(EVIDENCE, 8, find) == []
+    other = protocol.family_plan({**EVIDENCE, "family": "smollm2"}, 8, find)
+    assert {r.labels["seed"] for r in other if r.labels["stage"] == "final"} == {0, 1, 2}
+
+
+def test_a_changed_protocol_is_said_in_one_line():
+    rows = [{"labels": {"protocol": "0123abcd"}}, {"labels": {"protocol": protocol.protocol_hash()}}, {"labels": {}}]
+    said = protocol.changed_protocol(rows)
+    assert "after 1 rows" in said and "0123abcd" in said and "git checkout" in said and "\n" not in said
+    assert protocol.changed_protocol(rows[1:]) == ""
+
+
+def test_hours_are_the_median_of_rows_of_the_same_sort():
+    runs = [r for r in protocol.trial_plan("dialogue", EVIDENCE, 8, lambda config: protocol.SUPPOSED)
+            if r.labels["method"] == "dpo" and r.labels["stage"] == "final"]
+    rows = [{"config": run.config, "result": {"seconds": {"total": s}}} for run, s in zip(runs, (100, 200, 900))]
+    assert protocol.hours_left(runs, rows) == pytest.approx(len(runs) * 200 / 3600)
+    assert protocol.hours_left(runs) == pytest.approx(sum(map(protocol.cost_of, runs)) / 3600)
+    assert protocol.hours_left([]) == 0
+
+
+# ---------------------------------------------------------------- the whole rule, in simulated rows
+
+SETS = 2000
+SPREAD = {"dialogue": (0.162, 0.09), "summarization": (0.101, 0.22), "sentiment": (0.081, 0.61)}  # run to run; noise
+
+
+def family_of(draw, spread: float, noise: float, seeds: int, opponents: int, truth: float = 0.0) -> dict:
+    "Gains at equal distance of one method minus its opponents', as `claims` hands them to the rule."
+    run = lambda: draw.normal(0, spread, seeds)  # noqa: E731  noise of the judging is part of the spread
+    ours = run() + truth
+    return {k: ours - run() for k in range(opponents)}
+
+
+@pytest.mark.parametrize("task, seeds", [("summarization", 8)])  # others in test_decisions
+def test_without_a_difference_any_false_answer_is_rare(task, seeds):
+    draw, wrong = np.random.default_rng(11), 0
+    largest = max(len(f["opponents"]) for f in protocol.PROTOCOL["families"])
+    for _ in range(SETS):
+        found = decide(family_of(draw, *SPREAD[task], seeds, largest), margin=RULE["margin"], level=RULE["level"],
+                       plan=False)
+        wrong += any(d.verdict in ("supported", "contradicted") for d in found.values())
+    assert wrong / SETS <= 0.05
+
+
+@pytest.mark.parametrize("task, truth, least", [("dialogue", 0.4, 0.75), ("summarization", 0.25, 0.75),
+                                                ("sentiment", 0.2, 0.75)])
+def test_power_of_eight_seeds(task, truth, least):
+    """What a family of seven opponents sees with eight seeds, four times in five or nearly."""
+    draw = np.random.default_rng(12)
+    seen = [d.verdict == "supported" for _ in range(150)
+            for d in decide(family_of(draw, *SPREAD[task], 8, 7, truth), plan=False).values()]
+    assert np.mean(seen) >= least
+
+
+def invented_frame(slopes: dict, seeds: int, draw, prompts: int = 24, failing: tuple = ()) -> pd.DataFrame:
+    "Rows of a table as `load_runs` gives them; prompts differ in level, which no judge of answers may count."
+    rows, level = [], draw.normal(0, 2, (prompts, 1))
+
+    def point(gain, kl, samples=1):
+        scores = (level + gain + draw.normal(0, 1, (prompts, samples))).tolist()
+        return {"scores": {"gold": scores, "proxy": scores}, "logps": [[kl]] * prompts,
+                "start_logps": [[0.0]] * prompts}
+
+    for seed in range(seeds):
+        start = point(0, 0, 8)
+        if seed in failing:  # a judge to whom all answers to a prompt are alike
+            start["scores"]["gold"] = [[level[i, 0] + 0.01 * k for k in range(8)] for i in range(prompts)]
+        rows.append({"method": "start", "seed": seed, "stage": "final", "key": f"s{seed}",
+                     "result": {"points": [start], "judges": {"gold": {"accuracy": 0.8, "lists": 90}}}})
+        rows += [{"method": m, "seed": seed, "stage": "final", "key": f"{m}{seed}",
+                  "result": {"points": [point(slope * kl**0.5, kl) for kl in (2.0, 5.0, far)]}}
+                 for m, (slope, far) in slopes.items()]
+    return pd.DataFrame(rows)
+
+
+def test_gains_are_read_where_both_have_been(monkeypatch):
+    """DPO goes twice as far for a larger gain at its end; at equal distance LIRE gains more."""
+    frame = invented_frame({"lire": (0.5, 7.0), "dpo": (0.35, 20.0)}, 8, np.random.default_rng(0))
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
+    claim = next(c for c in claims.matched_claims() if c.text == "LIRE gains more than DPO at equal distance, dialogue")
+    found = claims.measure_claims([claim], results.Results("nowhere"))[claim.text]
+    decides, beside = found.quantities
+    assert found.verdict == "supported" and beside.interval.value == 7.0
+    starts = courses.starts_by_seed(frame)
+    unit = np.mean([s.unit for s in starts.values()])
+    scale = np.mean([s.margin for s in starts.values()]) / 0.2
+    assert decides.interval.value == pytest.approx(0.15 * 7**0.5 / unit / scale, abs=0.15)
+    # a fifth of the total spread: variance 4 over prompts, 1 within
+    assert np.mean([s.margin * s.unit for s in starts.values()]) == pytest.approx(0.2 * 5**0.5, rel=0.25)
+
+
+def test_a_judge_that_cannot_tell_answers_apart_decides_nothing(monkeypatch):
+    frame = invented_frame({"lire": (0.5, 9.0), "dpo": (0.1, 9.0)}, 8, np.random.default_rng(1), failing=(1, 4, 6, 7))
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
+    claim = next(c for c in claims.matched_claims() if c.text == "LIRE gains more than DPO at equal distance, dialogue")
+    found = claims.measure_claims([claim], results.Results("nowhere"))[claim.text]
+    assert found.verdict == "too few seeds" and found.quantities[0].seeds == 4
+
+
+def test_best_of_n_stands_beside_at_the_distance_that_it_reaches(monkeypatch):
+    frame = invented_frame({"lire": (0.1, 9.0)}, 6, np.random.default_rng(2))
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
+    claim = next(c for c in claims.matched_claims()
+                 if c.text == "LIRE gains more than best-of-n at equal distance, dialogue")
+    found = claims.measure_claims([claim], results.Results("nowhere"))[claim.text]
+    assert found.verdict == "contradicted" and found.quantities[1].interval.value == pytest.approx(math.log(8) - 7 / 8)
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_texts_lie_beside_their_row_and_can_be_judged_again(tmp_path):
+    store = results.Results(tmp_path)
+    point = {"step": 3, "ids": ["a"], "prompts": [[{"role": "user", "content": "Hé?"}]],
+             "completions": [["x\u2028", ""]], "token_ids": [[[1, 2], []]]}
+    run = Run("toy", {"kind": "train", "seed": 1})
+    row = store.append(run, {"points": [], "texts": [point], "seconds": {"total": 1}}, {"date": "2026-01-01"})
+    assert "texts" not in row["result"] and "texts" not in results.Results(tmp_path).rows[run.key]["result"]
+    found = texts.judge_texts(tmp_path, lambda prompts, completions: [len(p[0]["content"]) + len(c)
+                                                                      for p, c in zip(prompts, completions)])
+    assert found["score"].tolist() == [5.0, 3.0] and set(found["key"]) == {run.key}
+    assert [list(ids) for ids in texts.read_texts(tmp_path)["token_ids"]] == [[1, 2], []]
+    for bad in (lambda p, c: [1.0], lambda p, c: [math.inf] * len(c)):
+        with pytest.raises(LireError, match="finite score"):
+            texts.judge_texts(tmp_path, bad)
+
+
+# ---------------------------------------------------------------- the linear judge
+
+
+def test_linear_judge_finds_the_minimum_of_its_loss():
+    """Against plain gradient descent, written out without sparse matrices."""
+    from lire_nb.linear_judge import train_linear_judge
+    from lire_nb.records import make_record
+
+    draw = np.random.default_rng(0)
+    words = ["good", "bad", "fine", "poor", "so", "very"]
+    lists = [make_record(f"q{i}", [" ".join(draw.choice(words, 4)) for _ in range(3)], rewards=[2.0, 1.0, None])
+             for i in range(12)]
+    judge = train_linear_judge(lists, penalty=0.1, least=1)
+    rows = [judge.rows([r["prompt"]] * 2, r["completions"][:2]).toarray() for r in lists]
+    apart = np.array([a - b for a, b in rows])
+    w = np.zeros(apart.shape[1])
+    for _ in range(4000):
+        w -= 0.5 * (-(apart / (1 + np.exp(apart @ w))[:, None]).mean(0) + 0.1 * w)
+    assert np.allclose(w, judge.weights, atol=1e-4)
+    assert judge(["q"], [""]) == [0.0]
