@@ -18,7 +18,7 @@ import psutil
 from test_ranks import ENV, HERE, make_encoder
 from tiny_policy import make_start
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--master_port", "0", "--nproc_per_node"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def launch(place: Path, count: int, what: str, **env) -> subprocess.Popen:
