@@ -18,7 +18,7 @@ import psutil
 from test_ranks import ENV, HERE, make_encoder
 from tiny_policy import make_start
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--master_port", "0", "--nproc_per_node"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def launch(place: Path, count: int, what: str, **env) -> subprocess.Popen:
@@ -90,12 +90,14 @@ def kill_and_finish(place: Path, number: int, draw: random.Random, whole: dict) 
 
 def main(place: Path, kills: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    make_start(place / "start", dropout=0.0)
-    make_start(place / "start-dropout")
-    make_encoder(place / "bert", place / "start")
+    if not (place / "bert").exists():  # a folder of before goes on
+        make_start(place / "start", dropout=0.0)
+        make_start(place / "start-dropout")
+        make_encoder(place / "bert", place / "start")
     for count in (1, 2, 3):
         began = time.monotonic()
-        assert launch(place, count, "whole_round").wait() == 0, (place / "log").read_text()[-3000:]
+        if not (place / f"run-{count}" / "metrics.jsonl").exists():
+            assert launch(place, count, "whole_round").wait() == 0, (place / "log").read_text()[-3000:]
         print(json.dumps({"processes": count, "seconds": round(time.monotonic() - began, 1),
                           **(compare(place, count) if count > 1 else {})}), flush=True)
     assert launch(place, 1, "killed", RUN="alone").wait() == 0
