@@ -131,7 +131,8 @@ def look_at_lists(
 def _said_counts(lists: list[dict], counts: pd.DataFrame) -> str:
     "Lists, prompts, candidates and ties."
     sizes, number = [len(r["completions"]) for r in lists], counts["value"]
-    M = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}, {median(sizes):g} in the middle"
+    ragged = f" to {max(sizes)}, {median(sizes):g} in the middle" if min(sizes) < max(sizes) else ""
+    M = f"{min(sizes)}{ragged}"
     prompts = len({same_text(r["prompt"]) for r in lists})
     return (f"{len(lists)} lists of {prompts} prompts, M = {M}; {number['candidates scored']:.0f} of "
             f"{number['candidates']:.0f} candidates scored, rewards {number['lowest reward']:g} to "
@@ -143,7 +144,8 @@ def _said_lengths(counts: pd.DataFrame) -> str:
     number, cut = counts["value"], counts.index[counts.index.str.contains("longer than")]
     told = "; ".join(f"{number[name]:.0f} {name}" + " are cut" * bool(number[name]) for name in cut)
     return (f"Prompts have {number['prompt tokens, median']:.0f} tokens in the middle and "
-            f"{number['prompt tokens, largest']:.0f} at most, completions {number['completion tokens, median']:.0f} and "
+            f"{number['prompt tokens, largest']:.0f} at most, completions "
+            f"{number['completion tokens, median']:.0f} and "
             f"{number['completion tokens, largest']:.0f}; {told}.")
 
 
