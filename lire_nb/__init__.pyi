@@ -1,4 +1,8 @@
 "The names at the top, which are lazy at run time, for type checkers."
+from typing import Any, Literal, overload
+
+from datasets import Dataset
+
 from .base.errors import LireError as LireError
 from .losses import lire_loss as lire_loss
 from .rivals import get_loss as get_loss
@@ -6,7 +10,7 @@ from .records import (
     lists_dataset as lists_dataset, make_record as make_record, merge_lists as merge_lists,
 )
 from .conversations import render_prompt as render_prompt
-from .lists import load_lists as load_lists, save_lists as save_lists
+from .lists import LoadReport, save_lists as save_lists
 from .tasks import load_task as load_task
 from .models import (
     Policy as Policy, load_policy as load_policy, load_tokenizer as load_tokenizer,
@@ -28,3 +32,12 @@ from .lab.report import report as report
 
 __version__: str
 __all__: list[str]
+
+
+@overload
+def load_lists(source: Any, mapping: dict | None = ..., on_error: str = ..., *, quarantine: Any = ...,
+               chat: bool | None = ..., split: str | None = ..., return_report: Literal[False] = ...) -> Dataset: ...
+@overload
+def load_lists(source: Any, mapping: dict | None = ..., on_error: str = ..., *, quarantine: Any = ...,
+               chat: bool | None = ..., split: str | None = ...,
+               return_report: Literal[True]) -> tuple[Dataset, LoadReport]: ...

@@ -315,7 +315,10 @@ def test_type_checkers_see_the_names_at_the_top():
     import lire_nb
 
     stub = Path(lire_nb.__file__).with_suffix(".pyi")
-    found = [node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
-    assert {node.module: tuple(name.name for name in node.names) for node in found} == lire_nb._HOMES
-    assert all(name.asname == name.name for node in found for name in node.names)  # a public name, says PEP 484
+    body = ast.parse(stub.read_text(encoding="utf-8")).body
+    homes = {name: module for module, names in lire_nb._HOMES.items() for name in names}
+    found = {one.asname: node.module for node in body if isinstance(node, ast.ImportFrom) for one in node.names
+             if one.asname == one.name}  # a public name, says PEP 484
+    found |= {node.name: homes[node.name] for node in body if isinstance(node, ast.FunctionDef)}
+    assert found == homes
     assert stub.with_name("py.typed").is_file() and "*.pyi" in (stub.parents[1] / "setup.py").read_text()
