@@ -39,7 +39,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=["lire_nb", "lire_nb.*"]),
-    package_data={"lire_nb": ["py.typed"]},
+    package_data={"lire_nb": ["py.typed", "*.pyi"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

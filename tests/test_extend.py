@@ -309,13 +309,16 @@ def test_a_table_with_policy_loss_and_task(tmp_path, monkeypatch):
 
 
 def test_type_checkers_see_the_names_at_the_top():
-    """They are lazy at run time; the block for type checkers names each from its own home."""
+    """They are lazy at run time; the stub beside names each from its own home."""
     import ast
 
     import lire_nb
 
-    tree = ast.parse(Path(lire_nb.__file__).read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-    assert {node.module: tuple(name.name for name in node.names) for node in block.body} == lire_nb._HOMES
-    assert all(name.asname == name.name for node in block.body for name in node.names)  # a public name, says PEP 484
-    assert (Path(lire_nb.__file__).parent / "py.typed").is_file()
+    stub = Path(lire_nb.__file__).with_suffix(".pyi")
+    body = ast.parse(stub.read_text(encoding="utf-8")).body
+    homes = {name: module for module, names in lire_nb._HOMES.items() for name in names}
+    found = {one.asname: node.module for node in body if isinstance(node, ast.ImportFrom) for one in node.names
+             if one.asname == one.name}  # a public name, says PEP 484
+    found |= {node.name: homes[node.name] for node in body if isinstance(node, ast.FunctionDef)}
+    assert found == homes
+    assert stub.with_name("py.typed").is_file() and "*.pyi" in (stub.parents[1] / "setup.py").read_text()

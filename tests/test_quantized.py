@@ -44,6 +44,7 @@ def test_an_adapter_on_4_bit_weights_learns_and_is_loaded_back(tmp_path):
                                         if n not in after else n]) for n, value in before.items())
     trainer.save_model(str(tmp_path / "adapter"))
     again, _ = load_policy(tmp_path / "adapter", quantization_config=nf4, device="cpu")
+    keep_gradients(again)  # else it is read in bfloat16, and the difference is that of the rounding
     ids = torch.arange(100, 116)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
