@@ -51,6 +51,8 @@ VERBS = {
     "protocol": "trial_plan",
     "trials": "run_experiment",
     "texts": "judge_texts",
+    "courses": "at_common_distance",
+    "published": "paper_table",
     "compare": "compare",
     "own_lists": "split_by_prompt|look_at_lists",
     "cards": "model_card",
@@ -82,7 +84,8 @@ LAYERS = {
     "judges": ("judges.verdicts", "judges.chat", "judges.sheets"),
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
             "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
-            "lab.protocol", "lab.trials", "lab.texts", "lab.own_lists", "lab.compare"),
+            "lab.protocol", "lab.trials", "lab.texts", "lab.courses", "lab.published", "lab.own_lists",
+            "lab.compare"),
     "cli": ("cli",),
 }
 
