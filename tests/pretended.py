@@ -7,6 +7,7 @@ FakeTensorMode cannot do this: it has no numbers, and our code asks for some.
 """
 import traceback
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -91,13 +92,16 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self):
         Watch.active.append(self)
-        self.kept = (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init)
+        self.kept = (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init,
+                     torch.cuda.get_device_properties)
         torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention = _to, _tensor, _attention
         torch.cuda._lazy_init = lambda: None
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80 * 2**30)
         return super().__enter__()
 
     def __exit__(self, *exc):
-        torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init = self.kept
+        (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init,
+         torch.cuda.get_device_properties) = self.kept
         Watch.active.remove(self)
         return super().__exit__(*exc)
 
