@@ -82,6 +82,18 @@ class _Down(torch.autograd.Function):
         return Pretended(grad)
 
 
+class _Up(torch.autograd.Function):
+    "A copy to the device; its gradient comes back."
+
+    @staticmethod
+    def forward(ctx, x):
+        return Pretended(x.detach().clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.real_one
+
+
 class Watch(TorchDispatchMode):
     "While active, what is made on cuda is pretended, and everything is counted."
     active: "list[Watch]" = []
@@ -168,7 +180,8 @@ def _to(self, *args, **kwargs):
         for watch in Watch.active:
             watch.copies_in += 1
         dtype = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)]
-        return Pretended(_REAL[0](self, *dtype).detach().clone() if dtype else self.detach().clone())
+        moved = _REAL[0](self, *dtype) if dtype else self
+        return _Up.apply(moved) if moved.requires_grad else Pretended(moved.detach().clone())
     return _REAL[0](self, *args, **kwargs)
 
 
