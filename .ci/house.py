@@ -44,6 +44,7 @@ VERBS = {
     "exploration": "optimism",
     "demonstrations": "demo_loss|self_play",
     "decisions": "decide",
+    "options": "settings_of|option",
     "handover": "read_probe",
     "ranks": "split_rows",
     "frontiers": "gain_at_distance",
@@ -86,7 +87,7 @@ LAYERS = {
             "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
             "lab.protocol", "lab.trials", "lab.texts", "lab.courses", "lab.published", "lab.own_lists",
             "lab.compare"),
-    "cli": ("cli",),
+    "cli": ("cli", "options"),
 }
 
 

@@ -219,5 +219,5 @@ def merge_adapter(
         require(error <= MERGED, "the merged model computes something else", field="merge", value=f"{error:.2g}",
                 allowed=f"at most {MERGED:g} of the largest logit", remedy="keep the adapter, and report it")
         if (Path(policy.folder) / "card.json").is_file():
-            write_card(draft, replace(read_card(policy.folder), merged=True), folder.name)
+            write_card(draft, replace(read_card(policy.folder), merged=True))
     return error

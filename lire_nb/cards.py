@@ -215,11 +215,11 @@ def model_card(
 def write_card(
     folder: str | os.PathLike,  # of the weights
     facts: TrainingFacts,
-    name: str | None = None,  # default: the folder's
+    name: str | None = None,  # the title; default: where it began, and by which loss it was trained
 ) -> None:
     "Write README.md and card.json."
-    folder = Path(folder)
-    (folder / "README.md").write_text(model_card(name or folder.name, facts), encoding="utf-8")
+    folder, title = Path(folder), f"{public_name(facts.start)}, trained with {facts.settings.get('loss_type', 'lire')}"
+    (folder / "README.md").write_text(model_card(name or title, facts), encoding="utf-8")
     write_json(folder / "card.json", asdict(facts))
 
 

@@ -785,7 +785,7 @@ def _add_records(draft: Path, trainer) -> None:
     plain = lambda log: {k: v for k, v in log.items() if isinstance(v, (int, float)) and v == v}  # noqa: E731
     rows = [dict(sorted(plain(h).items())) for h in trainer.state.log_history]
     write_jsonl(draft / "training.jsonl", (row for row in rows if "loss" in row))
-    write_card(draft, facts_of(trainer), draft.parent.name.removesuffix(".partial"))
+    write_card(draft, facts_of(trainer))
     if looks := [{k: v for k, v in row.items() if k not in _SPEED} for row in rows if "eval_loss" in row]:
         write_jsonl(draft / "eval.jsonl", looks)
     settings = {k: v for k, v in trainer.args.to_dict().items() if k not in ("output_dir", "logging_dir", "run_name")}

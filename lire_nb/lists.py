@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
@@ -271,17 +271,6 @@ def iter_lists(
     return _run(source, mapping, on_error, quarantine, LoadReport() if report is None else report, None, chat)
 
 # %% ../nbs/33_lists.ipynb #750a94d0
-@overload  # for type checkers
-def load_lists(source: Any, mapping: dict | None = ..., on_error: str = ..., *, quarantine: Any = ...,
-               chat: bool | None = ..., split: str | None = ..., return_report: Literal[False] = ...) -> Dataset: ...
-
-
-@overload
-def load_lists(source: Any, mapping: dict | None = ..., on_error: str = ..., *, quarantine: Any = ...,
-               chat: bool | None = ..., split: str | None = ...,
-               return_report: Literal[True]) -> tuple[Dataset, LoadReport]: ...
-
-
 def load_lists(
     source: str | os.PathLike | Dataset | Iterable[dict],
     mapping: dict | None = None,

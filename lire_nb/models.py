@@ -207,6 +207,11 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+# %% ../nbs/35_models.ipynb #71e5d0ab
+_LOADING: ContextVar[dict] = ContextVar("loading", default={})  # noqa: B039, never changed in place
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
 # %% ../nbs/35_models.ipynb #0a293cab
 def load_policy(
     name: str | Path | Policy,  # asset name, folder or hub id; a loaded (model, tokenizer) passes through
@@ -381,11 +386,6 @@ def has_bf16(device: torch.device | str | None = None) -> bool:
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
     "bfloat16 where it is fast, else float32."
     return torch.bfloat16 if has_bf16(device) else torch.float32
-
-# %% ../nbs/35_models.ipynb #71e5d0ab
-_LOADING: ContextVar[dict] = ContextVar("loading", default={})  # noqa: B039, never changed in place
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 # %% ../nbs/35_models.ipynb #71e5d0ac
 @contextmanager

@@ -39,7 +39,7 @@ from lire_nb.conversations import (
     tokenizer_fingerprint, warn_text_prompts,
 )
 from .lists import checked_prompts, prompt_facts
-from .models import causal_lm, compute_dtype, context_of, load_policy
+from .models import causal_lm, compute_dtype, context_of, load_policy, text_config
 from .records import as_chat, lists_dataset, make_record, prompt_id, split_tools, uses_tools
 from lire_nb.servers import (
     check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, RefusedOne, run_requests, TryLater,
@@ -258,6 +258,14 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.T
             torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
 
 # %% ../nbs/14_sampling.ipynb #07d45c71
+def _looks_everywhere(model) -> bool:
+    "Whether every layer looks at all tokens before, through PyTorch's attention, so that one mask serves all."
+    config = text_config(model)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    return plain and str(getattr(config, "_attn_implementation", "")).endswith("sdpa")
+
+
 class _Decoding:
     "Rows that are being written: `scores` for their next token, and the cache behind them."
 
@@ -266,13 +274,17 @@ class _Decoding:
         known = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.positioned, self.cache = "position_ids" in known, None
+        self.own_mask = model.device.type != "cpu" and _looks_everywhere(model)
         ids, self.mask = (t.to(model.device) for t in _left_padded(prompts, pad or 0))  # nobody reads a pad
         self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
         self.choose(torch.arange(len(prompts), device=model.device).repeat_interleave(repeats))
 
     def _forward(self, ids, positions):
         options = {"position_ids": positions} if self.positioned else {}
-        out = self.model(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options,
+        mask = self.mask
+        if self.own_mask and ids.shape[1] == 1:  # else transformers asks the device, at every token, for a pad in it
+            mask = mask[:, None, None].bool()
+        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, **options,
                          **self.last_only)
         self.cache, self.scores, self.position = out.past_key_values, out.logits[:, -1], positions[:, -1:]
 

@@ -7,6 +7,7 @@ FakeTensorMode cannot do this: it has no numbers, and our code asks for some.
 """
 import traceback
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -81,6 +82,18 @@ class _Down(torch.autograd.Function):
         return Pretended(grad)
 
 
+class _Up(torch.autograd.Function):
+    "A copy to the device; its gradient comes back."
+
+    @staticmethod
+    def forward(ctx, x):
+        return Pretended(x.detach().clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.real_one
+
+
 class Watch(TorchDispatchMode):
     "While active, what is made on cuda is pretended, and everything is counted."
     active: "list[Watch]" = []
@@ -91,13 +104,16 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self):
         Watch.active.append(self)
-        self.kept = (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init)
+        self.kept = (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init,
+                     torch.cuda.get_device_properties)
         torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention = _to, _tensor, _attention
         torch.cuda._lazy_init = lambda: None
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80 * 2**30)
         return super().__enter__()
 
     def __exit__(self, *exc):
-        torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init = self.kept
+        (torch.Tensor.to, torch.tensor, F.scaled_dot_product_attention, torch.cuda._lazy_init,
+         torch.cuda.get_device_properties) = self.kept
         Watch.active.remove(self)
         return super().__exit__(*exc)
 
@@ -164,7 +180,8 @@ def _to(self, *args, **kwargs):
         for watch in Watch.active:
             watch.copies_in += 1
         dtype = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)]
-        return Pretended(_REAL[0](self, *dtype).detach().clone() if dtype else self.detach().clone())
+        moved = _REAL[0](self, *dtype) if dtype else self
+        return _Up.apply(moved) if moved.requires_grad else Pretended(moved.detach().clone())
     return _REAL[0](self, *args, **kwargs)
 
 

@@ -28,10 +28,12 @@ from .experiments import run_experiment, stand_in, trained_lists
 from .extend import check_given, Given, given_folder, given_plan, GivenRun, own_loss
 from .memory import lora_config, read_recipe, step_settings
 from .neighbors import neighbors_plan  # noqa: F401  which puts its table among the others
+from .protocol import changed_protocol, hours_left, SUPPOSED
 from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,
 )
 from .results import Results, code_of, results_folder
+from .trials import trial_lists  # noqa: F401  which adds its kinds of experiment
 from ..models import load_policy, load_tokenizer, quiet_transformers
 from ..rewards import ScalarHead
 from ..training import LIREConfig, LIRETrainer
@@ -111,6 +113,8 @@ def _counting(folder: Path, accept: str | None, say) -> Results:
 # %% ../../nbs/42_runner.ipynb #4a3ccb47
 def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most) -> int:
     store, count, failed = _counting(folder, accept, say), 0, {}
+    if note := changed_protocol(store.rows.values()):
+        say(note)
     work.mkdir(parents=True, exist_ok=True)
     run_all = _Workers(jobs, threads, work / "workers.log").map if jobs > 1 else _one_by_one
     while True:
@@ -408,19 +412,22 @@ def progress_rows(
     results: str | Path | None = None,  # default: `results_folder(scale)`
     scale: str = "laptop",
     seeds: int | None = None,
-) -> list[dict]:  # table, done, planned, more (a search must end), other (of other code), minutes, notebook, claim
+) -> list[dict]:
+    # table, done, planned, more (a search must end), other (of other code), minutes, hours left, notebook, claim
     "How far every table is; raises `LireError` for an unknown scale."
     _check_scale(scale)
     store, rows = Results(results if results is not None or scale != "smoke" else results_folder(scale),
                           current=True), []
     for name, table in TABLES.items():
-        if scale == "paper" and name not in RECIPES:
+        if name not in RECIPES if scale == "paper" else scale not in table.scales:
             continue
         runs = _distinct(_planned(name, scale, seeds, store.find))
         done = [store.rows[k] for k in runs if k in store.rows]
+        whole = _distinct(_planned(name, scale, seeds, lambda config: store.find(config) or SUPPOSED))
         rows.append({"table": name, "done": len(done), "planned": len(runs),
                      "more": any(r.labels.get("stage") == "search" and k not in store.rows for k, r in runs.items()),
                      "other": sum(k in store.others and k not in store.rows for k in runs),
                      "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60),
+                     "hours": hours_left([r for k, r in whole.items() if k not in store.rows], done),
                      "notebook": table.notebook, "claim": table.claim})
     return rows
