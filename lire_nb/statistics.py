@@ -160,7 +160,7 @@ def as_table(
     "What a verb returned, as a frame; raises `LireError` for what has no rows."
     import pandas as pd
 
-    named = isinstance(results, Mapping) and all(_is_row(r) for r in results.values()) and bool(results)
+    named = isinstance(results, Mapping) and bool(results) and all(map(_is_row, results.values()))
     rows = list(results.values()) if named else [results] if _is_row(results) else results
     require(isinstance(rows, (list, tuple)) and all(map(_is_row, rows)), "not rows", field="results", value=results,
             allowed="dicts or named tuples, a list of them, or a dict of them", remedy="give what a verb returned")
@@ -173,9 +173,6 @@ def _is_row(value) -> bool:
 
 def _flat(row) -> dict:
     "A row whose intervals stand in columns of their own."
-    flat = {}
-    for name, value in (row if isinstance(row, Mapping) else row._asdict()).items():
-        parts = value._asdict() if isinstance(value, Interval) else None
-        flat |= {name: value} if parts is None else {
-            name if part == "value" else f"{name} {part}": own for part, own in parts.items()}
-    return flat
+    row = row if isinstance(row, Mapping) else row._asdict()
+    return {name if part == "value" else f"{name} {part}": own for name, value in row.items()
+            for part, own in (value._asdict() if isinstance(value, Interval) else {"value": value}).items()}
