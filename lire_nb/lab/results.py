@@ -366,15 +366,14 @@ def read_records(run: str | Path) -> Records:
     whole = {"eval_prompts", "rounds", "task"} <= config.keys()
     policies = ({name: run / f"round-{k}" / "policy" for k, name in enumerate(names) if k} if whole
                 else _object(config.get("about")).get("systems") or config.get("systems"))
-    starts = [_object(config.get("systems")).get(names[0]), _object(policies).get(names[0])]
+    starts = {str(s) for s in (_object(config.get("systems")).get(names[0]), _object(policies).get(names[0])) if s}
     for name, policy in _object(policies).items():
         place = re.fullmatch(r"round-(\d+)", Path(str(policy)).parent.name)
         if name not in names[1:] or not place or not Path(policy).is_dir():
             continue
         home, number = Path(policy).parents[1], int(place[1])
         made = _json(home / "enhancement.json") or {}
-        began = [made[key] for key in ("fingerprint", "policy") if isinstance(made.get(key), str)]
-        first = [names[0]] if whole or any(start in began for start in starts) else []
+        first = [names[0]] if whole or {str(made.get("fingerprint")), str(made.get("policy"))} & starts else []
         rounds.setdefault(str(home), {0: first})[number] = [name]
         trained = _training_prompts(home, made, number)
         if trained is not None or whole:
