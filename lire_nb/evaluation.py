@@ -364,6 +364,7 @@ def _movement(rows: list[dict], seed: int) -> list[tuple[str, None, dict]]:
     return figures
 
 # %% ../nbs/22_evaluation.ipynb #bf8acc60
+# long: most lines are arguments and claims
 def evaluate_systems(
     run_folder: str | Path,
     systems: dict[str, str | Path],  # name -> policy; the first is the start policy

@@ -441,6 +441,7 @@ def _additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
 
 # %% ../nbs/16_shared_prompt.ipynb #404334eb
+# long: one table after the other, laid out in one pass over the lengths
 class _Plan:
     "Where each token of a packed row stands in the blocks of prompts (B, P) and of candidates (N, R)."
 
@@ -553,6 +554,7 @@ def _attend(query, key, value, mask, scaling, dropout, softcap):
     return out.reshape(X, H, Q, -1)
 
 # %% ../nbs/16_shared_prompt.ipynb #gp222f93
+# long: the route of a GPU, kept together
 FLEX: bool | None = None  # None: where copies cost much on a GPU; True or False: always or never
 
 

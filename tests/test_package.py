@@ -8,7 +8,7 @@ import lire_nb
 
 STABLE = """LIREConfig LIRETrainer lire_loss get_loss make_record load_lists save_lists merge_lists load_task
 load_policy Policy sample_lists train_reward_model score_lists list_logps tokenize_list self_enhance
-evaluate_systems win_rate report LireError RewardModel train_policy dataset_logps lists_dataset
+evaluate_systems win_rate compare report LireError RewardModel train_policy dataset_logps lists_dataset
 render_prompt load_tokenizer ListCollator suggest_temperature lp_rewards select""".split()
 
 
