@@ -28,6 +28,7 @@ from .training import LIREConfig as LIREConfig, LIRETrainer as LIRETrainer
 from .enhancement import self_enhance as self_enhance, train_policy as train_policy
 from .preferences import win_rate as win_rate
 from .evaluation import evaluate_systems as evaluate_systems
+from .lab.compare import compare as compare
 from .lab.report import report as report
 
 __version__: str
