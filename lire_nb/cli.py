@@ -466,7 +466,7 @@ def _with_demonstrations(prompts: list[dict], args) -> list[dict]:
             allowed=f"ids of the prompts, such as {prompts[0]['id']!r}", remedy="give both the same ids")
     for prompt, record in zip(prompts, found):
         require(record is None or record["prompt"] == prompt["prompt"], "another prompt under this id", field="id",
-                file=args.demonstrations, value=prompt["id"], allowed="the prompt of --prompts", remedy="make them equal")
+                file=args.demonstrations, value=prompt["id"], allowed="the prompt of --prompts", remedy="mend one")
     return [record or prompt for prompt, record in zip(prompts, found)]
 
 
