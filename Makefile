@@ -85,7 +85,6 @@ tables: $(VENV)/.ready-dev
 
 export: $(VENV)/.ready-dev
 	$(BIN)/nbdev_export
-	$(BIN)/python .ci/narrow.py lire_nb
 	$(BIN)/python .ci/book/fold.py nbs/*.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py README.md
