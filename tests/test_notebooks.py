@@ -108,8 +108,7 @@ def again(tmp_path_factory) -> Path:
     for folder in ("nbs", "lire_nb"):
         shutil.copytree(ROOT / folder, copy / folder,
                         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    narrow = ("python", str(ROOT / ".ci" / "narrow.py"), "lire_nb")
-    for command in (("nbdev_export",), narrow, ("nbdev_clean",)):
+    for command in (("nbdev_export",), ("nbdev_clean",)):
         done = run(*command, cwd=copy)
         assert done.returncode == 0, done.stderr[-3000:]
     return copy
