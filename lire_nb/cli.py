@@ -341,9 +341,8 @@ def _with_demonstrations(prompts: list[dict], args) -> list[dict]:
     require(any(found), "of no prompt here", file=args.demonstrations, field="id", value=next(iter(shown), None),
             allowed=f"ids of the prompts, such as {prompts[0]['id']!r}", remedy="give both the same ids")
     for prompt, record in zip(prompts, found):
-        same = record is None or record["prompt"] == prompt["prompt"]
-        require(same, "another prompt under this id", file=args.demonstrations, field="id", value=prompt["id"],
-                allowed="the prompt of --prompts", remedy="give both files the same prompts")
+        require(record is None or record["prompt"] == prompt["prompt"], "another prompt under this id", field="id",
+                file=args.demonstrations, value=prompt["id"], allowed="the prompt of --prompts", remedy="mend one")
     return [record or prompt for prompt, record in zip(prompts, found)]
 
 
@@ -358,8 +357,7 @@ def _refit_of(args):
 
 # %% ../nbs/60_cli.ipynb #11a9106c
 @command("enhance", PROMPTS, option("--reward", default=None, help=REWARD[1]["help"] + "; left out with --refit"),
-         POLICY,
-         option("--evolve", type=int, default=2, help="rounds that sample"),
+         POLICY, option("--evolve", type=int, default=2, help="rounds that sample"),
          option("--iterate", type=int, default=1, help="passes per round"), CANDIDATES, *SELECTION, *SAMPLING,
          *SERVERS, SETTINGS, *LORA,
          option("--pool", choices=("replace", "keep"), default="replace",
@@ -380,8 +378,7 @@ def enhance_command(args) -> None:
     engines, scorers = _engines(args, ["policy"]), scorers_of(args.scorer, ["reward"])
     prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
     require((args.reward is None) != (args.refit is None), "one of both is needed", field="--reward, --refit",
-            value=(args.reward, args.refit), allowed="a reward, or a backbone to fit one in every round",
-            remedy="give one of them")
+            value=(args.reward, args.refit), allowed="a reward, or a backbone for every round", remedy="give one")
     refit = _refit_of(args)
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
