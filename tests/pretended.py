@@ -123,8 +123,10 @@ class Watch(TorchDispatchMode):
         if any(isinstance(x, Pretended) for x in leaves) or _is_cuda(kwargs.get("device")):
             return _run(function, args, kwargs)
         out = function(*args, **kwargs)
-        if not leaves and torch._C._current_graph_task_id() != -1:  # zeros that autograd makes beside a gradient
-            return _wrap(out)
+        if not leaves and torch._C._current_graph_task_id() != -1:  # zeros that autograd makes beside a gradient:
+            out = _wrap(out)  # where, nothing tells before they meet it
+            for x in tree_leaves(out):
+                x.undecided = isinstance(x, Pretended)
         return out
 
 
@@ -152,6 +154,8 @@ def _run(function, args, kwargs):
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     pretended = [x for x in leaves if isinstance(x, Pretended)]
     plain = [x for x in leaves if not isinstance(x, Pretended) and x.dim()]
+    if plain and all(getattr(x, "undecided", False) for x in pretended):
+        pretended = []
     there = bool(pretended) if kwargs.get("device") is None else _is_cuda(kwargs["device"]) or bool(pretended)
     for watch in Watch.active:
         watch.copies_in += bool(plain and there)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..base.errors import LireError, needed, require
 from ..models import Policy
-from ..shared_prompt import CHUNK
+from ..shared_prompt import CHUNK, KEPT
 from ..training import LIREConfig
 
 # %% ../../nbs/48_memory.ipynb #d4209d3b
@@ -143,7 +143,7 @@ def batch_bytes(
     path: str = "shared",  # or "padded"
     gradient_checkpointing: bool = False,
 ) -> dict[str, int]:
-    "Bytes of a batch: activations, and the one chunk of logits that exists at a time."
+    "Bytes of a batch: activations, with the logits where they are kept, and the one chunk that is worked on."
     config = model_config(model)
     tokens = lists * (P + M * R if path == "shared" else M * (P + R))
     h, wide = config.hidden_size, 2 if dtype == "bfloat16" else 4
@@ -152,8 +152,11 @@ def batch_bytes(
     layer = _layer_bytes(config, mode, dtype, lists, P, R, M, path)
     layers = config.num_hidden_layers
     kept = layers * tokens * h * wide + layer if gradient_checkpointing else layers * layer
-    # the last norm; the hidden states that predict
-    ends = (4 + (wide if mode == "full" else 0)) * tokens * h + wide * lists * M * R * h
+    logits, full = lists * M * R * config.vocab_size, mode == "full"
+    ends = (4 + wide * full) * tokens * h  # the last norm
+    if full or dtype == "mixed" or logits > KEPT:  # a frozen head does without the states that predict
+        ends += wide * lists * M * R * h
+    ends += (4 if dtype == "float32" else 2) * logits * (logits <= KEPT)
     # logits, their exponentials, two gradients
     return {"activations": kept + ends, "logits": 4 * 4 * CHUNK * config.vocab_size}
 
