@@ -30,7 +30,7 @@ from .base.errors import LireError, moved, require
 from lire_nb.base.files import (
     atomic_folder, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
 )
-from .base.ranks import kept_rows, on_main, sharing, together
+from .base.ranks import drop_kept, kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
 from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
@@ -414,8 +414,8 @@ def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> 
 def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, after: Path) -> None:
     "Make a file of lists where it is missing, each process a share of it, and note it in the manifest."
     if on_main(result.exists):
-        return
-    with sharing(), kept_rows(result.with_suffix(".parts"), {**sampled, "versions": _versions()}):
+        return on_main(lambda: drop_kept(result))
+    with sharing(), kept_rows(result, {**sampled, "versions": _versions()}):
         made = make()
         on_main(lambda: save_lists(made, result))
 

@@ -27,7 +27,7 @@ from scipy import stats
 
 from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
-from .base.ranks import even_batches, is_splitting, kept_rows, on_main, split_rows
+from .base.ranks import drop_kept, even_batches, is_splitting, kept_rows, on_main, split_rows
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from .handover import Engine
 from lire_nb.identity import (
@@ -389,6 +389,7 @@ def evaluate_systems(
                 check_claim(_beside(path), made_from[name],
                             remedy=f"give another folder, or delete {path.parent.name}/{path.name} to make it again")
                 rows[name] = _judged_rows(path, prompts, judges)
+                on_main(partial(drop_kept, path))
         for number, (name, policy) in enumerate(systems.items()):
             if name not in rows:
                 start = start or _loaded(next(iter(systems.values())))
@@ -396,7 +397,7 @@ def evaluate_systems(
                 config = {"format": FORMAT, **made_from[name], "about": about}
                 on_main(partial(write_json, _beside(paths[name]), config))
                 sampler = _engine_sampler(engines.get(name), policy, systems, prompts, paths[name], options)
-                with kept_rows(paths[name].with_suffix(".parts"), made_from[name]):
+                with kept_rows(paths[name], made_from[name]):
                     judged = judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
                                           sampler=sampler, **options)
                     on_main(partial(write_jsonl, paths[name], judged))

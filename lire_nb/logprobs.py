@@ -23,7 +23,7 @@ import torch
 
 from .base.errors import LireError, moved
 from .base.files import read_jsonl, write_jsonl
-from .base.ranks import even_batches, kept_rows, on_main, split_rows
+from .base.ranks import drop_kept, even_batches, kept_rows, on_main, split_rows
 from lire_nb.conversations import (
     agent_lengths, candidate_tokens, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
     tokenizer_fingerprint,
@@ -214,9 +214,11 @@ def reference_logps(
     known, keys = on_main(lambda: (_read_cache(path),
                                    [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]))
     missing = {key: record for key, record in zip(keys, lists) if key not in known}
-    if missing:
+    if not missing:
+        on_main(lambda: drop_kept(path))
+    else:
         logger.info("reference log-probs of %d lists, kept in %s", len(missing), path)
-        with kept_rows(path.with_suffix(".parts"), {"lists": list(missing)}):
+        with kept_rows(path, {"lists": list(missing)}):
             found = dataset_logps(model, tokenizer, missing.values(), **options)
             known |= {key: logps for key, (logps, _) in zip(missing, found)}
             on_main(lambda: write_jsonl(path, ({"list": key, "logps": logps} for key, logps in sorted(known.items()))))

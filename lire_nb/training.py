@@ -40,7 +40,7 @@ from .lists import as_lists, _is_prepared
 from .logprobs import in_table, IMPLS, list_logps, policy_at_start, reference_logps, remember_start
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
 from .losses import list_metrics, pair_metrics, pair_rewards, SATURATED, scored_mask
-from .many_lists import content_key, kept_rows, MANY, with_column
+from .many_lists import content_key, table_on_disk, MANY, with_column
 from .models import causal_lm, common_context, file_hash, has_bf16, load_policy, unwrap
 from .path_check import to_device, verified
 from .records import best_and_worst, keep_best_and_worst
@@ -355,7 +355,7 @@ def _tokenized(lists, tokenizer, args: LIREConfig, limits: dict, many: bool) -> 
     if many:
         code = [file_hash(module.__file__) for module in (conversations, shared_prompt)]
         key = content_key(lists, tokenizer_identity(tokenizer), limits, sorted(needed), args.length_column_name, code)
-        return kept_rows(Path(args.output_dir, ".tokens", f"tokens-{key}.arrow"), rows(),
+        return table_on_disk(Path(args.output_dir, ".tokens", f"tokens-{key}.arrow"), rows(),
                          _features(needed, args.length_column_name))
     found = list(rows())
     if any("agent" in one for one in found):  # a table has the columns of its first row

@@ -13,7 +13,7 @@ from lire_nb import enhancement, many_lists, training
 from lire_nb.enhancement import train_policy
 from lire_nb.identity import lists_identity
 from lire_nb.lists import load_lists
-from lire_nb.many_lists import kept_rows
+from lire_nb.many_lists import table_on_disk
 from lire_nb.models import load_tokenizer
 from lire_nb.records import lists_dataset, make_record, turns_text
 from lire_nb.training import check_teaching, LIREConfig, prepare_lists
@@ -112,7 +112,7 @@ def test_two_processes_of_a_machine_make_it_once(tmp_path):
         if not (child := os.fork()):
             code = 1
             try:
-                found = kept_rows(tmp_path / "rows.arrow", rows(), Features({"n": Value("int64")}))
+                found = table_on_disk(tmp_path / "rows.arrow", rows(), Features({"n": Value("int64")}))
                 code = 0 if found[4999]["n"] == 4999 else 2
             finally:
                 os._exit(code)

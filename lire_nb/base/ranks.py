@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'balanced', 'even_batches', 'my_share', 'watch_launcher', 'together', 'sharing', 'is_sharing',
-           'is_splitting', 'on_main', 'split_rows', 'everyones', 'kept_rows', 'sum_over_ranks']
+           'is_splitting', 'on_main', 'split_rows', 'everyones', 'drop_kept', 'kept_rows', 'sum_over_ranks']
 
 # %% ../../nbs/74_ranks.ipynb #1e38b8d3
 import base64
@@ -377,13 +377,20 @@ def _earlier_rows(folder: Path, identity: dict) -> list[dict]:
     return []
 
 
+def drop_kept(
+    result: str | Path,  # a file that is complete
+) -> None:
+    "Remove what a run kept that was killed between the result and its last breath."
+    shutil.rmtree(Path(result).with_suffix(".parts"), ignore_errors=True)
+
+
 @contextmanager
 def kept_rows(
-    folder: str | Path,  # made and removed by this block
+    result: str | Path,  # the file that comes of the rows; they are kept in a folder beside it, <name>.parts
     identity: dict,  # JSON: everything that decides the rows
 ) -> Iterator[None]:
     "A block in which finished rows of `split_rows` are kept, so that a killed run goes on after them."
-    folder, block = Path(folder), _BLOCK.get()
+    folder, block = Path(result).with_suffix(".parts"), _BLOCK.get()
     if _processes() > 1 and block.link is None:  # several processes that know nothing of each other
         yield
         return
@@ -395,7 +402,7 @@ def kept_rows(
         if _is_main() and not any(folder.glob("rank-*.jsonl")):
             shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
         raise
-    on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+    on_main(lambda: drop_kept(result))
 
 # %% ../../nbs/74_ranks.ipynb #21d32642
 def sum_over_ranks(

@@ -25,8 +25,8 @@ from ..proxy import independent_judge, overoptimization, parting_sentence, promp
 from ..preferences import has_kl
 from ..statistics import FEW, wilson_interval
 from lire_nb.lab.figures import (
-    plot_before_after, plot_calibration, plot_frontier, plot_overoptimization, plot_reward_kl, plot_training,
-    plot_win_matrix, png, reward_kl_frontier, run_points, save_figure,
+    figure_style, plot_before_after, plot_calibration, plot_frontier, plot_overoptimization, plot_reward_kl,
+    plot_training, plot_win_matrix, png, reward_kl_frontier, run_points, save_figure,
 )
 from .results import _json, read_metrics, read_records, read_systems, Records
 
@@ -485,6 +485,7 @@ def _last_parts(run: Path, table: pd.DataFrame):
 COLUMN = 4.15  # inches: letters of 12 pixels on a screen of 400
 
 
+@figure_style()
 def narrow(
     figure: Figure,  # changed in place
 ) -> bool:  # whether it fits now; a wide matrix does not
