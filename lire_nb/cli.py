@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/60_cli.ipynb #gp103a36
-HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
 _LONG = ("quickstart", "sample", "train", "train-reward", "enhance", "evaluate", "reproduce")
 
 
