@@ -33,7 +33,6 @@ from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,
 )
 from .results import Results, code_of, results_folder
-from .trials import trial_lists  # noqa: F401  which adds its kinds of experiment
 from ..models import load_policy, load_tokenizer, quiet_transformers
 from ..rewards import ScalarHead
 from ..training import LIREConfig, LIRETrainer

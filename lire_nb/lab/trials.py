@@ -19,7 +19,7 @@ from ..base.files import atomic_folder, write_json
 from ..base.versions import version
 from ..enhancement import self_enhance
 from lire_nb.lab.experiments import (
-    compact, given_candidates, KINDS, prompts_of, reward_lists, take_candidates, _locked, _policy, _settings, _task,
+    compact, given_candidates, prompts_of, reward_lists, take_candidates, _locked, _policy, _settings, _task,
     _with_given,
 )
 from .plans import config_key, _NAMING
@@ -254,5 +254,3 @@ def _rounds(config: dict, work: Path, keep: bool) -> dict:
     shutil.rmtree(run, ignore_errors=True)
     return _split_texts(points, looks.known)
 
-
-KINDS.update(trial=_trial, rounds=_rounds)
