@@ -126,9 +126,9 @@ def trial_search(task: str, method: str, scale: dict, find: Find) -> tuple[list[
 
 
 def _choice(tried: list[Run], settings: list[dict], find: Find) -> dict | None:
-    "The settings of the best point under the cap; None where a result is missing."
+    "The settings of the best point under the cap; None where a result is missing, or all broke before a point."
     found = [find(run.config) for run in tried]
-    return None if None in found else settings[_best_point(found, settings)]
+    return None if None in found or not any(r["points"] for r in found) else settings[_best_point(found, settings)]
 
 # %% ../../nbs/55_protocol.ipynb #pr018
 def _best_point(results: list[dict], settings: list[dict]) -> int:
