@@ -121,7 +121,7 @@ def _said(claim: Claim, quantities: list[Quantity], decision, reason: str) -> Me
 
 # %% ../../nbs/44_claims.ipynb #6e62a705
 def _seeds(*runs: pd.DataFrame) -> int:
-    if not all(len(r) for r in runs):
+    if not runs or not all(len(r) for r in runs):
         raise NotMeasured
     return min(len(r) for r in runs)
 
