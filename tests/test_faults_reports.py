@@ -609,9 +609,10 @@ def test_rows_of_other_code_stay_readable_and_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("more",
-                         [["--policy", "runs/mine"], ["--reward", "runs/mine"], ["--policy", "x", "--list"],
+                         [["--policy", "./mine"], ["--reward", "runs/mine"], ["--policy", "x", "--list"],
                           ["--reward", "x", "--dry-run"]])
 def test_41_a_policy_that_would_not_be_used_is_refused(tmp_path, capsys, more):
+    """--policy stands in every table now, so the first one is refused because it is not there."""
     assert main(["reproduce", "sentiment", "--scale", "smoke", "--most", "0", "--results", str(tmp_path / "r"),
                  "--work", str(tmp_path / "w"), *more]) == 2
     said = capsys.readouterr().err

@@ -230,3 +230,91 @@ def test_linear_judge_finds_the_minimum_of_its_loss():
         w -= 0.5 * (-(apart / (1 + np.exp(apart @ w))[:, None]).mean(0) + 0.1 * w)
     assert np.allclose(w, judge.weights, atol=1e-4)
     assert judge(["q"], [""]) == [0.0]
+
+
+# ---------------------------------------------------------------- what the file says is what happens
+
+
+@pytest.mark.parametrize("margin, level, expected", [(0.2, 0.05, "supported"), (5.0, 0.05, "tie"),
+                                                     (0.2, 1e-12, "undecided")])
+def test_margin_and_level_are_those_of_the_file(monkeypatch, margin, level, expected):
+    frame = invented_frame({"lire": (0.5, 7.0), "dpo": (0.35, 20.0)}, 8, np.random.default_rng(0))
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
+    monkeypatch.setitem(RULE, "margin", margin)
+    monkeypatch.setitem(RULE, "level", level)
+    claim = next(c for c in claims.matched_claims() if c.text == "LIRE gains more than DPO at equal distance, dialogue")
+    found = claims.measure_claims([claim], results.Results("nowhere"))[claim.text]
+    assert found.verdict == expected
+    # a margin is a share of a standard deviation, so it changes no value
+    assert found.quantities[0].interval.value == pytest.approx(0.155, abs=0.06)
+
+
+def test_a_pair_of_settings_is_read_in_the_same_unit_as_two_methods(monkeypatch):
+    """Rows that differ in their labels alone: `between` finds what `at_distance` finds."""
+    frame = invented_frame({"lire": (0.5, 7.0), "dpo": (0.35, 20.0)}, 6, np.random.default_rng(3))
+    frame = frame.assign(setting="pool", value=frame["method"])
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
+    store = results.Results("nowhere")
+    _, one, far = courses.at_distance("any", "lire", "dpo", store)
+    _, other, again = courses.between("any", ["pool", "lire"], ["pool", "dpo"], store)
+    assert np.allclose(one, other) and far == again == 7.0
+
+
+def test_seeds_are_those_of_the_file(monkeypatch):
+    seeds = protocol.PROTOCOL["seeds"]
+    assert EVIDENCE["seeds"] == seeds["many"] and seeds["few"] >= 5
+    wishes = {"dialogue": {"lire": 99, "rrhf": 11, "dpo": 10}}
+    monkeypatch.setattr(protocol, "_pilot", lambda: wishes)
+    found = {m: protocol.seeds_of("dialogue", m, seeds["many"]) for m in ("lire", "dpo", "rrhf", "simpo")}
+    assert found == {"lire": seeds["most"], "dpo": 10, "rrhf": seeds["many"], "simpo": seeds["few"]}
+    assert protocol.seeds_of("sentiment", "lire", seeds["many"]) == seeds["many"]
+
+
+# ---------------------------------------------------------------- no row is lost at the end
+
+
+def test_a_policy_that_writes_nothing_is_a_row(tmp_path):
+    """No text has two tokens, so there is no share of pairs; the row can be stored all the same."""
+    from lire_nb.lab.trials import _columns
+
+    lists = [{"id": "a", "prompt": "p", "completions": [""], "meta": {"finish_reasons": ["stop"], "token_ids": [[0]]}}]
+    found = _columns(lists, {"gold": [[0.0]]}, [{"tokens": [1], "logps": [-0.1], "start_logps": [-2.0]}])
+    assert found["distinct_2"] is None and found["degenerate"] == 0.0
+    point = {"step": 1, **found}
+    row = results.Results(tmp_path).append(Run("toy", {"kind": "trial"}), {"points": [point], "texts": [{
+        "step": 1, **point.pop("texts")}]}, {"date": "2026-01-01"})
+    assert results.Results(tmp_path).rows[row["key"]]["result"]["points"][0]["distinct_2"] is None
+    assert texts.read_texts(tmp_path)["completion"].tolist() == [""]
+
+
+def test_a_number_that_is_not_finite_costs_its_own_run_alone(tmp_path, monkeypatch):
+    from lire_nb.lab import runner
+
+    runs = plan("matched_sentiment", "smoke")[:1]
+    twin = Run(runs[0].table, {**runs[0].config, "seed": 1}, {**runs[0].labels, "seed": 1})
+    monkeypatch.setattr(runner, "plan", lambda *a, **k: [*runs, twin])
+    monkeypatch.setattr(runner, "run_experiment", lambda config, work, keep: {
+        "x": math.nan if config["seed"] == 0 else 1.0, "seconds": {"total": 0.0}})
+    said = []
+    with pytest.raises(LireError, match="1 runs failed; 1 are kept"):
+        runner.reproduce(["matched_sentiment"], "smoke", results=tmp_path / "r", work=tmp_path / "w", jobs=1,
+                         say=said.append)
+    assert any("not finite" in line for line in said)
+    assert list(results.Results(tmp_path / "r").rows) == [twin.key]
+
+
+def test_a_search_that_breaks_keeps_its_points_and_a_final_run_does_not():
+    from lire_nb.lab.trials import _broken
+
+    class Breaks:
+        def train(self):
+            raise LireError("loss of list 3: not finite")
+
+    assert "list 3" in _broken(Breaks(), search=True)
+    with pytest.raises(LireError, match="list 3"):
+        _broken(Breaks(), search=False)
+    broke = {"points": []}
+    find = lambda config: broke if config["training"]["learning_rate"] > 5e-5 else course(6.0)  # noqa: E731
+    runs, best = protocol.trial_search("dialogue", "dpo", EVIDENCE, find)
+    assert len(runs) == 6 and best["learning_rate"] <= 5e-5
+    assert protocol.trial_search("dialogue", "dpo", EVIDENCE, lambda config: broke) == (runs[:3], None)

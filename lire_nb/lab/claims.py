@@ -75,6 +75,7 @@ class Claim:
     table: str  # of `TABLES`: the rows, and the page that shows them
     measure: Callable[[Results], list[Quantity]]
     family: str = ""  # claims of one page and family are decided together
+    rule: tuple = ()  # (margin, …), (level, …) where they are not those of `decide`
 
     def quantities(self, results: str | Path | Results | None = None) -> list[Quantity]:
         "What is measured; nothing where a part of it has no rows yet."
@@ -106,10 +107,10 @@ def measure_claims(
     for claim, quantities in found.items():
         if quantities:
             values = next(q.values for q in quantities if q.decides)
-            families.setdefault((_page(claim), claim.family), {})[claim.text] = values
-    for family in families.values():
+            families.setdefault((_page(claim), claim.family, claim.rule), {})[claim.text] = values
+    for (*_, rule), family in families.items():
         together = sum(len(values) >= 5 for values in family.values())
-        decided |= {text: (d, _reason(d, together)) for text, d in decide(family).items()}
+        decided |= {text: (d, _reason(d, together)) for text, d in decide(family, **dict(rule)).items()}
     return {c.text: _said(c, quantities, *decided.get(c.text, (None, ""))) for c, quantities in found.items()}
 
 
@@ -120,7 +121,7 @@ def _said(claim: Claim, quantities: list[Quantity], decision, reason: str) -> Me
 
 # %% ../../nbs/44_claims.ipynb #6e62a705
 def _seeds(*runs: pd.DataFrame) -> int:
-    if not all(len(r) for r in runs):
+    if not runs or not all(len(r) for r in runs):
         raise NotMeasured
     return min(len(r) for r in runs)
 
@@ -324,7 +325,8 @@ def matched_claims() -> list[Claim]:
     from lire_nb.lab.protocol import PROTOCOL
 
     def claim(text: str, said_by: str, table: str, *what, family: str = "") -> Claim:
-        return Claim(text, said_by, table, lambda results: _equal(*what[:1], table, *what[1:], results=results), family)
+        return Claim(text, said_by, table, lambda results: _equal(*what[:1], table, *what[1:], results=results), family,
+                     tuple((name, PROTOCOL["rule"][name]) for name in ("margin", "level")))
 
     name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
     return [*(claim(f"{name(f['method'])} gains more than {name(o)} at equal distance, {task}", f["said_by"],

@@ -99,8 +99,13 @@ def at_distance(table: str, method: str, opponent: str, results: Results) -> tup
     "The gain of one method minus that of another."
     runs, starts = matched_runs(table, results)
     (ours, theirs), far = at_common_distance([system_courses(runs, starts, m) for m in (method, opponent)])
-    scale = np.mean([s.margin for s in starts.values()]) / PROTOCOL["rule"]["margin"]
-    return f"gain minus that of {NAMES.get(opponent, opponent.replace('_', '-'))}", (ours - theirs) / scale, far
+    return (f"gain minus that of {NAMES.get(opponent, opponent.replace('_', '-'))}", (ours - theirs) / _scale(starts),
+            far)
+
+
+def _scale(starts: dict[int, Start]) -> float:
+    "The standard deviation that the protocol's margin is a share of, in the unit of the gains; of judges that decide."
+    return float(np.mean([s.margin for s in starts.values() if not s.fails])) / PROTOCOL["rule"]["margin"]
 
 
 def along(table: str, what: str, low: float, high: float, results: Results) -> tuple[str, np.ndarray, float]:
@@ -115,7 +120,7 @@ def along(table: str, what: str, low: float, high: float, results: Results) -> t
         parts = {np.log2(M): final_runs(runs, method="lire", M=M, budget=what) for M in sorted({*runs["M"].dropna()})}
     gains, far = at_common_distance([courses_of(own, starts) for own in parts.values()])
     return f"gain per {'tenfold T' if what == 'temperature' else 'doubling of M'}", trend(
-        list(parts), gains.mean(2).T), far
+        list(parts), gains.mean(2).T) / _scale(starts), far
 
 
 def between(table: str, more: list, less: list, results: Results) -> tuple[str, np.ndarray, float]:
@@ -123,7 +128,7 @@ def between(table: str, more: list, less: list, results: Results) -> tuple[str, 
     runs, starts = matched_runs(table, results)
     (a, b), far = at_common_distance([courses_of(final_runs(runs, setting=s, value=v), starts)
                                       for s, v in (more, less)])
-    return "gain minus the other's", a - b, far
+    return "gain minus the other's", (a - b) / _scale(starts), far
 
 # %% ../../nbs/57_courses.ipynb #813cd3a0
 def reward_table(runs: pd.DataFrame) -> pd.DataFrame:

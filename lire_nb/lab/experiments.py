@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from ..enhancement import self_enhance, train_policy
 from ..evaluation import judge_policy
 from ..guided import guided_lists
 from .memory import lora_config
-from .plans import config_key, TAKEN, _made_by, read_experiment
+from .plans import config_key, HOMES, TAKEN, _made_by, read_experiment
 from ..lists import load_lists, save_lists
 from ..logprobs import dataset_logps
 from ..models import compute_dtype, load_policy, load_tokenizer, Policy, quiet_transformers
@@ -476,8 +477,14 @@ def _reward(config: dict, work: Path, keep: bool) -> dict:
                                      work) / "held_out.json").read_text())
 
 # %% ../../nbs/40_experiments.ipynb #f8868526
-KINDS: dict[str, Callable[[dict, Path, bool], dict]] = {"train": _train, "course": _course, "enhance": _enhance,
-                                                        "online": _online, "converse": _converse, "reward": _reward}
+def _elsewhere(kind: str) -> Callable[[dict, Path, bool], dict]:
+    "The function of a kind in the room that `HOMES` names."
+    return lambda *given: getattr(import_module(f"lire_nb.lab.{HOMES[kind]}"), f"_{kind}")(*given)
+
+
+KINDS: dict[str, Callable[[dict, Path, bool], dict]] = {
+    "train": _train, "course": _course, "enhance": _enhance, "online": _online, "converse": _converse,
+    **{kind: _elsewhere(kind) for kind in HOMES}, "reward": _reward}
 
 # %% ../../nbs/40_experiments.ipynb #76395860
 def run_experiment(

@@ -110,6 +110,13 @@ TASKS["given"] = _given_task
 _PLACE = "given"  # what a method and a task are called whose content was given
 
 
+def _policy_said(policy: str) -> str:
+    try:
+        return policy_identity(policy)
+    except LireError as e:  # which does not know the option
+        raise e.at("--policy", None)
+
+
 @dataclass(frozen=True)
 class Given:
     "What stands in a table in the place of its own; None: the table's own."
@@ -122,7 +129,7 @@ class Given:
         "Fingerprints of what was given: of the weights, of the function's source, of the file."
         found = {}
         if self.policy is not None:
-            found["policy"] = policy_identity(self.policy)
+            found["policy"] = _policy_said(self.policy)
         if self.loss is not None:
             found["loss"] = named_identity(own_loss(self.loss).fn)
         if self.task is not None:

@@ -126,9 +126,9 @@ def trial_search(task: str, method: str, scale: dict, find: Find) -> tuple[list[
 
 
 def _choice(tried: list[Run], settings: list[dict], find: Find) -> dict | None:
-    "The settings of the best point under the cap; None where a result is missing."
+    "The settings of the best point under the cap; None where a result is missing, or all broke before a point."
     found = [find(run.config) for run in tried]
-    return None if None in found else settings[_best_point(found, settings)]
+    return None if None in found or not any(r["points"] for r in found) else settings[_best_point(found, settings)]
 
 # %% ../../nbs/55_protocol.ipynb #pr018
 def _best_point(results: list[dict], settings: list[dict]) -> int:
@@ -149,7 +149,8 @@ def _labeled(task: str, made: Experiment, table: str | None = None, **labels) ->
 def seeds_of(task: str, method: str, seeds: int) -> int:
     "How many seeds a method has: all that are asked for where claims name it, else at most the protocol's few."
     most = {} if seeds < PROTOCOL["seeds"]["many"] else _pilot().get(task, {})
-    return max(most.get(method, 0), seeds if method in ("start", *PROTOCOL["methods"]["many"])
+    raised = min(most.get(method, 0), PROTOCOL["seeds"]["most"]) if method in PROTOCOL["seeds"]["raised"] else 0
+    return max(raised, seeds if method in ("start", *PROTOCOL["methods"]["many"])
                else min(seeds, PROTOCOL["seeds"]["few"]))
 
 
@@ -248,7 +249,7 @@ def overoptimization_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
         settings = {**(best or {}), **extra, "num_train_epochs": scale["course_epochs"]}
         runs += tried + [_labeled("sentiment", trial(scale, "sentiment", method, seed, settings,
                                                      points=_said(scale, "long_points", "rule"),
-                                                     weak=PROTOCOL["rule"]["weak_proxy"]),
+                                                     weak=_said(scale, "weak_proxy", "rule")),
                                   "matched_overoptimization", stage="final", method=method,
                                   sft_weight=extra.get("sft_weight"), seed=seed)
                          for seed in (_few(seeds) if best else ())]

@@ -33,7 +33,6 @@ from lire_nb.lab.plans import (
     NAMES, SCALES, SEARCH, TABLES, Experiment, Find, Judge, Run, Source, Take, Training, plan, read_settings, table_of,
 )
 from .results import Results, code_of, results_folder
-from .trials import trial_lists  # noqa: F401  which adds its kinds of experiment
 from ..models import load_policy, load_tokenizer, quiet_transformers
 from ..rewards import ScalarHead
 from ..training import LIREConfig, LIRETrainer
@@ -160,7 +159,7 @@ def _one_by_one(runs: list[Run], work: Path, done: Callable[[Run, dict], None]) 
     failed = []
     for run in runs:
         try:
-            result = run_experiment(_job_of(run, work), work, run.keep)
+            result = _finite(run_experiment(_job_of(run, work), work, run.keep))
         except Exception as e:  # also a model that does not fit: the others go on
             failed.append((run, _reason(e)))
         else:
@@ -168,6 +167,16 @@ def _one_by_one(runs: list[Run], work: Path, done: Callable[[Run, dict], None]) 
     return failed
 
 # %% ../../nbs/42_runner.ipynb #9b81e15d
+def _finite(result: dict) -> dict:
+    "A result as a file can hold it; raises `LireError` for another, so that this run fails alone."
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError as e:
+        raise LireError("a number of its result is not finite", field="result", allowed="finite numbers",
+                        remedy="look at the scores and log-probs of this configuration") from e
+    return result
+
+
 def _reason(e: Exception) -> str:
     said = " ".join(str(e).split())[:300]
     return said if isinstance(e, LireError) else f"{type(e).__name__}: {said}"
@@ -182,7 +191,8 @@ def _worker() -> None:
         try:
             if ":" in (loss := job["config"].get("training", {}).get("loss_type") or ""):
                 own_loss(loss)  # a function that was given is known here under its name
-            answer = {"result": run_experiment(job["config"], job["work"], job["keep"]), "code": code_of(job["config"])}
+            result = _finite(run_experiment(job["config"], job["work"], job["keep"]))
+            answer = {"result": result, "code": code_of(job["config"])}
         except Exception as e:  # also a model that does not fit: the others go on
             traceback.print_exc()
             answer = {"error": _reason(e)}

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
+from ..base.errors import LireError
 from ..base.files import atomic_folder, write_json
 from ..base.versions import version
 from ..enhancement import self_enhance
 from lire_nb.lab.experiments import (
-    compact, given_candidates, KINDS, prompts_of, reward_lists, take_candidates, _locked, _policy, _settings, _task,
+    compact, given_candidates, prompts_of, reward_lists, take_candidates, _locked, _policy, _settings, _task,
     _with_given,
 )
 from .plans import config_key, _NAMING
@@ -183,7 +184,8 @@ def _columns(lists: list[dict], scores: dict, found: list[dict]) -> dict:
             for i, (r, measured) in enumerate(zip(lists, found))]
     ids = [r["meta"]["token_ids"] for r in lists]
     flat = [row for rows in ids for row in rows]
-    return {**compact(rows, examples=1), "distinct_2": round(distinct_2(flat), 4),
+    variety = distinct_2(flat)
+    return {**compact(rows, examples=1), "distinct_2": None if np.isnan(variety) else round(variety, 4),
             "degenerate": round(degenerate_share(flat), 4),
             "texts": {"ids": [r["id"] for r in lists], "prompts": [r["prompt"] for r in lists],
                       "completions": [r["completions"] for r in lists], "token_ids": ids}}
@@ -228,10 +230,21 @@ def _trial(config: dict, work: Path, keep: bool) -> dict:
     with quiet_transformers():
         trainer = LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        broke = _broken(trainer, config["stop"] is not None)
     away = {task: looks.at((model, tokenizer), total, task) for task in others}
-    return _split_texts(watch.points, looks.known) | ({"elsewhere": {
+    return _split_texts(watch.points, looks.known) | ({"broke": broke} if broke else {}) | ({"elsewhere": {
         task: {k: v for k, v in found.items() if k != "texts"} for task, found in away.items()}} if away else {})
+
+
+def _broken(trainer: LIRETrainer, search: bool) -> str:
+    "Train; why it broke off, which only a search may."
+    try:
+        trainer.train()
+    except LireError as e:
+        if not search:
+            raise
+        return str(e)[:300]
+    return ""
 
 
 def _split_texts(points: list[dict], known: dict) -> dict:
@@ -254,5 +267,3 @@ def _rounds(config: dict, work: Path, keep: bool) -> dict:
     shutil.rmtree(run, ignore_errors=True)
     return _split_texts(points, looks.known)
 
-
-KINDS.update(trial=_trial, rounds=_rounds)
