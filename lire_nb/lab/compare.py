@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import TrainerCallback
 
 from ..adapters import check_adapter
 from ..base.errors import LireError, require
@@ -57,7 +59,7 @@ from ..resume import on_sigterm
 from ..rewards import pair_accuracy, Reward, reward_name, RewardModel, score_lists, train_reward_model
 from ..rivals import get_loss, LOSSES
 from ..sampling import derive_seed, sample_lists, SamplingSettings
-from ..training import check_teaching, LIREConfig, LIRETrainer, use_training_bar
+from ..training import _check_rewards, check_teaching, LIREConfig, LIRETrainer, use_training_bar
 from ..watching import Onlooker
 
 # %% ../../nbs/61_compare.ipynb #c993d045
@@ -128,6 +130,11 @@ def label(
     return f"{method.name}, T = {T:g}" if isinstance(T, (int, float)) else method.name
 
 # %% ../../nbs/61_compare.ipynb #720eeca1
+def _check_above_zero(name: str, value: float) -> None:
+    require(type(value) in (int, float) and 0 < value < math.inf, "out of range", field=name, value=value,
+            allowed="a number above 0", remedy="change it, or leave it out")
+
+
 # long: what is asked, a line each, and what may be asked
 @dataclass(frozen=True)
 class Question:
@@ -155,10 +162,14 @@ class Question:
             value = getattr(self, name)
             require(type(value) is int and low <= value <= high, "out of range", field=name, value=value,
                     allowed=f"a whole number from {low} to {high}", remedy="change it, or leave it out")
-        for name in ("max_kl", "margin"):
+        for name in ("max_new_tokens", "lora_rank"):
             value = getattr(self, name)
-            require(isinstance(value, (int, float)) and 0 < value < math.inf, "out of range", field=name, value=value,
-                    allowed="a number above 0", remedy="change it, or leave it out")
+            require(value is None or type(value) is int and value >= 1, "out of range", field=name, value=value,
+                    allowed="a whole number, 1 or more", remedy="change it, or leave it out")
+        require(type(self.seed) is int, "not a seed", field="seed", value=self.seed, allowed="a whole number",
+                remedy="change it, or leave it out")
+        for name in ("max_kl", "margin"):
+            _check_above_zero(name, getattr(self, name))
         names = [slug(method.name) for method in self.methods]
         require(names and len(set(names)) == len(names) and "start" not in names, "not different losses",
                 field="losses", value=[m.name for m in self.methods], allowed="one loss or more, each once",
@@ -299,8 +310,6 @@ def _chat_judge(room: Room, address: str) -> WinsAgainst:
     from lire_nb.judges.chat import ChatJudge
 
     url, _, model = address.partition("#")
-    require(model, "no model", field="judge", value=plain_address(address), allowed="http://HOST:PORT/v1#MODEL",
-            remedy="add # and the name that the endpoint gives the model")
     prompts = [*room.prompts("validation"), *room.prompts("test")]
     drawn = room.rows("against", lambda: sample_lists(room.start, prompts, 1, settings=room.settings, progress=False,
                                                       seed=derive_seed(room.question.seed, "against"), **_limit(room)))
@@ -437,8 +446,8 @@ def kl_of(row: dict) -> float:
 
 def seed_jobs(question: Question, chosen: dict[str, dict]) -> list[Job]:
     "The trainings that decide, seed by seed."
-    return [Job(f"seed-{slug(m.name)}-{k}", m, chosen[m.name], derive_seed(question.seed, "seed", k) % 2**31, "test", LOOKS)
-            for k in range(question.seeds) for m in question.methods]
+    return [Job(f"seed-{slug(m.name)}-{k}", m, chosen[m.name], derive_seed(question.seed, "seed", k) % 2**31, "test",
+                LOOKS) for k in range(question.seeds) for m in question.methods]
 
 # %% ../../nbs/61_compare.ipynb #d8ff2f28
 def course_of(looks: list[list[dict]], start: list[dict], unit: float) -> list[tuple[float, np.ndarray]]:
@@ -505,8 +514,8 @@ def answer_of(
         most = max(v["kl"] for v in against)
         return f"No answer: no loss moves the policy by more than {most:.2g} nats; try larger learning rates."
     if start["seeds"] < LEAST_SEEDS:
-        told = _over(compared or [start], labels)
-        return f"{name} leads, undecided: {told}. {_few(start['seeds'])}{_still(others, labels)}"
+        told = _over([*compared, start], labels)
+        return f"{name}{' leads' if others else ''}, undecided: {told}. {_few(start['seeds'])}{_still(others, labels)}"
     if all(v["verdict"] == "tie" for v in against):
         return f"No signal: no loss differs from the start policy by what matters. {name}: {_over([start], labels)}."
     parts = _parts(compared, labels)
@@ -581,27 +590,35 @@ def work_of(question: Question, lists: int, aside: dict[str, int]) -> tuple[int,
 
 # %% ../../nbs/61_compare.ipynb #c0c522ad
 def measure_speed(room: Room) -> dict[str, float]:
-    "Seconds of one step, of one answer, and of loading the policy."
-    question, began, some = room.question, time.perf_counter(), room.parts["train"]
+    "Seconds of one step, of one answer, and of what comes before the first step of a training."
+    question, began = room.question, time.perf_counter()
     room.start
     loaded = time.perf_counter() - began
     method = question.methods[0]
     told = training_of(question, method, search_points(method, 1)[0])
     judge = {"judge": room.judge} if callable(question.judge) else {}
     with torch.random.fork_rng([]), tempfile.TemporaryDirectory() as draft:
-        began = time.perf_counter()
-        judge_policy(room.start, room.prompts("test")[:4], judge, start=room.start, num_samples=question.samples,
+        began, some = time.perf_counter(), room.prompts("test")[:8]
+        judge_policy(room.start, some, judge, start=room.start, num_samples=question.samples,
                      settings=room.settings, progress=False, **_limit(room))
-        answer = (time.perf_counter() - began) / (len(room.prompts("test")[:4]) * question.samples)
+        answer = (time.perf_counter() - began) / (len(some) * question.samples)
         options = {"peft_config": lora_config(question.lora_rank)} if question.lora_rank else {}
-        args = LIREConfig(output_dir=str(draft), **{**told, "max_steps": 2, "save_strategy": "no", "report_to": "none"})
-        trainer = use_training_bar(LIRETrainer(load_policy(question.policy)[0], args,
-                                               some[: 2 * args.per_device_train_batch_size],
-                                               processing_class=room.start[1], **options))
-        began = time.perf_counter()
-        trainer.train()
-        step = (time.perf_counter() - began) / 2
-    return {"step": step, "answer": answer, "load": loaded}
+        args = LIREConfig(output_dir=str(draft), **{**told, "max_steps": 3, "save_strategy": "no", "report_to": "none"})
+        began, clock = time.perf_counter(), _Clock()
+        use_training_bar(LIRETrainer(load_policy(question.policy)[0], args, room.parts["train"], callbacks=[clock],
+                                     processing_class=room.start[1], **options)).train()
+        step = (clock.ticks[-1] - clock.ticks[0]) / 2  # the first one comes after checks
+    return {"step": step, "answer": answer, "load": max(loaded, clock.ticks[0] - began - step)}
+
+
+class _Clock(TrainerCallback):
+    "When each step was done."
+
+    def __init__(self):
+        self.ticks = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ticks.append(time.perf_counter())
 
 # %% ../../nbs/61_compare.ipynb #c7cf7226
 def memory_of(room: Room) -> int:
@@ -642,8 +659,7 @@ def check_budget(room: Room, minutes: float | None) -> None:
     "Raise `LireError` for a budget that the question does not fit into; what is done already is not counted."
     if minutes is None:
         return
-    require(isinstance(minutes, (int, float)) and 0 < minutes < math.inf, "out of range", field="minutes",
-            value=minutes, allowed="a number above 0", remedy="change it, or leave it out")
+    _check_above_zero("minutes", minutes)
     if any(room.out.glob("runs/*/done.json")):  # it was checked when this began
         return
     speed = measure_speed(room)
@@ -791,8 +807,8 @@ def samples_of(found: Found) -> pd.DataFrame:
     return pick_samples({"start": found.start, **last}, "judge")
 
 
-_UNDER = ("A dot is a look at one seed, a line joins the means of the same looks over the seeds; dashed: best-of-n of the "
-          "start policy; gray: the cap.")
+_UNDER = ("A dot is a look at one seed, a line joins the means of the same looks over the seeds; dashed: best-of-n of "
+          "the start policy; gray: the cap.")
 
 
 def write_report(room: Room, found: Found) -> Path:  # report.html
@@ -858,12 +874,16 @@ def compare(
 ) -> Path | None:  # report.html; None after a dry run
     """Which loss is best for these lists? Searches each loss equally under a cap on KL, trains seeds, judges at equal
     distance, and writes a report that begins with the answer. Raises `LireError` before the work for what cannot be."""
-    losses = [losses] if isinstance(losses, str) or callable(losses) else list(losses)
+    losses = [losses] if isinstance(losses, str) or callable(losses) else losses
+    require(isinstance(losses, Iterable), "not losses", field="losses", value=losses, allowed="names or functions",
+            remedy='for example ["lire", "dpo"]')
     judge = _judge_by_name(judge)
     question = Question([dict(r) for r in as_lists(lists, "lists")], Policy.of(policy), tuple(map(read_method, losses)),
                         judge, seeds, points, max_kl, margin, prompts, samples, best_of, max_new_tokens,
                         check_settings(training or {}), lora_rank, sampler, seed)
     room, kept = Room(question, out, say), "what is finished is kept, start again to go on"
+    if minutes is not None:
+        _check_above_zero("minutes", minutes)
     check_question(room)
     if dry_run:
         with tempfile.TemporaryDirectory() as draft:
@@ -880,10 +900,14 @@ def check_question(room: Room) -> None:
     "Raise `LireError` for what would fail only after hours: lists, parts, settings of every point, a judge's address."
     question = room.question
     options = {"peft_config": lora_config(question.lora_rank)} if question.lora_rank else None
+    for record in question.lists:
+        _check_numbers(record)
+    if not (room.out / "judge.jsonl").exists():
+        _check_servers(question)
     steps = work_of(question, len(room.parts["train"]), {"validation": 0, "test": 0})[1]
     require(steps >= LOOKS, "too few steps to be judged at a third, two thirds and the end", field="training",
-            value=f"{steps} of {LOOKS}", allowed=f"{LOOKS} or more", remedy="more lists, num_train_epochs or max_steps, "
-            "or a smaller per_device_train_batch_size")
+            value=f"{steps} of {LOOKS}", allowed=f"{LOOKS} or more",
+            remedy="more lists, num_train_epochs or max_steps, or a smaller per_device_train_batch_size")
     require(not {"loss_type", "seed", "output_dir"} & question.training.keys(), "is decided by the comparison",
             field="training", value=sorted(question.training), allowed="any other setting", remedy="leave it out")
     for method in question.methods:
@@ -916,6 +940,33 @@ def _compare(room: Room, minutes: float | None, began: float) -> Path:
         for job in jobs[k : k + len(runs)]:
             runs[job.method.name].append(work(room, job))
     return _said(room, read_found(room, judge, chosen, runs))
+
+
+def _check_numbers(record: dict) -> None:
+    "Every list counts, also those that judge: numbers that float32 holds, or null."
+    require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
+            field=f"rewards of list {record['id']!r}", value=record["rewards"], allowed="finite numbers, or null",
+            remedy="write them as numbers")
+    _check_rewards(record)
+
+
+def _check_servers(question: Question) -> None:
+    "Who is asked later must be there when the work begins."
+    from lire_nb.judges.chat import ChatJudge
+
+    for field in ("sampler", "judge"):  # noqa: F402
+        address = getattr(question, field)
+        if address is None or field == "judge" and not (isinstance(address, str) and "://" in address):
+            continue
+        url, _, model = str(address).partition("#")
+        require("://" in url and (model or field == "sampler"), "no server and model", field=field,
+                value=plain_address(str(address)), allowed="http://HOST:PORT/v1#MODEL",
+                remedy="after # stands the name that the endpoint gives the model")
+        try:
+            ChatJudge(url, model or "any").endpoint.connect()
+        except LireError as e:
+            e.field = field
+            raise
 
 
 def _judge_by_name(judge: Reward | str) -> Reward | str:
