@@ -758,8 +758,8 @@ def compare_command(args) -> None:
     from lire_nb.lab.compare import compare
     from lire_nb.lab.own_lists import read_lists
 
-    names = ("seeds", "points", "max_kl", "margin", "prompts", "samples", "best_of", "minutes", "max_new_tokens", "lora_rank",
-             "sampler", "seed", "dry_run")
+    names = ("seeds", "points", "max_kl", "margin", "prompts", "samples", "best_of", "minutes", "max_new_tokens",
+             "lora_rank", "sampler", "seed", "dry_run")
     same = {name: getattr(args, name) for name in names}
     page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
                    _judge_of(args.judge), args.out, training=settings_of(args.set), say=_say, **same)

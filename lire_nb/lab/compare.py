@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +48,7 @@ from lire_nb.identity import (
 from .extend import check_loss, named_function, own_loss
 from .figures import colors_of, panels
 from .memory import lora_config, memory_plan
-from .own_lists import look_at_lists, same_text, split_by_prompt
+from .own_lists import check_numbers, look_at_lists, same_text, split_by_prompt
 from .plans import GRIDS
 from .report import _html, _PAGE, MARKDOWN, markdown_table, pick_samples, samples_text
 from ..lists import as_lists, prompt_facts
@@ -59,7 +58,7 @@ from ..resume import on_sigterm
 from ..rewards import pair_accuracy, Reward, reward_name, RewardModel, score_lists, train_reward_model
 from ..rivals import get_loss, LOSSES
 from ..sampling import derive_seed, sample_lists, SamplingSettings
-from ..training import _check_rewards, check_teaching, LIREConfig, LIRETrainer, use_training_bar
+from ..training import check_teaching, LIREConfig, LIRETrainer, use_training_bar
 from ..watching import Onlooker
 
 # %% ../../nbs/61_compare.ipynb #c993d045
@@ -78,8 +77,6 @@ def read_method(
     if callable(loss):
         _check_findable(check_loss(get_loss(loss)).fn)
         return Method(get_loss(loss).name, loss, {}, [{}])
-    require(isinstance(loss, str), "not a loss", field="losses", value=loss, allowed="a name, or a function",
-            remedy="name one")
     if loss in GRIDS:
         grid, own = GRIDS[loss], []
         for point in grid["points"]:
@@ -87,7 +84,7 @@ def read_method(
             own += [] if part in own else [part]
         return Method(grid["name"], grid.get("loss", loss), grid.get("always", {}), own)
     known = ", ".join(dict.fromkeys([*GRIDS, *LOSSES]))
-    if ":" in loss:
+    if ":" in str(loss):
         own_loss(loss, "losses")  # known from now on under this name
     require(loss in LOSSES, "no such loss", field="losses", value=loss, allowed=known,
             remedy="name one of these, or module:function")
@@ -129,12 +126,12 @@ def label(
     T = settings.get("temperature") if any("temperature" in one for one in method.tried) else None
     return f"{method.name}, T = {T:g}" if isinstance(T, (int, float)) else method.name
 
-# %% ../../nbs/61_compare.ipynb #720eeca1
+# %% ../../nbs/61_compare.ipynb #a1b0e001
 def _check_above_zero(name: str, value: float) -> None:
     require(type(value) in (int, float) and 0 < value < math.inf, "out of range", field=name, value=value,
             allowed="a number above 0", remedy="change it, or leave it out")
 
-
+# %% ../../nbs/61_compare.ipynb #720eeca1
 # long: what is asked, a line each, and what may be asked
 @dataclass(frozen=True)
 class Question:
@@ -588,6 +585,16 @@ def work_of(question: Question, lists: int, aside: dict[str, int]) -> tuple[int,
     judged = losses * question.samples * (points * aside["validation"] + LOOKS * question.seeds * aside["test"])
     return losses * (points + question.seeds), steps, judged + question.best_of * aside["test"]
 
+# %% ../../nbs/61_compare.ipynb #a1b0e002
+class _Clock(TrainerCallback):
+    "When each step was done."
+
+    def __init__(self):
+        self.ticks = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ticks.append(time.perf_counter())
+
 # %% ../../nbs/61_compare.ipynb #c0c522ad
 def measure_speed(room: Room) -> dict[str, float]:
     "Seconds of one step, of one answer, and of what comes before the first step of a training."
@@ -609,16 +616,6 @@ def measure_speed(room: Room) -> dict[str, float]:
                                      processing_class=room.start[1], **options)).train()
         step = (clock.ticks[-1] - clock.ticks[0]) / 2  # the first one comes after checks
     return {"step": step, "answer": answer, "load": max(loaded, clock.ticks[0] - began - step)}
-
-
-class _Clock(TrainerCallback):
-    "When each step was done."
-
-    def __init__(self):
-        self.ticks = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ticks.append(time.perf_counter())
 
 # %% ../../nbs/61_compare.ipynb #c7cf7226
 def memory_of(room: Room) -> int:
@@ -900,8 +897,7 @@ def check_question(room: Room) -> None:
     "Raise `LireError` for what would fail only after hours: lists, parts, settings of every point, a judge's address."
     question = room.question
     options = {"peft_config": lora_config(question.lora_rank)} if question.lora_rank else None
-    for record in question.lists:
-        _check_numbers(record)
+    check_numbers(question.lists)
     if not (room.out / "judge.jsonl").exists():
         _check_servers(question)
     steps = work_of(question, len(room.parts["train"]), {"validation": 0, "test": 0})[1]
@@ -916,6 +912,25 @@ def check_question(room: Room) -> None:
             check_options(question.policy, told, options)
         check_teaching(room.parts["train"], LIREConfig(output_dir="unused", **told), warn=False)
     check_adapter(question.policy, (options or {}).get("peft_config"), False)
+
+# %% ../../nbs/61_compare.ipynb #a1b0e003
+def _check_servers(question: Question) -> None:
+    "Who is asked later must be there when the work begins."
+    from lire_nb.judges.chat import ChatJudge
+
+    for field in ("sampler", "judge"):  # noqa: F402
+        address = getattr(question, field)
+        if address is None or field == "judge" and not (isinstance(address, str) and "://" in address):
+            continue
+        url, _, model = str(address).partition("#")
+        require("://" in url and (model or field == "sampler"), "no server and model", field=field,
+                value=plain_address(str(address)), allowed="http://HOST:PORT/v1#MODEL",
+                remedy="after # stands the name that the endpoint gives the model")
+        try:
+            ChatJudge(url, model or "any").endpoint.connect()
+        except LireError as e:
+            e.field = field
+            raise
 
 # %% ../../nbs/61_compare.ipynb #259121ef
 def _compare(room: Room, minutes: float | None, began: float) -> Path:
@@ -940,33 +955,6 @@ def _compare(room: Room, minutes: float | None, began: float) -> Path:
         for job in jobs[k : k + len(runs)]:
             runs[job.method.name].append(work(room, job))
     return _said(room, read_found(room, judge, chosen, runs))
-
-
-def _check_numbers(record: dict) -> None:
-    "Every list counts, also those that judge: numbers that float32 holds, or null."
-    require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
-            field=f"rewards of list {record['id']!r}", value=record["rewards"], allowed="finite numbers, or null",
-            remedy="write them as numbers")
-    _check_rewards(record)
-
-
-def _check_servers(question: Question) -> None:
-    "Who is asked later must be there when the work begins."
-    from lire_nb.judges.chat import ChatJudge
-
-    for field in ("sampler", "judge"):  # noqa: F402
-        address = getattr(question, field)
-        if address is None or field == "judge" and not (isinstance(address, str) and "://" in address):
-            continue
-        url, _, model = str(address).partition("#")
-        require("://" in url and (model or field == "sampler"), "no server and model", field=field,
-                value=plain_address(str(address)), allowed="http://HOST:PORT/v1#MODEL",
-                remedy="after # stands the name that the endpoint gives the model")
-        try:
-            ChatJudge(url, model or "any").endpoint.connect()
-        except LireError as e:
-            e.field = field
-            raise
 
 
 def _judge_by_name(judge: Reward | str) -> Reward | str:
