@@ -540,7 +540,7 @@ def _over(verdicts: list[dict], labels: dict, needed: bool = False) -> str:
         seeds = f" (about {v['needed']} seeds would decide)" if needed and v["needed"] else ""
         told.append(f"{v['value']:+.2f} sd at {v['kl']:.1f} nats over {labels.get(v['old'], 'the start policy')}"
                     f"{bounds}{seeds}")
-    return ", ".join(told)
+    return (", " if all("]" in one for one in told) else "; ").join(told)
 
 # %% ../../nbs/61_compare.ipynb #5fc973bb
 def _names(verdicts: list[dict], labels: dict) -> str:
@@ -578,9 +578,8 @@ def work_of(question: Question, lists: int, aside: dict[str, int]) -> tuple[int,
     "How much is to be done."
     told = training_of(question, question.methods[0], {})
     batch = told["per_device_train_batch_size"] * told.get("gradient_accumulation_steps", 1)
-    steps = told.get("max_steps", -1)
-    if steps <= 0:
-        steps = max(1, math.ceil(math.ceil(lists / batch) * told["num_train_epochs"]))
+    steps = max(1, math.ceil(math.ceil(lists / batch) * told["num_train_epochs"]))
+    steps = told["max_steps"] if told.get("max_steps", -1) > 0 else steps
     losses, points = len(question.methods), question.points if question.points > 1 else 0
     judged = losses * question.samples * (points * aside["validation"] + LOOKS * question.seeds * aside["test"])
     return losses * (points + question.seeds), steps, judged + question.best_of * aside["test"]
@@ -791,8 +790,11 @@ def told_parts(found: Found, room: Room) -> list[str]:
     lines += ["The search chose the edge of what it tried, so the best may lie beyond: "
               f"{'; '.join(edges)}."] * bool(edges)
     lines += [f"Gains within {question.margin:g} sd do not matter here: that is what a tie means. Prompts were split "
-              f"by their words; {len(found.start)} judge, and none of them was trained on or searched with. The judge "
-              "that searched (on other prompts) is the one that decides."]
+              f"by their words; {len(found.start)} judge, and none of them was trained on or searched with."
+              + " The judge that searched (on other prompts) is the one that decides." * (question.points > 1)]
+    if found.verdicts:
+        lines += ["The texts: where the judge's mean score rises most, in the middle and least, from the start to "
+                  f"{found.labels[leader_of(found.verdicts)]}. End: after the last step, however far that is."]
     return [*lines, *room.look["lines"]]
 
 # %% ../../nbs/61_compare.ipynb #b60a78de
@@ -804,8 +806,7 @@ def samples_of(found: Found) -> pd.DataFrame:
     return pick_samples({"start": found.start, **last}, "judge")
 
 
-_UNDER = ("A dot is a look at one seed, a line joins the means of the same looks over the seeds; dashed: best-of-n of "
-          "the start policy; gray: the cap.")
+_UNDER = "A dot: a look at one seed; a line: means over the seeds; dashed: best-of-n of the start; gray: the cap."
 
 
 def write_report(room: Room, found: Found) -> Path:  # report.html
@@ -879,8 +880,7 @@ def compare(
                         judge, seeds, points, max_kl, margin, prompts, samples, best_of, max_new_tokens,
                         check_settings(training or {}), lora_rank, sampler, seed)
     room, kept = Room(question, out, say), "what is finished is kept, start again to go on"
-    if minutes is not None:
-        _check_above_zero("minutes", minutes)
+    _check_above_zero("minutes", 1 if minutes is None else minutes)
     check_question(room)
     if dry_run:
         with tempfile.TemporaryDirectory() as draft:
