@@ -1,7 +1,7 @@
 """Kill a comparison in each of its stages, in one folder, and compare what it leaves with an undisturbed one.
 
-A script, started by test_compare.py. This process imports everything once and computes nothing; every run is a fork of
-it. Prints one JSON object.
+A script, started by test_compare.py. This process imports everything and loads the policy once, so that what a library
+makes at first use is there; every run is a fork of it. Prints one JSON object.
 """
 import gc
 import hashlib
@@ -12,11 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  what optimizers import at first use is imported here, once
+import matplotlib.pyplot  # noqa: F401  what is imported at first use is imported here, once
+import PIL.JpegImagePlugin  # noqa: F401
+import torch._dynamo  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from tiny_policy import make_start
 
 from lire_nb.lab.compare import compare
+from lire_nb.models import load_policy
 from lire_nb.records import make_record
 
 TEXTS = ["eee", "abc", "e", "zz", "eeee", "qe", "k", "eaea"]
@@ -35,10 +38,10 @@ def letter_e(prompts, completions):
 
 def run(place: Path) -> None:
     lists = [make_record(f"film {k} was", chosen := [TEXTS[(k + 3 * j) % 8] for j in range(4)],
-                         letter_e(None, chosen)) for k in range(10)]
+                         letter_e(None, chosen)) for k in range(7)]
     compare(lists, place.parent / "tiny", ["lire", "dpo"], letter_e, place, seeds=1, points=2, max_kl=4.0, prompts=2,
             samples=2, best_of=4, max_new_tokens=6, say=lambda line: None,
-            training={"learning_rate": 4e-2, "num_train_epochs": 1, "per_device_train_batch_size": 2, "bf16": False,
+            training={"learning_rate": 4e-2, "num_train_epochs": 1, "per_device_train_batch_size": 1, "bf16": False,
                       "use_cpu": True, "save_steps": 1, "save_total_limit": 2})
 
 
@@ -81,8 +84,8 @@ def kill_at(place: Path, pattern: str) -> int:
 
 
 def main(home: Path) -> dict:
+    load_policy(make_start(home / "tiny"))
     gc.freeze()
-    assert wait(fork(lambda folder: make_start(folder), home / "tiny")) == 0
     assert wait(fork(run, home / "whole")) == 0, (home / "log").read_text()[-3000:]
     hits = {stage: kill_at(home / "killed", pattern) for stage, pattern in STAGES.items()}
     code = wait(fork(run, home / "killed"))

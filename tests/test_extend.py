@@ -183,11 +183,13 @@ def test_figures_of_pairs_are_those_of_trl(start, tmp_path):
 # a training with held-out lists
 
 
-def test_early_stopping_keeps_the_best_and_goes_on_exactly(start, tmp_path, monkeypatch):
+def test_early_stopping_keeps_the_best_and_goes_on_exactly(start, tmp_path, request):
     """A learning rate that ruins the policy: the best held-out loss is not the last. A run that was stopped by Ctrl-C
     after two steps, and started again, ends with the same bytes."""
     from transformers import TrainerCallback
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may be told to ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     options = {"trainer_options": {"eval_dataset": LISTS[4:]}, "patience": 2}
     how = QUICK | dict(learning_rate=0.3, num_train_epochs=12.0, eval_strategy="epoch", eval_on_start=True)
     whole = train_policy(start, LISTS[:4], tmp_path / "whole", **options, **how)
