@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/60_cli.ipynb #gp103a36
 HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
-_LONG = ("quickstart", "sample", "train", "train-reward", "enhance", "evaluate", "reproduce")
+_LONG = ("quickstart", "sample", "train", "train-reward", "enhance", "evaluate", "compare", "reproduce")
 
 
 def keep_heap(
@@ -731,7 +731,8 @@ def _point(text: str):
 _COMPARE = (
     option("--lists", required=True, help="a file of scored lists, or a hub data set: OWNER/NAME or OWNER/NAME:SPLIT"),
     option("--loss", action="append", default=[], metavar="NAME",
-           help="repeat; a name of grids.toml or 11_rivals, or module:function; default: lire, dpo and sft"),
+           help="repeat; a name of grids.toml or 11_rivals, module:function or FILE.py:function; default: lire, dpo "
+                "and sft"),
     option("--judge", default="grades",
            help="grades (a reward model of lists put aside), a reward as elsewhere, module:function, or a chat model: "
                 "http://HOST:PORT/v1#MODEL"),
@@ -740,6 +741,7 @@ _COMPARE = (
     option("--seeds", type=int, default=5, help="trainings of each loss; below five nothing is decided"),
     option("--points", type=int, default=6, help="settings that are tried of each loss"),
     option("--max-kl", type=float, default=8.0, help="nats that a policy may move"),
+    option("--margin", type=float, default=0.2, help="sd of the judge's scores: a smaller difference does not matter"),
     option("--prompts", type=int, default=32, help="held-out prompts that judge, at most"),
     option("--samples", type=int, default=2, help="answers to each of them"),
     option("--best-of", type=int, default=16, help="answers of the start policy to each of them"),
@@ -756,8 +758,8 @@ def compare_command(args) -> None:
     from lire_nb.lab.compare import compare
     from lire_nb.lab.own_lists import read_lists
 
-    names = ("seeds", "points", "max_kl", "prompts", "samples", "best_of", "minutes", "max_new_tokens", "lora_rank",
-             "sampler", "seed", "dry_run")
+    names = ("seeds", "points", "max_kl", "margin", "prompts", "samples", "best_of", "minutes", "max_new_tokens",
+             "lora_rank", "sampler", "seed", "dry_run")
     same = {name: getattr(args, name) for name in names}
     page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
                    _judge_of(args.judge), args.out, training=settings_of(args.set), say=_say, **same)
