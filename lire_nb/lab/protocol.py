@@ -166,13 +166,24 @@ def trial_plan(
     seeds: int,
     find: Find,  # the result of a configuration, or None
 ) -> list[Run]:
-    "The start, the search and the methods on one task."
-    methods = scale.get("trial", {}).get("methods") or sum((PROTOCOL["methods"][k] for k in ("many", "few")), [])
-    searched = {method: trial_search(task, method, scale, find) for method in methods}
-    most = max(seeds_of(task, method, seeds) for method in ("start", *methods))
+    "The start, the search and the methods on one task; methods with fewer seeds wait for those with more."
+    asked = scale.get("trial", {}).get("methods") or sum((PROTOCOL["methods"][k] for k in ("many", "few")), [])
+    most = max(seeds_of(task, method, seeds) for method in ("start", *asked))
     runs = [_labeled(task, trial(scale, task, "start", s), stage="final", method="start", seed=s) for s in range(most)]
-    runs += [run for tried, _ in searched.values() for run in tried]
-    for seed in range(most):
+    for group in ("many", "few"):
+        methods = [method for method in asked if method in PROTOCOL["methods"][group]]
+        part = _searched_and_final(task, methods, scale, seeds, find)
+        runs += part
+        if any(find(run.config) is None for run in part):
+            break
+    return runs
+
+
+def _searched_and_final(task: str, methods: list[str], scale: dict, seeds: int, find: Find) -> list[Run]:
+    "The searches of some methods, then their final runs seed by seed."
+    searched = {method: trial_search(task, method, scale, find) for method in methods}
+    runs = [run for tried, _ in searched.values() for run in tried]
+    for seed in range(max((seeds_of(task, method, seeds) for method in methods), default=0)):
         runs += [_labeled(task, _final(scale, task, method, seed, best), stage="final", method=method, seed=seed)
                  for method, (_, best) in searched.items() if best and seed < seeds_of(task, method, seeds)]
     return runs
