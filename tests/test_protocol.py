@@ -80,8 +80,13 @@ def test_plans_are_read_back_and_counted():
     finals = [r for r in whole["matched_dialogue"] if r.labels["stage"] == "final"]
     counts = pd.Series([r.labels["method"] for r in finals]).value_counts()
     assert counts["lire"] == 8 and counts["simpo"] == 5
-    seeds = [r.labels["seed"] for r in finals if r.labels["method"] != "start"]
-    assert seeds == sorted(seeds)  # whole seeds first
+    for group in ("many", "few"):  # whole seeds first
+        seeds = [r.labels["seed"] for r in finals if r.labels["method"] in protocol.PROTOCOL["methods"][group]]
+        assert seeds == sorted(seeds)
+    last = max(i for i, r in enumerate(finals) if r.labels["method"] == "lire")
+    waiting = protocol.trial_plan("dialogue", EVIDENCE, 8, lambda c: None if c == finals[last].config else find(c))
+    methods = {r.labels["method"] for r in waiting}
+    assert "lire" in methods and not methods & {*protocol.PROTOCOL["methods"]["few"]}, "they wait for the claims' methods"
     assert protocol.family_plan(EVIDENCE, 8, find) == []
     other = protocol.family_plan({**EVIDENCE, "family": "smollm2"}, 8, find)
     assert {r.labels["seed"] for r in other if r.labels["stage"] == "final"} == {0, 1, 2}
