@@ -9,8 +9,10 @@ __all__ = ['PAPER', 'before_after', 'courses', 'lists_facts', 'TrainingFacts', '
 # %% ../nbs/62_cards.ipynb #3e40a75a
 import importlib.metadata
 import json
+import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -55,15 +57,25 @@ def lists_facts(
     lists,  # records, or a data set of them; also prepared ones, which have no sources
 ) -> dict:  # lists, candidates, fewest, most, scored, low, mean, high, sources
     "What a card says about the lists of a training."
-    columns = {name: list(lists[name]) for name in lists.column_names if name in ("rewards", "sources")} if hasattr(
-        lists, "column_names") else {name: [r.get(name) or () for r in lists] for name in ("rewards", "sources")}
-    counts, scores = [len(row) for row in columns["rewards"]], [x for row in columns["rewards"] for x in row
-                                                                if x is not None]
-    sources = Counter(source for row in columns.get("sources", ()) for source in row)
-    return {"lists": len(counts), "candidates": sum(counts), "fewest": min(counts, default=0),
-            "most": max(counts, default=0), "scored": len(scores), "low": min(scores, default=None),
-            "mean": sum(scores) / len(scores) if scores else None, "high": max(scores, default=None),
-            "sources": dict(sources.most_common(6))}
+    sizes, sources, scored, total, low, high = Counter(), Counter(), 0, 0.0, math.inf, -math.inf
+    for row in _rewards_and_sources(lists):  # one at a time: there may be millions
+        scores = [x for x in row["rewards"] or () if x is not None]
+        sizes[len(row["rewards"] or ())] += 1
+        sources.update(row.get("sources") or ())
+        scored, total, low, high = scored + len(scores), sum(scores, total), min([low, *scores]), max([high, *scores])
+    return {"lists": sizes.total(), "candidates": sum(n * times for n, times in sizes.items()),
+            "fewest": min(sizes, default=0), "most": max(sizes, default=0), "scored": scored,
+            "low": low if scored else None, "mean": total / scored if scored else None,
+            "high": high if scored else None, "sources": dict(sources.most_common(6))}
+
+
+def _rewards_and_sources(lists) -> Iterator[dict]:
+    if not hasattr(lists, "column_names"):
+        yield from lists
+        return
+    names = [name for name in ("rewards", "sources") if name in lists.column_names]  # without texts and tokens
+    for some in lists.select_columns(names).iter(1000):
+        yield from (dict(zip(names, row)) for row in zip(*(some[name] for name in names)))
 
 # %% ../nbs/62_cards.ipynb #4299670f
 @dataclass(frozen=True)
