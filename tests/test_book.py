@@ -237,7 +237,7 @@ def test_a_page_without_these_cells_gets_them_and_keeps_its_words(tmp_path):
     assert pages.source(again["cells"][1]) == "Words.\n\n**Time:** about 1 minute."
 
 
-METHOD = [name for name in ORDER if name[0] == "1"]
+METHOD = [name for name in ORDER if name[0] == "1" or name[:2] in "20 21 22 23 24 27 28 29 80 81 82 83 84 85 86".split()]
 
 
 @pytest.mark.parametrize("name", METHOD)

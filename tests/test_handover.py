@@ -200,7 +200,9 @@ def crash(server, at, folder):
 def test_a_server_that_was_killed_comes_back_as_the_same_or_is_refused(starts, tmp_path):
     for back, fine in ((starts[0], True), (starts[1], False)):
         with StubEngine(starts[0]) as server:
-            sampler = Engine(server.url, max_in_flight=1, **FAST).serve(starts[0], TEXTS, journal=tmp_path / "journal")
+            patient = {**FAST, "patience": 90, "wait": 90}  # a busy machine reads the weights slowly
+            sampler = Engine(server.url, max_in_flight=1, **patient).serve(starts[0], TEXTS,
+                                                                           journal=tmp_path / "journal")
             crash(server, 3, back)
             settings = SamplingSettings(max_new_tokens=4)
             if fine:

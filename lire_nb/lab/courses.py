@@ -69,6 +69,8 @@ def at_common_distance(
     courses: list[dict[int, list[tuple]]],  # of two or more methods
 ) -> tuple[np.ndarray, float]:  # (C, S, N) gains of the common seeds, and the distance in nats
     "Gains at the largest distance, up to the protocol's cap, that every course of every common seed reaches."
+    require(len(courses) > 1, "nothing to compare", field="courses", value=len(courses), allowed="two or more",
+            remedy="run the rows of the others first")
     seeds = sorted(set.intersection(*(set(c) for c in courses)))
     require(seeds, "nothing to compare", field="courses", value=[sorted(c) for c in courses],
             allowed="a common seed, with a judge that can tell texts apart", remedy="run both with the same seeds")
