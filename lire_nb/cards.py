@@ -253,7 +253,8 @@ def closing_lines(
     "What was trained, what moved, where it lies and what to run next."
     facts = read_card(folder)
     T, loss = facts.settings.get("temperature"), facts.settings.get("loss_type", "lire")
-    moved = "; ".join(f"{title} {a:.4g} → {b:.4g}" for title, a, b in facts.moved) or "too few steps to say what moved"
+    moved = "; ".join(f"{title} {a:.4g} → {b:.4g}" for title, a, b in facts.moved)
+    moved = moved or "too few steps to say what moved"
     merge = f"; lire merge --policy {folder} --out {folder}-full makes a full model of it" if facts.adapter else ""
     return [f"trained {facts.start} ({_what(facts)}) with {loss}{f', T = {T}' if T is not None else ''}, on "
             f"{_about_lists(facts.lists)}; {facts.steps} steps", moved, f"it lies in {folder}, its card in README.md",

@@ -247,7 +247,8 @@ def self_enhance(
     # servers that sample, see `lire_nb.handover`; None: this process
     sampler: "Engine | str | list[str] | None" = None,
 ) -> list[Path]:  # the policy folder of every round
-    """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same folder,
+    """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same
+    folder,
     it goes on where it stopped."""
     run_folder, folders = Path(run_folder), []
     asked = Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,

@@ -431,7 +431,8 @@ def _rest(row: dict, used: Iterable[str]) -> dict:
 
 # %% ../nbs/32_layouts.ipynb #98173a40
 def rank_rewards(ranks: list[float | None]) -> list[float | None]:
-    """Rewards in [0, 1] from M ranks, 1 = best: (M − place) / (M − 1), ties at their average place. None stays None.
+    """Rewards in [0, 1] from M ranks, 1 = best: (M − place) / (M − 1), ties at their average place. None stays
+    None.
 
     M counts the ranked candidates. The numbers only need to be ordered: [1, 2, 9] gives the same as [1, 2, 3]. Raises
     `ListError`.

@@ -291,7 +291,8 @@ def lire_loss(
     lengths: Tensor | None = None,  # (B, M) completion token counts, read where something is per token
     ref_logps: Tensor | None = None,  # (B, M) the reference model's log-probs, read where the score is a ratio
 ) -> Tensor:  # (B,) in float32, or float64 if logps is
-    """−Σ_j P_j·R_j + α·L_SFT. Raises ValueError on bad input. Source: arXiv 2405.13516, eq. 4 and 5, and the authors'
+    """−Σ_j P_j·R_j + α·L_SFT. Raises ValueError on bad input. Source: arXiv 2405.13516, eq. 4 and 5, and the
+    authors'
     code."""
     score = _lire_score(score, length_normalize)
     _check_choice("reward_transform", reward_transform, _TRANSFORMS)

@@ -119,7 +119,8 @@ def plackett_luce_dpo_loss(
     rho: float = 0.0,  # 0 … 1: the share of the least probable order, against noisy rewards
     score: str = "ratio",  # "ratio" (the paper), "token_ratio", "sum" or "token"
 ) -> Tensor:  # (B,)
-    """−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input. Source: arXiv 2305.18290,
+    """−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input. Source: arXiv
+    2305.18290,
     app. A.3."""
     _check_number("rho", rho, zero=True)
     if rho > 1 or not (top_k is None or type(top_k) is int and top_k >= 1):
@@ -141,7 +142,8 @@ def rrhf_loss(
     # that cross-entropy per "token" (the released code), or the "sum" over tokens (the paper)
     sft_normalize: str = "token",
 ) -> Tensor:  # (B,)
-    """Σ max(0, s̄_worse − s̄_better) over pairs, s̄ per token, plus SFT. Raises ValueError on bad input. Source: arXiv
+    """Σ max(0, s̄_worse − s̄_better) over pairs, s̄ per token, plus SFT. Raises ValueError on bad input.
+    Source: arXiv
     2304.05302."""
     wrong = torch.relu(-_gaps(_per_token(x, x.logps, x.who)))  # [i, j]: by how much j is above i
     return _add_sft(torch.where(_better(x), wrong, 0.0).sum(dim=(-1, -2)), x, sft_weight, sft_normalize)
@@ -197,7 +199,8 @@ def infonca_loss(
     judge_weights: Sequence[float] | None = None,  # K shares; default: equal ones
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
-    "−Σ q·log m, q = softmax(R/α), m = softmax(u). Raises ValueError. Source: arXiv 2402.05369; reverse: 2402.00856."
+    """−Σ q·log m, q = softmax(R/α), m = softmax(u). Raises ValueError. Source: arXiv 2402.05369; reverse:
+    2402.00856."""
     _check_choice("direction", direction, ("forward", "reverse"))
     q, u = _targets(x, alpha, judge_rewards, judge_weights), _implicit(x, beta, score)
     log_m = torch.where(x.mask, u.masked_fill(~x.mask, -math.inf).log_softmax(dim=-1), 0.0)
@@ -217,7 +220,8 @@ def nca_loss(
     judge_weights: Sequence[float] | None = None,  # K shares; default: equal ones
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
-    "−Σ q·log σ(u) − mean log σ(−u). Raises ValueError on bad input. Source: arXiv 2402.05369 and its released code."
+    """−Σ q·log σ(u) − mean log σ(−u). Raises ValueError on bad input. Source: arXiv 2402.05369 and its
+    released code."""
     q, u = _targets(x, alpha, judge_rewards, judge_weights), _implicit(x, beta, score)
     # Tied lists and lists of one say nothing of which is better, yet they hold the level of all.
     return -torch.where(x.mask, q * F.logsigmoid(u), 0.0).sum(dim=-1) - _masked_mean(F.logsigmoid(-u), x.mask)
@@ -232,7 +236,8 @@ def regression_loss(
     huber: float | None = None,  # > 0: residuals beyond it count linearly; None: squares
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
-    "½/(M−1)·Σ[(u−ū) − (R−R̄)]². Raises ValueError on bad input. Source: arXiv 2504.19599, 2406.19185, 2404.16767."
+    """½/(M−1)·Σ[(u−ū) − (R−R̄)]². Raises ValueError on bad input. Source: arXiv 2504.19599, 2406.19185,
+    2404.16767."""
     _check_choice("reward_transform", reward_transform, ("none", "zscore"))
     values, u = _TRANSFORMS[reward_transform](x.rewards, x.mask), _implicit(x, beta, score)
     rest = _centered(u, x.mask) - _centered(values, x.mask)
@@ -350,7 +355,8 @@ def simpo_loss(
     pairs: str = "best_worst",  # or "all": the mean over every pair with unequal rewards
     score: str = "token",  # or "sum", "ratio", "token_ratio"
 ) -> Tensor:  # (B,)
-    "−log σ(β·(s̄_better − s̄_worse) − γ). Raises ValueError. Source: arXiv 2405.14734 and its released code."
+    """−log σ(β·(s̄_better − s̄_worse) − γ). Raises ValueError. Source: arXiv 2405.14734 and its released
+    code."""
     _check_number("gamma", gamma, zero=True)
     return _pair_mean(x, _implicit(x, beta, score), pairs, lambda m: -F.logsigmoid(m - gamma))
 
@@ -451,7 +457,8 @@ def kto_loss(
     undesirable_weight: float = 1.0,  # ≥ 0
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
-    "Mean of 1 − σ(±(u − βz)) over the judged candidates. Raises ValueError on bad input. Source: arXiv 2402.01306."
+    """Mean of 1 − σ(±(u − βz)) over the judged candidates. Raises ValueError on bad input. Source: arXiv
+    2402.01306."""
     for name, number in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight), ("z", z)):
         if number is not None:
             _check_number(name, number, zero=True)
@@ -536,20 +543,24 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              pitfall="top_k=1 is S-DPO; rho against noisy orders"),
     LossSpec("slic", slic_loss, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
              optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
-    LossSpec("rrhf", rrhf_loss, needs_lengths=True, uses="order", formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
+    LossSpec("rrhf", rrhf_loss, needs_lengths=True, uses="order",
+             formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
              source="arXiv 2304.05302", optimum="order", pitfall="repairs wrong pairs only; the rest is SFT"),
     LossSpec("pro", pro_loss, needs_lengths=True, source="arXiv 2306.17492",
-             formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ] − 0.05·(M−1)²·s_b",
+             formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ]"
+                     " − 0.05·(M−1)²·s_b",
              pitfall="the supervised term often outweighs the rest"),
     LossSpec("infonca", infonca_loss, needs_ref=True, formula="−Σ q·log m,  q = softmax(R/α), m = softmax(u)",
              source="arXiv 2402.05369", optimum="tilted",
              pitfall="a one-hot q at M = 2 is DPO; tied lists teach equality"),
-    LossSpec("nca", nca_loss, needs_ref=True, formula="−Σ q·log σ(u) − mean log σ(−u)", source="arXiv 2402.05369",
+    LossSpec("nca", nca_loss, needs_ref=True,
+             formula="−Σ q·log σ(u) − mean log σ(−u)", source="arXiv 2402.05369",
              optimum="tilted", pitfall="the level of u counts: start at the reference"),
     LossSpec("regression", regression_loss, needs_ref=True, formula="½/(M−1)·Σ[(u−ū) − (R−R̄)]²",
              source="arXiv 2504.19599, 2406.19185, 2404.16767", optimum="tilted",
              pitfall="the scale of R against β decides"),
-    LossSpec("lipo", lipo_loss, needs_ref=True, formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
+    LossSpec("lipo", lipo_loss, needs_ref=True,
+             formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
              pitfall="rewards must lie in [0, 1]"),
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
              source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
@@ -565,7 +576,8 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              pitfall="float32 at least; quantiles of few samples are coarse"),
     LossSpec("swepo", swepo_loss, needs_ref=True, formula="−log Σ_{R>R̄} e^(u+α|R−R̄|) / Σ e^(u+α|R−R̄|)",
              source="arXiv 2412.04628", pitfall="the weights of the worse half are our reading"),
-    LossSpec("kto", kto_loss, needs_ref=True, uses="threshold", formula="1 − σ(±(u − βz))", source="arXiv 2402.01306",
+    LossSpec("kto", kto_loss, needs_ref=True, uses="threshold",
+             formula="1 − σ(±(u − βz))", source="arXiv 2402.01306",
              optimum="bounded", pitfall="z needs two prompts in a batch"),
     LossSpec("apo", apo_loss, needs_ref=True, uses="threshold", formula="1 − σ(u_good) + σ(u_bad)",
              source="arXiv 2408.06266", optimum="bounded",

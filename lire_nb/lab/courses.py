@@ -141,5 +141,6 @@ def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
         half = 1.96 * (found["accuracy"] * (1 - found["accuracy"]) / found["lists"]) ** 0.5
         rows.append({"judge": run["method"], "lists it learned from": found["trained_on"],
                      "held-out pairs": found["pairs"], "held-out lists": found["lists"],
-                     "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}", "longer wins": f"{found['longer_wins']:.1%}"})
+                     "accuracy": f"{found['accuracy']:.1%} ± {half:.1%}",
+                     "longer wins": f"{found['longer_wins']:.1%}"})
     return pd.DataFrame(rows).set_index("judge")
