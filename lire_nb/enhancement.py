@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
 from lire_nb.base.files import (
-    atomic_folder, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
+    atomic_folder, _check_room, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
 )
 from .base.ranks import drop_kept, kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
@@ -247,9 +247,8 @@ def self_enhance(
     # servers that sample, see `lire_nb.handover`; None: this process
     sampler: "Engine | str | list[str] | None" = None,
 ) -> list[Path]:  # the policy folder of every round
-    """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the same
-    folder,
-    it goes on where it stopped."""
+    """Evolve × iterate: each round samples from the policy that the last one trained. Started again on the
+    same folder, it goes on where it stopped."""
     run_folder, folders = Path(run_folder), []
     asked = Rounds(checked_prompts(prompts), reward, evolve, iterate, num_candidates, settings,
                    check_settings(training or {}), seed, progress, pool, max_candidates, contrastive, stop,
@@ -764,7 +763,10 @@ def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sig
                                            callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm, trainer.known_whole = sigterm, resume
     trainer.start, trainer.lists_facts = public_name(policy.name), lists_facts(lists)
-    draft = partial / "policy"
+    draft, learned = partial / "policy", [p for p in trainer.model.parameters() if p.requires_grad]
+    kept = 1 if args.save_strategy == "no" else 4  # a checkpoint holds AdamW's two averages besides
+    on_main(lambda: _check_room(folder, kept * sum(p.numel() * p.element_size() for p in learned),
+                                "the weights" if kept == 1 else "the weights and a checkpoint"))
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(draft))

@@ -2,11 +2,14 @@
 forks of one process, see killed_runs.py."""
 import json
 import os
+import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import warm
+from safetensors.torch import load_file
 from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
@@ -142,8 +145,6 @@ def test_another_policy_under_the_same_path_is_refused(tmp_path):
 
 def test_a_policy_exchanged_between_rounds_is_refused(tmp_path, start):
     self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=2, **OPTIONS)
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "round-1" / "policy")
     (tmp_path / "run" / "round-1" / "manifest.json").unlink()
     make_start(tmp_path / "run" / "round-1" / "policy", seed=1)
@@ -365,3 +366,17 @@ def test_a_refit_needs_something_to_learn_from(tmp_path, start):
     for change in ({"epochs": 0}, {"lr": float("nan")}, {"batch_size": 1.5}):
         with pytest.raises(LireError, match=f"refit: {[*change][0]}: cannot be used"):
             Refit(**change)
+
+
+def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, start, monkeypatch):
+    """The weights twice and AdamW's averages, in float32, counted by hand."""
+    lists = [make_record(f"film {i} was", [" good", " bad"], rewards=[1.0, 0.0], id=str(i)) for i in range(2)]
+    training = dict(use_cpu=True, bf16=False, num_train_epochs=1, per_device_train_batch_size=2)
+    need = 4 * sum(t.numel() * 4 for t in load_file(Path(start) / "model.safetensors").values())
+    room = shutil.disk_usage(tmp_path)
+    for free, refused in ((need - 1, True), (need, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: room._replace(free=free))
+        told = pytest.raises(LireError, match="the disk has too little room") if refused else nullcontext()
+        with told:
+            train_policy(start, lists, tmp_path / "policy", save_steps=1, **training)
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith("policy")] == ["policy"] * (not refused)

@@ -103,6 +103,14 @@ def disk_errors(folder: str | Path):
         raise LireError(f"cannot be written: {e}", file=folder,
                         remedy="free some space or choose another place; nothing half-written is left") from e
 
+# %% ../../nbs/31_files.ipynb #a71c04d3
+def _check_room(folder: str | Path, need: int, what: str) -> None:
+    "Raise `LireError` where the disk of a folder, which need not exist yet, has less than `need` bytes left."
+    place = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    require(free >= need, "the disk has too little room", field=str(folder), value=f"{free / 2**30:.1f} GiB",
+            allowed=f"{need / 2**30:.1f} GiB for {what}", remedy="free some space or choose another place")
+
 # %% ../../nbs/31_files.ipynb #7ce462a9
 @contextmanager
 def atomic_folder(
