@@ -37,9 +37,8 @@ def self_play_loss(
     *,
     beta: float = 0.1,  # β > 0
 ) -> Tensor:  # (B,), 0 for a list without a pair
-    """The mean of −log σ(β·(u_demo − u_own)) over all pairs of a list, u = s − r. Raises ValueError on bad
-    input.
-    Source: arXiv 2406.06874."""
+    """The mean of −log σ(β·(u_demo − u_own)) over all pairs of a list, u = s − r. Raises ValueError on
+    bad input. Source: arXiv 2406.06874."""
     _check_number("beta", beta)
     u = log_ratios(logps, ref_logps, demos=demos, own=own)
     pairs = demos.unsqueeze(-1) & own.unsqueeze(-2)

@@ -128,8 +128,8 @@ def list_probs(
     *,
     temperature: float = 2.0,  # T > 0
 ) -> Tensor:  # (B, M), each row sums to 1, masked entries are exactly 0
-    """The model's belief over its list, P = softmax(logps / T). Raises ValueError on bad shapes or T. Source: arXiv
-    2405.13516, eq. 4."""
+    """The model's belief over its list, P = softmax(logps / T). Raises ValueError on bad shapes or T.
+    Source: arXiv 2405.13516, eq. 4."""
     _check_number("temperature", temperature)
     mask = _real(logps, mask)
     return _softmax(logps.to(_wide(logps)), mask, temperature)

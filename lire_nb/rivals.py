@@ -119,9 +119,8 @@ def plackett_luce_dpo_loss(
     rho: float = 0.0,  # 0 … 1: the share of the least probable order, against noisy rewards
     score: str = "ratio",  # "ratio" (the paper), "token_ratio", "sum" or "token"
 ) -> Tensor:  # (B,)
-    """−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input. Source: arXiv
-    2305.18290,
-    app. A.3."""
+    """−log Plackett–Luce of the reward order under β·score. Raises ValueError on bad input.
+    Source: arXiv 2305.18290, app. A.3."""
     _check_number("rho", rho, zero=True)
     if rho > 1 or not (top_k is None or type(top_k) is int and top_k >= 1):
         _fail("rho, top_k", (rho, top_k),
@@ -143,8 +142,7 @@ def rrhf_loss(
     sft_normalize: str = "token",
 ) -> Tensor:  # (B,)
     """Σ max(0, s̄_worse − s̄_better) over pairs, s̄ per token, plus SFT. Raises ValueError on bad input.
-    Source: arXiv
-    2304.05302."""
+    Source: arXiv 2304.05302."""
     wrong = torch.relu(-_gaps(_per_token(x, x.logps, x.who)))  # [i, j]: by how much j is above i
     return _add_sft(torch.where(_better(x), wrong, 0.0).sum(dim=(-1, -2)), x, sft_weight, sft_normalize)
 
@@ -457,8 +455,8 @@ def kto_loss(
     undesirable_weight: float = 1.0,  # ≥ 0
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
-    """Mean of 1 − σ(±(u − βz)) over the judged candidates. Raises ValueError on bad input. Source: arXiv
-    2402.01306."""
+    """Mean of 1 − σ(±(u − βz)) over the judged candidates. Raises ValueError on bad input.
+    Source: arXiv 2402.01306."""
     for name, number in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight), ("z", z)):
         if number is not None:
             _check_number(name, number, zero=True)
