@@ -61,7 +61,7 @@ $(VENV)/.ready-notebook: $(VENV)/.ready
 	@touch $@
 
 notebook: $(VENV)/.ready-notebook
-	cd nbs && ../$(BIN)/python -m jupyterlab $(JUPYTER) 00_whole_way.ipynb
+	$(BIN)/python -m jupyterlab --ServerApp.root_dir=. $(JUPYTER) nbs/00_whole_way.ipynb
 
 # The book has a small set-up of its own: it reads what the pages carry, and needs neither PyTorch nor the package.
 $(BOOK)/.ready: settings.ini constraints.txt

@@ -907,7 +907,7 @@ def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
 def _judges(run: Path, task, config: dict, stage) -> dict:
     """Proxy and gold reward models from separate lists, and VADER; trained ones are kept in the run folder with their
     held-out accuracy."""
-    from lire_nb.rewards import graded_scores, pair_accuracy, RewardModel, train_reward_model, VaderReward
+    from lire_nb.rewards import accuracy_of, graded_scores, RewardModel, train_reward_model, VaderReward
 
     for name in ("proxy", "gold"):
         folder = run / "rewards" / name
@@ -916,8 +916,8 @@ def _judges(run: Path, task, config: dict, stage) -> dict:
             lists = lists.select(range(min(config["reward_pairs"], len(lists))))
             stage(f"training the {name} reward model on {len(lists)} pairs of reviews")
             reward = train_reward_model(lists, config["backbone"], max_length=64, seed=config["seed"], name=name)
-            held_out = pair_accuracy(task.reward_lists["test"], reward)
             graded = graded_scores(task.reward_lists["test"], reward)
+            held_out = accuracy_of(graded)
             stage(f"{name} reward model: {held_out['accuracy']:.1%} of {held_out['pairs']} held-out pairs in the "
                   "right order")
             with atomic_folder(folder) as draft:

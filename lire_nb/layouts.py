@@ -431,8 +431,8 @@ def _rest(row: dict, used: Iterable[str]) -> dict:
 
 # %% ../nbs/32_layouts.ipynb #98173a40
 def rank_rewards(ranks: list[float | None]) -> list[float | None]:
-    """Rewards in [0, 1] from M ranks, 1 = best: (M − place) / (M − 1), ties at their average place. None stays
-    None.
+    """Rewards in [0, 1] from M ranks, 1 = best: (M − place) / (M − 1), ties at their average place. None
+    stays None.
 
     M counts the ranked candidates. The numbers only need to be ordered: [1, 2, 9] gives the same as [1, 2, 3]. Raises
     `ListError`.
@@ -831,7 +831,7 @@ def _pick(value: Any, path: str) -> Any:
         return [_pick(item, path) for item in value]
     raise ListError("no such column", field=path,
                     allowed=", ".join(map(str, value)) if isinstance(value, dict) else "a column of the file",
-                    remedy="correct the mapping")
+                    remedy="a --map for each field" if "=" in str(path) else "correct the mapping")
 
 # %% ../nbs/32_layouts.ipynb #ec1384f5
 _JOINED = ("prompt", "completion", "chosen", "rejected", "system")  # fields of one text: several columns are joined
@@ -923,4 +923,5 @@ def adapt_row(
         return layout, layout.read(row, [] if notes is None else notes)
     raise ListError("unknown layout", field="columns", value=list(row),
                     allowed="; ".join(f"{layout.name} ({layout.columns})" for layout in LAYOUTS),
-                    remedy='give a mapping, e.g. {"prompt": "question", "completions": "answers", "rewards": "marks"}')
+                    remedy='map each field, prompt too: --map prompt=question --map …, or mapping={"prompt": '
+                           '"question", …}')

@@ -188,7 +188,12 @@ def settings_of(pairs: list[str]) -> dict:
     from lire_nb.settings import parse_settings
     from lire_nb.training import LIREConfig
 
-    return parse_settings(named(pairs, "--set"), LIREConfig)
+    settings = parse_settings(named(pairs, "--set"), LIREConfig)
+    if ":" in (loss := str(settings.get("loss_type", ""))):  # a function of one's own, known from now on by its name
+        from lire_nb.lab.extend import own_loss
+
+        own_loss(loss, "loss_type")
+    return settings
 
 # %% ../nbs/65_options.ipynb #39b53ed5
 def limit_of(

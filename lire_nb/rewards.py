@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reward', 'RewardError', 'score_lists', 'reward_name', 'VaderReward', 'LatentHead', 'RewardModel', 'ranking_loss',
-           'train_reward_model', 'graded_scores', 'pair_accuracy', 'longer_wins', 'RandomReward', 'ServerReward',
-           'ScalarHead', 'ScalarHeadModel', 'load_scalar_head_model']
+           'train_reward_model', 'graded_scores', 'pair_accuracy', 'accuracy_of', 'longer_wins', 'RandomReward',
+           'ServerReward', 'ScalarHead', 'ScalarHeadModel', 'load_scalar_head_model']
 
 # %% ../nbs/15_rewards.ipynb #ee2978bd
 import http.client
@@ -396,7 +396,14 @@ def pair_accuracy(
     reward: Reward,
 ) -> dict:  # accuracy (mean over lists), lists, pairs, per_list
     "Share of ordered pairs that a reward orders like the grades do, ties a half."
-    judged = [_right_pairs(row["grades"], row["scores"]) for row in graded_scores(lists, reward)]
+    return accuracy_of(graded_scores(lists, reward))
+
+
+def accuracy_of(
+    rows: list[dict],  # of `graded_scores`
+) -> dict:  # as `pair_accuracy`, for scores that are there already
+    "The same from scores that are there already."
+    judged = [_right_pairs(row["grades"], row["scores"]) for row in rows]
     per_list = [sum(right) / len(right) for right in judged if right]
     return {"accuracy": sum(per_list) / len(per_list) if per_list else math.nan, "lists": len(per_list),
             "pairs": sum(map(len, judged)), "per_list": per_list}

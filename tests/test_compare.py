@@ -10,17 +10,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import warm
 from scipy import stats
 
+from lire_nb.base.errors import LireError
 from lire_nb.frontiers import choose_under_cap
 from lire_nb.lab.compare import (
     first_line, Question, read_found, read_method, Room, search_points, work_of, write_report,
 )
 from lire_nb.lab.own_lists import same_text, split_by_prompt
 from lire_nb.models import Policy
+from lire_nb.options import settings_of
 from lire_nb.records import make_record
-from lire_nb.rivals import LOSSES
+from lire_nb.rivals import get_loss, LOSSES
+from lire_nb.training import LIREConfig
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -198,3 +202,22 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(tmp_path):
     assert {"results.json", "rows.parquet", "report.html"} <= set(found["files"])
     missed = [stage for stage, code in found["hits"].items() if code != -9]
     assert not missed, (missed, found["log"])
+
+
+@pytest.mark.parametrize("given", [["lire"], {"lire": 1}, {"a:b"}, 3, None, b"lire"])
+def test_what_is_no_loss_is_said(given):
+    with pytest.raises(LireError, match="losses: no such loss; got .*name one of these, or module:function"):
+        read_method(given)
+
+
+def test_a_loss_that_is_compared_can_be_trained(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def gap(logps, rewards, mask=None):\n"
+                    "    if mask is not None:\n        logps, rewards = logps.where(mask, -1e9), rewards.where(mask, 0.0)\n"
+                    "    return -(logps.softmax(-1) * rewards).sum(-1)\n")
+    settings = settings_of([f"loss_type={file}:gap", "learning_rate=1e-4"])
+    config = LIREConfig(str(tmp_path / "out"), report_to="none", **settings)
+    logps, rewards = torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, 0.0]])
+    assert float(get_loss(config.loss_type).fn(logps, rewards)) == pytest.approx(-1 / (1 + math.exp(-1)))
+    with pytest.raises(LireError, match="loss_type: no such function in it"):
+        settings_of([f"loss_type={file}:gab"])

@@ -77,16 +77,16 @@ def read_method(
     if callable(loss):
         _check_findable(check_loss(get_loss(loss)).fn)
         return Method(get_loss(loss).name, loss, {}, [{}])
-    if loss in GRIDS:
+    if isinstance(loss, str) and loss in GRIDS:
         grid, own = GRIDS[loss], []
         for point in grid["points"]:
             part = {k: v for k, v in point.items() if k != "learning_rate"}
             own += [] if part in own else [part]
         return Method(grid["name"], grid.get("loss", loss), grid.get("always", {}), own)
     known = ", ".join(dict.fromkeys([*GRIDS, *LOSSES]))
-    if ":" in str(loss):
+    if isinstance(loss, str) and ":" in loss:
         own_loss(loss, "losses")  # known from now on under this name
-    require(loss in LOSSES, "no such loss", field="losses", value=loss, allowed=known,
+    require(isinstance(loss, str) and loss in LOSSES, "no such loss", field="losses", value=loss, allowed=known,
             remedy="name one of these, or module:function")
     return Method(loss, loss, {}, [{}])
 
@@ -647,7 +647,7 @@ def what_fits(room: Room, minutes: float, speed: dict) -> str:
             less = replace(question, seeds=seeds, points=points)
             if cost_of(room, less, speed).seconds <= 60 * minutes:
                 few = "" if seeds >= LEAST_SEEDS else f", which decide nothing: {LEAST_SEEDS} do"
-                return f"{points} points and {seeds} seeds fit (--points {points} --seeds {seeds}){few}"
+                return f"--points {points} --seeds {seeds} would fit{few}"
     return "not even one seed fits: fewer losses, --prompts, --samples or --max-new-tokens"
 
 # %% ../../nbs/61_compare.ipynb #27e2d58d
@@ -791,10 +791,11 @@ def told_parts(found: Found, room: Room) -> list[str]:
               f"{'; '.join(edges)}."] * bool(edges)
     lines += [f"Gains within {question.margin:g} sd do not matter here: that is what a tie means. Prompts were split "
               f"by their words; {len(found.start)} judge, and none of them was trained on or searched with."
-              + " The judge that searched (on other prompts) is the one that decides." * (question.points > 1)]
+              + " The judge that searched (on other prompts) decides." * (question.points > 1 and not judge["fails"])]
     if found.verdicts:
-        lines += ["The texts: where the judge's mean score rises most, in the middle and least, from the start to "
-                  f"{found.labels[leader_of(found.verdicts)]}. End: after the last step, however far that is."]
+        lines += ["The texts: where the judge's mean score (its own points) rises most, in the middle and least, to "
+                  f"{found.labels[leader_of(found.verdicts)]}. End: after the last step, however far that is."
+                  " Each row of the table is read at its own distance; the first line compares at one."]
     return [*lines, *room.look["lines"]]
 
 # %% ../../nbs/61_compare.ipynb #b60a78de
