@@ -763,10 +763,9 @@ def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sig
                                            callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm, trainer.known_whole = sigterm, resume
     trainer.start, trainer.lists_facts = public_name(policy.name), lists_facts(lists)
-    draft, learned = partial / "policy", [p for p in trainer.model.parameters() if p.requires_grad]
-    kept = 1 if args.save_strategy == "no" else 4  # a checkpoint holds AdamW's two averages besides
-    on_main(lambda: _check_room(folder, kept * sum(p.numel() * p.element_size() for p in learned),
-                                "the weights" if kept == 1 else "the weights and a checkpoint"))
+    draft = partial / "policy"
+    learned = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    on_main(lambda: _check_room(folder, learned, "the weights"))
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(draft))
