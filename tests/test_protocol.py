@@ -80,8 +80,13 @@ def test_plans_are_read_back_and_counted():
     finals = [r for r in whole["matched_dialogue"] if r.labels["stage"] == "final"]
     counts = pd.Series([r.labels["method"] for r in finals]).value_counts()
     assert counts["lire"] == 8 and counts["simpo"] == 5
-    for group in ("many", "few"):  # whole seeds first
-        seeds = [r.labels["seed"] for r in finals if r.labels["method"] in protocol.PROTOCOL["methods"][group]]
+    named, by = protocol.PROTOCOL["seeds"]["raised"], protocol.PROTOCOL["methods"]
+    groups = (named, set(by["many"]) - set(named), by["few"])
+    order = [next(i for i, g in enumerate(groups) if r.labels["method"] in g) for r in finals if
+             r.labels["method"] != "start"]
+    assert order == sorted(order) and set(order) == {0, 1, 2}, "what most claims are about comes first"
+    for group in groups:  # whole seeds first
+        seeds = [r.labels["seed"] for r in finals if r.labels["method"] in group]
         assert seeds == sorted(seeds)
     last = max(i for i, r in enumerate(finals) if r.labels["method"] == "lire")
     waiting = protocol.trial_plan("dialogue", EVIDENCE, 8, lambda c: None if c == finals[last].config else find(c))

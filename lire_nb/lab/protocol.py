@@ -166,13 +166,14 @@ def trial_plan(
     seeds: int,
     find: Find,  # the result of a configuration, or None
 ) -> list[Run]:
-    "The start, the search and the methods on one task; methods with fewer seeds wait for those with more."
+    """The start, the search and the methods on one task: first what most claims are about, which the pilot may raise,
+    then the others with as many seeds, then those with fewer; a group waits until the one before it is done."""
     asked = scale.get("trial", {}).get("methods") or sum((PROTOCOL["methods"][k] for k in ("many", "few")), [])
     most = max(seeds_of(task, method, seeds) for method in ("start", *asked))
     runs = [_labeled(task, trial(scale, task, "start", s), stage="final", method="start", seed=s) for s in range(most)]
-    for group in ("many", "few"):
-        methods = [method for method in asked if method in PROTOCOL["methods"][group]]
-        part = _searched_and_final(task, methods, scale, seeds, find)
+    named, many = PROTOCOL["seeds"]["raised"], PROTOCOL["methods"]["many"]
+    for group in (named, [m for m in many if m not in named], PROTOCOL["methods"]["few"]):
+        part = _searched_and_final(task, [m for m in asked if m in group], scale, seeds, find)
         runs += part
         if any(find(run.config) is None for run in part):
             break
