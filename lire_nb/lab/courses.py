@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses', 'matched_runs',
-           'at_distance', 'along', 'between', 'reward_table']
+           'all_courses', 'course_table', 'at_distance', 'along', 'between', 'reward_table']
 
 # %% ../../nbs/57_courses.ipynb #co002
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..base.errors import LireError, require
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES
 from .protocol import PROTOCOL
-from .results import final_runs, load_runs, Results
+from .results import final_runs, load_runs, over_seeds, Results, shown, _tried
 
 # %% ../../nbs/57_courses.ipynb #co007
 class Start(NamedTuple):
@@ -95,6 +95,35 @@ def matched_runs(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, 
         return runs, starts_by_seed(runs)
     raise LireError("no rows yet", field="table", value=table, allowed="a table with rows of its start",
                     remedy=f"lire reproduce {table} --scale evidence")
+
+# %% ../../nbs/57_courses.ipynb #co017
+def all_courses(runs: pd.DataFrame, starts: dict[int, Start]) -> dict[str, dict[int, list[tuple]]]:
+    "The courses of every system that has some, by its name in tables; best-of-n is the last."
+    found = {NAMES.get(m, m): system_courses(runs, starts, m) for m in dict.fromkeys(final_runs(runs)["method"])
+             if m != "start"}
+    return {name: courses for name, courses in found.items() if courses} | {"best of n": best_of_n_courses(starts)}
+
+
+def course_table(
+    runs: pd.DataFrame,  # of a table of the protocol
+    starts: dict[int, Start],
+    at: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0),  # nats
+) -> pd.DataFrame:  # a row per system: settings, seeds, KL and gain at the end of its course, and the gain at `at`
+    "How far every system went, and what it had gained on the way, in within-prompt standard deviations of the start."
+    own = final_runs(runs).drop_duplicates("method").set_index("method")["config"]
+    settings = {NAMES.get(m, m): _tried(config["training"]) for m, config in own.items()}
+    rows = {}
+    for name, courses in all_courses(runs, starts).items():
+        kl, end = (np.array([points[-1][i] for points in courses.values()]) for i in (0, 1))
+        rows[name] = {"settings": settings.get(name, ""), "seeds": len(courses), "KL at the end": f"{kl.mean():.1f}",
+                      "gain at the end": shown(over_seeds(end))}
+        rows[name] |= {f"at {x:g} nat{'s' * (x != 1)}": _at(courses, x) for x in at}
+    return pd.DataFrame(rows).T.rename_axis("system")
+
+
+def _at(courses: dict[int, list[tuple]], kl: float) -> str:
+    gains = np.array([gain_at_distance(points, kl).gain for points in courses.values()])
+    return shown(over_seeds(gains)) if np.isfinite(gains).all() else ""
 
 # %% ../../nbs/57_courses.ipynb #co015
 def at_distance(table: str, method: str, opponent: str, results: Results) -> tuple[str, np.ndarray, float]:

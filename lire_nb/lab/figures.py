@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'JUDGE_COLORS', 'VERDICT_COLORS', 'colors_of', 'bar_of', 'Line', 'along', 'figure_style', 'panels',
            'png', 'picture', 'save_figure', 'non_dominated', 'frontier_points', 'run_points', 'reward_kl_frontier',
-           'draw_frontier', 'plot_frontier', 'plot_reward_kl', 'draw_gains', 'plot_gains', 'draw_lines', 'plot_lines',
-           'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_claims', 'plot_before_after',
-           'plot_training', 'plot_calibration']
+           'draw_frontier', 'plot_frontier', 'draw_courses', 'plot_reward_kl', 'draw_gains', 'plot_gains', 'draw_lines',
+           'plot_lines', 'plot_overoptimization', 'heat_map', 'plot_matrix', 'plot_win_matrix', 'plot_claims',
+           'plot_before_after', 'plot_training', 'plot_calibration']
 
 # %% ../../nbs/45_figures.ipynb #22becdb5
 import io
@@ -26,13 +26,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..base.errors import in_figure, require
+from ..frontiers import common_distance, gain_at_distance
 from ..statistics import bootstrap_interval, FEW, Interval
 from .results import gain_values, over_seeds, read_metrics, read_records, read_systems, values_of, wins
 
 # %% ../../nbs/45_figures.ipynb #bd561ff4
 METHOD_COLORS = {
     "start": "#737373", "LIRE": "#D55E00", "DPO": "#0072B2", "Plackett–Luce DPO": "#56B4E9", "SLiC": "#009E73",
-    "RRHF": "#CC79A7", "PRO": "#882255", "SFT": "#999933", "RLOO": "#000000",
+    "RRHF": "#CC79A7", "PRO": "#882255", "SFT": "#999933", "RLOO": "#000000", "anchored LIRE": "#AA3377",
+    "best of n": "#4D4D4D",
 }
 JUDGE_COLORS = {"gold": "#E69F00", "proxy": "#5E3C99", "vader": "#44AA99"}
 VERDICT_COLORS = {"supported": "#2166AC", "tie": "#5AAE61", "contradicted": "#B2182B", "undecided": "#8C8C8C",
@@ -263,6 +265,33 @@ def plot_frontier(
     "Gain over KL; the dashed line joins the systems that no other beats in both."
     return panels(draw_frontier, {title: points}, 6.8, 4.2, xlabel=_KL,
                   ylabel=in_figure(f"{points.attrs.get('judge', '')} {_GAIN}".strip()))
+
+# %% ../../nbs/45_figures.ipynb #fg450002
+def draw_courses(
+    axes,
+    courses: dict[str, dict[int, list[tuple]]],  # system -> seed -> three points or more: KL, gains of the prompts
+    cap: float | None = None,  # nats, drawn as a line: nothing beyond is compared
+) -> None:
+    "The mean gain of every system at each distance that all its seeds reach, with its band; dots are judged points."
+    colors, most = colors_of(courses), max(len(seeds) for seeds in courses.values())
+    for n, (name, seeds) in enumerate(courses.items()):
+        style = ("-", "--", ":", "-.")[sum(colors[m] == colors[name] for m in list(courses)[:n]) % 4]
+        far = common_distance(seeds.values(), np.inf)
+        places = np.linspace(0, far**0.5, 40) ** 2
+        found = [bar_of(np.array([gain_at_distance(own, min(x, far)).gain for own in seeds.values()])) for x in places]
+        few = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if len(seeds) < most else ""
+        axes.plot(places, [v.value for v in found], color=colors[name], ls=style, lw=1.6, label=in_figure(name + few))
+        axes.fill_between(places, [v.low for v in found], [v.high for v in found], color=colors[name], alpha=0.12, lw=0)
+        dots = [(kl, np.mean(gains)) for own in seeds.values() for kl, gains in own]
+        axes.plot(*zip(*dots), ".", ms=3, color=colors[name], alpha=0.6)
+    if cap is not None:
+        axes.axvline(cap, color="0.6", ls=":", lw=1)
+    axes.axhline(0, color="0.8", lw=1)
+    ends = [kl for seeds in courses.values() for own in seeds.values() for kl, _ in own]
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set_xlim(0, 1.05 * max(ends))
+    ticks = [x for x in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if x <= 1.05 * max(ends)]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
 
 # %% ../../nbs/45_figures.ipynb #f5b0721f
 def plot_reward_kl(run: str | Path) -> Figure:
