@@ -1,6 +1,8 @@
 """What each of several processes does, for test_ranks.py: a round of self-enhancement with everything on, an
 evaluation, a reward that fails, a process that is killed. Started by warm.ranks, or alone with WORLD_SIZE=1:
-share_processes.py FOLDER WHAT"""
+share_processes.py FOLDER WHAT. For test_handover.py: an evaluation with servers."""
+import contextlib
+import io
 import json
 import os
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lire_nb import sampling
+from lire_nb import cli, handover, sampling
 from lire_nb.base import ranks
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance, StopRule
@@ -133,6 +135,18 @@ def killed(place: Path) -> dict:
     return {"worked": len(WORKED)}
 
 
+def served(place: Path) -> dict:
+    "`lire evaluate` of a system that a server draws for, one that is sampled here, and two judges: one is served too."
+    handover._LENGTH, server, said = 8, os.environ["SERVER"], io.StringIO()
+    handover.Engine.__init__.__kwdefaults__.update(patience=1, progress=False)
+    with contextlib.redirect_stderr(said):
+        code = cli.main(["evaluate", "--prompts", str(place / "prompts.txt"), "--max-new-tokens", "4",
+                         "--system", f"start={place / 'a'}", "--system", f"new={place / 'b'}",
+                         "--judge", "far=length", "--judge", "near=length", "--sampler", f"new={server}/v1",
+                         "--scorer", f"far={server}/score", "--out", str(place / os.environ["RUN"])])
+    return {"code": code, "said": said.getvalue()}
+
+
 def main(place: Path, what: str) -> None:
     torch.set_num_threads(1)
     if what != "killed":  # float32 on every machine; else in the dtype of this one
@@ -141,7 +155,7 @@ def main(place: Path, what: str) -> None:
         torch.distributed.init_process_group("gloo")
     found = {name: globals()[name](place) for name in what.split(",")}
     (place / f"{what}-{SIZE}-{RANK}.json").write_text(json.dumps(found))
-    if SIZE > 1 and what != "killed":
+    if SIZE > 1 and what not in ("killed", "served"):
         torch.distributed.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 on loopback (stub_engine.py); tests/real_vllm.py does the same with vLLM."""
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import warm
 from handover_client import OPTIONS, PROMPTS, vowels
 from scipy import stats
 from stub_engine import StubEngine
+from test_ranks import close
 from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
@@ -290,6 +292,52 @@ def test_evaluation_draws_from_servers(starts, tmp_path):
         assert len(server.received) == count
     said(lambda: run(samplers={"gold": "http://127.0.0.1:1/v1"}), "no system of this name", "gold")
     said(run, "sampler: 'server' there, nothing now")
+
+
+def test_one_two_and_three_processes_evaluate_with_servers_alike(starts, tmp_path):
+    """The same requests, rows and figures; a server that dies ends all processes with one line, and they go on after what
+    it answered."""
+    for folder in starts:
+        shutil.copytree(folder, tmp_path / folder.name)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+
+    def run(count, name):
+        server.received.clear()
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "SERVER": server.url.removesuffix("/v1"), "RUN": name}
+        warm.ranks(count, HERE / "share_processes.py", tmp_path, "served", env=env, timeout=120)
+        return [json.loads((tmp_path / f"served-{count}-{rank}.json").read_text())["served"] for rank in range(count)]
+
+    def found(name):
+        return {p.name: [json.loads(line) for line in p.read_text().splitlines()]
+                for p in [*(tmp_path / name / "evaluation").glob("*.jsonl"), tmp_path / name / "metrics.jsonl"]}
+
+    with StubEngine(starts[1]) as server:
+        asked = {}
+        for count, name in ((1, "one"), (3, "three")):
+            assert all(rank["code"] == 0 for rank in run(count, name)), name
+            asked[name] = sorted(map(json.dumps, server.received))
+        assert asked["one"] == asked["three"] and len(server.sampled(4)) == N
+        server.hook, server.server.handle_error = lambda count: dies(server, at=3), lambda *args: None
+        ranks = run(2, "two")
+        assert all(rank["code"] == 2 for rank in ranks)
+        [line] = [line for rank in ranks for line in rank["said"].splitlines() if "lire evaluate: " in line]
+        assert "does not answer" in line and "remedy: " in line
+        server.hook = lambda count: None
+        server.start()
+        assert all(rank["code"] == 0 for rank in run(2, "two")) and 0 < len(server.sampled(4)) < N
+    one = found("one")
+    assert one.keys() == {"start.jsonl", "new.jsonl", "metrics.jsonl"}
+    for name in ("two", "three"):
+        close(one, found(name), name)
+    left = [p.name for p in (tmp_path / "two").rglob("*") if p.suffix in (".journal", ".parts")]
+    assert not left
+
+
+def dies(server, at):
+    "The server is gone for good at its `at`-th request for the run."
+    if len(server.sampled(4)) == at:
+        server.stop()
+        raise ConnectionAbortedError
 
 
 def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
