@@ -17,8 +17,9 @@ from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance, StopRule
 from lire_nb.evaluation import evaluate_systems
 from lire_nb.models import load_policy
+from lire_nb.options import read_prompts
 from lire_nb.records import make_record
-from lire_nb.rewards import score_lists, train_reward_model
+from lire_nb.rewards import longer_wins, score_lists, train_reward_model
 from lire_nb.sampling import sample_lists, SamplingSettings
 from lire_nb.watching import EvaluationCallback
 
@@ -136,15 +137,29 @@ def killed(place: Path) -> dict:
 
 
 def served(place: Path) -> dict:
-    "`lire evaluate` of a system that a server draws for, one that is sampled here, and two judges: one is served too."
-    handover._LENGTH, server, said = 8, os.environ["SERVER"], io.StringIO()
+    """An evaluation where a server draws for one of two systems, and scores for one of two judges. Two processes ask for it
+    on the command line, and once more if the server has died."""
+    handover._LENGTH, server, systems = 8, os.environ["SERVER"], {name: place / name for name in ("a", "b")}
+    if SIZE != 2:
+        far = handover.scored_by(longer_wins, f"{server}/score", place / f"served-{SIZE}")
+        with ranks.sharing():
+            evaluate_systems(place / f"served-{SIZE}", systems, read_prompts(str(place / "prompts.txt")),
+                             {"far": far, "near": longer_wins}, settings=SamplingSettings(max_new_tokens=4),
+                             samplers={"b": f"{server}/v1"}, progress=False)
+        return {}
     handover.Engine.__init__.__kwdefaults__.update(patience=1, progress=False)
-    with contextlib.redirect_stderr(said):
-        code = cli.main(["evaluate", "--prompts", str(place / "prompts.txt"), "--max-new-tokens", "4",
-                         "--system", f"start={place / 'a'}", "--system", f"new={place / 'b'}",
-                         "--judge", "far=length", "--judge", "near=length", "--sampler", f"new={server}/v1",
-                         "--scorer", f"far={server}/score", "--out", str(place / os.environ["RUN"])])
-    return {"code": code, "said": said.getvalue()}
+    options = [f"--{name}={value}" for name, value in (
+        ("prompts", place / "prompts.txt"), ("out", place / "served-2"), ("max-new-tokens", 4), ("judge", "far=length"),
+        ("judge", "near=length"), ("sampler", f"b={server}/v1"), ("scorer", f"far={server}/score"),
+        *(("system", f"{name}={folder}") for name, folder in systems.items()))]
+    found = []
+    while not found or found[-1][0]:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            found.append([cli.main(["evaluate", *options]), said.getvalue()])
+        (place / f"ended-{RANK}").touch()
+        while not (place / "again").exists():  # the server is back
+            time.sleep(0.02)
+    return {"found": found}
 
 
 def main(place: Path, what: str) -> None:
@@ -155,7 +170,7 @@ def main(place: Path, what: str) -> None:
         torch.distributed.init_process_group("gloo")
     found = {name: globals()[name](place) for name in what.split(",")}
     (place / f"{what}-{SIZE}-{RANK}.json").write_text(json.dumps(found))
-    if SIZE > 1 and what not in ("killed", "served"):
+    if SIZE > 1 and what != "killed":
         torch.distributed.destroy_process_group()
 
 

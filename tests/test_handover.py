@@ -1,5 +1,6 @@
 """Servers that sample for self-enhancement and evaluation: handed over, verified, refused, killed. The server is a stub
 on loopback (stub_engine.py); tests/real_vllm.py does the same with vLLM."""
+import importlib
 import json
 import os
 import shutil
@@ -294,49 +295,63 @@ def test_evaluation_draws_from_servers(starts, tmp_path):
     said(run, "sampler: 'server' there, nothing now")
 
 
-def test_one_two_and_three_processes_evaluate_with_servers_alike(starts, tmp_path):
-    """The same requests, rows and figures; a server that dies ends all processes with one line, and they go on after what
-    it answered."""
+def test_one_two_and_three_processes_evaluate_with_servers_alike(starts, tmp_path, monkeypatch):
+    """The same requests, rows and figures. A server that dies ends both of two processes with one line; they go on after
+    what it answered."""
     for folder in starts:
         shutil.copytree(folder, tmp_path / folder.name)
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
 
-    def run(count, name):
-        server.received.clear()
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "SERVER": server.url.removesuffix("/v1"), "RUN": name}
-        warm.ranks(count, HERE / "share_processes.py", tmp_path, "served", env=env, timeout=120)
-        return [json.loads((tmp_path / f"served-{count}-{rank}.json").read_text())["served"] for rank in range(count)]
+    def run(count):
+        environment = {"HF_HUB_OFFLINE": "1", "SERVER": server.url.removesuffix("/v1")}
+        if count > 1:
+            warm.ranks(count, HERE / "share_processes.py", tmp_path, "served", env=os.environ | environment, timeout=120)
+            return
+        for name, value in (environment | {"RANK": "0", "WORLD_SIZE": "1"}).items():
+            monkeypatch.setenv(name, value)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, bool)
+        importlib.import_module("share_processes").served(tmp_path)
 
-    def found(name):
+    def rows(count):
+        made = tmp_path / f"served-{count}"
         return {p.name: [json.loads(line) for line in p.read_text().splitlines()]
-                for p in [*(tmp_path / name / "evaluation").glob("*.jsonl"), tmp_path / name / "metrics.jsonl"]}
+                for p in [*(made / "evaluation").glob("*.jsonl"), made / "metrics.jsonl"]}
 
     with StubEngine(starts[1]) as server:
-        asked = {}
-        for count, name in ((1, "one"), (3, "three")):
-            assert all(rank["code"] == 0 for rank in run(count, name)), name
-            asked[name] = sorted(map(json.dumps, server.received))
-        assert asked["one"] == asked["three"] and len(server.sampled(4)) == N
-        server.hook, server.server.handle_error = lambda count: dies(server, at=3), lambda *args: None
-        ranks = run(2, "two")
-        assert all(rank["code"] == 2 for rank in ranks)
-        [line] = [line for rank in ranks for line in rank["said"].splitlines() if "lire evaluate: " in line]
-        assert "does not answer" in line and "remedy: " in line
-        server.hook = lambda count: None
-        server.start()
-        assert all(rank["code"] == 0 for rank in run(2, "two")) and 0 < len(server.sampled(4)) < N
-    one = found("one")
-    assert one.keys() == {"start.jsonl", "new.jsonl", "metrics.jsonl"}
-    for name in ("two", "three"):
-        close(one, found(name), name)
-    left = [p.name for p in (tmp_path / "two").rglob("*") if p.suffix in (".journal", ".parts")]
-    assert not left
+        asked = []
+        for count in (1, 3):
+            run(count)
+            asked.append((sorted(map(json.dumps, server.received)), server.scored[:]))
+            server.received.clear()
+            server.scored.clear()
+        assert asked[0] == asked[1] and sum(json.loads(b)["max_tokens"] == 4 for b in asked[0][0]) == N
+        server.hook, server.server.handle_error = lambda count: dies(server, 3, tmp_path), lambda *args: None
+        run(2)
+        assert len(server.sampled(4)) == N + 1  # the third was cut off
+        found = [json.loads((tmp_path / f"served-2-{rank}.json").read_text())["served"]["found"] for rank in (0, 1)]
+    assert [[code for code, _ in rank] for rank in found] == [[2, 0]] * 2
+    [line] = [line for rank in found for line in rank[0][1].splitlines() if line.startswith("lire evaluate: ")]
+    assert server.url in line and "does not answer" in line and "remedy: " in line
+    one = rows(1)
+    assert one.keys() == {"a.jsonl", "b.jsonl", "metrics.jsonl"}
+    close(one, rows(2))
+    close(one, rows(3))
+    assert not [p for p in (tmp_path / "served-2").rglob("*") if p.suffix in (".journal", ".parts")]
 
 
-def dies(server, at):
-    "The server is gone for good at its `at`-th request for the run."
-    if len(server.sampled(4)) == at:
+def dies(server, at, place):
+    "At its `at`-th request for the run the server is gone, and comes back when both processes have ended."
+    if len(server.sampled(4)) == at and not server.loads:
+        def comes_back():
+            while not all((place / f"ended-{rank}").exists() for rank in (0, 1)):
+                time.sleep(0.02)
+            server.loads.append("the same")
+            server.start()
+            (place / "again").touch()
+
         server.stop()
+        threading.Thread(target=comes_back, daemon=True).start()
         raise ConnectionAbortedError
 
 
