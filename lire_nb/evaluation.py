@@ -377,7 +377,8 @@ def evaluate_systems(
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
     """Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count
-    when they were made from the same."""
+    when they were made from the same. Several processes call it inside `ranks.sharing`: each does a share, and the
+    first asks the servers."""
     run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)

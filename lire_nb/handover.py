@@ -549,7 +549,10 @@ class EngineSampler:
         front = self.engine.fronts[number]
         with front.lock:
             if front.stale:  # it was away: who came back?
-                front.connect()
+                try:
+                    front.connect()
+                except LireError as e:  # nobody yet: that is waited for
+                    raise e.__cause__ if isinstance(e.__cause__, TryLater) else e
                 self.verify(front)
         try:
             found = front.draw(*asked, self.tokenizer, self.ends)

@@ -194,7 +194,7 @@ def crash(server, at, folder):
         if len(seen) == at and not server.faults.get("crashed"):
             server.faults["crashed"] = True
             server.stop()
-            threading.Thread(target=lambda: (time.sleep(0.2), server.load(folder), server.start()), daemon=True).start()
+            threading.Thread(target=lambda: (time.sleep(0.8), server.load(folder), server.start()), daemon=True).start()
             raise ConnectionAbortedError
 
     server.hook, server.server.handle_error = hook, lambda *args: None
