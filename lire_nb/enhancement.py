@@ -324,11 +324,8 @@ def run_round(
     if _is_main():
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
-    sample = lambda: _sample_round(policy, asked, sampled, policy)  # noqa: E731
-    if asked.sampler is not None:  # one process brings the policy into the servers and asks them
-        sample = lambda: on_main(lambda: _sample_round(  # noqa: E731
-            policy, asked, sampled, _served(policy, asked, sampled, folder, start)))
-    _stage(folder, candidates, sample, sampled, after=scored)
+    sampler = lambda: _served(policy, asked, sampled, folder, start) if asked.sampler else policy  # noqa: E731
+    _stage(folder, candidates, lambda: _sample_round(policy, asked, sampled, sampler()), sampled, after=scored)
     if _is_main():
         (folder / "candidates.journal").unlink(missing_ok=True)  # a server's answers are in the file now
     if asked.refit is not None:

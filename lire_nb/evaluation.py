@@ -27,7 +27,7 @@ from scipy import stats
 
 from .base.errors import LireError, moved, needed, public_address, require
 from .base.files import one_writer, read_jsonl, slug, write_json, write_jsonl
-from .base.ranks import drop_kept, even_batches, is_splitting, kept_rows, on_main, split_rows
+from .base.ranks import drop_kept, even_batches, kept_rows, on_main, split_rows
 from .conversations import end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from .handover import Engine
 from lire_nb.identity import (
@@ -377,7 +377,8 @@ def evaluate_systems(
     **options,  # for `judge_policy`
 ) -> list[dict]:  # the figures, as written to metrics.jsonl
     """Judge every system into evaluation/<system>.jsonl and compare them in metrics.jsonl; rows that are there count
-    when they were made from the same."""
+    when they were made from the same. Several processes call it inside `ranks.sharing`: each does a share, and the
+    first asks the servers."""
     run, rows, start, prompts = Path(run_folder), {}, None, checked_prompts(prompts)
     paths = _checked_systems(run, systems, prompts)
     _check_options(judges, options)
@@ -446,8 +447,6 @@ def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[
     "The system in its servers, verified: told from the start policy; None where it has none."
     if engine is None:
         return None
-    require(not is_splitting(), "servers are asked by one process", field="samplers", value="several processes",
-            allowed="one", remedy="start this evaluation without accelerate launch, or leave the servers out")
     start = next(iter(systems.values()))
     return engine.serve(policy, [p["prompt"] for p in prompts], options.get("settings", SamplingSettings()),
                         last=start if isinstance(start, (str, os.PathLike)) else None, place=path.parent,

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from .adapters import merged_policy
 from .base.errors import LireError, public_address, require
 from .base.files import atomic_folder, json_digest, slug
+from .base.ranks import on_main
 from .conversations import answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH
 from .models import context_of, Policy, quiet_transformers
 from .records import prompt_id
@@ -162,9 +164,13 @@ class Probe:
         prompts: list[list[int]],  # (B,) prompts as token ids
         settings: SamplingSettings,  # that the run samples with
     ):
-        self.policy, self.prompts, self.settings = policy, prompts, settings
-        self.last = None if last is None or last.fingerprint == policy.fingerprint else last
+        self.policy, self.before, self.prompts, self.settings = policy, last, prompts, settings
         self.models, self.known = {}, {}
+
+    @cached_property
+    def last(self) -> Policy | None:
+        "The policy that was served before; None where it is the same one."
+        return None if self.before is None or self.before.fingerprint == self.policy.fingerprint else self.before
 
     def model(self, policy: Policy):
         if policy.fingerprint not in self.models:
@@ -371,7 +377,8 @@ class Engine:
         place: str | Path = ".",  # for a merged copy of an adapter, and what the command says
         journal: str | os.PathLike | None = None,  # a file that keeps the answers, so that a stopped run goes on
     ) -> "EngineSampler":
-        "Bring the policy into every server and verify it; raises `LireError`, before anything is sampled."
+        """Bring the policy into every server and verify it; raises `LireError`, before anything is sampled. Of several
+        processes inside `ranks.together`, which all call it, the first does so."""
         policy, last, limit = Policy.of(policy), last and Policy.of(last), check_limit(max_prompt_length,
                                                                                        "max_prompt_length")
         tokenizer = policy.tokenizer()
@@ -379,11 +386,16 @@ class Engine:
         require(encoded, "no prompt", field="prompts", value=prompts, allowed="one prompt or more",
                 remedy="check the file that they come from")
         probe = Probe(policy, last, list(map(list, encoded)), settings)
-        sampler = EngineSampler(self, probe, tokenizer, end_tokens(tokenizer, probe.model(policy)), limit, journal)
-        for front in self.fronts:
-            self._bring(front, sampler, Path(place))
-        probe.rest()
+        ends, context = on_main(lambda: (end_tokens(tokenizer, probe.model(policy)), context_of(probe.model(policy))))
+        sampler = EngineSampler(self, probe, tokenizer, ends, context, limit, journal)
+        sampler.readings = on_main(lambda: self._bring_all(sampler, Path(place)))
         return sampler
+
+    def _bring_all(self, sampler: "EngineSampler", place: Path) -> dict[str, Reading]:
+        for front in self.fronts:
+            self._bring(front, sampler, place)
+        sampler.probe.rest()
+        return sampler.readings
 
     def _bring(self, front: _Front, sampler: "EngineSampler", place: Path) -> None:
         try:
@@ -451,10 +463,10 @@ def run_command(
 class EngineSampler:
     "Draws from servers that were verified to serve a policy; made by `Engine.serve`."
 
-    def __init__(self, engine: Engine, probe: Probe, tokenizer, ends: list[int], limit: int, journal):
-        self.engine, self.probe, self.tokenizer, self.ends = engine, probe, tokenizer, ends
+    def __init__(self, engine: Engine, probe: Probe, tokenizer, ends: list[int], context: int | None, limit: int,
+                 journal):
+        self.engine, self.probe, self.tokenizer, self.ends, self.context = engine, probe, tokenizer, ends, context
         self.limit, self.journal, self.readings = limit, journal, {}
-        self.context = context_of(probe.model(probe.policy))
 
     def verify(self, front: _Front, draws: bool = False) -> Reading:
         "Probe one server, with `draws` also whether it obeys the settings; raises `LireError` where it does not pass."
@@ -537,7 +549,10 @@ class EngineSampler:
         front = self.engine.fronts[number]
         with front.lock:
             if front.stale:  # it was away: who came back?
-                front.connect()
+                try:
+                    front.connect()
+                except LireError as e:  # nobody yet: that is waited for
+                    raise e.__cause__ if isinstance(e.__cause__, TryLater) else e
                 self.verify(front)
         try:
             found = front.draw(*asked, self.tokenizer, self.ends)

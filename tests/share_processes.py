@@ -1,6 +1,8 @@
 """What each of several processes does, for test_ranks.py: a round of self-enhancement with everything on, an
 evaluation, a reward that fails, a process that is killed. Started by warm.ranks, or alone with WORLD_SIZE=1:
-share_processes.py FOLDER WHAT"""
+share_processes.py FOLDER WHAT. For test_handover.py: an evaluation with servers."""
+import contextlib
+import io
 import json
 import os
 import sys
@@ -9,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from lire_nb import sampling
+from lire_nb import cli, handover, sampling
 from lire_nb.base import ranks
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import Refit, self_enhance, StopRule
 from lire_nb.evaluation import evaluate_systems
 from lire_nb.models import load_policy
+from lire_nb.options import read_prompts
 from lire_nb.records import make_record
-from lire_nb.rewards import score_lists, train_reward_model
+from lire_nb.rewards import longer_wins, score_lists, train_reward_model
 from lire_nb.sampling import sample_lists, SamplingSettings
 from lire_nb.watching import EvaluationCallback
 
@@ -131,6 +134,32 @@ def killed(place: Path) -> dict:
     except LireError as e:
         return {"error": str(e), "worked": len(WORKED)}
     return {"worked": len(WORKED)}
+
+
+def served(place: Path) -> dict:
+    """An evaluation where a server draws for one of two systems, and scores for one of two judges. Two processes ask for it
+    on the command line, and once more if the server has died."""
+    handover._LENGTH, server, systems = 8, os.environ["SERVER"], {name: place / name for name in ("a", "b")}
+    if SIZE != 2:
+        far = handover.scored_by(longer_wins, f"{server}/score", place / f"served-{SIZE}")
+        with ranks.sharing():
+            evaluate_systems(place / f"served-{SIZE}", systems, read_prompts(str(place / "prompts.txt")),
+                             {"far": far, "near": longer_wins}, settings=SamplingSettings(max_new_tokens=4),
+                             samplers={"b": f"{server}/v1"}, progress=False)
+        return {}
+    handover.Engine.__init__.__kwdefaults__.update(patience=1, progress=False)
+    options = [f"--{name}={value}" for name, value in (
+        ("prompts", place / "prompts.txt"), ("out", place / "served-2"), ("max-new-tokens", 4), ("judge", "far=length"),
+        ("judge", "near=length"), ("sampler", f"b={server}/v1"), ("scorer", f"far={server}/score"),
+        *(("system", f"{name}={folder}") for name, folder in systems.items()))]
+    found = []
+    while not found or found[-1][0]:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            found.append([cli.main(["evaluate", *options]), said.getvalue()])
+        (place / f"ended-{RANK}").touch()
+        while not (place / "again").exists():  # the server is back
+            time.sleep(0.02)
+    return {"found": found}
 
 
 def main(place: Path, what: str) -> None:

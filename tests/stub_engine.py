@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 class StubEngine:
     """`with StubEngine(folder) as server`. Faults: `top_k`, `temperature` (used in the place of what was asked), `seed`
     (drawn anew each time), `n` (one answer, whatever was asked), `logprobs` (none given), `reads` (tokens of the prompt),
-    `cut` (tokens of an answer)."""
+    `cut` (tokens of an answer). At /score it is a reward: the length of a text."""
 
     def __init__(self, folder=None, owner="llamacpp", **faults):
         self.owner, self.faults, self.received, self.loads, self.hook = owner, faults, [], [], lambda count: None
+        self.scored = []
         self.lock, self.server, self.port, self.anew = threading.Lock(), None, 0, iter(range(10**6, 10**9))
         if folder is not None:
             self.load(folder)
@@ -69,6 +70,9 @@ class StubEngine:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/score":
+                    outer.scored.append(len(body["completions"]))
+                    return self.send(200, {"rewards": [float(len(text)) for text in body["completions"]]})
                 with outer.lock:
                     outer.received.append(body)
                     outer.hook(len(outer.received))

@@ -1,7 +1,9 @@
 """Servers that sample for self-enhancement and evaluation: handed over, verified, refused, killed. The server is a stub
 on loopback (stub_engine.py); tests/real_vllm.py does the same with vLLM."""
+import importlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +16,7 @@ import warm
 from handover_client import OPTIONS, PROMPTS, vowels
 from scipy import stats
 from stub_engine import StubEngine
+from test_ranks import close
 from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
@@ -191,7 +194,7 @@ def crash(server, at, folder):
         if len(seen) == at and not server.faults.get("crashed"):
             server.faults["crashed"] = True
             server.stop()
-            threading.Thread(target=lambda: (time.sleep(0.2), server.load(folder), server.start()), daemon=True).start()
+            threading.Thread(target=lambda: (time.sleep(0.8), server.load(folder), server.start()), daemon=True).start()
             raise ConnectionAbortedError
 
     server.hook, server.server.handle_error = hook, lambda *args: None
@@ -290,6 +293,66 @@ def test_evaluation_draws_from_servers(starts, tmp_path):
         assert len(server.received) == count
     said(lambda: run(samplers={"gold": "http://127.0.0.1:1/v1"}), "no system of this name", "gold")
     said(run, "sampler: 'server' there, nothing now")
+
+
+def test_one_two_and_three_processes_evaluate_with_servers_alike(starts, tmp_path, monkeypatch):
+    """The same requests, rows and figures. A server that dies ends both of two processes with one line; they go on after
+    what it answered."""
+    for folder in starts:
+        shutil.copytree(folder, tmp_path / folder.name)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+
+    def run(count):
+        environment = {"HF_HUB_OFFLINE": "1", "SERVER": server.url.removesuffix("/v1")}
+        if count > 1:
+            warm.ranks(count, HERE / "share_processes.py", tmp_path, "served", env=os.environ | environment, timeout=120)
+            return
+        for name, value in (environment | {"RANK": "0", "WORLD_SIZE": "1"}).items():
+            monkeypatch.setenv(name, value)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, bool)
+        importlib.import_module("share_processes").served(tmp_path)
+
+    def rows(count):
+        made = tmp_path / f"served-{count}"
+        return {p.name: [json.loads(line) for line in p.read_text().splitlines()]
+                for p in [*(made / "evaluation").glob("*.jsonl"), made / "metrics.jsonl"]}
+
+    with StubEngine(starts[1]) as server:
+        asked = []
+        for count in (1, 3):
+            run(count)
+            asked.append((sorted(map(json.dumps, server.received)), server.scored[:]))
+            server.received.clear()
+            server.scored.clear()
+        assert asked[0] == asked[1] and sum(json.loads(b)["max_tokens"] == 4 for b in asked[0][0]) == N
+        server.hook, server.server.handle_error = lambda count: dies(server, 3, tmp_path), lambda *args: None
+        run(2)
+        assert len(server.sampled(4)) == N + 1  # the third was cut off
+        found = [json.loads((tmp_path / f"served-2-{rank}.json").read_text())["served"]["found"] for rank in (0, 1)]
+    assert [[code for code, _ in rank] for rank in found] == [[2, 0]] * 2
+    [line] = [line for rank in found for line in rank[0][1].splitlines() if line.startswith("lire evaluate: ")]
+    assert server.url in line and "does not answer" in line and "remedy: " in line
+    one = rows(1)
+    assert one.keys() == {"a.jsonl", "b.jsonl", "metrics.jsonl"}
+    close(one, rows(2))
+    close(one, rows(3))
+    assert not [p for p in (tmp_path / "served-2").rglob("*") if p.suffix in (".journal", ".parts")]
+
+
+def dies(server, at, place):
+    "At its `at`-th request for the run the server is gone, and comes back when both processes have ended."
+    if len(server.sampled(4)) == at and not server.loads:
+        def comes_back():
+            while not all((place / f"ended-{rank}").exists() for rank in (0, 1)):
+                time.sleep(0.02)
+            server.loads.append("the same")
+            server.start()
+            (place / "again").touch()
+
+        server.stop()
+        threading.Thread(target=comes_back, daemon=True).start()
+        raise ConnectionAbortedError
 
 
 def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
