@@ -15,7 +15,7 @@ import api
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"0": "Start", "1": "The method", "2": "Trust", "3": "Files and survival", "4": "The lab", "5": "Judges",
-         "6": "The command line", "7": "Long lists", "8": "Beside LIRE", "9": "Findings"}
+         "6": "The command line", "7": "Beyond one process", "8": "Beside LIRE", "9": "Findings"}
 ABOUT = {"data/README.md": "data", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}  # file -> page
 DIRECTIVE = re.compile(r"^#\|\s*(\w+)(.*)\n?", re.MULTILINE)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
