@@ -16,6 +16,7 @@ import check  # noqa: E402
 import fold  # noqa: E402
 import lead  # noqa: E402
 import pages  # noqa: E402
+import sidebar  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 TEXTS = [*NOTEBOOKS, *(ROOT / name for name in ("README.md", *pages.ABOUT))]
@@ -250,3 +251,66 @@ def test_a_page_of_the_method_has_two_exercises_with_solutions(name):
     for c in solutions:
         assert c["outputs"] and c["metadata"]["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
         assert "assert" in pages.source(c), "a solution proves what it says"
+
+
+def needed(path: Path) -> list[str]:
+    "The pages that a page asks its reader to know, as its lead says."
+    lead_cell = next((pages.source(c) for c in pages.cells(path) if c.get("id") == "lead"), "")
+    said = re.search(r"\*\*You need:?\*\*:?(.*)", lead_cell)
+    return re.findall(r"\]\((\d\d_\w+)\.ipynb", said[1]) if said else []
+
+
+def test_what_a_page_needs_comes_before_it():
+    """In the order of reading, which is also that of the links before and next."""
+    order = [name for names in pages.toc().values() for name in names]
+    needs = {name: needed(ROOT / "nbs" / f"{name}.ipynb") for name in order}
+    late = [(name, other) for name, others in needs.items() for other in others
+            if order.index(other) >= order.index(name)]
+    assert not late, late
+    silent = [name for name, others in needs.items() if not others]
+    assert len(silent) < 10, f"what does a reader of these pages need? {silent}"
+
+
+def test_the_door_leads_through_all_pages_of_the_method_in_their_order():
+    """What the README names as the tutorial is what before and next lead through: no page is needed that it leaves
+    out."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    door = readme[readme.index("## Learn"):].split("\n\n")[1]
+    order = pages.toc()["Start"] + pages.toc()["The method"]
+    assert re.findall(r"\]\(nbs/(\d\d_\w+)\.ipynb", door) == order
+
+
+def test_the_six_lines_of_the_readme_are_those_of_the_whole_way():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## Six lines\n\n```python\n(.*?)```", readme, re.DOTALL)[1].splitlines()
+    lines = [line for line in block if line and not line.startswith("from ")]
+    whole = pages.text_of(ROOT / "nbs" / "00_whole_way.ipynb")
+    assert lines == re.findall(r"^\| `(.+?)` \|", whole, re.MULTILINE) and len(lines) == 6
+    assert max(map(len, block)) <= 120
+
+
+def test_the_side_bar_is_drawn_once_and_each_page_finds_itself():
+    item = '<li class="toctree-l{}{}"><a class="{}reference internal" href="{}">{}</a>{}</li>\n'.format
+    drawn = ('<ul class="current nav">\n' + item(1, "", "", "../a.html", "A", "")
+             + item(1, " current active has-children", "", "index.html", "Api", '<details open="open"><ul class="current">'
+                    + item(2, " current active", "current ", "#", "x", "") + item(2, "", "", "y.html", "y", "")
+                    + "</ul></details>") + "</ul>")
+    table = sidebar.unmarked(drawn, "api/x")
+    assert not re.search('current|open=|"#"', table)
+    assert re.findall('href="(.*?)"', table) == ["a.html", "api/index.html", "api/x.html", "api/y.html"]
+    first, other = sidebar.marked(table, "a"), sidebar.marked(table, "api/y")
+    assert re.findall('href="(.*?)"', first) == ["#", "api/index.html", "api/x.html", "api/y.html"]
+    assert '<li class="toctree-l1 current active"><a class="current reference internal" href="#">A</a>' in first
+    assert re.findall('href="(.*?)"', other) == ["../a.html", "index.html", "x.html", "#"]
+    assert other.count(" current active") == 2 and '<details open="open">' in other and "open=" not in first
+    assert sidebar.marked(table, "search") == table  # a page that is in no table
+
+
+def test_a_figure_with_a_slim_sibling_is_shown_as_screens_ask():
+    text = pages.to_site("![said](data/results/figures/claims.png)", ROOT)
+    assert text == ("![said](files/data/results/figures/claims.png){.on-wide}"
+                    "![said](files/data/results/figures/claims_narrow.png){.on-narrow}")
+    css = (ROOT / ".ci" / "book" / "static" / "book.css").read_text(encoding="utf-8")
+    assert "img.on-wide { display: none; }" in css and "img.on-narrow { display: inline; }" in css
+    head = (ROOT / "data" / "results" / "figures" / "claims.png").read_bytes()[:24]
+    assert pages.png_width(head) == 1376

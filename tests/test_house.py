@@ -110,3 +110,17 @@ def test_links_between_pages_lead_somewhere():
 
 def test_statements_are_counted_without_docstrings():
     assert house.statements(ast.parse('"about"\ndef f(x):\n    "doc"\n    if x:\n        return 1\n')) == 3
+
+
+# a folder that nobody removes: without a place of its own, or in the folder of all
+FORGOTTEN = re.compile(r"\bmkdtemp\((?![^\n]*\bdir=)")
+
+
+def test_temporary_folders_go_with_their_kernel():
+    """A page makes a TemporaryDirectory, or something within one; `mkdtemp()` would stay on the reader's disk."""
+    stay = [(path.stem, line) for path in sorted((ROOT / "nbs").glob("*.ipynb"))
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+            for line in house.source(cell).splitlines() if FORGOTTEN.search(line)]
+    assert not stay, f"tempfile.TemporaryDirectory() in their place: {stay}"
+    assert FORGOTTEN.search("work = Path(mkdtemp()) / 'a'") and FORGOTTEN.search("tempfile.mkdtemp(prefix='a')")
+    assert not FORGOTTEN.search("tempfile.mkdtemp(dir=work)")

@@ -409,8 +409,10 @@ def test_pictures_of_the_readme_follow_from_the_rows(tmp_path):
     if pinned is None or matplotlib.__version__ != pinned[1]:
         pytest.skip("the stored pictures are those of the pinned matplotlib")
     store = results.Results(ROOT / "data" / "results")
-    figure = figures.plot_claims(claims.measure_claims(claims.claims_now(store), store))
-    for name, made in (("figures/claims", figure), ("quickstart/figures/reward_kl", figures.plot_reward_kl(RUN))):
+    found = claims.measure_claims(claims.claims_now(store), store)
+    for name, made in (("figures/claims", figures.plot_claims(found)),
+                       ("figures/claims_narrow", figures.plot_claims(found, slim=True)),
+                       ("quickstart/figures/reward_kl", figures.plot_reward_kl(RUN))):
         stored = ROOT / "data" / "results" / f"{name}.png"
         assert figures.save_figure(made, tmp_path, stored.stem)[0].read_bytes() == stored.read_bytes(), name
 

@@ -1,8 +1,11 @@
 """Sphinx's settings for the book; `make book` calls it."""
 import sys
 from configparser import ConfigParser
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from sphinx.search.en import SearchEnglish
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -15,9 +18,9 @@ _own = _settings["DEFAULT"]
 project, author, version = _own["title"], _own["author"], _own["version"]
 release, copyright, language = version, _own["copyright"], "en"
 
-extensions = ["myst_nb", "sphinx_copybutton", "mathml", "names"]
+extensions = ["myst_nb", "sphinx_copybutton", "mathml", "names", "figures", "sidebar"]
 root_doc = "index"
-templates_path = []
+templates_path = ["templates"]
 exclude_patterns = ["files"]
 
 # What the notebooks carry is shown; nothing is run.
@@ -37,6 +40,8 @@ python_display_short_literal_types = True
 python_maximum_signature_line_length = 88
 add_module_names = False
 toc_object_entries_show_parents = "hide"
+
+SearchEnglish.stem = cache(SearchEnglish.stem)  # Sphinx remembers the words of one page; most stand on many
 
 html_theme = "sphinx_book_theme"
 html_title = project

@@ -5,7 +5,6 @@ nbdev taken out, the place in the book and the reading time under the title, lin
 standard library is enough for it.
 """
 import ast
-import base64
 import json
 import re
 import shutil
@@ -16,11 +15,10 @@ import api
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"0": "Start", "1": "The method", "2": "Trust", "3": "Files and survival", "4": "The lab", "5": "Judges",
-         "6": "The command line", "7": "Long lists", "8": "Beside LIRE", "9": "Findings"}
+         "6": "The command line", "7": "Beyond one process", "8": "Beside LIRE", "9": "Findings"}
 ABOUT = {"data/README.md": "data", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}  # file -> page
 DIRECTIVE = re.compile(r"^#\|\s*(\w+)(.*)\n?", re.MULTILINE)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\(([^)\s]+)\)")
-WIDE = 760  # pixels; on a small screen a wider figure keeps its size and is moved under the finger
 WORDS_A_MINUTE, CODE_LINES_A_MINUTE = 200, 25
 KEPT = ("lead", "onward")  # cells that `lead.py` keeps
 
@@ -149,8 +147,6 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
     text = DIRECTIVE.sub("", text).strip("\n")
     if not text and not cell["outputs"]:
         return None
-    if any(width(o) > WIDE for o in cell["outputs"]):
-        tags.append("nb-wide")
     known = cell["metadata"].get("tags", [])
     outputs = [markdown_output(o) for o in cell["outputs"]]
     prompt = {"code_prompt_show": "Show the code behind it", "code_prompt_hide": "Hide the code behind it"}
@@ -159,9 +155,8 @@ def code_cell(cell: dict, is_index: bool) -> dict | None:
             "metadata": {**cell["metadata"], **asked, "tags": [*known, *tags]}}
 
 
-def width(output: dict) -> int:
-    "Of a picture, in pixels, as the head of a PNG says it."
-    head = base64.b64decode("".join(output.get("data", {}).get("image/png", ""))[:64])
+def png_width(head: bytes) -> int:
+    "Of a picture, in pixels, as the first bytes of a PNG say it."
     return int.from_bytes(head[16:20], "big")
 
 
@@ -188,6 +183,9 @@ def to_site(text: str, folder: Path, up: str = "") -> str:
             return f"{label}({up}{ABOUT[at]}.md)"
         if at.startswith("lire_nb/") and at.endswith(".py"):
             return f"{label}({up}api/{at[:-3].replace('/', '.')}.md)"
+        if label.startswith("!") and (slim := path.with_name(f"{path.stem}_narrow{path.suffix}")).exists():
+            return (f"{label}({up}files/{at}){{.on-wide}}"  # two drawings of one figure; a screen shows one of them
+                    f"{label}({up}files/{slim.relative_to(ROOT).as_posix()}){{.on-narrow}}")
         if label.startswith("!") or path.suffix in (".png", ".svg"):
             return f"{label}({up}files/{at})"
         return f"{label}({up}data.md)" if at.startswith("data") else label[1:-1]  # files that only a checkout has
@@ -247,8 +245,9 @@ def write(path: Path, text: str) -> None:
 
 
 def write_notebook(path: Path, nb: list[dict]) -> None:
+    magic = any(c["cell_type"] == "code" and re.search(r"^\s*[%!]", source(c), re.MULTILINE) for c in nb)
     meta = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+            "language_info": {"name": "python", "pygments_lexer": "ipython3" if magic else "python"}}  # half the time
     write(path, json.dumps({"cells": nb, "metadata": meta, "nbformat": 4, "nbformat_minor": 5}, ensure_ascii=False))
 
 

@@ -471,11 +471,14 @@ def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None =
 # %% ../../nbs/45_figures.ipynb #f1230773
 def plot_claims(
     found: dict,  # claim -> `claims.Measured`
+    *,
+    slim: bool = False,  # for a phone: claims in two lines, so that letters stay readable on 470 pixels
 ) -> Figure:
     "A forest plot: a row for every claim; fewer than five seeds are dots."
+    width, row, letters = (4.7, 0.31, 29) if slim else (8.6, 0.25, 62)
     deciding = {claim: [q for q in m.quantities if q.decides][:1] for claim, m in found.items()}
     with figure_style():
-        figure = Figure(figsize=(8.6, 1.2 + 0.25 * len(found)), layout="constrained")
+        figure = Figure(figsize=(width, 1.2 + row * len(found)), layout="constrained")
         axes = figure.subplots()
         axes.axvspan(-0.2, 0.2, color="0.93", zorder=0)
         axes.axvline(0, color="0.6", lw=1)
@@ -488,10 +491,12 @@ def plot_claims(
                               capsize=2, lw=1.2, ls="none", mfc=color if q.seeds >= 5 else "white")
         for verdict in dict.fromkeys(m.verdict for m in found.values()):
             axes.plot([], [], "o", ms=5, color=VERDICT_COLORS[verdict], label=verdict)
-        axes.set(xlabel="difference; the unit is that of the claim's page", xlim=(-1.3, 1.3),
+        xlabel = textwrap.fill("difference; the unit is that of the claim's page", 30 if slim else 62)
+        axes.set(xlabel=xlabel, xlim=(-1.3, 1.3),
                  ylim=(len(found) - 0.5, -0.5))
-        axes.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), 62) for claim in found], fontsize=8)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+        axes.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), letters) for claim in found], fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 if slim else 3,
+                      fontsize=9)
     return figure
 
 # %% ../../nbs/45_figures.ipynb #a2e37765
