@@ -38,7 +38,7 @@ def parting_point(
     proxy, gold = np.asarray(proxy, float), np.asarray(gold, float)
     require(proxy.shape == gold.shape and proxy.ndim == 2 and np.isfinite([proxy, gold]).all(),
             "not two tables of rewards", field="proxy, gold", value=(proxy.shape, gold.shape),
-            allowed="finite rewards (points, prompts) of both", remedy="judge the same prompts at every point with both")
+            allowed="finite rewards (points, prompts)", remedy="judge the same prompts at every point with both")
     proxy, gold = (x / (np.std(x[0], ddof=1) or 1.0) for x in (proxy, gold))
     prompts = proxy.shape[1]
     counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
