@@ -162,7 +162,7 @@ def decide(
     claims: Mapping[str, Sequence],  # claim -> differences, (S,) or (S, N); positive where the claim is right
     *,
     margin: float = MARGIN,  # in the unit of the differences; a smaller one does not matter
-    level: float = 0.05,  # chance of any false answer among these claims
+    level: float = 0.05,  # chance of any false sign among these claims, and of any false tie
     plan: bool = True,  # tell how many seeds an undecided claim needs; False is quicker
 ) -> dict[str, Decision]:
     """The verdict on each claim of a family that is read side by side: t over seeds and prompts, two one-sided tests

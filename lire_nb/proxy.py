@@ -34,8 +34,12 @@ def parting_point(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[int, str] | None:  # (point, "falls" or "stalls"), or None when they do not part
-    "Where the proxy still rises while gold falls or stalls; see the rule above."
-    proxy, gold = (np.asarray(x, float) / (np.std(x[0], ddof=1) or 1.0) for x in (proxy, gold))
+    "Where the proxy still rises while gold falls or stalls, see the rule above; raises `LireError` for other shapes."
+    proxy, gold = np.asarray(proxy, float), np.asarray(gold, float)
+    require(proxy.shape == gold.shape and proxy.ndim == 2 and np.isfinite([proxy, gold]).all(),
+            "not two tables of rewards", field="proxy, gold", value=(proxy.shape, gold.shape),
+            allowed="finite rewards (points, prompts)", remedy="judge the same prompts at every point with both")
+    proxy, gold = (x / (np.std(x[0], ddof=1) or 1.0) for x in (proxy, gold))
     prompts = proxy.shape[1]
     counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
     p, g = (proxy.T, gold.T) if prompts < FEW else (counts @ proxy.T, counts @ gold.T)  # (prompts or resamples, K)

@@ -596,7 +596,7 @@ class _Clock(TrainerCallback):
 
 # %% ../../nbs/61_compare.ipynb #c0c522ad
 def measure_speed(room: Room) -> dict[str, float]:
-    "Seconds of one step, of one answer, and of what comes before the first step of a training."
+    "Seconds of a step of the first loss, of an answer (judged if the judge is a function), of a training's start."
     question, began = room.question, time.perf_counter()
     room.start
     loaded = time.perf_counter() - began

@@ -147,7 +147,7 @@ def _labeled(task: str, made: Experiment, table: str | None = None, **labels) ->
 
 # %% ../../nbs/55_protocol.ipynb #pr022
 def seeds_of(task: str, method: str, seeds: int) -> int:
-    "How many seeds a method has: all that are asked for where claims name it, else at most the protocol's few."
+    "How many seeds a method has: all that are asked for if the protocol lists it as `many`, else at most its few."
     most = {} if seeds < PROTOCOL["seeds"]["many"] else _pilot().get(task, {})
     raised = min(most.get(method, 0), PROTOCOL["seeds"]["most"]) if method in PROTOCOL["seeds"]["raised"] else 0
     return max(raised, seeds if method in ("start", *PROTOCOL["methods"]["many"])
