@@ -858,7 +858,7 @@ def compare(
     seeds: int = 5,  # trainings of each loss that decide; below five nothing is decided
     points: int = 6,  # settings that the search tries of each loss
     max_kl: float = 8.0,  # nats per answer: how far a policy may move
-    margin: float = MARGIN,  # sd: a smaller difference does not matter
+    margin: float = MARGIN,  # in the within-prompt sd of the start: a smaller difference does not matter
     prompts: int = 32,  # held-out prompts that judge, at most
     samples: int = 2,  # answers to each of them
     best_of: int = 16,  # answers of the start policy to each of them
