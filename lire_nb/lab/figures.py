@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..base.errors import in_figure, require
-from ..frontiers import common_distance, gain_at_distance
 from ..statistics import bootstrap_interval, FEW, Interval
 from .results import gain_values, over_seeds, read_metrics, read_records, read_systems, values_of, wins
 
@@ -273,6 +272,8 @@ def draw_courses(
     cap: float | None = None,  # nats, drawn as a line: nothing beyond is compared
 ) -> None:
     "The mean gain of every system at each distance that all its seeds reach, with its band; dots are judged points."
+    from lire_nb.frontiers import common_distance, gain_at_distance
+
     colors, most = colors_of(courses), max(len(seeds) for seeds in courses.values())
     for n, (name, seeds) in enumerate(courses.items()):
         style = ("-", "--", ":", "-.")[sum(colors[m] == colors[name] for m in list(courses)[:n]) % 4]
