@@ -762,7 +762,8 @@ def compare_command(args) -> None:
              "lora_rank", "sampler", "seed", "dry_run")
     same = {name: getattr(args, name) for name in names}
     page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
-                   _judge_of(args.judge), args.out, training=settings_of(args.set), say=_say, **same)
+                   _judge_of(args.judge), args.out, training=settings_of(args.set), judge_name=args.judge, say=_say,
+                   **same)
     if page is not None:
         _say(f"report: {page}")
 
