@@ -26,8 +26,8 @@ from .base.ranks import on_main, sharing
 from .lists import check_ending, load_lists, save_lists
 from lire_nb.options import (
     _as_asked, CANDIDATES, CHAT, _chat, _claim, command, COMMANDS, GUIDED, _hash, LEARNED, LIMIT, limit_of, LISTS,
-    _loaded, LORA, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward, READING, _reading, REWARD, SAMPLING,
-    _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS, settings_of, _tell,
+    _loaded, LORA, LOSS, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward, READING, _reading, REWARD, SAMPLING,
+    _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS, settings_of, _tell, with_loss,
 )
 from .tasks import load_task
 
@@ -233,7 +233,7 @@ def score_command(args) -> None:
 
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
-@command("train", LISTS, POLICY, SETTINGS, *LORA,
+@command("train", LISTS, POLICY, LOSS, SETTINGS, *LORA,
          option("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"),
          option("--sharded-loading", action="store_true", help="each process reads its share of the weights alone"),
          option("--eval-lists", default=None, metavar="LISTS", help="held-out lists, looked at in every epoch"),
@@ -243,7 +243,8 @@ def train_command(args) -> None:
     "Train a policy on scored lists."
     from lire_nb import cards, enhancement, identity
 
-    settings, lora, reading = enhancement.check_settings(settings_of(args.set)), _lora(args), _reading(args)
+    settings = enhancement.check_settings(settings_of(with_loss(args.set, args.loss)))
+    lora, reading = _lora(args), _reading(args)
     options, more = _adapter(lora) or {}, {"merge_adapter": True} if args.merge_adapter else {}
     more |= {"sharded": True} if args.sharded_loading else {}
     held_out = {"eval_lists": _hash(args.eval_lists, reading)} if args.eval_lists else {}
@@ -752,7 +753,7 @@ _COMPARE = (
 )
 
 # %% ../nbs/60_cli.ipynb #cmp00003
-@command("compare", *_COMPARE, POLICY, SETTINGS, CHAT, SEED, OUT)
+@command("compare", *_COMPARE, *READING, POLICY, SETTINGS, CHAT, SEED, OUT)
 def compare_command(args) -> None:
     "Which loss is best for these lists? Equal searches, seeds, and a report that begins with the answer."
     from lire_nb.lab.compare import compare
@@ -761,7 +762,7 @@ def compare_command(args) -> None:
     names = ("seeds", "points", "max_kl", "margin", "prompts", "samples", "best_of", "minutes", "max_new_tokens",
              "lora_rank", "sampler", "seed", "dry_run")
     same = {name: getattr(args, name) for name in names}
-    page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
+    page = compare(read_lists(args.lists, **_reading(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
                    _judge_of(args.judge), args.out, training=settings_of(args.set), judge_name=args.judge, say=_say,
                    **same)
     if page is not None:
