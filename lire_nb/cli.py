@@ -9,7 +9,6 @@ __all__ = ['HEAP', 'LOADING', 'ROWS', 'QUICKSTART', 'keep_heap', 'main', 'sample
            'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -25,25 +24,12 @@ from .base.files import atomic_folder, one_writer, read_jsonl, slug, write_json,
 from .base.ranks import on_main, sharing
 from .lists import check_ending, load_lists, save_lists
 from lire_nb.options import (
-    _as_asked, CANDIDATES, CHAT, _chat, _claim, command, COMMANDS, GUIDED, _hash, LEARNED, LIMIT, limit_of, LISTS,
-    _loaded, LORA, LOSS, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward, READING, _reading, REWARD, SAMPLING,
-    _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS, settings_of, _tell, with_loss,
+    _arguments, _as_asked, CANDIDATES, CHAT, _chat, _claim, command, COMMANDS, GUIDED, _hash, _in_full, LEARNED,
+    LIMIT, limit_of, LISTS, _loaded, LORA, LOSS, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward,
+    _reading, READING, REWARD, SAMPLING, _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS,
+    settings_of, _tell, with_loss,
 )
 from .tasks import load_task
-
-# %% ../nbs/60_cli.ipynb #2b0f272e
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lire",
-        description="List-wise reward enhancement: align a language model from lists of candidates.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, options) in COMMANDS.items():
-        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for flags, settings in options:
-            one.add_argument(*flags, **settings)
-        one.set_defaults(call=run)
-    return parser
 
 # %% ../nbs/60_cli.ipynb #gp103a36
 HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
@@ -63,7 +49,7 @@ def keep_heap(
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     if argv is None:
         keep_heap(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="lire: %(message)s")
@@ -74,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             args.call(args)
     except (LireError, OSError) as e:
         if _is_mine(e):
-            print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
+            print(in_terminal(public_address(f"lire {args.command}: {_in_full(e, args)}")), file=sys.stderr)
         return 2
     except SystemExit as e:  # SIGTERM during training or self-enhancement
         if not hasattr(e, "message"):
@@ -89,6 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../nbs/60_cli.ipynb #fb194850
+def _said_aside(text: str) -> None:
+    print(in_terminal(f"lire: {text}"), file=sys.stderr, flush=True)
+
+
 def _is_mine(error: BaseException) -> bool:
     "Whether no other process of the launch says it."
     own = int(os.environ.get("RANK", 0))
@@ -241,7 +231,7 @@ def score_command(args) -> None:
          *READING, CHAT, SEED, OUT)
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb import cards, enhancement, identity
+    from lire_nb import cards, enhancement, identity, watching
 
     settings = enhancement.check_settings(settings_of(with_loss(args.set, args.loss)))
     lora, reading = _lora(args), _reading(args)
@@ -264,7 +254,7 @@ def train_command(args) -> None:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
             enhancement.train_policy(args.policy, load_lists(args.lists, **reading), args.out, seed=args.seed,
-                                     trainer_options=options, **more, **settings)
+                                     trainer_options=options, callbacks=[watching.GoesOn(_said_aside)], **more, **settings)
             for line in cards.closing_lines(args.out, args.policy):
                 _say(line)
 

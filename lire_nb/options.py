@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'LOSS',
            'SETTINGS', 'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED', 'option',
-           'command', 'read_prompts', 'read_reward', 'named', 'with_loss', 'settings_of', 'limit_of']
+           'command', 'read_prompts', 'read_reward', 'named', 'with_loss', 'settings_of', 'limit_of', 'at_its_row']
 
 # %% ../nbs/65_options.ipynb #opt00004
+import argparse
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from .base.errors import in_terminal, public_address, require
+from .base.errors import did_you_mean, in_terminal, LireError, needed, public_address, require, with_guess
 from .base.files import _is_main, one_writer
 from .base.ranks import on_main, sharing
 from .conversations import MAX_PROMPT_LENGTH
-from .lists import checked_prompts, load_prompts
+from .lists import checked_prompts, is_hub_id, load_prompts, prompt_row_of, row_of
 from .tasks import load_task, PROMPT_LENGTHS
 
 # %% ../nbs/65_options.ipynb #4cf8b3de
@@ -204,14 +206,20 @@ def with_loss(
 
 def settings_of(pairs: list[str]) -> dict:
     "['temperature=2', 'bf16=no'] -> {'temperature': 2.0, 'bf16': False}, each by the type of its field in LIREConfig"
+    from lire_nb.rivals import LOSSES
     from lire_nb.settings import parse_settings
     from lire_nb.training import LIREConfig
 
     settings = parse_settings(named(pairs, "--set"), LIREConfig)
-    if ":" in (loss := str(settings.get("loss_type", ""))):  # a function of one's own, known from now on by its name
+    if "tensorboard" in str(settings.get("report_to", "")):
+        needed("tensorboard", "logging", field="report_to", value="tensorboard")
+    loss = str(settings.get("loss_type", "lire"))
+    if ":" in loss:  # a function of one's own, known from now on by its name
         from lire_nb.lab.extend import own_loss
 
         own_loss(loss, "loss_type")
+    require(loss in LOSSES, "no such loss", field="loss_type", value=loss, allowed=", ".join(LOSSES),
+            remedy=f"{did_you_mean(loss, LOSSES)} 11_rivals has a card for each loss".strip())
     return settings
 
 # %% ../nbs/65_options.ipynb #39b53ed5
@@ -267,10 +275,106 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, **c
         return not path.exists()
 
     with sharing(), one_writer(path, "another command", inside=False):
-        yield on_main(claim)
+        todo = on_main(claim)
+        try:
+            yield todo
+        except BaseException:
+            if _is_main() and not any(p.exists() for p in (path, Path(f"{out}.partial"), journal or path)):
+                path.with_name(name).unlink(missing_ok=True)  # nothing was made from it
+            raise
 
 # %% ../nbs/65_options.ipynb #e3d06a10
 def _hash(path: str, reading: dict | None = None) -> str:
     from lire_nb.identity import source_identity
 
     return source_identity(path, **(reading or {}))
+
+# %% ../nbs/65_options.ipynb #rowp0002
+_SOURCES = ("lists", "eval_lists", "prompts", "stop_prompts", "demonstrations", "refit_lists")  # options
+_IDS = re.compile(r"( of)? lists? ((?:(?:'[^']*'|\"[^\"]*\")(?:, )?)+)")
+
+
+def _row_in(args, option: str, name: str):
+    "The place of a list in what an option names; None where it is not there."
+    source, chat = str(getattr(args, option)), _chat(args)
+    if option in ("prompts", "stop_prompts"):
+        return prompt_row_of(source, name, **chat) if Path(source).is_file() else None
+    reading = _reading(args) if option in ("lists", "eval_lists") and hasattr(args, "map") else chat
+    return row_of(source, name, **reading) if Path(source).is_file() or is_hub_id(source) else None
+
+# %% ../nbs/65_options.ipynb #rowp0003
+def at_its_row(
+    error: LireError,
+    args,  # of the command
+) -> LireError:
+    "The same error; a list that it names by a derived id is named by file, line, and the id that stands there."
+    found = _IDS.search(f" {error.field or ''}")
+    if found is None or error.file is not None:
+        return error
+    names = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", found[2])]
+    for option in (o for o in _SOURCES if getattr(args, o, None)):
+        places = [_row_in(args, option, name) for name in names]
+        if all(places):
+            told = ", ".join(f"row {p.row}" + f" ({p.id!r})" * bool(p.id) for p in places)
+            own = f"{found[1] or ''} list {places[0].id!r}" if places[0].id else ""
+            error.field = f" {error.field}".replace(found[0], own if len(places) == 1 else f"{found[1] or ''} {told}")
+            error.field = error.field.strip()
+            return error.at(getattr(args, option), places[0].row if len(places) == 1 else None)
+    return error
+
+# %% ../nbs/65_options.ipynb #par00002
+class _Parser(argparse.ArgumentParser):
+    "A parser that says which word a misspelled one may have been."
+
+    def error(self, message: str):
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        guess = did_you_mean(found[1], re.findall(r"[\w./-]+", found[2])) if found else ""
+        super().error("; ".join(filter(None, (message, guess))))
+
+# %% ../nbs/65_options.ipynb #par00003
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lire",
+        description="List-wise reward enhancement: align a language model from lists of candidates.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, options) in COMMANDS.items():
+        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for flags, settings in options:
+            one.add_argument(*flags, **settings)
+        one.set_defaults(call=run)
+    return parser
+
+# %% ../nbs/65_options.ipynb #par00004
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    "What was typed; an option that is not there ends with the one that may have been meant."
+    parser = _parser()
+    args, odd = parser.parse_known_args(argv)
+    if odd:
+        parser.error("; ".join(filter(None, (f"unrecognized arguments: {' '.join(odd)}", _meant(args.command, odd)))))
+    return args
+
+
+def _meant(command: str, odd: list[str]) -> str:
+    "The option, or the setting of a training, that is nearest to one that is not there."
+    flags = [flag for names, _ in COMMANDS[command][1] for flag in names]
+    word = next((w.partition("=")[0] for w in odd if w.startswith("--")), "")
+    if (guess := did_you_mean(word, flags, 0.7)) or not word or "--set" not in flags:
+        return guess
+    from lire_nb.settings import field_kinds
+    from lire_nb.training import LIREConfig
+
+    name, known = word[2:].replace("-", "_"), field_kinds(LIREConfig)
+    near = name if name in known else did_you_mean(name, known, 0.7)[len("did you mean "):-1]
+    return f"did you mean --set {near}=…?" if near else ""
+
+# %% ../nbs/65_options.ipynb #par00006
+def _in_full(error: LireError | OSError, args) -> LireError | OSError:
+    "An error with the row that it is about, and the word that may have been meant."
+    if not isinstance(error, LireError):
+        return error
+    try:
+        error = at_its_row(error, args)
+    except (LireError, OSError):  # of the reading; the error at hand came first
+        pass
+    return with_guess(error)

@@ -66,3 +66,54 @@ def test_loss_is_another_word_for_a_setting(tiny, capsys):
         assert main([*train, *same]) == 0 and "made with the same settings" in capsys.readouterr().out
     assert main([*train, "--loss", "sft", "--set", "loss_type=dpo"]) == 2
     said(capsys, "--loss: two losses", "leave --loss out")
+
+
+@pytest.mark.parametrize("id, words", [(None, "own.jsonl:4: rewards: nothing is scored"),
+                                       ("q7", "own.jsonl:4: rewards of list 'q7': nothing is scored")])
+def test_a_list_is_named_by_its_row(tiny, capsys, id, words):
+    """The third row stands in line 4, after a blank one."""
+    rows = [row | ({"id": f"a{k}"} if id else {}) for k, row in enumerate(LISTS)]
+    rows[2] |= {"points": [None] * 3} | ({"id": id} if id else {})
+    lines = list(map(json.dumps, rows))
+    Path("own.jsonl").write_text("\n".join([lines[0], "", *lines[1:]]))
+    mapped = [*MAP, *(["--map", "id=id"] if id else [])]
+    assert main(["train", "--lists", "own.jsonl", *mapped, "--policy", tiny, *QUICK, "--out", "new"]) == 2
+    said(capsys, words)
+
+
+@pytest.mark.parametrize("words, guess", [
+    (["--set", "loss_type=dop"], "did you mean dpo?"), (["--set", "temprature=3"], "did you mean temperature?"),
+    (["--map", "rewards=point"], "did you mean points?"), (["--map", "promt=question"], "did you mean prompt?")])
+def test_a_misspelled_word_is_guessed_and_nothing_stays(tiny, capsys, words, guess):
+    mapped = [w for pair in zip(MAP[::2], MAP[1::2]) for w in pair if words[1].split("=")[0] not in pair[1]]
+    assert main(["train", "--lists", "own.jsonl", *mapped, "--policy", tiny, *QUICK, "--out", "new", *words]) == 2
+    said(capsys, guess)
+    assert {p.name for p in Path().iterdir()} == {"own.jsonl"}, "a run that was refused leaves nothing behind"
+
+
+def test_going_on_is_said_once_and_read_once(tiny, capsys, monkeypatch):
+    """A training that is stopped at its fourth step goes on; every file of its checkpoint is hashed once."""
+    import lire_nb.resume
+    from lire_nb.training import LIRETrainer
+
+    train = ["train", "--lists", "own.jsonl", *MAP, "--policy", tiny, *QUICK, "--set", "max_steps=6", "--set",
+             "save_steps=2", "--set", "per_device_train_batch_size=2", "--out", "new"]
+    whole = LIRETrainer.training_step
+
+    def stops(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return whole(self, *args, **kwargs)
+
+    with monkeypatch.context() as now:
+        now.setattr(LIRETrainer, "training_step", stops)
+        assert main(train) == 130
+    assert "goes on" not in capsys.readouterr().err
+    (newest,) = [p for p in Path("new.partial").glob("checkpoint-*") if p.name == "checkpoint-4"]
+    files, hashed, kept = {p.name for p in newest.iterdir()} - {"manifest.json"}, [], lire_nb.resume.file_hash
+    monkeypatch.setattr(lire_nb.resume, "file_hash", lambda path: hashed.append(Path(path)) or kept(path))
+    assert main(train) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "goes on" in line] == [
+        "lire: goes on from checkpoint-4 of 6 steps"]
+    read = [p.name for p in hashed if p.parent.name == "checkpoint-4"]
+    assert sorted(read) == sorted(files), "each file once"
