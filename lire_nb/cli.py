@@ -254,7 +254,8 @@ def train_command(args) -> None:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
             enhancement.train_policy(args.policy, load_lists(args.lists, **reading), args.out, seed=args.seed,
-                                     trainer_options=options, callbacks=[watching.GoesOn(_said_aside)], **more, **settings)
+                                     callbacks=[watching.GoesOn(_said_aside)], trainer_options=options, **more,
+                                     **settings)
             for line in cards.closing_lines(args.out, args.policy):
                 _say(line)
 

@@ -45,8 +45,8 @@ READING = (option("--map", action="append", default=[], metavar="FIELD=COLUMN",
            option("--split", default=None, help="of a data set on the hub"))
 POLICY = option("--policy", default="smollm2", help="asset, folder or hub id")
 REWARD = option("--reward", required=True,
-                help="vader, length, module:function or FILE.py:function, an address, scalar-head:FOLDER, or the folder "
-                     "of a reward model")
+                help="vader, length, module:function or FILE.py:function, an address, scalar-head:FOLDER, or the "
+                     "folder of a reward model")
 CANDIDATES = option("--num-candidates", type=int, default=4, help="M")
 CHAT = option("--chat", choices=("yes", "no"), default=None,
               help="a text prompt is one user turn for a chat model, or plain text; default: plain text, with a word "

@@ -117,3 +117,17 @@ def test_going_on_is_said_once_and_read_once(tiny, capsys, monkeypatch):
         "lire: goes on from checkpoint-4 of 6 steps"]
     read = [p.name for p in hashed if p.parent.name == "checkpoint-4"]
     assert sorted(read) == sorted(files), "each file once"
+
+
+def test_a_tracker_that_is_missing_names_its_extra(tiny, capsys, monkeypatch):
+    """Python gives no module where sys.modules holds None."""
+    import sys
+    from configparser import ConfigParser
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(["train", "--lists", "own.jsonl", *MAP, "--policy", tiny, *QUICK, "--out", "new", "--set",
+                 "report_to=tensorboard"]) == 2
+    extra = said(capsys, "report_to: tensorboard is not installed").partition("lire_nb[")[2].partition("]")[0]
+    config = ConfigParser(delimiters=["="])
+    config.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+    assert "tensorboard" in config["DEFAULT"][f"{extra}_requirements"]

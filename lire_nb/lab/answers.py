@@ -46,8 +46,8 @@ def still_line(
     times = math.sqrt(needed / most) if most > 0 else math.inf
     larger = f" about {times:.2g} times" if 1 < times < 1000 else ""
     to = f" (--set learning_rate={rate * times:.1g}, now {rate:g})" if rate and larger else ""
-    return (f"No answer: no loss moves the policy by more than {most:.2g} nats, and {needed:.2g} are needed (a twentieth "
-            f"of --max-kl {max_kl:g}); try{larger or ' much'} larger learning rates{to}, or more epochs "
+    return (f"No answer: no loss moves the policy by more than {most:.2g} nats, and {needed:.2g} are needed (a "
+            f"twentieth of --max-kl {max_kl:g}); try{larger or ' much'} larger learning rates{to}, or more epochs "
             "(--set num_train_epochs=…).")
 
 # %% ../../nbs/66_answers.ipynb #an013
@@ -127,8 +127,8 @@ def _no_signal(against: list[dict], max_kl: float) -> str:
     kl = max(v["kl"] for v in against)
     far = f"They went {kl:.1f} of {max_kl:g} nats: larger learning rates or more epochs go further. " if (
         kl < 0.75 * max_kl) else "They went as far as they may. "
-    return (f"{far}If that changes nothing, this judge sees nothing in what these lists teach: give finer rewards, more "
-            "lists, or another --judge.")
+    return (f"{far}If that changes nothing, this judge sees nothing in what these lists teach: give finer rewards, "
+            "more lists, or another --judge.")
 
 # %% ../../nbs/66_answers.ipynb #an018
 def more_seeds(
@@ -202,12 +202,14 @@ def _lists_missing(judge: dict) -> list[str]:
         return []
     needed, told = lists_needed(share), []
     if needed:
-        every = f", about {math.ceil(needed / held * judge['all'])} in all ({judge['all']} now)" if "all" in judge else ""
+        known = "all" in judge
+        every = f", about {math.ceil(needed / held * judge['all'])} in all ({judge['all']} now)" if known else ""
         told = [f"At {share:.0%} it takes {needed} held-out lists{every}, or another --judge."]
     if judge.get("learned"):
         low, high = GRADES_PASS
-        return [*told, f"It learned from {judge['learned']} lists; where we tried it, such a judge first passed between "
-                       f"{low} and {high} lists in all. A reward model, a chat model or module:function needs none."]
+        return [*told, f"It learned from {judge['learned']} lists; where we tried it, such a judge first passed "
+                       f"between {low} and {high} lists in all. A reward model, a chat model or module:function needs "
+                       "none."]
     return told or ["At this share more lists do not help: name another --judge, or rewards that it agrees with."]
 
 # %% ../../nbs/66_answers.ipynb #an029
