@@ -187,8 +187,11 @@ def check_numbers(
     lists: Iterable[dict],
 ) -> None:
     "Raise `LireError` for a reward that is neither null nor a number that float32 holds, in any list."
-    for record in lists:
-        require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
-                field=f"rewards of list {record['id']!r}", value=record["rewards"], allowed="finite numbers, or null",
-                remedy="write them as numbers")
-        _check_rewards(record)
+    for number, record in enumerate(lists, 1):
+        try:
+            require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
+                    field=f"rewards of list {record['id']!r}", value=record["rewards"],
+                    allowed="finite numbers, or null", remedy="write them as numbers")
+            _check_rewards(record)
+        except LireError as e:
+            raise e.at(None, None, number)
