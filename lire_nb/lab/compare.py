@@ -30,7 +30,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..adapters import check_adapter
-from ..base.errors import LireError, require
+from ..base.errors import did_you_mean, LireError, require
 from lire_nb.base.files import (
     atomic_folder, atomic_write, one_writer, read_jsonl, slug, sweep_drafts, write_json, write_jsonl,
 )
@@ -88,7 +88,7 @@ def read_method(
     if isinstance(loss, str) and ":" in loss:
         own_loss(loss, "losses")  # known from now on under this name
     require(isinstance(loss, str) and loss in LOSSES, "no such loss", field="losses", value=loss, allowed=known,
-            remedy="name one of these, or module:function")
+            remedy=f"{did_you_mean(str(loss), [*GRIDS, *LOSSES])} name one of these, or module:function".strip())
     return Method(loss, loss, {}, [{}])
 
 # %% ../../nbs/61_compare.ipynb #7e83d437
