@@ -43,8 +43,8 @@ def still_line(
 ) -> str:
     "That no loss moved, how far is needed, and a learning rate that goes there."
     needed = NEAR * max_kl
-    times = math.sqrt(needed / most) if most > 0 else math.inf
-    larger = f" about {times:.2g} times" if 1 < times < 1000 else ""
+    times = max(1.5, math.sqrt(needed / most)) if most > 0 else math.inf
+    larger = f" about {times:.2g} times" if times < 1000 else ""
     to = f" (--set learning_rate={rate * times:.1g}, now {rate:g})" if rate and larger else ""
     return (f"No answer: no loss moves the policy by more than {most:.2g} nats, and {needed:.2g} are needed (a "
             f"twentieth of --max-kl {max_kl:g}); try{larger or ' much'} larger learning rates{to}, or more epochs "
