@@ -12,7 +12,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
 extras = {name: settings[f"{name}_requirements"].split()
-          for name in ("assets", "lora", "server", "evaluation", "peers", "notebook", "book", "dev")}
+          for name in ("assets", "lora", "server", "evaluation", "logging", "peers", "notebook", "book", "dev")}
 
 
 class BuildWithData(build_py):

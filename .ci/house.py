@@ -55,6 +55,7 @@ VERBS = {
     "courses": "at_common_distance",
     "published": "paper_table",
     "compare": "compare",
+    "answers": "answer_of",
     "own_lists": "split_by_prompt|look_at_lists",
     "cards": "model_card",
     "launch": "launched_as|check_engine",
@@ -86,7 +87,7 @@ LAYERS = {
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
             "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
             "lab.protocol", "lab.trials", "lab.texts", "lab.courses", "lab.published", "lab.own_lists",
-            "lab.compare"),
+            "lab.answers", "lab.compare"),
     "cli": ("cli", "options"),
 }
 

@@ -9,7 +9,6 @@ __all__ = ['HEAP', 'LOADING', 'ROWS', 'QUICKSTART', 'keep_heap', 'main', 'sample
            'quickstart_command']
 
 # %% ../nbs/60_cli.ipynb #f4a32ab7
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -25,25 +24,12 @@ from .base.files import atomic_folder, one_writer, read_jsonl, slug, write_json,
 from .base.ranks import on_main, sharing
 from .lists import check_ending, load_lists, save_lists
 from lire_nb.options import (
-    _as_asked, CANDIDATES, CHAT, _chat, _claim, command, COMMANDS, GUIDED, _hash, LEARNED, LIMIT, limit_of, LISTS,
-    _loaded, LORA, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward, READING, _reading, REWARD, SAMPLING,
-    _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS, settings_of, _tell,
+    _arguments, _as_asked, CANDIDATES, CHAT, _chat, _claim, command, COMMANDS, GUIDED, _hash, _in_full, LEARNED,
+    LIMIT, limit_of, LISTS, _loaded, LORA, LOSS, named, option, OUT, POLICY, PROMPTS, read_prompts, read_reward,
+    _reading, READING, REWARD, SAMPLING, _say, SCORED_SELECTION, SEED, SELECTION, SERVERS, SETTINGS,
+    settings_of, _tell, with_loss,
 )
 from .tasks import load_task
-
-# %% ../nbs/60_cli.ipynb #2b0f272e
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lire",
-        description="List-wise reward enhancement: align a language model from lists of candidates.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, options) in COMMANDS.items():
-        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for flags, settings in options:
-            one.add_argument(*flags, **settings)
-        one.set_defaults(call=run)
-    return parser
 
 # %% ../nbs/60_cli.ipynb #gp103a36
 HEAP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1"
@@ -63,7 +49,7 @@ def keep_heap(
 # %% ../nbs/60_cli.ipynb #18bd184c
 def main(argv: list[str] | None = None) -> int:
     "Run a command; 2 is the exit code of everything that the user can mend."
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     if argv is None:
         keep_heap(sys.argv[1:])
     logging.basicConfig(level=logging.WARNING, format="lire: %(message)s")
@@ -74,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             args.call(args)
     except (LireError, OSError) as e:
         if _is_mine(e):
-            print(in_terminal(public_address(f"lire {args.command}: {e}")), file=sys.stderr)
+            print(in_terminal(public_address(f"lire {args.command}: {_in_full(e, args)}")), file=sys.stderr)
         return 2
     except SystemExit as e:  # SIGTERM during training or self-enhancement
         if not hasattr(e, "message"):
@@ -89,6 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../nbs/60_cli.ipynb #fb194850
+def _said_aside(text: str) -> None:
+    print(in_terminal(f"lire: {text}"), file=sys.stderr, flush=True)
+
+
 def _is_mine(error: BaseException) -> bool:
     "Whether no other process of the launch says it."
     own = int(os.environ.get("RANK", 0))
@@ -233,7 +223,7 @@ def score_command(args) -> None:
 
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
-@command("train", LISTS, POLICY, SETTINGS, *LORA,
+@command("train", LISTS, POLICY, LOSS, SETTINGS, *LORA,
          option("--merge-adapter", action="store_true", help="the policy is an adapter: add it to its base first"),
          option("--sharded-loading", action="store_true", help="each process reads its share of the weights alone"),
          option("--eval-lists", default=None, metavar="LISTS", help="held-out lists, looked at in every epoch"),
@@ -241,9 +231,10 @@ def score_command(args) -> None:
          *READING, CHAT, SEED, OUT)
 def train_command(args) -> None:
     "Train a policy on scored lists."
-    from lire_nb import cards, enhancement, identity
+    from lire_nb import cards, enhancement, identity, watching
 
-    settings, lora, reading = enhancement.check_settings(settings_of(args.set)), _lora(args), _reading(args)
+    settings = enhancement.check_settings(settings_of(with_loss(args.set, args.loss)))
+    lora, reading = _lora(args), _reading(args)
     options, more = _adapter(lora) or {}, {"merge_adapter": True} if args.merge_adapter else {}
     more |= {"sharded": True} if args.sharded_loading else {}
     held_out = {"eval_lists": _hash(args.eval_lists, reading)} if args.eval_lists else {}
@@ -263,7 +254,8 @@ def train_command(args) -> None:
         if todo:
             _say(f"training {args.policy} on {args.lists} into {args.out}")
             enhancement.train_policy(args.policy, load_lists(args.lists, **reading), args.out, seed=args.seed,
-                                     trainer_options=options, **more, **settings)
+                                     callbacks=[watching.GoesOn(_said_aside)], trainer_options=options, **more,
+                                     **settings)
             for line in cards.closing_lines(args.out, args.policy):
                 _say(line)
 
@@ -752,7 +744,7 @@ _COMPARE = (
 )
 
 # %% ../nbs/60_cli.ipynb #cmp00003
-@command("compare", *_COMPARE, POLICY, SETTINGS, CHAT, SEED, OUT)
+@command("compare", *_COMPARE, *READING, POLICY, SETTINGS, CHAT, SEED, OUT)
 def compare_command(args) -> None:
     "Which loss is best for these lists? Equal searches, seeds, and a report that begins with the answer."
     from lire_nb.lab.compare import compare
@@ -761,8 +753,9 @@ def compare_command(args) -> None:
     names = ("seeds", "points", "max_kl", "margin", "prompts", "samples", "best_of", "minutes", "max_new_tokens",
              "lora_rank", "sampler", "seed", "dry_run")
     same = {name: getattr(args, name) for name in names}
-    page = compare(read_lists(args.lists, **_chat(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
-                   _judge_of(args.judge), args.out, training=settings_of(args.set), say=_say, **same)
+    page = compare(read_lists(args.lists, **_reading(args)), args.policy, args.loss or ["lire", "dpo", "sft"],
+                   _judge_of(args.judge), args.out, training=settings_of(args.set), judge_name=args.judge, say=_say,
+                   **same)
     if page is not None:
         _say(f"report: {page}")
 

@@ -18,15 +18,14 @@ from scipy.optimize import linprog
 
 from .base.errors import LireError, require
 from .base.files import _plain_rows
-from .records import _validated, lists_dataset, prompt_id
+from .records import _validated, demonstrated, lists_dataset, prompt_id
 
 # %% ../nbs/85_feasible_rewards.ipynb #697c8fd0
 def demonstrations(
     record: dict,
 ) -> list[int]:  # positions from 0
-    'Unscored candidates that a person wrote: "human" is their source, or one of several joined by "+".'
-    return [j for j, (reward, source) in enumerate(zip(record["rewards"], record["sources"]))
-            if reward is None and "human" in source.split("+")]
+    "Where the candidates are that a person wrote and nobody scored, by `demonstrated`."
+    return [j for j, shown in enumerate(demonstrated(record)) if shown]
 
 
 def comparisons(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LoadReport', 'is_hub_id', 'iter_lists', 'load_lists', 'as_lists', 'checked_prompts', 'prompt_facts',
-           'read_lines', 'load_prompts', 'save_lists', 'check_ending', 'to_trl_pairs', 'to_rrhf']
+           'read_lines', 'load_prompts', 'Place', 'row_of', 'prompt_row_of', 'save_lists', 'check_ending',
+           'to_trl_pairs', 'to_rrhf']
 
 # %% ../nbs/33_lists.ipynb #a7d8c478
 import copy
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.parquet as pq
@@ -445,6 +446,48 @@ def _holds_turns(value: Any) -> bool:
     if isinstance(value, dict):
         return _turn_keys(value) is not None or any(map(_holds_turns, value.values()))
     return isinstance(value, list) and any(map(_holds_turns, value))
+
+# %% ../nbs/33_lists.ipynb #row00002
+class Place(NamedTuple):
+    "Where a list came from."
+    row: int  # the line of a file, or the number of the row; from 1
+    id: str | None  # as it stands there; None where it was derived
+
+
+def row_of(
+    source: Any,  # as it was given to `load_lists`
+    name: str,  # the id of the list
+    mapping: dict | None = None,
+    *,
+    chat: bool | None = None,
+    split: str | None = None,
+) -> Place | None:  # None where no row makes this list
+    "The row that became the list of this id."
+    seen = _Seen(LoadReport())
+    for row in read_rows(_opened(source, split)):
+        try:
+            layout, record = adapt_row(row.value, mapping)
+            own = None if record["id"] == prompt_id(record["prompt"]) else record["id"]
+            record = as_chat(record, _instructs(row.value, record) if chat is None else chat)
+            fresh = layout.read is _read_long or seen.admit(record)
+        except ListError:  # a row that made no list
+            continue
+        if fresh and record["id"] == name:
+            return Place(row.line, own)
+    return None
+
+# %% ../nbs/33_lists.ipynb #row00003
+def prompt_row_of(
+    path: str | os.PathLike,  # as it was given to `load_prompts`
+    name: str,  # the id of the prompt
+    chat: bool | None = None,
+) -> Place | None:
+    "The line that became the prompt of this id."
+    for line, prompt in _file_prompts(Path(path)):
+        record = _checked_prompt(prompt, line, chat, {})
+        if record["id"] == name:
+            return Place(line, None if name == prompt_id(record["prompt"]) else name)
+    return None
 
 # %% ../nbs/33_lists.ipynb #66472106
 def _jsonl(record: dict) -> str:

@@ -17,7 +17,7 @@ from scipy import stats
 from lire_nb.base.errors import LireError
 from lire_nb.frontiers import choose_under_cap
 from lire_nb.lab.compare import (
-    first_line, Question, read_found, read_method, Room, search_points, work_of, write_report,
+    first_line, judge_check, Question, read_found, read_method, Room, search_points, work_of, write_report,
 )
 from lire_nb.lab.own_lists import same_text, split_by_prompt
 from lire_nb.models import Policy
@@ -221,3 +221,28 @@ def test_a_loss_that_is_compared_can_be_trained(tmp_path):
     assert float(get_loss(config.loss_type).fn(logps, rewards)) == pytest.approx(-1 / (1 + math.exp(-1)))
     with pytest.raises(LireError, match="loss_type: no such function in it"):
         settings_of([f"loss_type={file}:gab"])
+
+
+def test_no_answer_says_what_would_give_one(tmp_path):
+    """The report of a judge that may be a coin: as it was given, how many lists are missing, and prompts as text."""
+    asked = question(judge_name="checks.py:count_e")
+    room = Room(asked, tmp_path, lambda line: None)
+    lists = [make_record([{"role": "user", "content": f"say {k}"}], ["e", "x"], [1, 0]) for k in range(60)]
+    room.__dict__.update(parts={"train": lists[24:], "validation": lists[:9], "test": lists[9:24]},
+                         look={"lines": ["seen"], "tokens": {"usual": 16}}, limits={"max_completion_length": 128})
+    object.__setattr__(asked, "lists", lists)
+    scores = np.random.default_rng(0).normal(0, 3, (4, 16))
+    room.rows("start-test", lambda: [
+        {"id": f"p{i}", "prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": f"q{i}"}],
+         "completions": ["x"] * 16, "scores": {"judge": list(row)}, "tokens": [1] * 16, "finish_reasons": ["eos"] * 16}
+        for i, row in enumerate(scores)])
+    room.rows("judge", lambda: [{"accuracy": 0.66, "lists": 24, "logits": False, "name": "count_e", "spread": 3.0}])
+    found = read_found(room, judge_check(room), {}, {})
+    write_report(room, found)
+    # by hand: 0.16 above one half is 1.96 standard errors of a coin at n = (0.98 / 0.16)² = 37.5 lists
+    assert "checks.py:count_e (a function) decides nothing" in (line := first_line(found))
+    assert "it takes 38 held-out lists, about 95 in all (60 now)" in line
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "system: be brief user: q0" in page and "'role'" not in page and "count&#95;e, a function" in page
+    stored = json.loads((tmp_path / "judge.jsonl").read_text(encoding="utf-8"))
+    assert stored["name"] == "count_e" and set(stored) == {"accuracy", "lists", "logits", "name", "spread"}

@@ -38,7 +38,7 @@ def named_function(
     "A function of a module that Python finds, or that lies in the current folder; raises `LireError`."
     module, _, function = name.rpartition(":")
     require(module and function, "not a function", field=field, value=name,
-            allowed=f"module:function, file.py:function, or one of {', '.join(LOSSES)}", remedy="name the function")
+            allowed="module:function or file.py:function", remedy="name the function")
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)

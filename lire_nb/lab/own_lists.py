@@ -160,11 +160,17 @@ def _said_weights(weights: pd.DataFrame, T: float, lists: int) -> str:
 def read_lists(
     source: str,  # a file, OWNER/NAME or OWNER/NAME:SPLIT
     chat: bool | None = None,  # see `as_chat`
+    *,
+    mapping: dict | None = None,  # our field -> the source's column, see `load_lists`
+    split: str | None = None,  # of a hub data set, instead of :SPLIT
 ) -> datasets.Dataset:
     "Lists of a file or of a hub data set; raises `LireError`."
     if Path(source).exists():
-        return load_lists(source, chat=chat)
-    name, _, split = source.partition(":")
+        return load_lists(source, mapping, chat=chat, split=split)
+    name, _, named = source.partition(":")
+    require(not (named and split) or named == split, "given twice", field="split", value=(named, split),
+            allowed="one split", remedy="leave --split out, or the part behind the colon")
+    split = named or split
     require(name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).suffix, "no such file",
             field="lists", value=source, allowed="a file of lists, or a hub data set OWNER/NAME",
             remedy="check the path")
@@ -174,15 +180,18 @@ def read_lists(
         raise LireError(f"cannot be loaded from the hub ({type(e).__name__})", field="lists", value=source,
                         allowed="a file, or a hub data set that can be reached, and a split that it has",
                         remedy="check the id and the network, or download the file") from e
-    return load_lists(rows, chat=chat)
+    return load_lists(rows, mapping, chat=chat)
 
 # %% ../../nbs/64_own_lists.ipynb #a1b0e011
 def check_numbers(
     lists: Iterable[dict],
 ) -> None:
     "Raise `LireError` for a reward that is neither null nor a number that float32 holds, in any list."
-    for record in lists:
-        require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
-                field=f"rewards of list {record['id']!r}", value=record["rewards"], allowed="finite numbers, or null",
-                remedy="write them as numbers")
-        _check_rewards(record)
+    for number, record in enumerate(lists, 1):
+        try:
+            require(all(r is None or isinstance(r, Real) for r in record["rewards"]), "not a number",
+                    field=f"rewards of list {record['id']!r}", value=record["rewards"],
+                    allowed="finite numbers, or null", remedy="write them as numbers")
+            _check_rewards(record)
+        except LireError as e:
+            raise e.at(None, None, number)
