@@ -127,6 +127,9 @@ def seeds_needed(
     most: int = 200,
 ) -> int | None:  # None: more than `most`
     "How many seeds decide a claim with this chance, by a difference from zero or by a tie."
+    require(math.isfinite(difference) and 0 <= spread < math.inf, "no difference to plan for", allowed="finite numbers",
+            field="difference, spread", value=(difference, spread), remedy="estimate them from two seeds or more")
+
     def chance(seeds: int) -> float:  # it rises with the seeds
         return max(sign_power(difference, spread, seeds, level), tie_power(difference, spread, seeds, margin, level))
 
@@ -139,6 +142,8 @@ def holm(
 ) -> np.ndarray:  # (K,), each at least as large as before
     "p-values of K tests that may be read side by side (Holm 1979, Scandinavian Journal of Statistics 6)."
     p = np.asarray(p_values, float)
+    require(p.ndim == 1 and ((0 <= p) & (p <= 1)).all(), "not p-values", field="p_values", value=str(p_values)[:60],
+            allowed="numbers from 0 to 1, one for each test", remedy="leave out tests without a result")
     order = np.argsort(p)
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty_like(p)
@@ -167,6 +172,8 @@ def decide(
 ) -> dict[str, Decision]:
     """The verdict on each claim of a family that is read side by side: t over seeds and prompts, two one-sided tests
     for a tie (Schuirmann 1987), Holm's correction; raises `LireError`."""
+    require(isinstance(claims, Mapping), "claims without names", field="claims", value=type(claims).__name__,
+            allowed="claim -> differences", remedy="give each claim a name")
     for name, value in (("margin", margin), ("level", level)):
         require(isinstance(value, (int, float)) and 0 < value < (1 if name == "level" else math.inf), "out of range",
                 field=name, value=value, allowed="above 0" + " and below 1" * (name == "level"), remedy="change it")
@@ -200,6 +207,8 @@ def trend(
     values: Sequence,  # (S, K), a mean for each seed and point; NaN where a run is missing
 ) -> np.ndarray:  # (S',) slopes per unit of x, of the seeds that have all points
     "One least-squares slope per seed, for `decide`; raises `LireError`."
+    require(len({np.size(row) for row in values}) <= 1, "unequal numbers of points", field="values",
+            value=[np.size(row) for row in values][:5], allowed="one for each x", remedy="write NaN for a missing run")
     x, values = np.asarray(x, float), np.asarray(values, float)
     require(values.ndim == 2 and values.shape[1] == len(x) and np.isfinite(x).all() and len(set(x.tolist())) > 1,
             "no line can be drawn", field="x, values", value=(x.tolist()[:5], values.shape),

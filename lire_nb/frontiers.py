@@ -10,6 +10,7 @@ __all__ = ['LEAST_SPREAD', 'AtDistance', 'gain_at_distance', 'common_distance', 
 # %% ../nbs/87_frontiers.ipynb #fr002
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ def gain_at_distance(
     """The gain at a distance, linear in √KL between three or more points and the start; none past the last; raises
     `LireError` for fewer points and for what is not finite."""
     kls, gains = _checked_points(points)
-    require(isinstance(kl, (int, float)) and 0 <= kl < math.inf, "out of range", field="kl", value=kl,
+    require(isinstance(kl, Real) and 0 <= kl < math.inf, "out of range", field="kl", value=kl,
             allowed="a number from 0 up", remedy="give a distance in nats per completion")
     x, target = np.sqrt(np.maximum([0.0, *kls], 0.0)), math.sqrt(kl)
     gains = np.concatenate([np.zeros_like(gains[:1]), gains])
@@ -176,6 +177,8 @@ def best_of_n_course(
     require(len(values) == len(scores) and len(values) and all(len(v) == len(s) for v, s in zip(values, scores)),
             "unequal numbers", field="values, scores", value=(len(values), len(scores)),
             allowed="one score for each value of every prompt", remedy="score the same samples with both judges")
+    require(isinstance(unit, Real) and 0 < unit < math.inf, "out of range", field="unit", value=unit,
+            allowed="above 0", remedy="use a judge that tells the start's texts apart, or unit=1")
     values = [np.asarray(v, float) for v in values]
     return [(best_of_n_kl(n), np.array([float(best_of_n_weights(s, n) @ v - v.mean()) / unit
                                         for v, s in zip(values, scores)])) for n in counts]
@@ -247,6 +250,9 @@ def check_judge(
     least: float = LEAST_SPREAD,
 ) -> JudgeCheck:
     "Whether a judge may decide: it orders held-out pairs, and the start's own texts differ in its eyes."
+    require(0 <= accuracy <= 1 and lists >= 1, "no accuracy of a judge", field="accuracy, lists",
+            value=(accuracy, lists), allowed="a share from 0 to 1, of one list or more",
+            remedy="measure it on held-out pairs")
     spread, found = within_spread(scores), wilson_interval(accuracy, lists)
     pairs = [expit(abs(np.subtract.outer(s, s)[np.triu_indices(len(s), 1)])) for s in map(np.asarray, scores)]
     reasons = [f"its scores of the start's answers to a prompt spread by {spread:.2f}, less than {least:g}"

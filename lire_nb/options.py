@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDIDATES', 'CHAT', 'LIMIT', 'SEED', 'OUT', 'LOSS',
            'SETTINGS', 'SAMPLING', 'GUIDED', 'SERVERS', 'LORA', 'SELECTION', 'SCORED_SELECTION', 'LEARNED', 'option',
-           'command', 'read_prompts', 'read_reward', 'named', 'with_loss', 'settings_of', 'limit_of', 'at_its_row']
+           'command', 'read_prompts', 'read_reward', 'named', 'with_loss', 'settings_of', 'limit_of', 'at_its_row',
+           'with_guess']
 
 # %% ../nbs/65_options.ipynb #opt00004
 import argparse
@@ -14,7 +15,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from .base.errors import did_you_mean, in_terminal, LireError, needed, public_address, require, with_guess
+from .base.errors import did_you_mean, in_terminal, LireError, needed, public_address, require
 from .base.files import _is_main, one_writer
 from .base.ranks import on_main, sharing
 from .conversations import MAX_PROMPT_LENGTH
@@ -367,6 +368,34 @@ def _meant(command: str, odd: list[str]) -> str:
     name, known = word[2:].replace("-", "_"), field_kinds(LIREConfig)
     near = name if name in known else did_you_mean(name, known, 0.7)[len("did you mean "):-1]
     return f"did you mean --set {near}=…?" if near else ""
+
+# %% ../nbs/65_options.ipynb #dym00004
+def _known_words(error: LireError) -> list[str]:
+    "The single words that an error allows."
+    text = f"{error.allowed or ''}, {error.reason.partition(' one of ')[2]}"
+    parts = (part.strip(" '\"") for part in re.split(r"[,;()/]|\bone of\b|\bor\b", text))
+    return [part for part in parts if part and not re.search(r"\s", part)]
+
+
+def _given_words(error: LireError) -> list[str]:
+    "The words that an error is about."
+    told = re.search(r"is '([^']*)': it must be one of", error.reason)
+    found = error.value if error.has_value else told[1] if told else (error.field or "").partition(" ")[0]
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return [word for word in found if isinstance(word, str) and 1 < len(word) < 40]
+
+
+def with_guess(error: LireError) -> LireError:
+    "The same error; where a given word is nearly an allowed one, its remedy begins with that."
+    known, given = _known_words(error), _given_words(error)
+    if "did you mean" in str(error):
+        return error
+    guesses = []
+    for word in given:
+        guess = "" if word in known else did_you_mean(word, known, 0.6 if len(given) == 1 else 0.8)
+        guesses += [guess.replace("?", f" for {word}?") if len(given) > 1 else guess]
+    error.remedy = " ".join(filter(None, [*guesses, error.remedy])) or None
+    return error
 
 # %% ../nbs/65_options.ipynb #par00006
 def _in_full(error: LireError | OSError, args) -> LireError | OSError:

@@ -154,6 +154,8 @@ def graded_pairs(
         require(len(grades) == len(scores), "unequal numbers", field=f"row {row.get('id')!r}",
                 value=(len(grades), len(scores)), allowed="one score per grade",
                 remedy="write the file with rewards.graded_scores")
+        require(np.isfinite([*grades, *scores]).all(), "not finite", field=f"row {row.get('id')!r}",
+                value=str(scores)[:60], allowed="finite grades and scores", remedy="score this list again")
         own = [(scores[i] - scores[j], grades[i] - grades[j]) for i in range(len(grades)) for j in range(i)
                if grades[i] != grades[j]]
         pairs += [(number, 1 / (1 + np.exp(-abs(s))), (np.sign(s * g) + 1) / 2) for s, g in own]
@@ -180,6 +182,8 @@ def calibration(
     seed: int = 0,
 ) -> Calibration:
     "Predicted against observed preference on held-out pairs; raises `LireError` when there are too few."
+    require(isinstance(bins, int) and bins > 0, "out of range", field="bins", value=bins, allowed="1 or more",
+            remedy="give a number of bins")
     owner, confidence, right = graded_pairs(rows)
     lists = int(owner[-1]) + 1 if len(owner) else 0
     require(lists >= 2 and len(owner) >= 2 * bins, "too few pairs", field="rows", value=len(owner),

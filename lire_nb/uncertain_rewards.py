@@ -256,6 +256,8 @@ def contrastive_rewards(
     baseline: dict[str, float] | Iterable[dict],  # id -> mean reward; or scored lists of the start policy's samples
 ) -> datasets.Dataset:  # the lists with rewards minus their prompt's baseline
     "R − b(x). What is unscored stays so. Raises `LireError` where a list has no baseline. Source: arXiv 2403.07708."
+    require(not isinstance(baseline, (str, bytes)), "no baseline", field="baseline", value=baseline,
+            allowed="a dict: id -> mean reward, or scored lists of the start policy", remedy="load the file first")
     known = baseline if isinstance(baseline, dict) else prompt_means(baseline)
     records = list(_validated(_plain_rows(lists)))
     for record in records:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lire_nb import decisions, frontiers, proxy, uncertain_rewards
 from lire_nb.base.errors import LireError
 from lire_nb.decisions import MARGIN, decide, estimate, holm, seeds_needed, sign_power, tie_power, trend
 
@@ -149,3 +150,25 @@ def test_trend_uses_whole_seeds_only():
         trend([1, 1], [[0.0, 1.0]])
     with pytest.raises(LireError, match="no line"):
         trend([1, 2, 3], [[0.0, 1.0]])
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: decisions.decide([[0.1, 0.2]]), "claims without names"),
+    (lambda: decisions.trend([1, 2], [[1, 2], [1]]), "unequal numbers of points"),
+    (lambda: decisions.seeds_needed(math.nan, 0.1), "no difference to plan for"),
+    (lambda: decisions.holm([0.1, math.nan]), "not p-values"),
+    (lambda: frontiers.best_of_n_course([[0.0, 1.0]], [[0.0, 1.0]], [2], unit=0.0), "unit"),
+    (lambda: frontiers.check_judge([[0.0, 1.0]], 1.2, 10), "no accuracy"),
+    (lambda: frontiers.check_judge([[0.0, 1.0]], 0.7, 0), "no accuracy"),
+    (lambda: proxy.calibration([], bins=0), "bins"),
+    (lambda: proxy.graded_pairs([{"id": "a", "grades": [1, 2], "scores": [0.1, math.nan]}]), "row 'a': not finite"),
+    (lambda: uncertain_rewards.contrastive_rewards([], "start.jsonl"), "no baseline"),
+])
+def test_what_cannot_be_judged_is_said(call, says):
+    with pytest.raises(LireError, match=says):
+        call()
+
+
+def test_a_distance_may_be_any_real_number():
+    points = [(1.0, 0.1), (4.0, 0.2), (9.0, 0.3)]
+    assert frontiers.gain_at_distance(points, np.float32(4)).gain == pytest.approx(0.2)

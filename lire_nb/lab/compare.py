@@ -586,9 +586,10 @@ def said_plan(room: Room, cost: Cost) -> list[str]:
     "What will be done, how long and with how much memory."
     question, parts = room.question, {name: len(lists) for name, lists in room.parts.items()}
     losses = ", ".join(m.name for m in question.methods)
+    searched = f"{question.points} points of a search each" if question.points > 1 else "one setting each, no search"
     return [*room.look["lines"],
             f"Split by prompt: {', '.join(f'{count} lists for {name}' for name, count in parts.items())}.",
-            f"{losses}: {question.points} points of a search each, under {question.max_kl:g} nats, then "
+            f"{losses}: {searched}, under {question.max_kl:g} nats, then "
             f"{question.seeds} seeds; {cost.trainings} trainings of {cost.steps} steps, {cost.answers} answers of at "
             f"most {room.settings.max_new_tokens} tokens judged.",
             f"{_minutes(cost.seconds)} on this machine, and about {cost.bytes / 2**30:.2g} GiB of memory."]

@@ -283,16 +283,15 @@ def draw_courses(
         few = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if len(seeds) < most else ""
         axes.plot(places, [v.value for v in found], color=colors[name], ls=style, lw=1.6, label=in_figure(name + few))
         axes.fill_between(places, [v.low for v in found], [v.high for v in found], color=colors[name], alpha=0.12, lw=0)
-        dots = [(kl, np.mean(gains)) for own in seeds.values() for kl, gains in own]
-        axes.plot(*zip(*dots), ".", ms=3, color=colors[name], alpha=0.6)
+        axes.plot(*zip(*((kl, np.mean(gains)) for own in seeds.values() for kl, gains in own)), ".", ms=3,
+                  color=colors[name], alpha=0.6)
     if cap is not None:
         axes.axvline(cap, color="0.6", ls=":", lw=1)
     axes.axhline(0, color="0.8", lw=1)
-    ends = [kl for seeds in courses.values() for own in seeds.values() for kl, _ in own]
+    last = 1.05 * max(kl for seeds in courses.values() for own in seeds.values() for kl, _ in own)
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    axes.set_xlim(0, 1.05 * max(ends))
-    ticks = [x for x in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if x <= 1.05 * max(ends)]
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set(xlim=(0, last), xticks=[x for x in (0, 0.5, 1, 2, 4, 8, 16, 32, 64) if x <= last])
+    axes.xaxis.set_major_formatter("{x:g}")
 
 # %% ../../nbs/45_figures.ipynb #f5b0721f
 def plot_reward_kl(run: str | Path) -> Figure:
