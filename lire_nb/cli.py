@@ -819,13 +819,16 @@ def reproduce_command(args) -> None:
     for name in names if given and args.scale != "paper" else ():
         if (table := given_table(given_runs(name, given, args.scale, results, args.seeds))) is not None:
             print(table.to_string())
+    for name in names if not given and args.scale != "paper" else ():
+        _say(f"{name}: drawn by nbs/{plans.TABLES[name].notebook}.ipynb; its rows in Python: "
+             f"lire_nb.lab.results.load_runs({name!r}, {str(results)!r}, {args.scale!r})")
     kept = "; policies for the transfer table stay in the work folder, which may be deleted"
     _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else kept}")
 
 # %% ../nbs/60_cli.ipynb #0bad1eb5
 def _list_tables(rows: list[dict]) -> None:
     for row in rows:
-        other = f"   ({row['other']} more rows of other code, see --accept)" if row["other"] else ""
+        other = f"   ({row['other']} rows of other code: --accept {','.join(row['codes'])})" if row["other"] else ""
         print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  "
               f"{row['minutes']:4} min{_left(row['hours'])}   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
     print("cost              made by lire bench --peers --out data/results/cost.jsonl   nbs/97_cost.ipynb")

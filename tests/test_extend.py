@@ -324,3 +324,64 @@ def test_type_checkers_see_the_names_at_the_top():
     found |= {node.name: homes[node.name] for node in body if isinstance(node, ast.FunctionDef)}
     assert found == homes
     assert stub.with_name("py.typed").is_file() and "*.pyi" in (stub.parents[1] / "setup.py").read_text()
+
+
+# what stood in a scientist's way
+
+def test_judges_of_a_course_are_trained_before_the_policy_is_looked_at(tmp_path, monkeypatch):
+    "A look takes no gradients: a judge that would be trained in it failed."
+    from lire_nb.lab import experiments
+    from lire_nb.lab.plans import plan
+
+    class Made(Exception):
+        pass
+
+    def make(draft, spec):
+        raise Made(torch.is_grad_enabled())
+
+    monkeypatch.setattr(experiments, "_make_reward", make)
+    course = next(r for r in plan("overoptimization", "smoke", find=lambda c: {"scores": {"proxy": [[0.0]]}})
+                  if r.config["kind"] == "course")
+    with pytest.raises(Made, match="True"):
+        experiments.run_experiment(course.config, tmp_path)
+
+
+def test_a_given_table_that_has_only_begun_or_cannot_be_judged_is_told():
+    from lire_nb.lab.extend import given_table
+
+    begun = pd.DataFrame([{"stage": "reward", "method": "proxy", "result": {"accuracy": 0.7}}])
+    assert given_table(begun) is None
+    flat = {"points": [{"scores": {"gold": [[0.0, 0.0]], "proxy": [[0.0, 0.0]]}}],
+            "judges": {"gold": {"accuracy": 0.5, "lists": 8}}}
+    blind = pd.DataFrame([{"stage": "final", "method": "start", "seed": 0, "key": "a", "result": flat, "config": {}}])
+    assert "less than 0.2" in given_table(blind).loc["seed 0", "its judge"]
+
+
+@pytest.mark.parametrize("asked, says", [
+    ({"jobs": 0}, "--jobs"), ({"accept": "zzz"}, "no row has this code"), ({"scale": "evidence"}, "not run at this scale"),
+    ({"task": "broken"}, "broken.jsonl:2"), ({"task": "few"}, "too few lists for this scale")])
+def test_what_a_table_cannot_do_is_said_before_the_work(asked, says, tmp_path):
+    from lire_nb.lab.runner import reproduce
+
+    good = [json.dumps({"id": f"l{i}", "prompt": f"film {i} was", "completions": [" a", " b"], "rewards": [0, 1]})
+            for i in range(3)]
+    (tmp_path / "few.jsonl").write_text("\n".join(good))
+    (tmp_path / "broken.jsonl").write_text("\n".join([good[0], '{"id": "x", "completions": ["a"], "rewards": [1]}']))
+    if "task" in asked:
+        asked = {"task": tmp_path / f"{asked['task']}.jsonl"}
+    with pytest.raises(LireError, match=says) as caught:
+        reproduce(["sentiment"], **{"scale": "smoke", **asked}, results=tmp_path / "rows", work=tmp_path / "work")
+    assert "\n" not in str(caught.value) and not list((tmp_path / "rows").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("old, new, says", [("cap = ", "cap = oops ", "cannot be read"),
+                                            ("margin = ", "margni = ", "rule.margin")])
+def test_a_broken_protocol_is_said_with_its_file(old, new, says, monkeypatch, tmp_path):
+    from lire_nb.lab import plans, protocol
+
+    told = plans.data_path("protocol.toml").read_text().replace(old, new, 1)
+    (tmp_path / "protocol.toml").write_text(told)
+    monkeypatch.setattr(plans, "data_path", lambda *parts: tmp_path.joinpath(*parts))
+    with pytest.raises(LireError, match=says) as caught:
+        protocol._read_protocol()
+    assert "protocol.toml" in str(caught.value)

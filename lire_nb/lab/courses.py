@@ -65,6 +65,11 @@ def best_of_n_courses(starts: dict[int, Start]) -> dict[int, list[tuple]]:
                                    s.unit) for seed, s in starts.items() if not s.fails}
 
 # %% ../../nbs/57_courses.ipynb #co012
+def _three(points: list[tuple]) -> list[tuple]:
+    "A course of three points at least; a smoke run has two."
+    return [*points, *[points[-1]] * (3 - len(points))]
+
+
 def at_common_distance(
     courses: list[dict[int, list[tuple]]],  # of two or more methods
 ) -> tuple[np.ndarray, float]:  # (C, S, N) gains of the common seeds, and the distance in nats
@@ -74,8 +79,7 @@ def at_common_distance(
     seeds = sorted(set.intersection(*(set(c) for c in courses)))
     require(seeds, "nothing to compare", field="courses", value=[sorted(c) for c in courses],
             allowed="a common seed, with a judge that can tell texts apart", remedy="run both with the same seeds")
-    three = lambda points: [*points, *[points[-1]] * (3 - len(points))]  # noqa: E731  a smoke run has two points
-    courses = [{seed: three(c[seed]) for seed in seeds} for c in courses]
+    courses = [{seed: _three(c[seed]) for seed in seeds} for c in courses]
     far = common_distance([c[seed] for c in courses for seed in seeds], PROTOCOL["rule"]["cap"])
     return np.array([[gain_at_distance(c[seed], far).gain for seed in seeds] for c in courses]), far
 
@@ -100,8 +104,8 @@ def matched_runs(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, 
 def all_courses(runs: pd.DataFrame, starts: dict[int, Start]) -> dict[str, dict[int, list[tuple]]]:
     "The courses of every system that has some, by its name in tables; best-of-n is the last."
     found = {NAMES.get(m, m): system_courses(runs, starts, m) for m in dict.fromkeys(final_runs(runs)["method"])
-             if m != "start"}
-    return {name: courses for name, courses in found.items() if courses} | {"best of n": best_of_n_courses(starts)}
+             if m != "start"} | {"best of n": best_of_n_courses(starts)}
+    return {name: {seed: _three(own) for seed, own in courses.items()} for name, courses in found.items() if courses}
 
 
 def course_table(

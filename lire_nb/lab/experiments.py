@@ -376,6 +376,7 @@ def _course(config: dict, work: Path, keep: bool) -> dict:
     args = LIREConfig(output_dir=str(Path(work) / "course"), seed=config["seed"], save_strategy="no", report_to="none",
                       **_settings(config))
     model, tokenizer = load_policy(_policy(config["source"]["policy"], work))
+    judges_of(config, config["judge"]["task"], work)  # trained now where they are not yet: a look takes no gradients
     course = _Course(config, work)
     with quiet_transformers():
         LIRETrainer(model, args, trained_lists(config, work), processing_class=tokenizer, callbacks=[course]).train()

@@ -24,7 +24,9 @@ from ..base.errors import LireError, require
 from ..identity import named_identity, policy_identity
 from .experiments import prompts_of, reward_lists
 from .plans import Find, NAMES, plan, Run
+from .courses import course_table, starts_by_seed
 from .results import Results, system_table, systems_of
+from ..lists import load_lists
 from ..models import file_hash, Policy
 from ..rivals import get_loss, LOSSES, LossSpec
 from ..tasks import _from_lists, load_task, Task, TASKS
@@ -249,6 +251,9 @@ def check_given(
     require(given.task is None or len(tasks) == 1, "the table has several tasks", field="--task", value=given.task,
             allowed="a table of one task, such as sentiment or dialogue", remedy="choose another table")
     given.identity  # the loss is tried, the file is there
+    require(given.loss is None or any(run.config.get("method") == "lire" for run in runs), "stands in no run of it",
+            field="--loss", value=given.loss, allowed="a table in which LIRE is trained, whose place it takes",
+            remedy="choose another table, or another scale")
     task = _checked_task(given, runs) if given.task is not None else None
     if given.policy is not None:
         _check_policy(Policy.of(given.policy), [task] if task else [load_task(name) for name in sorted(tasks)])
@@ -259,7 +264,8 @@ def _check_policy(policy: Policy, tasks: list[Task]) -> None:
     tokenizer = policy.tokenizer()  # a name that cannot be had is said now
     require(policy.adapter is None, "is an adapter", field="--policy", value=policy.name, allowed="a full model",
             remedy="lire merge makes one of it")
-    asks = [task.name for task in tasks if any(isinstance(r["prompt"], list) for r in task.prompts["train"])]
+    called = lambda task: "the file of --task" if task.name == _PLACE else task.name  # noqa: E731
+    asks = [called(task) for task in tasks if any(isinstance(r["prompt"], list) for r in task.prompts["train"])]
     require(not asks or tokenizer.chat_template, "has no chat template", field="--policy", value=policy.name,
             allowed=f"one with a chat template, since {' and '.join(asks)} asks in turns",
             remedy="set tokenizer.chat_template and save it, or take a task of plain text, such as sentiment")
@@ -267,6 +273,7 @@ def _check_policy(policy: Policy, tasks: list[Task]) -> None:
 
 def _checked_task(given: Given, runs: list[Run]) -> Task:
     "Every prompt that the table asks for must be there, and lists that teach both reward models."
+    list(load_lists(given.task))  # a row that cannot be read is said with its line
     task = load_task(_PLACE, path=given.task)
     lists = [r for part in task.reward_lists.values() for r in part]
     bare = next((r["id"] for r in lists if all(x is None for x in r["rewards"])), None)
@@ -275,7 +282,13 @@ def _checked_task(given: Given, runs: list[Run]) -> Task:
     for config in (run.config for run in runs if "source" in run.config):
         for split, count in (("train", config["source"]["prompts"]), (config["judge"]["split"],
                                                                       config["judge"]["prompts"])):
-            prompts_of(task, split, count)
+            try:
+                prompts_of(task, split, count)
+            except LireError as e:
+                raise LireError(f"too few lists for this scale: {count} prompts are asked of its part {split!r}",
+                                field="--task", value=f"{given.task}, {len(lists)} lists",
+                                allowed=f"more lists; these give {e.allowed}",
+                                remedy="add lists, or take a smaller scale") from e
     for name in ("proxy", "gold"):
         able = sum(len({x for x in r["rewards"] if x is not None}) > 1 for r in reward_lists(task, name)[0])
         require(able >= 2, f"teaches the {name} reward model nothing", field="--task", value=given.task,
@@ -308,8 +321,12 @@ def given_table(
     frame: pd.DataFrame,  # of `given_runs`
 ) -> pd.DataFrame | None:  # None for a table without a start policy or judged systems
     "Gain over the start, win rate, KL and length of every method that has been judged."
-    if "stage" not in frame:
+    if "stage" not in frame or not (frame["stage"] == "final").any():
         return None
+    if "points" in frame.loc[frame["stage"] == "final", "result"].iloc[0]:  # trials, judged at points of a course
+        starts = starts_by_seed(frame)
+        failed = {f"seed {seed}": start.fails for seed, start in starts.items() if start.fails}
+        return course_table(frame, starts) if len(failed) < len(starts) else pd.DataFrame({"its judge": failed})
     names = {**NAMES, **{m: m for m in frame["method"].unique() if m not in NAMES and m not in ("proxy", "gold")}}
     systems = systems_of(frame[frame["stage"] == "final"], names=names)
     return system_table(systems) if len(systems) > 1 and "start" in systems else None

@@ -25,7 +25,7 @@ from ..logprobs import dataset_logps
 from ..losses import SATURATED
 from ..models import load_policy
 from ..tasks import text_hash
-from ..temperature import largest_weights, mute_lists, spread_out, temperature_for, why_mute
+from ..temperature import LARGEST, largest_weights, mute_lists, spread_out, temperature_for, why_mute
 from ..training import _check_rewards
 
 # %% ../../nbs/64_own_lists.ipynb #2d9c76cc
@@ -154,7 +154,8 @@ def _said_lengths(counts: pd.DataFrame) -> str:
 def _said_weights(weights: pd.DataFrame, T: float, lists: int) -> str:
     "P at the paper's temperature, and the one that is suggested."
     told = ", ".join(f"{row['one-hot']:.0%} at T = {t:g}" for t, row in weights.iterrows() if t in (2, 20, 50))
-    return f"P is one-hot on {told} (of {lists} lists that can teach); T = {T:g} is the first to spread it."
+    return (f"P is one-hot on {told} (of {lists} lists that can teach); T = {T:g} is the first at which half of the "
+            f"lists have no P above {LARGEST:g}.")
 
 # %% ../../nbs/64_own_lists.ipynb #8405f8fd
 def read_lists(

@@ -18,7 +18,27 @@ from ..base.errors import data_path
 from .plans import experiment, Experiment, Find, read_settings, Run, Table, TABLES, _run
 
 # %% ../../nbs/55_protocol.ipynb #pr007
-PROTOCOL = read_settings("protocol.toml")
+_PARTS = {"rule", "seeds", "methods", "best_of_n", "judges", "grids", "families", "trends", "pairs"}
+_RULE = {"cap", "margin", "level", "points", "weak_proxy", "long_points"}
+
+
+def _read_protocol() -> dict:
+    "The protocol file; raises `LireError` for one that cannot be read, and for a name that it does not have."
+    from lire_nb.base.errors import LireError, require
+
+    try:
+        found = read_settings("protocol.toml")
+    except ValueError as e:
+        raise LireError(f"cannot be read ({e})", file="data/protocol.toml", allowed="TOML",
+                        remedy="take the file back: git checkout data/protocol.toml") from e
+    for where, names, known in (("", found, _PARTS), ("rule.", found.get("rule", {}), _RULE)):
+        wrong = sorted(set(names) ^ known)
+        require(not wrong, "unknown, or missing", file="data/protocol.toml", field=where + "".join(wrong[:1]),
+                allowed=", ".join(sorted(known)), remedy="correct the name")
+    return found
+
+
+PROTOCOL = _read_protocol()
 
 
 @cache

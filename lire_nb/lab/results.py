@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import data_path, require
-from .plans import NAMES, Run, code_version, config_key, plan
+from .plans import NAMES, Run, TABLES, code_version, config_key, plan
 from ..statistics import Interval, crossed_bootstrap, wilson_interval
 
 # %% ../../nbs/43_results.ipynb #a776764a
@@ -35,8 +35,8 @@ def load_runs(
              **{k: store.rows[run.key].get(k) for k in ("key", "config", "result", "code", "date", "machine")}}
             for run in runs if run.key in store.rows]
     require(rows, "no result yet", field="table", value=table,
-            allowed=f"a table with rows in {Path(store.folder).name}/",
-            remedy=f"lire reproduce {table} --scale {scale}")
+            allowed=f"a table with rows in {Path(store.folder).name}/", remedy=f"lire reproduce {table} --scale {scale}"
+            + "".join(f", or scale={s!r}, of which rows are there" for s in _scales_of(table, store)))
     frame = pd.DataFrame(rows)
     keys = {run.key for run in runs}
     frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])),
@@ -44,6 +44,11 @@ def load_runs(
     return frame
 
 # %% ../../nbs/43_results.ipynb #351ab106
+def _scales_of(table: str, store: "Results") -> list[str]:
+    "The scales of which this table has rows."
+    return [s for s in TABLES[table].scales if any(run.key in store.rows for run in plan(table, s, find=store.find))]
+
+
 def _is_open(run: Run, store: "Results") -> bool:
     "A search that is not finished: what comes after it is not in the plan yet."
     return run.labels.get("stage") == "search" and run.key not in store.rows

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import GPTJConfig, GPTJModel
 
-from ..base.errors import data_path, LireError, require
+from ..base.errors import data_path, LireError, needed, require
 from ..base.files import one_writer, _processes
 from .experiments import run_experiment, stand_in, trained_lists
 from .extend import check_given, Given, given_folder, given_plan, GivenRun, own_loss
@@ -68,11 +68,15 @@ def reproduce(
     work, threads = Path(work or Path("runs", "reproduce", scale)), size.get("threads")
     if _processes() > 1:
         jobs = 1  # the processes of accelerate launch train together
+    require(jobs is None or jobs >= 1, "too few", field="--jobs", value=jobs, allowed="1 or more",
+            remedy="leave it out: as many as the cores allow")
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1)
 
     def planned(find: Find) -> dict[str, Run]:
         return _distinct(run for name in names for run in given_plan(lambda known: plain(name, known), given, find))
 
+    if any(run.config.get("kind") == "online" for run in planned(lambda config: None).values()):
+        needed("trl", "peers", field="NAME", value=", ".join(names))
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
         return _run_missing(planned, threads, results, work, jobs, accept,
@@ -102,7 +106,11 @@ def _distinct(runs: Iterable[Run]) -> dict[str, Run]:
 # %% ../../nbs/42_runner.ipynb #78dbf286
 def _counting(folder: Path, accept: str | None, say) -> Results:
     "The rows that count: of this code, and of the one that is accepted."
-    store = Results(folder, (accept or "").split(","), current=True)
+    accepted = [code.strip() for code in (accept or "").split(",") if code.strip()]
+    store = Results(folder, accepted, current=True)
+    there = {row["code"] for row in [*store.rows.values(), *store.others.values()]}
+    require(set(accepted) <= there, "no row has this code", field="--accept", value=accept,
+            allowed=", ".join(sorted(there)) or "nothing, since no row is there", remedy="leave it out, or correct it")
     if store.others:
         codes = sorted({r["code"] for r in store.others.values()})
         say(f"{len(store.others)} results of other code ({', '.join(codes)}) do not count; --accept {','.join(codes)} "
@@ -307,7 +315,9 @@ def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, co
             allowed="nothing at the other scales, which train their rewards themselves",
             remedy="leave --reward out, or give --scale paper")
     for name in names:
-        table_of(name) if scale != "paper" else _recipe(name, configs)
+        known = table_of(name).scales if scale != "paper" else _recipe(name, configs) and (scale,)
+        require(scale in known, f"the table {name} is not run at this scale", field="--scale", value=scale,
+                allowed=", ".join(known), remedy="lire reproduce --list --scale SCALE shows the tables of each")
     require(seeds is None or seeds >= 1, "too few", field="--seeds", value=seeds, allowed="1 or more",
             remedy="leave it out for the scale's own number")
     size = SCALES.get(scale, PAPER)
@@ -322,8 +332,8 @@ def _check_hardware(name: str, scale: dict) -> None:
         there = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
         require(there >= wanted, "this machine has not what the scale needs", field="--scale", value=name,
                 allowed=f"an accelerator with {wanted} GB, here {f'{there:.0f} GB' if there else 'none'}",
-                remedy="--scale laptop needs two processor cores; --dry-run shows the recipe and its "
-                       "first batch with stand-ins")
+                remedy="--scale laptop needs two processor cores; lire reproduce dialogue --scale paper --dry-run "
+                       "shows a recipe and its first batch with stand-ins")
 
 # %% ../../nbs/42_runner.ipynb #9a179f14
 def _check_recipe(names, policy, reward, configs) -> None:
@@ -437,6 +447,7 @@ def progress_rows(
         rows.append({"table": name, "done": len(done), "planned": len(runs),
                      "more": any(r.labels.get("stage") == "search" and k not in store.rows for k, r in runs.items()),
                      "other": sum(k in store.others and k not in store.rows for k in runs),
+                     "codes": sorted({store.others[k]["code"] for k in runs if k in store.others}),
                      "minutes": round(sum(r["result"]["seconds"]["total"] for r in done) / 60),
                      "hours": hours_left([r for k, r in whole.items() if k not in store.rows], done),
                      "notebook": table.notebook, "claim": table.claim})
