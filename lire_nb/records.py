@@ -408,7 +408,7 @@ def demonstrated(record: dict) -> list[bool]:
 
 
 def own_candidates(record: dict) -> list[bool]:
-    "For each of the M candidates, whether a policy of this training sampled it: a part of its source begins so."
+    "For each of the M candidates, whether a policy sampled it, by its source; a demonstration does not count."
     sources = record.get("sources") or [""] * len(record["rewards"])
     return [not shown and any(part.startswith("policy") for part in source.split("+"))
             for source, shown in zip(sources, demonstrated(record), strict=True)]
