@@ -688,7 +688,7 @@ def _length_rows(name: str, lengths: pd.Series, unit: str, limit: int | None) ->
 
 # %% ../nbs/13_conversations.ipynb #ee392dcf
 def _describe(table: pd.DataFrame) -> dict:
-    "Counts and rewards: name -> (value, share of the lists)."
+    "Counts and rewards: name -> (value, share of the lists); what is scored as a share of the candidates."
     count, sizes, spread = len(table), table["candidates"].value_counts().sort_index(), _spread(table)
     rows = {
         "lists": (count, None),
