@@ -90,7 +90,7 @@ def _is_whole(value) -> bool:
 class Completion:
     "One sampled completion; two are equal when text and ending are."
     text: str
-    finish_reason: str  # "stop": the policy ended it; "length": it was cut at max_new_tokens
+    finish_reason: str  # "stop": it ended; "length": it was cut at max_new_tokens; "failed": there is no text
     # as drawn, the end included; None: not known
     token_ids: tuple[int, ...] | None = field(default=None, compare=False)
     # their summed log-probability under the policy, at temperature 1
