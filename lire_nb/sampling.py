@@ -687,7 +687,8 @@ class ServerSampler:
 
     def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings,
                seed: int) -> list[list[Completion]]:
-        "M completions for every prompt, in the order given; those that were not answered say why in `failed`."
+        """M completions for every prompt, in the order given; those that were not answered say why in `failed`. Raises
+        where none was."""
         self.check(prompts, settings)
         ids = [prompt_id(p) for p in prompts]
         keys, requests, failed = [], {}, {}

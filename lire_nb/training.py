@@ -314,7 +314,7 @@ def prepare_lists(
     ref_model=False,  # a model to compute reference log-probs with
     context: int | None = None,  # tokens that the policy can read at most
 ) -> datasets.Dataset | None:
-    "Token ids, rewards and, where asked for, reference log-probs of every list."
+    "Token ids, rewards and, where asked for, reference log-probs of every list; raises `LireError`."
     if lists is None:
         return None
     many = isinstance(lists, datasets.Dataset) and len(lists) >= MANY
