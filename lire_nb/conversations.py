@@ -564,7 +564,7 @@ def candidate_tokens(
     # M rows of ids; M lists of the agent's [start, end) in them, None for a single answer, all of which is the agent's;
     # how many candidates have drawn ids that cannot be used
 ) -> tuple[list[list[int]], list[list[list[int]] | None], int]:
-    "The ids of every candidate: the drawn ones, else those of its text. An unknown ending counts as ended."
+    "Ids of every candidate: the drawn, else its text's; an unknown ending counts as ended. Raises `LireError`."
     meta, texts = record.get("meta") or {}, record["completions"]
     reasons = meta.get("finish_reasons") or [None] * len(texts)
     if len(reasons) != len(texts):
@@ -650,7 +650,8 @@ def list_table(
     lists: Iterable[dict],
     tokenizer=None,
 ) -> pd.DataFrame:  # one row per list
-    "Candidates, scored, tied (that share their reward), signal, empty, rewards' range, prompt and completion lengths."
+    """Candidates, scored, tied (that share their reward), signal, empty, rewards' range, prompt and completion lengths.
+    Raises `ListError` for no list."""
     rows = []
     for record in _validated(_plain_rows(lists)):
         known = Counter(reward for reward in record["rewards"] if reward is not None)
@@ -688,7 +689,7 @@ def _length_rows(name: str, lengths: pd.Series, unit: str, limit: int | None) ->
 
 # %% ../nbs/13_conversations.ipynb #ee392dcf
 def _describe(table: pd.DataFrame) -> dict:
-    "Counts and rewards: name -> (value, share of the lists)."
+    "Counts and rewards: name -> (value, share of the lists); what is scored as a share of the candidates."
     count, sizes, spread = len(table), table["candidates"].value_counts().sort_index(), _spread(table)
     rows = {
         "lists": (count, None),

@@ -140,7 +140,7 @@ def seeds_needed(
 def holm(
     p_values: Sequence[float],  # (K,)
 ) -> np.ndarray:  # (K,), each at least as large as before
-    "p-values of K tests that may be read side by side (Holm 1979, Scandinavian Journal of Statistics 6)."
+    "p-values of K tests, to be read side by side (Holm 1979, Scand. J. Statistics 6). Raises `LireError`."
     p = np.asarray(p_values, float)
     require(p.ndim == 1 and ((0 <= p) & (p <= 1)).all(), "not p-values", field="p_values", value=str(p_values)[:60],
             allowed="numbers from 0 to 1, one for each test", remedy="leave out tests without a result")

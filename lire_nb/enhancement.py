@@ -623,7 +623,8 @@ def train_policy(
     patience: int | None = None,  # stop after so many evaluations without a new best, and keep the best
     **settings,  # for LIREConfig
 ) -> Path:
-    "Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write."
+    """Train a policy and save it, all or nothing; goes on from a checkpoint, which SIGTERM and Ctrl-C write. Raises
+    `LireError`, before the work where it can."""
     folder, lists, settings = Path(folder), _ordered(as_lists(lists, "lists")), check_settings(settings)
     policy = Policy.of(policy)
     if patience is not None:

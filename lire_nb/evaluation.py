@@ -211,7 +211,7 @@ def perplexity(
     logps: Sequence[float],  # summed log-probs of texts under the judging model
     lengths: Sequence[int],  # their token counts
 ) -> float:
-    "exp(−mean log-prob per token)."
+    "exp(−mean log-prob per token); raises `LireError` where there is no token."
     _same_number(logps=logps, lengths=lengths)
     require(sum(lengths) > 0, "no token", field="lengths", value=list(lengths)[:5], allowed="at least one token",
             remedy="drop empty completions")

@@ -651,7 +651,7 @@ def engines_of(
     tolerance: float | None = None,  # nats a token
     in_flight: int = 16,  # requests at a time
 ) -> dict[str, Engine]:
-    "The servers that sample, by the name of what they serve."
+    "The servers that sample, by the name of what they serve; raises `LireError`."
     for flag, value in (("--hand-over", hand_over), ("--tolerance", tolerance)):
         require(samplers or value is None, "has no effect without --sampler", field=flag, value=value,
                 allowed="a server beside it", remedy=f"give --sampler {names[0]}=URL, or leave it out")
@@ -663,7 +663,7 @@ def scorers_of(
     scorers: list[str],  # of --scorer: "NAME=URL"
     names: list[str],  # of rewards or judges
 ) -> dict[str, str]:
-    "The addresses that score, by the name of the reward that they stand for."
+    "The addresses that score, by the name of the reward that they stand for; raises `LireError`."
     found = _by_name(scorers, "--scorer", names)
     for urls in found.values():
         require(len(urls) == 1, "given twice", field="--scorer", value=urls, allowed="one address a name",

@@ -51,7 +51,7 @@ def source_identity(
     path: str,  # of a file of lists; or owner/name of a data set on the hub
     **reading,  # for `load_lists`
 ) -> str:  # 16 hex digits
-    "A fingerprint of where lists come from: of a file its bytes, of a data set of the hub its lists."
+    "A fingerprint of where lists come from: a file's bytes, a hub data set's lists. Raises `LireError`."
     if is_hub_id(path):
         return lists_identity(load_lists(path, **reading))
     require(Path(path).is_file(), "no such file", field="lists", value=path,

@@ -263,7 +263,7 @@ def remember_start(
 def policy_at_start(
     model: torch.nn.Module,  # with an adapter; one that was never remembered is taken for fresh
 ):
-    "A block in which the model is the policy that its training began with."
+    "A block in which the model is the policy that its training began with; raises `LireError` for a split adapter."
     model = unwrap(model)
     kept = _STARTS.get(model)
     if not kept:

@@ -292,8 +292,7 @@ def lire_loss(
     ref_logps: Tensor | None = None,  # (B, M) the reference model's log-probs, read where the score is a ratio
 ) -> Tensor:  # (B,) in float32, or float64 if logps is
     """−Σ_j P_j·R_j + α·L_SFT. Raises ValueError on bad input. Source: arXiv 2405.13516, eq. 4 and 5, and the
-    authors'
-    code."""
+    authors' code."""
     score = _lire_score(score, length_normalize)
     _check_choice("reward_transform", reward_transform, _TRANSFORMS)
     x = _as_lists(logps, rewards, mask, ref_logps, lengths, "lire_loss")
@@ -313,7 +312,7 @@ def _no_signal(x: _Lists) -> Tensor:
     return ~_better(x).flatten(1).any(dim=-1)
 
 # %% ../nbs/10_losses.ipynb #38bb5da1
-SATURATED = 0.999  # a P above this is one-hot: the gradient of its list is below a thousandth of what it could be
+SATURATED = 0.999  # a P above this is one-hot: no log-prob's gradient exceeds 0.001 · (range of the rewards) / T
 
 
 def _kendall(scores: Tensor, x: _Lists) -> Tensor:

@@ -98,7 +98,7 @@ class ModelError(LireError):
 def resolve_model(
     name: str | Path | Policy,  # asset name, folder or hub id
 ) -> str:  # a folder or hub id that `from_pretrained` takes
-    "Turn a model name into something `from_pretrained` reads; bundled GGUF assets are converted on first use."
+    "A name as something `from_pretrained` reads; a bundled GGUF is converted on first use. Raises `ModelError`."
     if isinstance(name, Policy):
         return name.folder
     name = str(name)
@@ -194,7 +194,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 def load_tokenizer(
     name: str | Path | Policy,  # asset name, folder or hub id
 ) -> "PreTrainedTokenizerBase":  # with a padding token
-    "Load a tokenizer; the end-of-text token pads where there is no padding token."
+    "Load a tokenizer; the end-of-text token pads where there is no padding token. Raises `ModelError`."
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(Policy.of(name)))
@@ -220,7 +220,8 @@ def load_policy(
     device: torch.device | str | None = None,  # default: the accelerator, else the CPU
     **kwargs,  # for `from_pretrained`
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # in eval mode
-    "Load a policy and its tokenizer; an adapter's folder gives its base with the adapter on it, a `peft.PeftModel`."
+    """Load a policy and its tokenizer; an adapter's folder gives its base with the adapter on it, a `peft.PeftModel`.
+    Raises `ModelError`."""
     from transformers import AutoModelForCausalLM
 
     if isinstance(name, tuple):
@@ -354,7 +355,8 @@ def load_reward_backbone(
     device: torch.device | str | None = None,
     **kwargs,
 ):  # (sequence classification model with one label, tokenizer)
-    "Load an encoder or decoder with a scalar head; a missing head is initialized, seed it with `torch.manual_seed`."
+    """Load an encoder or decoder with a scalar head; a missing head is initialized, seed it with `torch.manual_seed`.
+    Raises `ModelError`."""
     from transformers import AutoModelForSequenceClassification
 
     model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1,

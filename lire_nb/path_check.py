@@ -379,7 +379,8 @@ def check_paths(
     again: bool = False,  # also where the answer is known
     length: int = 0,  # tokens of the longest row to come: what the model does differently below it is tried too
 ) -> PathCheck:
-    "Hold every path against each candidate alone, on a tiny batch, once for each state of a model."
+    """Hold every path against each candidate alone, on a tiny batch, once for each state of a model. Raises `LireError`
+    for what is no language model; one that no path is right for has the head "refused"."""
     lm = causal_lm(model)
     if not hasattr(lm, "config") or not hasattr(lm, "get_input_embeddings"):
         raise LireError("not a language model of transformers", field="model", value=type(lm).__name__,

@@ -117,7 +117,7 @@ def overoptimization_steps(
     gold: str = "gold",
 ) -> pd.DataFrame:  # as from `overoptimization`, the position is the step
     """The same along the steps of one training. A log has means and standard errors only, so differences are not
-    paired: wider intervals, later findings."""
+    paired: wider intervals, in which a slow rise of gold may pass for a stall."""
     names = [f"eval_{judge}_reward" for judge in (proxy, gold)]
     log = [h for h in history if all(n in h and f"{n}_se" in h for n in names)]
     require(len(log) >= 2, "too few evaluations in the log", field="history", value=len(log),

@@ -311,7 +311,7 @@ def as_chat(prompt: str | list[dict] | dict, chat: bool | None = True) -> str | 
     """A prompt, or a record with one.
 
     chat: True makes a text one user turn, False states that plain text is meant (meta["chat"]), None leaves it.
-    Messages stay as they are. An id that was given stays; one that was derived follows the prompt.
+    Messages stay as they are. An id that was given stays; one that was derived follows the prompt. Raises `ListError`.
     """
     require(chat in (True, False, None), "unknown choice", error=ListError, field="chat", value=chat,
             allowed="True, False or None")
@@ -357,7 +357,7 @@ def lists_dataset(records: Iterable[dict]) -> Dataset:
 
 # %% ../nbs/12_records.ipynb #1ff4b10e
 def candidate_columns(record: dict) -> dict[str, list]:
-    """The columns of `meta` that hold one value per candidate: lists with exactly M entries."""
+    """The columns of `meta` that hold one value per candidate: lists with exactly M entries. Raises `ListError`."""
     count, meta = len(record["completions"]), record.get("meta") or {}
     reasons = meta.get("finish_reasons", [None] * count)
     require(isinstance(reasons, list) and len(reasons) == count, "not one per completion", error=ListError,
@@ -367,7 +367,10 @@ def candidate_columns(record: dict) -> dict[str, list]:
 
 # %% ../nbs/12_records.ipynb #28ada007
 def select_candidates(record: dict, keep: list[int]) -> dict:
-    """The record with the candidates at `keep` (from 0), each with its reward, source and columns of `meta`."""
+    """The record with the candidates at `keep` (from 0), each with its reward, source and columns of `meta`.
+
+    Raises `ListError`.
+    """
     count = len(record["completions"])
     require(keep and all(isinstance(j, int) and 0 <= j < count for j in keep), "no such candidates", error=ListError,
             field="keep", value=keep, allowed=f"at least one of 0 … {count - 1}")
@@ -408,7 +411,7 @@ def demonstrated(record: dict) -> list[bool]:
 
 
 def own_candidates(record: dict) -> list[bool]:
-    "For each of the M candidates, whether a policy of this training sampled it: a part of its source begins so."
+    "For each of the M candidates, whether a policy sampled it, by its source; a demonstration does not count."
     sources = record.get("sources") or [""] * len(record["rewards"])
     return [not shown and any(part.startswith("policy") for part in source.split("+"))
             for source, shown in zip(sources, demonstrated(record), strict=True)]

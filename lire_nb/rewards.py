@@ -226,7 +226,7 @@ class RewardModel:
 
     @torch.no_grad()
     def confidence(self, prompts: list, completions: list[str]) -> torch.Tensor:
-        "(N,) what the latent knows of each text: its KL to a standard normal, in nats."
+        "(N,) what the latent knows of each text: its KL to a standard normal, in nats. Raises without a latent."
         require(self.latent is not None, "has no latent", error=RewardError, field=f"reward {self.name!r}",
                 allowed="a model trained with latent=", remedy="train it again with latent=8")
         self.model.eval()

@@ -90,7 +90,7 @@ def _is_whole(value) -> bool:
 class Completion:
     "One sampled completion; two are equal when text and ending are."
     text: str
-    finish_reason: str  # "stop": the policy ended it; "length": it was cut at max_new_tokens
+    finish_reason: str  # "stop": it ended; "length": it was cut at max_new_tokens; "failed": there is no text
     # as drawn, the end included; None: not known
     token_ids: tuple[int, ...] | None = field(default=None, compare=False)
     # their summed log-probability under the policy, at temperature 1
@@ -687,7 +687,8 @@ class ServerSampler:
 
     def sample(self, prompts: list, num_candidates: int, settings: SamplingSettings,
                seed: int) -> list[list[Completion]]:
-        "M completions for every prompt, in the order given; those that were not answered say why in `failed`."
+        """M completions for every prompt, in the order given; those that were not answered say why in `failed`. Raises
+        where none was."""
         self.check(prompts, settings)
         ids = [prompt_id(p) for p in prompts]
         keys, requests, failed = [], {}, {}

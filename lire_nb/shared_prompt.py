@@ -266,7 +266,7 @@ def token_logps(
     bias: torch.Tensor | None = None,  # (V,)
     chunk: int = CHUNK,  # tokens at once; beyond `KEPT`, peak memory is chunk × V
     bend: Callable | None = None,  # what the model does to its logits after the head
-) -> torch.Tensor:  # (T,) float32
+) -> torch.Tensor:  # (T,) float32, or float64 for hidden states in float64
     "Log-probability of each target under softmax(hidden @ weight.T + bias)."
     def one(h, t):
         logits = F.linear(h, weight, bias)

@@ -110,7 +110,7 @@ def paired_difference(
     old: Sequence[float],  # the same prompts, in the same order
     **options,  # for `bootstrap_interval`
 ) -> Interval:
-    "Mean of new − old over prompts, with a paired interval."
+    "Mean of new − old over prompts, with a paired interval; raises `LireError` for unequal numbers."
     require(len(new) == len(old), "unequal numbers", field="new, old", value=(len(new), len(old)),
             allowed="one value per prompt in both", remedy="evaluate both on the same prompts")
     return bootstrap_interval(np.asarray(new, dtype=float) - np.asarray(old, dtype=float),

@@ -326,7 +326,7 @@ TASKS: dict[str, Callable[..., Task]] = {"dialogue": _dialogue, "summarization":
 def load_task(
     name: str,  # "dialogue", "summarization" or "sentiment"
     path: str | Path | None = None,  # a file, folder or hub id instead of the built-in source
-    **options,  # of the task: chat, tranches (dialogue), opening_words and review_words (sentiment)
+    **options,  # tranches (dialogue), chat (the two others), opening_words and review_words (sentiment)
 ) -> Task:
     "A task by name; raises `LireError` for an unknown name or a source that cannot be had."
     require(name in TASKS, "unknown task", field="task", value=name, allowed=", ".join(TASKS),

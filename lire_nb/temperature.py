@@ -52,7 +52,7 @@ def needs_difference(
     loss: LossSpec,
     settings: dict,  # what it is called with
 ) -> bool:
-    "Whether lists without a difference are lost on this loss; a supervised term learns from any list."
+    "Whether lists without a difference count as lost: all but where the best answer is imitated, by loss or term."
     return loss.uses != "best" and not settings.get("sft_weight")
 
 # %% ../nbs/24_temperature.ipynb #9785870e

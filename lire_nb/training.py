@@ -101,10 +101,10 @@ class LIREConfig(TrainingArguments):
     sft_weight: float | None = None  # α, weight of the best candidate's cross-entropy; for LIRE 0
     length_normalize: bool | None = None  # of LIRE: P from log-probs per token; its default is False
     beta: float | None = None  # β; for most losses with a reference model 0.1
-    alpha: float | None = None  # temperature of the rewards in infonca and nca, weight of the offset in odpo and swepo
+    alpha: float | None = None  # temperature of rewards in infonca, nca; weight of odpo's offset, of swepo's distance
     gamma: float | None = None  # the gap of simpo
     top_k: int | None = None  # places of the order in plackett_luce_dpo; 1 is S-DPO
-    rho: float | None = None  # share of the opposite order in plackett_luce_dpo, against noisy rewards
+    rho: float | None = None  # share of the least probable order in plackett_luce_dpo, against noisy rewards
     loss_kwargs: dict = field(default_factory=dict)  # anything else the loss takes
     optimism: float | None = None  # α of a term beside any loss, see 80_exploration; None or 0: none
     demo_weight: float | None = None  # of what demonstrations teach, see 81_demonstrations; None or 0: nothing
@@ -161,7 +161,7 @@ class LIREConfig(TrainingArguments):
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **settings) -> "LIREConfig":
-        "The paper's own setting: T = 2, rewards through a softmax, no supervised term, 2e-5. Source: arXiv 2405.13516."
+        "The authors' loss and schedule: T = 2, softmax over rewards, no supervised term, 2e-5. Source: their own code."
         own = dict(loss_type="lire", temperature=2.0, reward_transform="softmax", score="sum", sft_weight=0.0)
         own |= dict(learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.03, num_train_epochs=2.0)
         return cls(output_dir=output_dir, **{**own, **settings})
@@ -314,7 +314,7 @@ def prepare_lists(
     ref_model=False,  # a model to compute reference log-probs with
     context: int | None = None,  # tokens that the policy can read at most
 ) -> datasets.Dataset | None:
-    "Token ids, rewards and, where asked for, reference log-probs of every list."
+    "Token ids, rewards and, where asked for, reference log-probs of every list; raises `LireError`."
     if lists is None:
         return None
     many = isinstance(lists, datasets.Dataset) and len(lists) >= MANY

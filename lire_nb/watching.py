@@ -88,7 +88,7 @@ class GoesOn(TrainerCallback):
             self.say(f"goes on from checkpoint-{state.global_step} of {state.max_steps} steps")
 
 # %% ../nbs/23_watching.ipynb #0bd61dd0
-# long: one callback: twelve settings, a line each, and five short steps that read them
+# long: one callback: eleven settings, a line each, and five short steps that read them
 class EvaluationCallback(Onlooker):
     """Held-out rewards, KL and length during training, as `eval_<judge>_reward`, `eval_kl` and `eval_length`, each with
     `_se`; can stop the run.
