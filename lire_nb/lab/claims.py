@@ -384,7 +384,7 @@ def verdict_text(
     page: str,  # as `Table.notebook`
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
 ) -> str:  # Markdown
-    "The verdicts of one page as a list."
+    "The verdicts of one page as a list, with all that was measured, also what decides nothing; empty for no page."
     lines = []
     for claim, found in _measured(page, results):
         numbers = "; ".join(f"{q.name} {shown(q.interval, q.form)}" for q in found.quantities)
@@ -402,7 +402,7 @@ def _cell(runs: pd.DataFrame, start: pd.DataFrame) -> str:
 def summary_table(
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
 ) -> pd.DataFrame:  # method × task: gold gain [interval], share of wins, KL
-    "Every method on every task; tasks without rows are left out."
+    "Every method on every task; tasks without rows are left out. Without bounds where seeds are fewer than five."
     store, columns = rows_in(results), {}
     for task in ("dialogue", "summarization", "sentiment"):
         try:
