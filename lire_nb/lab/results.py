@@ -131,7 +131,7 @@ def difference(
     judge: str = "gold",
     unit: float = 1.0,  # e.g. the standard deviation of the start's rewards
 ) -> Interval:
-    "Mean reward of `new` minus that of `old`, paired by seed and prompt."
+    "Mean reward of `new` minus that of `old`, paired by seed and prompt; raises `LireError` without a common seed."
     a, b = _paired(new, old)
     return over_seeds((values_of(a, judge) - values_of(b, judge)) / unit)
 
@@ -153,7 +153,7 @@ def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interv
 
 # %% ../../nbs/43_results.ipynb #3ab02ba0
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
-    "Share of comparisons won against `old` with the same seed."
+    "Share of comparisons won against `old` with the same seed, a tie as a half."
     from lire_nb.preferences import preferences
 
     a, b = _paired(new, old)
