@@ -38,7 +38,7 @@ def make_sheets(
     key: str | Path | None = None,  # default: folder/key.json
 ) -> list[Path]:  # the sheets
     """Write blinded, shuffled sheets and their key; sheets that are there already are left as they are, if they belong
-    to the same key."""
+    to the same key. Raises `LireError` where others are there, or where judges and overlap do not fit."""
     folder, names = Path(folder), [slug(j) for j in judges]
     key = Path(key or folder / "key.json")
     require("" not in names and len(set(names)) == len(names) and 1 <= overlap <= len(names), "do not fit",
@@ -151,7 +151,7 @@ def check_sheets(
     key: str | Path | None = None,  # default: key.json in that folder
     mapping: dict[str, str] | None = None,  # other notations, e.g. {"1": "first", "2": "second", "=": "tie"}
 ) -> tuple[list[dict], list[LireError]]:  # verdict records, and everything that is wrong
-    "Read the sheets and list all their problems."
+    "Read the sheets and list all problems of their rows; raises `LireError` where a sheet or the key cannot be read."
     alone = isinstance(sheets, (str, os.PathLike))
     paths = (
         sorted(Path(sheets, "sheets").glob("*.csv"))
@@ -162,7 +162,8 @@ def check_sheets(
             field="sheets" if not paths else "key", value=str(sheets),
             allowed="the folder given to make_sheets, or sheets and key=", remedy="check the path")
     key = _read_key(Path(key or Path(sheets, "key.json")))
-    words, problems, verdicts = {**{v: v for v in VERDICTS}, **(mapping or {})}, [], {}
+    own = {notation.strip().lower(): verdict for notation, verdict in (mapping or {}).items()}  # as cells are read
+    words, problems, verdicts = {**{v: v for v in VERDICTS}, **own}, [], {}
     require(set(words.values()) == set(VERDICTS), "unknown verdict", field="mapping", value=mapping,
             allowed=f"values {', '.join(VERDICTS)}", remedy="map each notation to one of them")
     for path in paths:

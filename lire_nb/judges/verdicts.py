@@ -164,7 +164,7 @@ class Comparison(NamedTuple):
 
 # %% ../../nbs/50_verdicts.ipynb #70ade34a
 def read_comparison(reply: str, parse: Callable = parse_verdict) -> Comparison:
-    "A reply with its verdict, or with the reason why it has none."
+    "A reply with its verdict, or why it has none; raises `LireError` where `parse` gives a word that is no verdict."
     verdict = parse(reply)
     require(verdict is None or verdict in VERDICTS, "gave an unknown verdict", field="parse", value=verdict,
             allowed=f"{', '.join(VERDICTS)} or None", remedy="translate the judge's words in the parse function")
@@ -256,7 +256,8 @@ def verdicts_to_preferences(
     *,
     failures: str = "drop",  # a pair without a verdict: "drop" leaves it out, "tie" counts it as one
 ) -> JudgedPrompts:
-    "One preference per prompt, with flips, position bias and failures counted."
+    """One preference per prompt, with flips, position bias and failures counted; raises `LireError` for verdicts that
+    were read twice or cut off, and where not exactly two systems are compared."""
     require(failures in ("drop", "tie"), "unknown choice", field="failures", value=failures, allowed="drop, tie",
             remedy="choose one of them")
     verdicts, system, against = _select(verdicts, system, against)
@@ -362,7 +363,7 @@ def agreement(
     level: str = "ordinal",
     **options,  # for `preferences.judge_agreement`
 ) -> Agreement:
-    "Agreement of all judges, and of every two."
+    "Agreement of all judges, and of every two; raises `LireError` for a single judge."
     table = verdict_frame([v for one in verdicts for v in one], system, against)
     require(table.shape[1] >= 2, "only one judge", field="verdicts", value=list(table), allowed="two judges or more",
             remedy="add the verdicts of another judge, under another name")

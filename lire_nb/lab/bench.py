@@ -338,7 +338,7 @@ def review_pairs(policy: str | Path, prompt_tokens: int = 192, tokens: int = 48,
 
 # %% ../../nbs/47_bench.ipynb #224b0d39
 def bench_pairs(policy: str | Path, texts: list[tuple[str, str, str]], repeats: int = 5) -> list[dict]:
-    "One DPO step over the same pairs by TRL and by our paths: one row per way."
+    "One DPO step over the same pairs by TRL and by our paths: one row per way; raises `LireError` as `trl_steps` does."
     with tempfile.TemporaryDirectory() as folder:
         steps, point = trl_steps(policy, texts, folder)
         seconds = interleaved(steps, repeats)

@@ -44,11 +44,12 @@ def _reason(found, together: int) -> str:  # of `decisions.Decision`
     "Why a verdict is what it is."
     corrected = f"corrected for {together} claims" if together > 1 else "one claim"
     more = f"about {found.needed} seeds" if found.needed else "more than 200 seeds"
+    few = "1 seed decides" if found.seeds == 1 else f"{found.seeds} seeds decide"
     return {"supported": f"the difference lies above zero (p = {found.p:.2g}, {corrected})",
             "contradicted": f"the difference lies below zero (p = {found.p:.2g}, {corrected})",
             "tie": f"it is surely smaller than what matters (p = {found.p_tie:.2g}, {corrected})",
             "undecided": f"zero and a difference that matters are both possible; {more} would decide it"}.get(
-        found.verdict, f"{found.seeds} seed{'s' * (found.seeds != 1)} decide nothing")
+        found.verdict, f"{few} nothing")
 
 # %% ../../nbs/44_claims.ipynb #8a2603c3
 class NotMeasured(Exception):
@@ -384,7 +385,7 @@ def verdict_text(
     page: str,  # as `Table.notebook`
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
 ) -> str:  # Markdown
-    "The verdicts of one page as a list."
+    "The verdicts of one page as a list, with all that was measured, also what decides nothing; empty for no page."
     lines = []
     for claim, found in _measured(page, results):
         numbers = "; ".join(f"{q.name} {shown(q.interval, q.form)}" for q in found.quantities)
@@ -402,7 +403,7 @@ def _cell(runs: pd.DataFrame, start: pd.DataFrame) -> str:
 def summary_table(
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
 ) -> pd.DataFrame:  # method × task: gold gain [interval], share of wins, KL
-    "Every method on every task; tasks without rows are left out."
+    "Every method on every task; tasks without rows are left out. Without bounds where seeds are fewer than five."
     store, columns = rows_in(results), {}
     for task in ("dialogue", "summarization", "sentiment"):
         try:

@@ -206,7 +206,7 @@ CARDS = (16, 24, 40, 48, 80, 141)  # GB of the usual accelerators
 def memory_table(
     plans: dict[str, dict[str, int]],  # name -> plan
 ) -> pd.DataFrame:
-    "Plans as a table in GiB, with the smallest usual card that holds total and start, and a tenth more."
+    "Plans as a table in GiB, with the smallest usual card that holds the larger of total and start, and a tenth more."
     table = pd.DataFrame({name: {part: round(n / 2**30, 2) for part, n in plan.items()}
                           for name, plan in plans.items()}).T
     table["card"] = [next((f"{c} GB" for c in CARDS if 1.1 * max(plan["total"], plan["start"]) <= c * 1e9), "none")

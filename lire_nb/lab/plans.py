@@ -497,7 +497,7 @@ def _losses_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
 @dataclass(frozen=True)
 class Table:
     "What can be reproduced."
-    claim: str  # of the paper
+    claim: str  # of the paper, or what the table shows
     notebook: str  # the page that draws it
     plan: Callable[[dict, int, Find], list[Run]]
     scales: tuple[str, ...] = ("smoke", "laptop", "gpu")  # at which "all" means it too

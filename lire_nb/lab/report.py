@@ -192,7 +192,8 @@ def explain_worse(
     judge: str | None = None,  # default: the independent one
     system: str | None = None,  # default: the last
 ) -> Worse:
-    "The prompts whose reward fell, with what may explain each, and how much each reason explains."
+    """The prompts whose reward fell, with what may explain each, and how much each reason explains; raises `LireError`
+    where the systems did not answer the same prompts."""
     start, judge = next(iter(systems)), judge or independent_judge(systems)
     old, new = systems[start], systems[system or list(systems)[-1]]
     table = _changes(old, new, judge)
@@ -339,7 +340,8 @@ def _machine(about: dict) -> str | None:
 def report(
     run_folder: str | Path,  # with metrics.jsonl and the files beside it
 ) -> Path:  # report.html
-    "Write tables, figures, samples and the page of a run; its files are read, never run."
+    """Write tables, figures, samples and the page of a run; its files are read, never run. Raises `LireError` where
+    metrics or rows are not there."""
     run = Path(run_folder)
     metrics, systems = read_metrics(run), read_systems(run)
     table, worse, samples = results_table(metrics), explain_worse(systems), pick_samples(systems)

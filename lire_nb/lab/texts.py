@@ -79,6 +79,6 @@ def degenerate_share(
     rows: Iterable[Iterable[int]],  # token ids of texts
     least: float = 0.5,
 ) -> float:
-    "The share of texts of which fewer than half of the own pairs are different."
+    "The share of texts of whose own pairs less than `least` are different; a text without pairs counts as sound."
     rows = [[*row] for row in rows]
     return float(np.mean([distinct_2([row]) < least for row in rows])) if rows else float("nan")

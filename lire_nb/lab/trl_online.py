@@ -202,8 +202,8 @@ def train_online(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Train a policy online with TRL on a fixed budget of completions; raises `LireError` without trl. The prompts of a
-    pass that do not fill a step wait for the next pass."""
+    """Train a policy online with TRL on a fixed budget of completions. Raises `LireError` without trl, for settings
+    that do not fit, and for a folder of another run. Prompts of a pass that do not fill a step wait for the next."""
     records, training, folder = list({r["id"]: r for r in by_id(prompts)}.values()), training or {}, Path(folder)
     _check_online(_trl(method)[0], settings, training)
     generations = generation_budget(records, 1, num_candidates) if generations is None else generations
