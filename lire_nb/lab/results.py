@@ -136,7 +136,7 @@ def difference(
     judge: str = "gold",
     unit: float = 1.0,  # e.g. the standard deviation of the start's rewards
 ) -> Interval:
-    "Mean reward of `new` minus that of `old`, paired by seed and prompt."
+    "Mean reward of `new` minus that of `old`, paired by seed and prompt; raises `LireError` without a common seed."
     a, b = _paired(new, old)
     return over_seeds((values_of(a, judge) - values_of(b, judge)) / unit)
 
@@ -158,7 +158,7 @@ def gain(runs: pd.DataFrame, start: pd.DataFrame, judge: str = "gold") -> Interv
 
 # %% ../../nbs/43_results.ipynb #3ab02ba0
 def wins(new: pd.DataFrame, old: pd.DataFrame, judge: str = "gold") -> Interval:
-    "Share of comparisons won against `old` with the same seed."
+    "Share of comparisons won against `old` with the same seed, a tie as a half."
     from lire_nb.preferences import preferences
 
     a, b = _paired(new, old)
@@ -177,7 +177,7 @@ def distance(runs: pd.DataFrame) -> Interval:
 
 
 def start_perplexity(runs: pd.DataFrame) -> Interval:
-    "Perplexity of the completions under the start policy."
+    "Perplexity of the completions under the start policy, per token; its interval is too narrow with few seeds."
     logps, tokens = (np.array([[np.sum(v) for v in r[name]] for r in runs["result"]])
                      for name in ("start_logps", "tokens"))
     total = lambda x, r, c: np.einsum("ds,sn,dn->d", r, x, c)  # noqa: E731
@@ -198,7 +198,7 @@ def system_table(
     start: str = "start",
     judges: tuple[str, ...] = ("gold", "proxy"),
 ) -> pd.DataFrame:
-    "Gain over the start, win rate, KL, perplexity under the start and length, with 95 % intervals."
+    "Gain over the start, win rate, KL, perplexity under the start and length; 95 % intervals from five seeds on."
     rows = []
     for name, runs in systems.items():
         beside = _beside_start(runs, systems[start], judges)

@@ -396,7 +396,7 @@ def dry_run(
     table: str,  # dialogue or summarization
     configs: str | Path | None = None,
     work: str | Path | None = None,  # for the stand-ins; default: a temporary folder
-) -> list[dict]:  # method, candidates, tokens, trained parameters, loss of the first batch
+) -> list[dict]:  # method, candidates, sources, trained parameters, loss of the first batch
     "The paper's recipe down to the first batch of every method, with small random models of the same classes."
     runs, rows = paper_plan(table, configs=configs), []
     with tempfile.TemporaryDirectory() as own:
