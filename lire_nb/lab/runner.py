@@ -59,7 +59,7 @@ def reproduce(
     """Run what is missing of some tables, and append each result when it is there. Started again, it goes on with what
     is left. Raises `LireError` before anything runs for what cannot be done, and at the end where runs failed."""
     names = list(names)
-    size = _checked(names, scale, seeds, policy, reward, configs)
+    size = _checked(names, scale, seeds, jobs, policy, reward, configs)
     given = Given(None if scale == "paper" else policy, loss, task and str(task))
     plain = lambda name, find: _planned(name, scale, seeds, find, policy, configs, reward)  # noqa: E731
     if given:
@@ -68,15 +68,12 @@ def reproduce(
     work, threads = Path(work or Path("runs", "reproduce", scale)), size.get("threads")
     if _processes() > 1:
         jobs = 1  # the processes of accelerate launch train together
-    require(jobs is None or jobs >= 1, "too few", field="--jobs", value=jobs, allowed="1 or more",
-            remedy="leave it out: as many as the cores allow")
     jobs = jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1)
 
     def planned(find: Find) -> dict[str, Run]:
         return _distinct(run for name in names for run in given_plan(lambda known: plain(name, known), given, find))
 
-    if any(run.config.get("kind") == "online" for run in planned(lambda config: None).values()):
-        needed("trl", "peers", field="NAME", value=", ".join(names))
+    _check_online(names, planned(lambda config: None).values())
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
         return _run_missing(planned, threads, results, work, jobs, accept,
@@ -308,7 +305,13 @@ def _check_scale(scale: str) -> None:
             allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
 
 
-def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, configs) -> dict:
+def _check_online(names: list[str], runs: Iterable[Run]) -> None:
+    "What trains with another package is not begun without it."
+    if any(run.config.get("kind") == "online" for run in runs):
+        needed("trl", "peers", field="NAME", value=", ".join(names))
+
+
+def _checked(names: list[str], scale: str, seeds: int | None, jobs: int | None, policy, reward, configs) -> dict:
     "The settings of a scale; raises `LireError` for what cannot be run."
     _check_scale(scale)
     require(not reward or scale == "paper", "is used at the scale of the paper only", field="--reward", value=reward,
@@ -320,6 +323,8 @@ def _checked(names: list[str], scale: str, seeds: int | None, policy, reward, co
                 allowed=", ".join(known), remedy="lire reproduce --list --scale SCALE shows the tables of each")
     require(seeds is None or seeds >= 1, "too few", field="--seeds", value=seeds, allowed="1 or more",
             remedy="leave it out for the scale's own number")
+    require(jobs is None or jobs >= 1, "too few", field="--jobs", value=jobs, allowed="1 or more",
+            remedy="leave it out: as many as the cores allow")
     size = SCALES.get(scale, PAPER)
     _check_hardware(scale, size)
     if scale == "paper":
