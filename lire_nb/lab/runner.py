@@ -73,7 +73,6 @@ def reproduce(
     def planned(find: Find) -> dict[str, Run]:
         return _distinct(run for name in names for run in given_plan(lambda known: plain(name, known), given, find))
 
-    _check_online(names, planned(lambda config: None).values())
     with _only_one(work):
         say(f"{', '.join(names)} at the scale {scale} ({size['about']}); rows go to {results}")
         return _run_missing(planned, threads, results, work, jobs, accept,
@@ -115,6 +114,12 @@ def _counting(folder: Path, accept: str | None, say) -> Results:
     return store
 
 # %% ../../nbs/42_runner.ipynb #4a3ccb47
+def _check_online(runs: Iterable[Run]) -> None:
+    "What trains with another package is not begun without it."
+    if table := next((run.table for run in runs if run.config.get("kind") == "online"), None):
+        needed("trl", "peers", field="NAME", value=table)
+
+
 def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most) -> int:
     store, count, failed = _counting(folder, accept, say), 0, {}
     if note := changed_protocol(store.rows.values()):
@@ -125,6 +130,7 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
         planned = plan_of(store.find)
         missing = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed),
                          key=lambda r: r.labels.get("stage") != "reward")
+        _check_online(missing)
         todo = missing[: None if most is None else max(0, most - count)]
         if not todo:
             break
@@ -303,12 +309,6 @@ def _recipe(table: str, configs: str | Path | None = None) -> dict:
 def _check_scale(scale: str) -> None:
     require(scale in (*SCALES, "paper"), "unknown scale", field="--scale", value=scale,
             allowed=", ".join([*SCALES, "paper"]), remedy="choose one of these")
-
-
-def _check_online(names: list[str], runs: Iterable[Run]) -> None:
-    "What trains with another package is not begun without it."
-    if any(run.config.get("kind") == "online" for run in runs):
-        needed("trl", "peers", field="NAME", value=", ".join(names))
 
 
 def _checked(names: list[str], scale: str, seeds: int | None, jobs: int | None, policy, reward, configs) -> dict:
