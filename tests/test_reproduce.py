@@ -147,7 +147,7 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
     said = capsys.readouterr().out
     assert "0ld0ld0" in said and "--accept 0ld0ld0" in said
     assert main(["reproduce", "--list", "--scale", "smoke", "--results", str(tmp_path / "results")]) == 0
-    assert "more rows of other code" in capsys.readouterr().out
+    assert "rows of other code: --accept 0ld0ld0" in capsys.readouterr().out
     path = tmp_path / "results" / "sentiment.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # one is missing
     assert main([*common, "--accept", "0ld0ld0"]) == 0
