@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'MODEL_ASSETS', 'DTYPES', 'ATTENTIONS', 'Policy', 'ModelError', 'resolve_model', 'cache_dir', 'file_hash',
            'digest', 'load_tokenizer', 'load_policy', 'quiet_transformers', 'import_peft', 'load_reward_backbone',
-           'default_device', 'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content', 'model_fingerprint',
-           'unwrap', 'causal_lm', 'text_config', 'context_of', 'common_context']
+           'default_device', 'in_float32', 'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content',
+           'model_fingerprint', 'unwrap', 'causal_lm', 'text_config', 'context_of', 'common_context']
 
 # %% ../nbs/35_models.ipynb #c0006481
 import hashlib
@@ -374,8 +374,25 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 # %% ../nbs/35_models.ipynb #637d6de6
+_EXACT = ContextVar("exact", default=False)
+
+
+@contextmanager
+def in_float32(
+    active: bool = True,  # False: a block like any other
+):
+    "A block in which every device computes as one without bfloat16, so that a run does not depend on where it runs."
+    token = _EXACT.set(active or _EXACT.get())
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
+
+
 def has_bf16(device: torch.device | str | None = None) -> bool:
-    "Whether bfloat16 matrix products are fast on this device."
+    "Whether bfloat16 matrix products are fast on this device, and wanted."
+    if _EXACT.get():
+        return False
     device = torch.device(device) if device is not None else default_device()
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

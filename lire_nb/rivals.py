@@ -500,6 +500,7 @@ class LossSpec:
     formula: str = ""
     source: str = ""
     optimum: str = "point mass"  # what it converges to on one list: a "point mass", the "tilted" distribution, …
+    ties: bool = False  # whether a list of equal rewards teaches too
     pitfall: str = ""
     without_ref: str = ""  # the variant that needs no reference model
 
@@ -543,28 +544,29 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
     LossSpec("rrhf", rrhf_loss, needs_lengths=True, uses="order",
              formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
-             source="arXiv 2304.05302", optimum="order", pitfall="repairs wrong pairs only; the rest is SFT"),
-    LossSpec("pro", pro_loss, needs_lengths=True, source="arXiv 2306.17492",
+             source="arXiv 2304.05302", optimum="order", ties=True,
+             pitfall="repairs wrong pairs only; the rest is SFT"),
+    LossSpec("pro", pro_loss, needs_lengths=True, source="arXiv 2306.17492", ties=True,
              formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ]"
                      " − 0.05·(M−1)²·s_b",
              pitfall="the supervised term often outweighs the rest"),
     LossSpec("infonca", infonca_loss, needs_ref=True, formula="−Σ q·log m,  q = softmax(R/α), m = softmax(u)",
-             source="arXiv 2402.05369", optimum="tilted",
+             source="arXiv 2402.05369", optimum="tilted", ties=True,
              pitfall="a one-hot q at M = 2 is DPO; tied lists teach equality"),
     LossSpec("nca", nca_loss, needs_ref=True,
              formula="−Σ q·log σ(u) − mean log σ(−u)", source="arXiv 2402.05369",
-             optimum="tilted", pitfall="the level of u counts: start at the reference"),
+             optimum="tilted", ties=True, pitfall="the level of u counts: start at the reference"),
     LossSpec("regression", regression_loss, needs_ref=True, formula="½/(M−1)·Σ[(u−ū) − (R−R̄)]²",
-             source="arXiv 2504.19599, 2406.19185, 2404.16767", optimum="tilted",
+             source="arXiv 2504.19599, 2406.19185, 2404.16767", optimum="tilted", ties=True,
              pitfall="the scale of R against β decides"),
     LossSpec("lipo", lipo_loss, needs_ref=True,
              formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
              pitfall="rewards must lie in [0, 1]"),
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
              source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
-             without_ref="asymre"),
+             optimum="bounded", without_ref="asymre"),
     LossSpec("awr", awr_loss, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177", optimum="weighted data",
-             pitfall="nothing is pushed down"),
+             ties=True, pitfall="nothing is pushed down"),
     LossSpec("simpo", simpo_loss, needs_lengths=True, uses="order", formula="−log σ(β(s̄_b − s̄_w) − γ)",
              source="arXiv 2405.14734", pitfall="β is per token: about 2, not 0.1"),
     LossSpec("odpo", odpo_loss, needs_ref=True, formula="−log σ(u_b − u_w − α·log(R_b − R_w))",
@@ -573,7 +575,7 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              source="arXiv 2507.08068", optimum="tilted",
              pitfall="float32 at least; quantiles of few samples are coarse"),
     LossSpec("swepo", swepo_loss, needs_ref=True, formula="−log Σ_{R>R̄} e^(u+α|R−R̄|) / Σ e^(u+α|R−R̄|)",
-             source="arXiv 2412.04628", pitfall="the weights of the worse half are our reading"),
+             source="arXiv 2412.04628", optimum="the better half", pitfall="the weights of the worse half are our reading"),
     LossSpec("kto", kto_loss, needs_ref=True, uses="threshold",
              formula="1 − σ(±(u − βz))", source="arXiv 2402.01306",
              optimum="bounded", pitfall="z needs two prompts in a batch"),

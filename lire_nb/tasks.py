@@ -11,6 +11,7 @@ import csv
 import hashlib
 import html
 import importlib.metadata
+import inspect
 import logging
 import re
 import tempfile
@@ -331,6 +332,10 @@ def load_task(
     "A task by name; raises `LireError` for an unknown name or a source that cannot be had."
     require(name in TASKS, "unknown task", field="task", value=name, allowed=", ".join(TASKS),
             remedy="choose one of these")
+    known = list(inspect.signature(TASKS[name]).parameters)[1:]
+    wrong = sorted(set(options) - set(known))
+    require(not wrong, f"not an option of the task {name}", field="options", value=", ".join(wrong),
+            allowed=", ".join(known), remedy="leave it out")
     return TASKS[name](path, **options)
 
 # %% ../nbs/34_tasks.ipynb #95bcdbe2

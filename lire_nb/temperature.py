@@ -42,9 +42,11 @@ def why_mute(
 # %% ../nbs/24_temperature.ipynb #5c74fe53
 def mute_lists(
     rewards: Iterable[Sequence[float | None]],  # of each list
+    ties: bool = False,  # whether equal rewards teach too, as a `LossSpec` says
 ) -> tuple[int, str]:  # how many cannot teach, and why, in words
     "Count the lists that cannot teach."
     counts = Counter(filter(None, map(why_mute, rewards)))
+    counts["tied"] *= not ties
     return sum(counts.values()), ", ".join(f"{counts[why]} {words}" for why, words in MUTE.items() if counts[why])
 
 # %% ../nbs/24_temperature.ipynb #8fea3592

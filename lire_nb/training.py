@@ -827,7 +827,7 @@ def check_teaching(
                 _check_fit(loss, args.loss_settings(), [one for one in rows if any(r is not None for r in one[1])])
             yield from (row for (_, row), (_, by) in zip(rows, some) if not by)
 
-    mute, why = mute_lists(rewards())
+    mute, why = mute_lists(rewards(), loss.ties)
     if not mute or not needs_difference(loss, args.loss_settings()):
         return
     # what a function of one's own learns from, only it knows

@@ -76,7 +76,8 @@ class RewardEnsemble:
 
     def _asked(self, reward: Reward, prompts: list, completions: list[str]) -> np.ndarray:
         "One member's scores, checked."
-        scores = np.asarray(list(reward(prompts, completions)), dtype=float)
+        found = reward(prompts, completions)
+        scores = np.asarray(list(found) if isinstance(found, Iterable) else found, dtype=float)
         fine = scores.shape == (len(completions),) and np.isfinite(scores).all()
         require(fine, "not one finite number for each text", error=RewardError,
                 field=f"reward {self.name!r}, member {reward_name(reward)!r}",

@@ -32,7 +32,7 @@ from .memory import lora_config
 from .plans import config_key, HOMES, TAKEN, _made_by, read_experiment
 from ..lists import load_lists, save_lists
 from ..logprobs import dataset_logps
-from ..models import compute_dtype, load_policy, load_tokenizer, Policy, quiet_transformers
+from ..models import compute_dtype, in_float32, load_policy, load_tokenizer, Policy, quiet_transformers
 from ..records import best_and_worst, candidate_columns, make_record, merge_candidates, select_candidates
 from lire_nb.rewards import (
     load_scalar_head_model, longer_wins, pair_accuracy, RewardModel, score_lists, train_reward_model, VaderReward,
@@ -197,12 +197,12 @@ def given_candidates(
     most: int,  # tokens
 ) -> list[tuple[str, str]]:  # (completion, source): the best and the worst, or nothing
     "The best and the worst of a list's texts of at most `most` tokens."
-    short = [j
-             for j, text in enumerate(record["completions"])
-             if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
+    texts = record["completions"]
+    short = [j for j, text in enumerate(texts)
+             if text not in texts[:j] and len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= most]
     if len(short) < 2:
         return []
-    return [(record["completions"][j], record["sources"][j]) for j in best_and_worst(record["rewards"], short)]
+    return [(texts[j], record["sources"][j]) for j in best_and_worst(record["rewards"], short)]
 
 # %% ../../nbs/40_experiments.ipynb #4509a857
 def _make_lists(draft: Path, config: dict, work: Path) -> None:
@@ -283,7 +283,7 @@ def _with_demonstration(record: dict, sampled: int, total: int) -> dict:
 def ragged_lengths(prompts: int, mean: int, most: int, seed: int = 0) -> list[int]:
     "Lengths between 2 and `most` with the given mean: one list gives a candidate to another, many times."
     draw, lengths = random.Random(seed), [mean] * prompts
-    for _ in range(20 * prompts):
+    for _ in range(20 * prompts if prompts > 1 else 0):
         a, b = draw.sample(range(prompts), 2)
         if lengths[a] > 2 and lengths[b] < most:
             lengths[a], lengths[b] = lengths[a] - 1, lengths[b] + 1
@@ -462,7 +462,8 @@ def _judge_talks(policy: str, config: dict, work: Path) -> dict:
 
 # %% ../../nbs/40_experiments.ipynb #nb002co4
 def _converse(config: dict, work: Path, keep: bool) -> dict:
-    start, folder = _policy(config["source"]["policy"], work), Path(work) / "trained" / config_key(config)
+    start = _policy(config["source"]["policy"], work)
+    folder = Path(work) / "trained" / f"{config_key(config)}-{_made_by('_converse')}"
     if config["method"] == "start":
         return _judge_talks(start, config, work)
     longest = {"max_completion_length": config["turns"] * (config["source"]["tokens"] + 48)}  # the user's words too
@@ -508,7 +509,8 @@ def run_experiment(
     try:
         if config.get("threads"):
             torch.set_num_threads(config["threads"])
-        with for_a_while((look_logger, "disabled", True)):  # T is part of the question, and the look costs 2 steps
+        # T is part of the question, and the look costs 2 steps
+        with for_a_while((look_logger, "disabled", True)), in_float32(config.get("precision") == "float32"):
             result = json.loads(json.dumps(KINDS[config["kind"]](config, Path(work), keep)))
     finally:
         torch.set_num_threads(threads)

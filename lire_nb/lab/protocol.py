@@ -19,7 +19,7 @@ from .plans import experiment, Experiment, Find, read_settings, Run, Table, TABL
 
 # %% ../../nbs/55_protocol.ipynb #pr007
 _PARTS = {"rule", "seeds", "methods", "best_of_n", "judges", "grids", "families", "trends", "pairs"}
-_RULE = {"cap", "margin", "level", "points", "weak_proxy", "long_points"}
+_RULE = {"cap", "margin", "level", "points", "weak_proxy", "long_points", "precision"}
 
 
 def _read_protocol() -> dict:
@@ -81,7 +81,7 @@ def trial(
     search, judges = split == "validation", _judges(scale, task, split)
     scale = {**scale, "tasks": {**scale["tasks"], task: {**scale["tasks"][task], **(pool or {})}}}
     more = {"points": points or _said(scale, "points", "rule"),
-            "stop": 1.5 * PROTOCOL["rule"]["cap"] if search else None,
+            "stop": 1.5 * PROTOCOL["rule"]["cap"] if search else None, "precision": PROTOCOL["rule"]["precision"],
             "elsewhere": {t: {"prompts": scale["tasks"][t]["test"], "tokens": scale["tasks"][t]["tokens"]}
                           for t in elsewhere}}
     made = experiment(scale, task, method, seed, settings, split=split, take=take, kind="trial", **more)
@@ -103,7 +103,8 @@ def _judges(scale: dict, task: str, split: str) -> list[str]:
 
 def _rewards(scale: dict, task: str, weak: int | None = None) -> dict:
     "How the judges of a task are made."
-    own, names = scale["tasks"][task]["reward"], ("proxies", "golds", "share", "cycle", "least", "most", "checked")
+    own = scale["tasks"][task]["reward"]
+    names = ("proxies", "golds", "share", "rank", "layers", "rate", "cycle", "least", "most", "checked")
     return {"backbone": scale["backbone"], "batch_size": own["batch_size"], "max_length": own["max_length"],
             "lists": own.get("lists"), "check": own.get("check"), "validation": scale["tasks"][task]["validation"],
             **{name: _said(scale, name, "judges") for name in names}, **({"weak": weak} if weak else {})}
@@ -267,7 +268,8 @@ def rounds_plan(scale: dict, seeds: int, find: Find) -> list[Run]:
     for seed in _few(seeds) if best else ():
         for pool in ("replace", "keep"):
             made = trial(scale, "sentiment", "lire", seed, best)
-            made = replace(made, kind="rounds", more={"evolve": scale["rounds"], "pool": pool})
+            more = {"evolve": scale["rounds"], "pool": pool, "precision": made.more["precision"]}
+            made = replace(made, kind="rounds", more=more)
             runs.append(_labeled("sentiment", made, "matched_rounds", stage="final", method="lire", setting="pool",
                                  value=pool, seed=seed))
     return runs + _starts_of(scale, seeds)

@@ -114,10 +114,15 @@ def _counting(folder: Path, accept: str | None, say) -> Results:
     return store
 
 # %% ../../nbs/42_runner.ipynb #4a3ccb47
-def _check_online(runs: Iterable[Run]) -> None:
-    "What trains with another package is not begun without it."
-    if table := next((run.table for run in runs if run.config.get("kind") == "online"), None):
-        needed("trl", "peers", field="NAME", value=table)
+_PACKAGES = {"online": ("trl", "peers"), "trial": ("peft", "lora"), "rounds": ("peft", "lora")}  # kind -> name, extra
+
+
+def _check_packages(runs: Iterable[Run]) -> None:
+    "What uses another package is not begun without it."
+    tables = {run.config.get("kind"): run.table for run in runs}
+    for kind, names in _PACKAGES.items():
+        if kind in tables:
+            needed(*names, field="NAME", value=tables[kind])
 
 
 def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most) -> int:
@@ -130,7 +135,7 @@ def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most)
         planned = plan_of(store.find)
         missing = sorted((r for key, r in planned.items() if key not in store.rows and key not in failed),
                          key=lambda r: r.labels.get("stage") != "reward")
-        _check_online(missing)
+        _check_packages(missing)
         todo = missing[: None if most is None else max(0, most - count)]
         if not todo:
             break

@@ -8,6 +8,7 @@ __all__ = ['judge_spec', 'judge_lists', 'trial_judges', 'trial_lists', 'Looks']
 # %% ../../nbs/56_trials.ipynb #tr003
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback
 
-from ..base.errors import LireError
+from ..base.errors import data_path, LireError
 from ..base.files import atomic_folder, write_json
 from ..base.versions import version
 from ..enhancement import self_enhance
@@ -28,7 +29,7 @@ from .texts import degenerate_share, distinct_2
 from ..linear_judge import LinearJudge, train_linear_judge
 from ..lists import load_lists, save_lists
 from ..logprobs import sampled_logps
-from ..models import compute_dtype, load_policy, load_reward_backbone, quiet_transformers
+from ..models import compute_dtype, import_peft, load_policy, load_reward_backbone, quiet_transformers
 from ..rewards import longer_wins, pair_accuracy, RewardModel, score_lists, VaderReward, _fit
 from ..sampling import derive_seed, sample_lists, SamplingSettings
 from ..tasks import Task
@@ -38,8 +39,10 @@ from ..watching import Onlooker
 # %% ../../nbs/56_trials.ipynb #tr009
 def _kept(work: Path, kind: str, spec: dict, make: Callable[[Path], None], maker: str) -> Path:
     "The folder that `make` fills for this spec; made once by the same code, which starts at the function `maker`."
-    made_by = version(f"trials.{maker}", without=_NAMING)
-    folder = Path(work) / kind / f"{config_key(spec)}-{made_by}"
+    name = f"{config_key(spec)}-{version(f'trials.{maker}', without=_NAMING)}"
+    stored, folder = data_path(kind) / name, Path(work) / kind / name
+    if stored.is_dir():  # came with the rows
+        return stored
     if not folder.exists():
         with _locked(folder):
             if not folder.exists():
@@ -59,7 +62,8 @@ def judge_spec(
     counts = {k: how.pop(k) for k in ("proxies", "golds")}
     weak = how.pop("weak", None)
     return {"task": task, "name": name, "member": config["seed"] % counts[side], **how,
-            **({"lists": weak} if weak and name == "proxy" else {})}
+            **({"lists": weak} if weak and name == "proxy" else {}),
+            **({"precision": config["precision"]} if "precision" in config else {})}
 
 # %% ../../nbs/56_trials.ipynb #tr012
 def judge_lists(task: Task, spec: dict) -> tuple[list[dict], list[dict], list[dict]]:
@@ -79,7 +83,7 @@ def _make_judge(draft: Path, spec: dict, task: Task) -> None:
         judge, steps = train_linear_judge(learn), 0
     else:
         judge, steps = _taught(spec, learn, left[: spec["checked"]])
-    judge.save(draft)
+    judge.save(draft) if spec["name"] == "linear" else judge.model.save_pretrained(draft)
     found, longer = pair_accuracy(held_out, judge), pair_accuracy(held_out, longer_wins)
     write_json(draft / "held_out.json", {k: found[k] for k in ("accuracy", "lists", "pairs")}
                | {"longer_wins": longer["accuracy"], "trained_on": len(learn), "steps": steps})
@@ -90,10 +94,11 @@ def _taught(spec: dict, learn: list[dict], left: list[dict]) -> tuple[RewardMode
     best, state, steps, kept = -1.0, None, 0, 0
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("judge", spec["task"], spec["name"], spec["member"]) % 2**31)
-        reward = RewardModel(*load_reward_backbone(spec["backbone"]), max_length=spec["max_length"], name=spec["name"])
+        model, tokenizer = load_reward_backbone(spec["backbone"])
+        reward = RewardModel(_with_adapter(model, spec), tokenizer, max_length=spec["max_length"], name=spec["name"])
         batches = _batches_of(learn, spec["batch_size"])
         while steps < spec["most"]:
-            _fit(reward, [next(batches) for _ in range(spec["cycle"])], 1e-4, False)
+            _fit(reward, [next(batches) for _ in range(spec["cycle"])], spec["rate"], False)
             steps += spec["cycle"]
             found = pair_accuracy(left, reward)["accuracy"] if steps >= spec["least"] else -1.0
             if steps >= spec["least"] and found <= best:
@@ -102,6 +107,24 @@ def _taught(spec: dict, learn: list[dict], left: list[dict]) -> tuple[RewardMode
             state = {k: v.clone() for k, v in reward.model.state_dict().items()}
     reward.model.load_state_dict(state)
     return reward, kept
+
+
+def _with_adapter(model, spec: dict):
+    "The backbone, of which the head and an adapter of the attention in its uppermost layers learn."
+    peft, layers = import_peft(), model.config.num_hidden_layers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about transformers
+        return peft.get_peft_model(model, peft.LoraConfig(
+            task_type="SEQ_CLS", r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules=["query", "key", "value"],
+            layers_to_transform=[*range(layers)[-spec["layers"]:]], modules_to_save=["classifier"]))
+
+
+def _load_model(folder: Path, spec: dict) -> RewardModel:
+    "A reward model: its adapter added to the backbone."
+    with torch.random.fork_rng([]):  # the head that is made here is replaced at once
+        model, tokenizer = load_reward_backbone(spec["backbone"])
+        model = import_peft().PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    return RewardModel(model, tokenizer, max_length=spec["max_length"], name=spec["name"])
 
 
 def _batches_of(lists: list[dict], size: int) -> Iterator[list[dict]]:
@@ -121,8 +144,7 @@ def trial_judges(config: dict, task: str, work: Path) -> tuple[dict, dict]:  # n
             continue
         spec = judge_spec(config, task, name)
         folder = _kept(work, "judges", spec, lambda draft: _make_judge(draft, spec, _task(config, task)), "_make_judge")
-        judges[name] = (LinearJudge if name == "linear" else RewardModel).load(folder)
-        judges[name].name = name
+        judges[name] = LinearJudge.load(folder) if name == "linear" else _load_model(folder, spec)
         known[name] = json.loads((folder / "held_out.json").read_text()) | {"member": spec["member"]}
     return judges, known
 
@@ -147,7 +169,7 @@ def _make_scores(draft: Path, config: dict, work: Path, samples: Path) -> None:
 # %% ../../nbs/56_trials.ipynb #tr021
 def trial_lists(config: dict, work: Path) -> list[dict]:
     "The lists that a trial trains on."
-    spec = {k: config[k] for k in ("source", "paths") if k in config}
+    spec = {k: config[k] for k in ("source", "paths", "precision") if k in config}
     samples = _kept(work, "samples", spec, lambda draft: _make_samples(draft, config, work), "_make_samples")
     spec = spec | {"proxy": judge_spec(config, config["source"]["task"], "proxy")}
     scored = _kept(work, "scored", spec, lambda draft: _make_scores(draft, config, work, samples), "_make_scores")
