@@ -1,6 +1,7 @@
 """What holds for all test files."""
 import gc
 import secrets
+import sys
 
 import pytest
 
@@ -47,3 +48,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def losses_of_one_test_stay_in_it():
+    """A loss that a test registers is not there for the next one."""
+    yield
+    if (module := sys.modules.get("lire_nb.rivals")) is not None:
+        for name, spec in list(module.LOSSES.items()):
+            if not getattr(spec.fn, "__module__", "").startswith("lire_nb"):
+                del module.LOSSES[name]

@@ -108,7 +108,7 @@ def again(tmp_path_factory) -> Path:
     for folder in ("nbs", "lire_nb"):
         shutil.copytree(ROOT / folder, copy / folder,
                         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for command in (("nbdev_export",), ("nbdev_clean",)):
+    for command in (("nbdev_export",), (sys.executable, str(ROOT / ".ci" / "wrap.py")), ("nbdev_clean",)):
         done = run(*command, cwd=copy)
         assert done.returncode == 0, done.stderr[-3000:]
     return copy
@@ -121,6 +121,12 @@ def test_modules_are_the_export_of_the_notebooks(again):
         assert (ROOT / "lire_nb" / name).read_text() == (again / "lire_nb" / name).read_text(), (
             f"lire_nb/{name} is not the export of its notebook: make export"
         )
+
+
+def test_no_line_of_the_package_is_wider_than_120():
+    wide = [f"{path.relative_to(ROOT)}:{i}" for path in (ROOT / "lire_nb").rglob("*.py")
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not wide, wide
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -165,7 +165,9 @@ def invented_frame(slopes: dict, seeds: int, draw, prompts: int = 24, failing: t
         rows += [{"method": m, "seed": seed, "stage": "final", "key": f"{m}{seed}",
                   "result": {"points": [point(slope * kl**0.5, kl) for kl in (2.0, 5.0, far)]}}
                  for m, (slope, far) in slopes.items()]
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs = {"table": "matched_dialogue", "scale": "evidence"}
+    return frame
 
 
 def test_gains_are_read_where_both_have_been(monkeypatch):
@@ -184,6 +186,27 @@ def test_gains_are_read_where_both_have_been(monkeypatch):
     assert np.mean([s.margin * s.unit for s in starts.values()]) == pytest.approx(0.2 * 5**0.5, rel=0.25)
 
 
+def test_a_claim_waits_for_all_its_seeds(monkeypatch):
+    """Seven seeds that are far apart decide nothing before the eighth, of the opponent as of the method."""
+    text = "LIRE gains more than DPO at equal distance, dialogue"
+    claim = next(c for c in claims.matched_claims() if c.text == text)
+    whole = invented_frame({"lire": (0.9, 7.0), "dpo": (0.1, 9.0)}, 8, np.random.default_rng(3))
+    for missing in ("lire7", "dpo7"):
+        frame = whole[whole["key"] != missing]
+        frame.attrs = whole.attrs
+        monkeypatch.setattr(courses, "load_runs", lambda table, results, scale, frame=frame: frame)
+        assert claims.measure_claims([claim], results.Results("nowhere"))[text].verdict == "not measured"
+    monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: whole)
+    assert claims.measure_claims([claim], results.Results("nowhere"))[text].verdict == "supported"
+
+
+def test_a_seed_twice_is_refused_not_chosen_from():
+    frame = invented_frame({"lire": (0.5, 7.0)}, 2, np.random.default_rng(0))
+    twice = pd.concat([frame, frame[frame["method"] == "lire"].assign(key=["a", "b"])])
+    with pytest.raises(LireError, match="two settings of one method"):
+        courses.courses_of(twice[twice["method"] == "lire"], courses.starts_by_seed(frame))
+
+
 def test_a_judge_that_cannot_tell_answers_apart_decides_nothing(monkeypatch):
     frame = invented_frame({"lire": (0.5, 9.0), "dpo": (0.1, 9.0)}, 8, np.random.default_rng(1), failing=(1, 4, 6, 7))
     monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
@@ -193,7 +216,7 @@ def test_a_judge_that_cannot_tell_answers_apart_decides_nothing(monkeypatch):
 
 
 def test_best_of_n_stands_beside_at_the_distance_that_it_reaches(monkeypatch):
-    frame = invented_frame({"lire": (0.1, 9.0)}, 6, np.random.default_rng(2))
+    frame = invented_frame({"lire": (0.1, 9.0)}, 8, np.random.default_rng(2))
     monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
     claim = next(c for c in claims.matched_claims()
                  if c.text == "LIRE gains more than best-of-n at equal distance, dialogue")
@@ -261,7 +284,7 @@ def test_margin_and_level_are_those_of_the_file(monkeypatch, margin, level, expe
 
 def test_a_pair_of_settings_is_read_in_the_same_unit_as_two_methods(monkeypatch):
     """Rows that differ in their labels alone: `between` finds what `at_distance` finds."""
-    frame = invented_frame({"lire": (0.5, 7.0), "dpo": (0.35, 20.0)}, 6, np.random.default_rng(3))
+    frame = invented_frame({"lire": (0.5, 7.0), "dpo": (0.35, 20.0)}, 8, np.random.default_rng(3))
     frame = frame.assign(setting="pool", value=frame["method"])
     monkeypatch.setattr(courses, "load_runs", lambda table, results, scale: frame)
     store = results.Results("nowhere")

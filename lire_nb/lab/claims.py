@@ -342,12 +342,14 @@ def claims_now(
     results: str | Path | Results | None = None,  # folder of the rows; default: `results_folder()`
     page: str | None = None,  # the claims of one page only
 ) -> list[Claim]:
-    "The claims of the protocol where rows of its tables are stored; else, table by table, those of the older rows."
+    "The claims of the protocol, from the first one of a table whose seeds are all run; else those of the older rows."
     from lire_nb.lab.protocol import PROTOCOL  # noqa: F401  which adds its tables
 
     store = rows_in(results)
-    tables = {row["table"] for row in store.rows.values()}
-    new = [c for c in matched_claims() if c.table in tables]
+    stored = {row["table"] for row in store.rows.values()}
+    new = [c for c in matched_claims() if c.table in stored]
+    tables = {c.table for c in new if c.quantities(store)}
+    new = [c for c in new if c.table in tables]
     answered = {"self_enhancement" if t == "matched_rounds" else t.removeprefix("matched_") for t in tables
                 if t.startswith("matched_")}
     return [c for c in [*new, *(c for c in CLAIMS if c.table not in answered)] if page in (None, _page(c))]
