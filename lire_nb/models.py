@@ -373,7 +373,7 @@ def default_device() -> torch.device:
     "The accelerator if there is one, else the CPU."
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
-# %% ../nbs/35_models.ipynb #637d6de6
+# %% ../nbs/35_models.ipynb #35fp0002
 _EXACT = ContextVar("exact", default=False)
 
 
@@ -388,7 +388,7 @@ def in_float32(
     finally:
         _EXACT.reset(token)
 
-
+# %% ../nbs/35_models.ipynb #637d6de6
 def has_bf16(device: torch.device | str | None = None) -> bool:
     "Whether bfloat16 matrix products are fast on this device, and wanted."
     if _EXACT.get():

@@ -119,8 +119,8 @@ def matched_runs(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, 
 # %% ../../nbs/57_courses.ipynb #co017
 def all_courses(runs: pd.DataFrame, starts: dict[int, Start]) -> dict[str, dict[int, list[tuple]]]:
     "The courses of every system that has some, by its name in tables; best-of-n is the last."
-    found = {NAMES.get(m, m): system_courses(runs, starts, m) for m in dict.fromkeys(final_runs(runs)["method"])
-             if m != "start"} | {"best of n": best_of_n_courses(starts)}
+    found = {NAMES.get(m, m): courses_of(final_runs(runs, method=m), starts)
+             for m in dict.fromkeys(final_runs(runs)["method"]) if m != "start"} | {"best of n": best_of_n_courses(starts)}
     return {name: {seed: _three(own) for seed, own in courses.items()} for name, courses in found.items() if courses}
 
 
