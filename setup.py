@@ -23,7 +23,7 @@ class BuildWithData(build_py):
         if not getattr(self, "editable_mode", False):
             target = Path(self.build_lib, "lire_nb", "data")
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(here / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*", "texts"))
+            shutil.copytree(here / "data", target, ignore=shutil.ignore_patterns("__pycache__", ".*", "texts", "trials"))
 
 
 setup(

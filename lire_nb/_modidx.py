@@ -1238,6 +1238,7 @@ d = {
    'lire_nb.lab.runner._recipe': ('runner.html#_recipe', 'lire_nb/lab/runner.py'),
    'lire_nb.lab.runner._run_missing': ('runner.html#_run_missing', 'lire_nb/lab/runner.py'),
    'lire_nb.lab.runner._say_failed': ('runner.html#_say_failed', 'lire_nb/lab/runner.py'),
+   'lire_nb.lab.runner._settle': ('runner.html#_settle', 'lire_nb/lab/runner.py'),
    'lire_nb.lab.runner._worker': ('runner.html#_worker', 'lire_nb/lab/runner.py'),
    'lire_nb.lab.runner.dry_run': ('runner.html#dry_run', 'lire_nb/lab/runner.py'),
    'lire_nb.lab.runner.paper_plan': ('runner.html#paper_plan', 'lire_nb/lab/runner.py'),

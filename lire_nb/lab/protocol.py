@@ -19,7 +19,7 @@ from .plans import experiment, Experiment, Find, NAMES, read_settings, Run, Tabl
 
 # %% ../../nbs/55_protocol.ipynb #pr007
 _PARTS = {  # of data/protocol.toml, with the names in each where they are fixed
-    "rule": "cap margin level points weak_proxy long_points precision", "seeds": "many few family pilot most raised",
+    "rule": "cap margin level near points weak_proxy long_points precision", "seeds": "many few family search pilot most raised",
     "methods": "many few family", "best_of_n": "samples counts", "grids": "", "families": "", "trends": "", "pairs": "",
     "judges": "proxies golds share rank layers rate cycle least most checked least_spread others"}
 _GRID, _FAMILY = {"rates", "parameter", "usual", "others", "always"}, {"name", "method", "opponents", "said_by"}
@@ -81,7 +81,7 @@ def trial(
     take: dict | None = None,  # other prompts or candidates than the scale's
     pool: dict | None = None,  # another pool of prompts, and other samples of each, than the scale's
     elsewhere: Iterable[str] = (),  # tasks
-    points: int | None = None,  # default: the protocol's
+    points: list[float] | None = None,  # shares of the steps at which it is judged; default: the protocol's
     weak: int | None = None,  # lists of the proxy
 ) -> Experiment:
     "One trial of a scale."
@@ -140,9 +140,10 @@ def tried_settings(
 def trial_search(task: str, method: str, scale: dict, find: Find) -> tuple[list[Run], dict | None]:
     "The runs of a search that are known, and its choice when all of them are there."
     def runs(settings: list[dict], step: int) -> list[Run]:
-        return [_labeled(task, trial(scale, task, method, 0, s, split="validation"), stage="search", method=method,
-                         point=f"{step}.{i}", seed=0) for i, s in enumerate(settings)]
+        return [_labeled(task, trial(scale, task, method, seed, s, split="validation"), stage="search", method=method,
+                         point=f"{step}.{i}", seed=seed) for i, s in enumerate(settings)]
 
+    seed = PROTOCOL["seeds"]["search"]  # no final run has it: a setting is not judged on the run that it was chosen by
     first = tried_settings(method)[: scale["points"]]
     if len(first) == 1:
         return [], first[0]

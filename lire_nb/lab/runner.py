@@ -6,6 +6,7 @@
 __all__ = ['PAPER', 'RECIPES', 'HUB', 'reproduce', 'paper_plan', 'reward_stand_in', 'dry_run', 'progress_rows']
 
 # %% ../../nbs/42_runner.ipynb #e63a7f1d
+import gc
 import importlib.util
 import json
 import os
@@ -170,10 +171,17 @@ def _job_of(run: Run, work: Path) -> dict:
     return run.job(work) if isinstance(run, GivenRun) else run.config
 
 
+def _settle(number: int) -> None:
+    "Before the second run: garbage is from now on looked for among what came since, and not in the libraries."
+    if number == 1:
+        gc.freeze()
+
+
 def _one_by_one(runs: list[Run], work: Path, done: Callable[[Run, dict], None]) -> list[tuple[Run, str]]:
     "Every run in this process; gives what failed, and why."
     failed = []
-    for run in runs:
+    for number, run in enumerate(runs):
+        _settle(number)
         try:
             result = _finite(run_experiment(_job_of(run, work), work, run.keep))
         except Exception as e:  # also a model that does not fit: the others go on
@@ -202,7 +210,8 @@ def _worker() -> None:
     "Configurations in, results out, a line each; ends with its input."
     out, lines = os.fdopen(os.dup(1), "w"), _lines_or_exit()
     os.dup2(2, 1)  # nothing else may write between the results
-    for line in lines:
+    for number, line in enumerate(lines):
+        _settle(number)
         job = json.loads(line)
         try:
             if ":" in (loss := job["config"].get("training", {}).get("loss_type") or ""):

@@ -40,7 +40,7 @@ from ..watching import Onlooker
 def _kept(work: Path, kind: str, spec: dict, make: Callable[[Path], None], maker: str) -> Path:
     "The folder that `make` fills for this spec; made once by the same code, which starts at the function `maker`."
     name = f"{config_key(spec)}-{version(f'trials.{maker}', without=_NAMING)}"
-    stored, folder = data_path(kind) / name, Path(work) / kind / name
+    stored, folder = data_path("trials") / kind / name, Path(work) / kind / name
     if stored.is_dir():  # came with the rows
         return stored
     if not folder.exists():
@@ -161,7 +161,8 @@ def _make_samples(draft: Path, config: dict, work: Path) -> None:
     save_lists(lists, draft / "lists.jsonl")
 
 
-def _make_scores(draft: Path, config: dict, work: Path, samples: Path) -> None:
+def _make_scores(draft: Path, config: dict, work: Path, spec: dict) -> None:
+    samples = _kept(work, "samples", spec, lambda draft: _make_samples(draft, config, work), "_make_samples")
     judge = {**config, "judge": {**config["judge"], "judges": ["proxy"]}}
     proxy = trial_judges(judge, config["source"]["task"], work)[0]["proxy"]
     save_lists(score_lists(load_lists(samples / "lists.jsonl"), proxy), draft / "lists.jsonl")
@@ -170,9 +171,8 @@ def _make_scores(draft: Path, config: dict, work: Path, samples: Path) -> None:
 def trial_lists(config: dict, work: Path) -> list[dict]:
     "The lists that a trial trains on."
     spec = {k: config[k] for k in ("source", "paths", "precision") if k in config}
-    samples = _kept(work, "samples", spec, lambda draft: _make_samples(draft, config, work), "_make_samples")
-    spec = spec | {"proxy": judge_spec(config, config["source"]["task"], "proxy")}
-    scored = _kept(work, "scored", spec, lambda draft: _make_scores(draft, config, work, samples), "_make_scores")
+    whole = spec | {"proxy": judge_spec(config, config["source"]["task"], "proxy")}
+    scored = _kept(work, "scored", whole, lambda draft: _make_scores(draft, config, work, spec), "_make_scores")
     return take_candidates(list(load_lists(scored / "lists.jsonl")), **config["take"], seed=config["seed"])
 
 # %% ../../nbs/56_trials.ipynb #tr024
@@ -246,8 +246,7 @@ def _trial(config: dict, work: Path, keep: bool) -> dict:
                       **_settings(config))
     batches = -(-len(lists) // args.per_device_train_batch_size)
     total = max(1, int(batches * args.num_train_epochs))
-    watch = _Points(looks, {max(1, round(total * (k + 1) / config["points"])) for k in range(config["points"])},
-                    config["stop"])
+    watch = _Points(looks, {max(1, round(total * share)) for share in config["points"]}, config["stop"])
     model, tokenizer = load_policy(_policy(config["source"]["policy"], work))
     with quiet_transformers():
         trainer = LIRETrainer(model, args, lists, processing_class=tokenizer, callbacks=[watch])
