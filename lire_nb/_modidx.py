@@ -763,6 +763,7 @@ d = {
    'lire_nb.lab.bench.trl_steps': ('bench.html#trl_steps', 'lire_nb/lab/bench.py')},
   'lire_nb.lab.claims': {
    'lire_nb.lab.claims.Claim': ('claims.html#claim', 'lire_nb/lab/claims.py'),
+   'lire_nb.lab.claims.Claim.found': ('claims.html#claim.found', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims.Claim.measured': ('claims.html#claim.measured', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims.Claim.quantities': ('claims.html#claim.quantities', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims.Measured': ('claims.html#measured', 'lire_nb/lab/claims.py'),
@@ -776,6 +777,7 @@ d = {
    'lire_nb.lab.claims._cell': ('claims.html#_cell', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._deciding': ('claims.html#_deciding', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._equal': ('claims.html#_equal', 'lire_nb/lab/claims.py'),
+   'lire_nb.lab.claims._family': ('claims.html#_family', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._link': ('claims.html#_link', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._list_or_values': ('claims.html#_list_or_values', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._measured': ('claims.html#_measured', 'lire_nb/lab/claims.py'),
@@ -794,6 +796,7 @@ d = {
    'lire_nb.lab.claims._slopes': ('claims.html#_slopes', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._temperature': ('claims.html#_temperature', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._transfers': ('claims.html#_transfers', 'lire_nb/lab/claims.py'),
+   'lire_nb.lab.claims._unless_near': ('claims.html#_unless_near', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._variance_falls': ('claims.html#_variance_falls', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._weak_when_small': ('claims.html#_weak_when_small', 'lire_nb/lab/claims.py'),
    'lire_nb.lab.claims._with_and_without_term': ('claims.html#_with_and_without_term', 'lire_nb/lab/claims.py'),
@@ -892,7 +895,9 @@ d = {
    'lire_nb.lab.compare.work_of': ('compare.html#work_of', 'lire_nb/lab/compare.py'),
    'lire_nb.lab.compare.write_report': ('compare.html#write_report', 'lire_nb/lab/compare.py')},
   'lire_nb.lab.courses': {
+   'lire_nb.lab.courses.Asked': ('courses.html#asked', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses.Start': ('courses.html#start', 'lire_nb/lab/courses.py'),
+   'lire_nb.lab.courses._asked': ('courses.html#_asked', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses._at': ('courses.html#_at', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses._scale': ('courses.html#_scale', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses._three': ('courses.html#_three', 'lire_nb/lab/courses.py'),

@@ -169,6 +169,7 @@ def decide(
     margin: float = MARGIN,  # in the unit of the differences; a smaller one does not matter
     level: float = 0.05,  # chance of any false sign among these claims, and of any false tie
     plan: bool = True,  # tell how many seeds an undecided claim needs; False is quicker
+    together: int = 0,  # claims of the family, where more were made than have values yet
 ) -> dict[str, Decision]:
     """The verdict on each claim of a family that is read side by side: t over seeds and prompts, two one-sided tests
     for a tie (Schuirmann 1987), Holm's correction; raises `LireError`."""
@@ -179,11 +180,13 @@ def decide(
                 field=name, value=value, allowed="above 0" + " and below 1" * (name == "level"), remedy="change it")
     found = {claim: estimate(values) for claim, values in claims.items()}
     enough = [claim for claim, e in found.items() if e.seeds >= LEAST_SEEDS]
-    differs = holm([2 * min(found[c].beyond(0), 1 - found[c].beyond(0)) for c in enough])
-    ties = holm([max(found[c].beyond(-margin), 1 - found[c].beyond(margin)) for c in enough])
+    together = max(together, len(enough))
+    others = [1.0] * (together - len(enough))  # a claim that has no values yet may not make the others surer
+    differs = holm([*(2 * min(found[c].beyond(0), 1 - found[c].beyond(0)) for c in enough), *others])
+    ties = holm([*(max(found[c].beyond(-margin), 1 - found[c].beyond(margin)) for c in enough), *others])
     p = dict(zip(enough, zip(differs.tolist(), ties.tolist())))
     decided = {claim: _decision(e, *p.get(claim, (math.nan, math.nan)), margin, level) for claim, e in found.items()}
-    return {claim: d._replace(needed=_needed(found[claim], margin, level / len(enough)))
+    return {claim: d._replace(needed=_needed(found[claim], margin, level / together))
             if plan and d.verdict == "undecided" else d for claim, d in decided.items()}
 
 # %% ../nbs/29_decisions.ipynb #2f6d1011

@@ -103,6 +103,7 @@ def test_few_seeds_decide_nothing_and_cost_the_others_nothing():
     assert beside["a"] == alone
     assert beside["b"].verdict == beside["c"].verdict == "too few seeds" and math.isnan(beside["b"].low)
     assert decide({}) == {}
+    assert decide({"a": values}, together=4)["a"].p == pytest.approx(min(1, 4 * alone.p))
 
 
 def test_equal_values():

@@ -7,6 +7,7 @@ __all__ = ['CLAIMS', 'Quantity', 'NotMeasured', 'Measured', 'Claim', 'measure_cl
            'matched_claims', 'claims_now', 'verdict_table', 'verdict_text', 'summary_table', 'sample_text']
 
 # %% ../../nbs/44_claims.ipynb #53a0ba1b
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ class Quantity(NamedTuple):
     form: str = "+.2f"  # how it is written
     decides: bool = True  # False: it only stands beside
     values: np.ndarray | None = None  # (S,) or (S, N) differences, positive where the claim is right
+    reach: np.ndarray | None = None  # (S, N) gain over the start of the better one: a tie needs more than the margin
+    doubt: str = ""  # why nothing is decided, whatever the values are
 
 # %% ../../nbs/44_claims.ipynb #12cc5795
 def _deciding(name: str, values: np.ndarray, form: str = "+.2f") -> Quantity:
@@ -80,15 +83,21 @@ class Claim:
 
     def quantities(self, results: str | Path | Results | None = None) -> list[Quantity]:
         "What is measured; nothing where a part of it has no rows yet."
+        return self.found(results)[0]
+
+    def found(self, results: str | Path | Results | None = None) -> tuple[list[Quantity], str]:
+        "The quantities; where there are none, why."
         try:
-            return self.measure(rows_in(results))
-        except (LireError, KeyError, IndexError, NotMeasured):
-            return []
+            return self.measure(rows_in(results)), ""
+        except LireError as e:
+            return [], e.reason
+        except (KeyError, IndexError, NotMeasured):
+            return [], "rows are missing"
 
     def measured(self, results: str | Path | Results | None = None) -> Measured:
         "Decided in the company of its family; `measure_claims` does many at once."
-        mine = [c for c in CLAIMS if (_page(c), c.family) == (_page(self), self.family)]
-        return measure_claims(mine if self in mine else [self], results)[self.text]
+        mine = [c for c in [*CLAIMS, *matched_claims()] if (_page(c), c.family) == (_page(self), self.family)]
+        return measure_claims(mine if self.text in {c.text for c in mine} else [self], results)[self.text]
 
 # %% ../../nbs/44_claims.ipynb #73ddb632
 def _page(claim: Claim) -> str:
@@ -103,21 +112,39 @@ def measure_claims(
     from lire_nb.decisions import decide
 
     store = rows_in(results)
-    found = {c: c.quantities(store) for c in claims}
-    families, decided = {}, {}
-    for claim, quantities in found.items():
+    found = {c: c.found(store) for c in claims}
+    families, sizes, decided = {}, Counter(map(_family, claims)), {}
+    for claim, (quantities, _) in found.items():
         if quantities:
-            values = next(q.values for q in quantities if q.decides)
-            families.setdefault((_page(claim), claim.family, claim.rule), {})[claim.text] = values
-    for (*_, rule), family in families.items():
-        together = sum(len(values) >= 5 for values in family.values())
-        decided |= {text: (d, _reason(d, together)) for text, d in decide(family, **dict(rule)).items()}
-    return {c.text: _said(c, quantities, *decided.get(c.text, (None, ""))) for c, quantities in found.items()}
+            families.setdefault(_family(claim), {})[claim.text] = next(q for q in quantities if q.decides)
+    for family, own in families.items():
+        rule = dict(family[-1])  # a claim of the protocol is corrected for its whole family, run or not
+        together = sizes[family] if rule else sum(len(q.values) >= 5 for q in own.values())
+        verdicts = decide({text: q.values for text, q in own.items()}, **rule, together=together)
+        decided |= {text: _unless_near(d, own[text], together, **rule) for text, d in verdicts.items()}
+    return {c.text: _said(c, quantities, *decided.get(c.text, (None, why))) for c, (quantities, why) in found.items()}
+
+
+def _family(claim: Claim) -> tuple:
+    return _page(claim), claim.family, claim.rule
+
+
+def _unless_near(decision, quantity: Quantity, together: int, margin: float = 0.0, level: float = 0.05) -> tuple:
+    "A decision with its reason; near the start nothing is one, and what gained less than the margin ties by nature."
+    from lire_nb.decisions import estimate
+
+    doubt = quantity.doubt
+    if not doubt and decision.verdict == "tie" and quantity.reach is not None:
+        doubt = ("neither has surely gained more than what matters at that distance: a tie would say nothing"
+                 if estimate(quantity.reach).beyond(margin) > level else "")
+    if doubt and decision.verdict != "too few seeds":
+        return decision._replace(verdict="undecided", needed=None), doubt
+    return decision, _reason(decision, together)
 
 
 def _said(claim: Claim, quantities: list[Quantity], decision, reason: str) -> Measured:
     if decision is None:
-        return Measured([], "not measured", f"{claim.text}: not measured, since rows are missing.")
+        return Measured([], "not measured", f"{claim.text}: not measured, since {reason}.")
     return Measured(quantities, decision.verdict, f"{claim.text}: {decision.verdict}, since {reason}.", decision.needed)
 
 # %% ../../nbs/44_claims.ipynb #6e62a705
@@ -316,9 +343,15 @@ CLAIMS: list[Claim] = [
 def _equal(measure: str, *what, results: Results) -> list[Quantity]:
     "What a function of `courses` finds, as quantities."
     from lire_nb.lab import courses
+    from lire_nb.lab.protocol import PROTOCOL
 
-    name, values, far = getattr(courses, measure)(*what, results)
-    return [_deciding(name, values), Quantity("read at nats", Interval(far, np.nan, np.nan), len(values), ".1f", False)]
+    asked, beside = getattr(courses, measure)(*what, results), lambda *said: Quantity(*said, decides=False)  # noqa: E731
+    near, seeds, one = PROTOCOL["rule"]["near"] * PROTOCOL["rule"]["cap"], len(asked.values), (np.nan, np.nan)
+    doubt = f"they met {asked.far:.2g} nats from the start, where hardly anything was trained" if asked.far < near else ""
+    return [_deciding(asked.name, asked.values)._replace(reach=asked.reach, doubt=doubt),
+            beside("read at nats", Interval(asked.far, *one), seeds, ".1f"),
+            beside("gain of the better one", over_seeds(asked.reach), seeds),
+            beside("courses read before their first point", Interval(asked.early, *one), seeds, ".0%")]
 
 
 def matched_claims() -> list[Claim]:

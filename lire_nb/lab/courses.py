@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses',
-           'matched_runs', 'all_courses', 'course_table', 'at_distance', 'along', 'between', 'reward_table']
+           'matched_runs', 'all_courses', 'course_table', 'Asked', 'at_distance', 'along', 'between', 'reward_table']
 
 # %% ../../nbs/57_courses.ipynb #co002
 from typing import NamedTuple
@@ -146,12 +146,30 @@ def _at(courses: dict[int, list[tuple]], kl: float) -> str:
     return shown(over_seeds(gains)) if np.isfinite(gains).all() else ""
 
 # %% ../../nbs/57_courses.ipynb #co015
-def at_distance(table: str, method: str, opponent: str, results: Results) -> tuple[str, np.ndarray, float]:
+class Asked(NamedTuple):
+    "What a claim asks for, told in standard deviations of the start's gold scores over all prompts."
+    name: str
+    values: np.ndarray  # (S, N) or (S,) differences
+    far: float  # nats at which they were read
+    reach: np.ndarray  # (S, N) gain over the start there, of whichever gained most
+    early: float  # share of the courses that had not come to their first point there
+
+
+def _asked(name: str, courses: list[dict], starts: dict, difference) -> Asked:
+    "Gains of courses at a common distance, and their difference."
+    require(not all(s.fails for s in starts.values()), "no judge of its seeds can tell the start's answers apart",
+            field="judges", allowed="one that passes", remedy="teach the judges more")
+    gains, far = at_common_distance(courses)
+    gains = gains / _scale(starts)
+    first = [own[seed][0][0] for own in courses for seed in set.intersection(*map(set, courses))]
+    return Asked(name, difference(gains), far, gains[gains.mean((1, 2)).argmax()], float(np.mean(far < np.array(first))))
+
+
+def at_distance(table: str, method: str, opponent: str, results: Results) -> Asked:
     "The gain of one method minus that of another."
     runs, starts = matched_runs(table, results)
-    (ours, theirs), far = at_common_distance([system_courses(runs, starts, m) for m in (method, opponent)])
-    return (f"gain minus that of {NAMES.get(opponent, opponent.replace('_', '-'))}", (ours - theirs) / _scale(starts),
-            far)
+    return _asked(f"gain minus that of {NAMES.get(opponent, opponent.replace('_', '-'))}",
+                  [system_courses(runs, starts, m) for m in (method, opponent)], starts, lambda g: g[0] - g[1])
 
 
 def _scale(starts: dict[int, Start]) -> float:
@@ -159,7 +177,7 @@ def _scale(starts: dict[int, Start]) -> float:
     return float(np.mean([s.margin for s in starts.values() if not s.fails])) / PROTOCOL["rule"]["margin"]
 
 
-def along(table: str, what: str, low: float, high: float, results: Results) -> tuple[str, np.ndarray, float]:
+def along(table: str, what: str, low: float, high: float, results: Results) -> Asked:
     "The trend of the gain along T, or along M at an equal number of prompts or completions."
     from lire_nb.decisions import trend
 
@@ -170,16 +188,17 @@ def along(table: str, what: str, low: float, high: float, results: Results) -> t
     else:
         cases = {np.log2(M): {"method": "lire", "M": M, "budget": what} for M in sorted({*runs["M"].dropna()})}
     parts = {x: _whole(runs, **where) for x, where in cases.items()}
-    gains, far = at_common_distance([courses_of(own, starts) for own in parts.values()])
-    return f"gain per {'tenfold T' if what == 'temperature' else 'doubling of M'}", trend(
-        list(parts), gains.mean(2).T) / _scale(starts), far
+    return _asked(f"gain per {'tenfold T' if what == 'temperature' else 'doubling of M'}",
+                  [courses_of(own, starts) for own in parts.values()], starts,
+                  lambda gains: trend(list(parts), gains.mean(2).T))
 
 
-def between(table: str, more: list, less: list, results: Results) -> tuple[str, np.ndarray, float]:
+def between(table: str, more: list, less: list, results: Results) -> Asked:
     "The gain of one setting minus that of another."
     runs, starts = matched_runs(table, results)
-    (a, b), far = at_common_distance([courses_of(_whole(runs, setting=s, value=v), starts) for s, v in (more, less)])
-    return "gain minus the other's", (a - b) / _scale(starts), far
+    return _asked("gain minus the other's",
+                  [courses_of(_whole(runs, setting=s, value=v), starts) for s, v in (more, less)], starts,
+                  lambda g: g[0] - g[1])
 
 # %% ../../nbs/57_courses.ipynb #813cd3a0
 def reward_table(runs: pd.DataFrame) -> pd.DataFrame:
