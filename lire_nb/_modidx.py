@@ -912,6 +912,7 @@ d = {
    'lire_nb.lab.courses.courses_of': ('courses.html#courses_of', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses.matched_runs': ('courses.html#matched_runs', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses.reward_table': ('courses.html#reward_table', 'lire_nb/lab/courses.py'),
+   'lire_nb.lab.courses.searched_table': ('courses.html#searched_table', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses.starts_by_seed': ('courses.html#starts_by_seed', 'lire_nb/lab/courses.py'),
    'lire_nb.lab.courses.system_courses': ('courses.html#system_courses', 'lire_nb/lab/courses.py')},
   'lire_nb.lab.experiments': {
@@ -1102,7 +1103,6 @@ d = {
    'lire_nb.lab.plans.search': ('plans.html#search', 'lire_nb/lab/plans.py'),
    'lire_nb.lab.plans.table_of': ('plans.html#table_of', 'lire_nb/lab/plans.py')},
   'lire_nb.lab.protocol': {
-   'lire_nb.lab.protocol._best_point': ('protocol.html#_best_point', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol._choice': ('protocol.html#_choice', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol._few': ('protocol.html#_few', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol._final': ('protocol.html#_final', 'lire_nb/lab/protocol.py'),
@@ -1119,6 +1119,7 @@ d = {
    'lire_nb.lab.protocol.ablations_plan': ('protocol.html#ablations_plan', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol.candidates_plan': ('protocol.html#candidates_plan', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol.changed_protocol': ('protocol.html#changed_protocol', 'lire_nb/lab/protocol.py'),
+   'lire_nb.lab.protocol.chosen_point': ('protocol.html#chosen_point', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol.cost_of': ('protocol.html#cost_of', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol.family_plan': ('protocol.html#family_plan', 'lire_nb/lab/protocol.py'),
    'lire_nb.lab.protocol.hours_left': ('protocol.html#hours_left', 'lire_nb/lab/protocol.py'),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses',
-           'matched_runs', 'all_courses', 'course_table', 'Asked', 'at_distance', 'along', 'between', 'reward_table']
+           'matched_runs', 'all_courses', 'course_table', 'searched_table', 'Asked', 'at_distance', 'along', 'between',
+           'reward_table']
 
 # %% ../../nbs/57_courses.ipynb #co002
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import pandas as pd
 from ..base.errors import LireError, require
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES, SCALES
-from .protocol import PROTOCOL, seeds_of
+from .protocol import chosen_point, PROTOCOL, seeds_of
 from .results import final_runs, load_runs, over_seeds, Results, shown, _tried
 
 # %% ../../nbs/57_courses.ipynb #co007
@@ -144,6 +145,21 @@ def course_table(
 def _at(courses: dict[int, list[tuple]], kl: float) -> str:
     gains = np.array([gain_at_distance(points, kl).gain for points in courses.values()])
     return shown(over_seeds(gains)) if np.isfinite(gains).all() else ""
+
+# %% ../../nbs/57_courses.ipynb #co021
+def searched_table(
+    runs: pd.DataFrame,  # of a table of the protocol
+) -> pd.DataFrame:  # a row per method: settings, proxy, KL, on the edge
+    "What every search took, and whether it lies on the edge of what was tried."
+    rows = {}
+    for method, part in runs[runs["stage"] == "search"].drop_duplicates("key").groupby("method", sort=False):
+        results, settings = list(part["result"]), [config["training"] for config in part["config"]]
+        number, choice = chosen_point(results, settings)
+        rows[NAMES.get(method, method)] = {
+            "tried": len(results), "settings taken": _tried(settings[number]), "KL there": f"{choice.kl:.1f}",
+            "proxy there": f"{choice.proxy:.2f} ± {choice.error:.2f}",
+            "on the edge": ", ".join(name.replace("_", " ") for name in choice.edges)}
+    return pd.DataFrame(rows).T.rename_axis("method")
 
 # %% ../../nbs/57_courses.ipynb #co015
 class Asked(NamedTuple):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'COSTS', 'SUPPOSED', 'protocol_hash', 'changed_protocol', 'trial', 'tried_settings',
-           'trial_search', 'seeds_of', 'trial_plan', 'candidates_plan', 'ablations_plan', 'rounds_plan',
+           'trial_search', 'chosen_point', 'seeds_of', 'trial_plan', 'candidates_plan', 'ablations_plan', 'rounds_plan',
            'overoptimization_plan', 'family_plan', 'cost_of', 'hours_left']
 
 # %% ../../nbs/55_protocol.ipynb #pr003
@@ -157,18 +157,22 @@ def trial_search(task: str, method: str, scale: dict, find: Find) -> tuple[list[
 def _choice(tried: list[Run], settings: list[dict], find: Find) -> dict | None:
     "The settings of the best point under the cap; None where a result is missing, or all broke before a point."
     found = [find(run.config) for run in tried]
-    return None if None in found or not any(r["points"] for r in found) else settings[_best_point(found, settings)]
+    return None if None in found or not any(r["points"] for r in found) else settings[chosen_point(found, settings)[0]]
 
 # %% ../../nbs/55_protocol.ipynb #pr018
-def _best_point(results: list[dict], settings: list[dict]) -> int:
-    "Which of the results holds the best point under the cap."
+def chosen_point(
+    results: list[dict],  # of a search
+    settings: list[dict],  # of each
+) -> tuple:  # which of the results holds the best point under the cap, and its `frontiers.Choice`
+    "What a search took."
     from lire_nb.frontiers import choose_under_cap
 
     where = [i for i, r in enumerate(results) for _ in r["points"]]
     points = [{"settings": settings[i], "proxy": [np.mean(s) for s in p["scores"]["proxy"]],
                "kl": [np.mean(np.subtract(a, b)) for a, b in zip(p["logps"], p["start_logps"])]}
               for i, r in enumerate(results) for p in r["points"]]
-    return where[choose_under_cap(points, PROTOCOL["rule"]["cap"]).index]
+    choice = choose_under_cap(points, PROTOCOL["rule"]["cap"])
+    return where[choice.index], choice
 
 
 def _labeled(task: str, made: Experiment, table: str | None = None, **labels) -> Run:
