@@ -96,6 +96,8 @@ class Claim:
 
     def measured(self, results: str | Path | Results | None = None) -> Measured:
         "Decided in the company of its family; `measure_claims` does many at once."
+        from lire_nb.lab.claims import CLAIMS, matched_claims  # which stand further down
+
         mine = [c for c in [*CLAIMS, *matched_claims()] if (_page(c), c.family) == (_page(self), self.family)]
         return measure_claims(mine if self.text in {c.text for c in mine} else [self], results)[self.text]
 
