@@ -201,6 +201,21 @@ def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, fork, command):
     assert files(tmp_path) == {"p.txt"}
 
 
+@pytest.mark.parametrize("command", [
+    ("bench", "--repeats", "0"),
+    ("quickstart", "--passes", "0"),
+    ("quickstart", "--candidates", "1"),
+    ("train-reward", "--lists", "l.jsonl", "--out", "reward", "--epochs", "-1"),
+    ("reproduce", "sentiment", "--most", "0"),
+    ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--limit", "2.5"),
+    ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--max-new-tokens", "0"),
+])
+def test_a_count_of_nothing_is_refused_before_the_work(tmp_path, command):
+    *_, option, value = command
+    one_line(lire(*command, cwd=tmp_path), option, repr(value), "is not a whole number from", "leave it out")
+    assert not files(tmp_path)
+
+
 def test_a_reward_that_was_never_trained(tmp_path):
     path = lists_file(tmp_path / "l.jsonl", [None, None])
     one_line(lire("score", "--lists", path, "--reward", "minilm", "--out", "o.jsonl", cwd=tmp_path),

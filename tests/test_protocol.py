@@ -1,13 +1,15 @@
 """The protocol: its file is whole, plans follow it, the rule errs as rarely as it says, rows keep their texts."""
+import copy
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lire_nb.base.errors import LireError
 from lire_nb.decisions import decide
-from lire_nb.lab import claims, courses, protocol, results, texts
+from lire_nb.lab import claims, courses, plans, protocol, results, texts
 from lire_nb.lab.plans import GRIDS, SCALES, TABLES, Run, plan, read_experiment
 
 RULE, EVIDENCE = protocol.PROTOCOL["rule"], SCALES["evidence"]
@@ -307,6 +309,83 @@ def test_linear_judge_finds_the_minimum_of_its_loss():
 
 
 # ---------------------------------------------------------------- what the file says is what happens
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda p: p["seeds"].update(fwe=3), "seeds.fwe"),
+    (lambda p: p["judges"].pop("golds"), "judges.golds"),
+    (lambda p: p["rule"].update(presicion="float32"), "rule.presicion"),
+    (lambda p: p["grids"]["dpo"].update(raets=[1e-5]), "grids.dpo.raets"),
+    (lambda p: p["families"][0].update(opponent=[]), "families.opponent"),
+    (lambda p: p.update(trend=[]), "trend"),
+    (lambda p: p["methods"]["many"].append("dop"), "dop"),
+])
+def test_a_misspelt_name_of_the_protocol_is_said(monkeypatch, change, says):
+    found = copy.deepcopy(protocol.PROTOCOL)
+    change(found)
+    monkeypatch.setattr(protocol, "read_settings", lambda name: found)
+    with pytest.raises(LireError, match=says) as e:
+        protocol._read_protocol()
+    assert "data/protocol.toml" in str(e.value) and len(str(e.value)) < 900
+    monkeypatch.setattr(protocol, "read_settings", lambda name: protocol.PROTOCOL)
+    assert protocol._read_protocol() == protocol.PROTOCOL
+
+
+def test_a_settings_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "grids.toml").write_text("[dpo\n")
+    monkeypatch.setattr(plans, "data_path", lambda name: tmp_path / name)
+    for name in ("grids.toml", "scales/none.toml"):
+        with pytest.raises(LireError, match=name):
+            plans.read_settings(name)
+
+
+def test_trials_compute_in_float32_also_where_bfloat16_is_fast(monkeypatch):
+    from lire_nb.lab import experiments
+    from lire_nb.models import compute_dtype
+    from lire_nb.training import LIREConfig
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    seen = []
+
+    def kind(config, work, keep):
+        seen.append((compute_dtype("cpu"), LIREConfig(use_cpu=True).bf16))
+        return {}
+
+    monkeypatch.setitem(experiments.KINDS, "trial", kind)
+    monkeypatch.setitem(experiments.KINDS, "rounds", kind)
+    trial = protocol.trial(EVIDENCE, "sentiment", "lire", 0, {})
+    rounds = next(r for r in protocol.rounds_plan(EVIDENCE, 1, lambda config: protocol.SUPPOSED)
+                  if r.config["kind"] == "rounds")
+    for config in (trial.config(), rounds.config, {**trial.config(), "precision": "auto"}):
+        experiments.run_experiment(config, "nowhere")
+    assert seen == [(torch.float32, False)] * 2 + [(torch.bfloat16, True)] and compute_dtype("cpu") is torch.bfloat16
+    with pytest.raises(LireError, match="float32"):
+        read_experiment({**trial.config(), "precision": "float8"})
+
+
+def test_what_came_with_the_rows_is_not_made_again(tmp_path, monkeypatch):
+    """A judge from data/ scores as it did where it was made; only what it lacks is made."""
+    from lire_nb.lab import trials
+    from lire_nb.tasks import load_task
+
+    config = protocol.trial(SCALES["smoke"], "sentiment", "lire", 0, {}).config()
+    texts = (["Movie review:\n"] * 2, ["a fine film", "a dull one"])
+    before, known = trials.trial_judges(config, "sentiment", tmp_path / "first")
+    folders = list((tmp_path / "first" / "judges").iterdir())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "first" / "judges").rename(tmp_path / "data" / "judges")
+    monkeypatch.setattr(trials, "data_path", lambda name: tmp_path / "data" if name == "trials" else None)
+    monkeypatch.setattr(trials, "_make_judge", lambda *given: pytest.fail("made again"))
+    torch.manual_seed(7)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    after, again = trials.trial_judges(config, "sentiment", tmp_path / "second")
+    assert torch.equal(torch.rand(1), drawn), "loading a judge draws nothing"
+    assert again == known and not (tmp_path / "second").exists()
+    for name in ("proxy", "gold", "linear"):
+        assert before[name](*texts) == after[name](*texts)
+    size = sum(f.stat().st_size for f in (tmp_path / "data" / "judges").rglob("adapter_model.safetensors"))
+    assert len(folders) >= 3 and size < 2e6 and load_task("sentiment")
 
 
 @pytest.mark.parametrize("margin, level, expected", [(0.2, 0.05, "supported"), (0.4, 0.05, "tie"),

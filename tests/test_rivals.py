@@ -283,3 +283,17 @@ def test_kto_is_TRLs_loss_on_the_same_log_probs():
         assert_close(value[0], loss.detach(), rtol=1e-10, atol=1e-12)
         assert_close(ours[0], grad, rtol=1e-10, atol=1e-12)
     assert min(zs) == 0 < max(zs)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_list_of_equal_rewards_teaches_where_the_card_says_so(name):
+    """By the gradient at scores that differ from the reference's; what only holds the policy back teaches nothing."""
+    spec, torch_seed = LOSSES[name], torch.Generator().manual_seed(0)
+    logps = (-20 - 5 * torch.rand(1, 4, generator=torch_seed, dtype=torch.float64)).requires_grad_()
+    ref = -20 - 5 * torch.rand(1, 4, generator=torch_seed, dtype=torch.float64)
+    given = {"ref_logps": ref} if spec.needs_ref else {}
+    given |= {"lengths": torch.tensor([[7, 9, 11, 5]])} if spec.needs_lengths else {}
+    given |= {"beta": 0.0} if name == "offline_pg" else {}  # whose β is the weight of a distance
+    loss = spec.fn(logps, torch.full((1, 4), 0.5, dtype=torch.float64), **given).sum()
+    slope = torch.autograd.grad(loss, logps, allow_unused=True)[0] if loss.requires_grad else None
+    assert (slope is not None and bool(slope.abs().max() > 1e-6)) == (spec.ties or spec.uses == "best")
