@@ -294,8 +294,12 @@ def test_every_claim_can_be_decided(smoke, monkeypatch):
 
 
 def test_every_claim_has_its_numbers():
-    """From the rows that are committed: no claim waits for a row, and every cell is short."""
+    """From the rows that are committed: no claim but the protocol's waits for a row, and every cell is short."""
+    waiting = {claim.text for claim in claims.matched_claims()}
     for text, found in claims.measure_claims(claims.claims_now(LAPTOP), LAPTOP).items():
+        if found.verdict == "not measured":
+            assert text in waiting and "still to be run" in found.sentence
+            continue
         assert len(found.table()) and found.verdict in figures_verdicts(), text
         assert len(found.sentence.split()) <= 35, found.sentence
     table = claims.verdict_table(LAPTOP, beside=True)
