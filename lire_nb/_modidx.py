@@ -1652,6 +1652,7 @@ d = {
    'lire_nb.options._arguments': ('options.html#_arguments', 'lire_nb/options.py'),
    'lire_nb.options._as_asked': ('options.html#_as_asked', 'lire_nb/options.py'),
    'lire_nb.options._chat': ('options.html#_chat', 'lire_nb/options.py'),
+   'lire_nb.options._check_counts': ('options.html#_check_counts', 'lire_nb/options.py'),
    'lire_nb.options._claim': ('options.html#_claim', 'lire_nb/options.py'),
    'lire_nb.options._given_words': ('options.html#_given_words', 'lire_nb/options.py'),
    'lire_nb.options._hash': ('options.html#_hash', 'lire_nb/options.py'),

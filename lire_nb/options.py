@@ -27,12 +27,11 @@ COMMANDS = {}  # name -> the function, its options
 
 
 def at_least(least: int):
-    "The type of an option: a whole number that is not smaller."
+    "The type of an option: a whole number that is not smaller, which is seen to before the work."
     def read(text: str) -> int:
-        value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}; correct it or leave it out")
-        return value
+        return int(text)
+
+    read.least, read.__name__ = least, "whole number"  # as argparse calls it
     return read
 
 
@@ -246,9 +245,18 @@ def limit_of(
     return given or usual or MAX_PROMPT_LENGTH
 
 # %% ../nbs/65_options.ipynb #60d5a0a3
+def _check_counts(args) -> None:
+    for flags, settings in COMMANDS[args.command][1]:
+        least = getattr(settings.get("type"), "least", None)
+        value = getattr(args, flags[-1][2:].replace("-", "_"), None) if least is not None else None
+        require(value is None or value >= least, "out of range", field=flags[-1], value=value, allowed=f"{least} or more",
+                remedy="correct it, or leave it out")
+
+
 @contextmanager
 def _as_asked(args):
-    "A block in which policies are loaded and sampled as the options say."
+    "A block in which policies are loaded and sampled as the options say; raises `LireError` for a count too small."
+    _check_counts(args)
     asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]
     if asked == [None, None, None]:
         yield

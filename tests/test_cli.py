@@ -207,13 +207,15 @@ def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, fork, command):
     ("quickstart", "--candidates", "1"),
     ("train-reward", "--lists", "l.jsonl", "--out", "reward", "--epochs", "-1"),
     ("reproduce", "sentiment", "--most", "0"),
-    ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--limit", "2.5"),
+    ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--limit", "-2"),
     ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--max-new-tokens", "0"),
 ])
 def test_a_count_of_nothing_is_refused_before_the_work(tmp_path, command):
     *_, option, value = command
-    one_line(lire(*command, cwd=tmp_path), option, repr(value), "is not a whole number from", "leave it out")
+    one_line(lire(*command, cwd=tmp_path), option, f"got {value}", "or more", "leave it out")
     assert not files(tmp_path)
+    done = lire(*command[:-1], "2.5", cwd=tmp_path)
+    assert done.returncode == 2 and f"{option}: invalid whole number value: '2.5'" in done.stderr
 
 
 def test_a_reward_that_was_never_trained(tmp_path):
