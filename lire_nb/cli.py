@@ -779,7 +779,7 @@ _REPRODUCE = (
     option("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"),
     option("--accept", default=None, metavar="CODE",
            help="let rows of this other code version count; several with commas"),
-    option("--most", type=at_least(1), default=None, help="stop after so many experiments"),
+    option("--most", type=at_least(0), default=None, help="stop after so many experiments"),
     option("--policy", default=None, help="folder or hub id, in the place of the scale's own"),
     option("--loss", default=None, metavar="MODULE:FUNCTION", help="your loss in LIRE's place; also FILE.py:FUNCTION"),
     option("--task", default=None, metavar="FILE", help="graded lists, in the place of the table's own task"),

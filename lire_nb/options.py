@@ -249,8 +249,8 @@ def _check_counts(args) -> None:
     for flags, settings in COMMANDS[args.command][1]:
         least = getattr(settings.get("type"), "least", None)
         value = getattr(args, flags[-1][2:].replace("-", "_"), None) if least is not None else None
-        require(value is None or value >= least, "out of range", field=flags[-1], value=value, allowed=f"{least} or more",
-                remedy="correct it, or leave it out")
+        require(value is None or value >= least, "out of range", field=flags[-1], value=value,
+                allowed=f"{least} or more", remedy="correct it, or leave it out")
 
 
 @contextmanager

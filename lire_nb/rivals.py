@@ -572,7 +572,7 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("odpo", odpo_loss, needs_ref=True, formula="−log σ(u_b − u_w − α·log(R_b − R_w))",
              source="arXiv 2402.10571", pitfall="near-ties diverge; variant='linear' does not"),
     LossSpec("qrpo", qrpo_loss, needs_ref=True, uses="order", formula="mean (q − β(log β + 1/β) − u)²",
-             source="arXiv 2507.08068", optimum="tilted", ties=True,
+             source="arXiv 2507.08068", optimum="tilted",
              pitfall="float32 at least; quantiles of few samples are coarse"),
     LossSpec("swepo", swepo_loss, needs_ref=True, formula="−log Σ_{R>R̄} e^(u+α|R−R̄|) / Σ e^(u+α|R−R̄|)",
              source="arXiv 2412.04628", optimum="the better half",

@@ -206,7 +206,7 @@ def test_a_wrong_name_or_setting_leaves_no_run_folder(tmp_path, fork, command):
     ("quickstart", "--passes", "0"),
     ("quickstart", "--candidates", "1"),
     ("train-reward", "--lists", "l.jsonl", "--out", "reward", "--epochs", "-1"),
-    ("reproduce", "sentiment", "--most", "0"),
+    ("reproduce", "sentiment", "--most", "-1"),
     ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--limit", "-2"),
     ("sample", "--prompts", "p.txt", "--out", "o.jsonl", "--max-new-tokens", "0"),
 ])

@@ -287,13 +287,17 @@ def test_kto_is_TRLs_loss_on_the_same_log_probs():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_list_of_equal_rewards_teaches_where_the_card_says_so(name):
-    """By the gradient at scores that differ from the reference's; what only holds the policy back teaches nothing."""
-    spec, torch_seed = LOSSES[name], torch.Generator().manual_seed(0)
-    logps = (-20 - 5 * torch.rand(1, 4, generator=torch_seed, dtype=torch.float64)).requires_grad_()
-    ref = -20 - 5 * torch.rand(1, 4, generator=torch_seed, dtype=torch.float64)
+    """By the gradient at scores that differ from the reference's, beside that of a list with different rewards."""
+    spec, draw = LOSSES[name], torch.Generator().manual_seed(0)
+    logps = (-20 - 5 * torch.rand(1, 4, generator=draw, dtype=torch.float64)).requires_grad_()
+    ref = -20 - 5 * torch.rand(1, 4, generator=draw, dtype=torch.float64)
     given = {"ref_logps": ref} if spec.needs_ref else {}
     given |= {"lengths": torch.tensor([[7, 9, 11, 5]])} if spec.needs_lengths else {}
     given |= {"beta": 0.0} if name == "offline_pg" else {}  # whose β is the weight of a distance
-    loss = spec.fn(logps, torch.full((1, 4), 0.5, dtype=torch.float64), **given).sum()
-    slope = torch.autograd.grad(loss, logps, allow_unused=True)[0] if loss.requires_grad else None
-    assert (slope is not None and bool(slope.abs().max() > 1e-6)) == (spec.ties or spec.uses == "best")
+
+    def slope(*rewards: float) -> float:
+        loss = spec.fn(logps, torch.tensor([rewards], dtype=torch.float64), **given).sum()
+        return torch.autograd.grad(loss, logps)[0].abs().max().item() if loss.requires_grad else 0.0
+
+    teaches = slope(0.5, 0.5, 0.5, 0.5) > 0.02 * slope(1.0, 0.6, 0.3, 0.0)
+    assert teaches == (spec.ties or spec.uses == "best")

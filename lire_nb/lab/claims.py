@@ -96,8 +96,6 @@ class Claim:
 
     def measured(self, results: str | Path | Results | None = None) -> Measured:
         "Decided in the company of its family; `measure_claims` does many at once."
-        from lire_nb.lab.claims import CLAIMS, matched_claims  # which stand further down
-
         mine = [c for c in [*CLAIMS, *matched_claims()] if (_page(c), c.family) == (_page(self), self.family)]
         return measure_claims(mine if self.text in {c.text for c in mine} else [self], results)[self.text]
 
@@ -347,13 +345,14 @@ def _equal(measure: str, *what, results: Results) -> list[Quantity]:
     from lire_nb.lab import courses
     from lire_nb.lab.protocol import PROTOCOL
 
-    asked, beside = getattr(courses, measure)(*what, results), lambda *said: Quantity(*said, decides=False)  # noqa: E731
-    near, seeds, one = PROTOCOL["rule"]["near"] * PROTOCOL["rule"]["cap"], len(asked.values), (np.nan, np.nan)
-    doubt = f"they met {asked.far:.2g} nats from the start, where hardly anything was trained" if asked.far < near else ""
+    asked, rule = getattr(courses, measure)(*what, results), PROTOCOL["rule"]
+    near = asked.far < rule["near"] * rule["cap"]
+    doubt = f"they met {asked.far:.2g} nats from the start, where hardly anything was trained" if near else ""
+    beside = (("read at nats", Interval(asked.far, np.nan, np.nan), ".1f"),
+              ("gain of the better one", over_seeds(asked.reach), "+.2f"),
+              ("courses read before their first point", Interval(asked.early, np.nan, np.nan), ".0%"))
     return [_deciding(asked.name, asked.values)._replace(reach=asked.reach, doubt=doubt),
-            beside("read at nats", Interval(asked.far, *one), seeds, ".1f"),
-            beside("gain of the better one", over_seeds(asked.reach), seeds),
-            beside("courses read before their first point", Interval(asked.early, *one), seeds, ".0%")]
+            *(Quantity(name, found, len(asked.values), form, decides=False) for name, found, form in beside)]
 
 
 def matched_claims() -> list[Claim]:

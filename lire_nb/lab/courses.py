@@ -121,7 +121,8 @@ def matched_runs(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, 
 def all_courses(runs: pd.DataFrame, starts: dict[int, Start]) -> dict[str, dict[int, list[tuple]]]:
     "The courses of every system that has some, by its name in tables; best-of-n is the last."
     found = {NAMES.get(m, m): courses_of(final_runs(runs, method=m), starts)
-             for m in dict.fromkeys(final_runs(runs)["method"]) if m != "start"} | {"best of n": best_of_n_courses(starts)}
+             for m in dict.fromkeys(final_runs(runs)["method"]) if m != "start"}
+    found["best of n"] = best_of_n_courses(starts)
     return {name: {seed: _three(own) for seed, own in courses.items()} for name, courses in found.items() if courses}
 
 
@@ -178,9 +179,10 @@ def _asked(name: str, courses: list[dict], starts: dict, difference) -> Asked:
     gains, far = at_common_distance(courses)
     gains = gains / _scale(starts)
     first = [own[seed][0][0] for own in courses for seed in set.intersection(*map(set, courses))]
-    return Asked(name, difference(gains), far, gains[gains.mean((1, 2)).argmax()], float(np.mean(far < np.array(first))))
+    most = gains[gains.mean((1, 2)).argmax()]
+    return Asked(name, difference(gains), far, most, float(np.mean(far < np.array(first))))
 
-
+# %% ../../nbs/57_courses.ipynb #co030
 def at_distance(table: str, method: str, opponent: str, results: Results) -> Asked:
     "The gain of one method minus that of another."
     runs, starts = matched_runs(table, results)
@@ -192,7 +194,7 @@ def _scale(starts: dict[int, Start]) -> float:
     "The standard deviation that the protocol's margin is a share of, in the unit of the gains; of judges that decide."
     return float(np.mean([s.margin for s in starts.values() if not s.fails])) / PROTOCOL["rule"]["margin"]
 
-
+# %% ../../nbs/57_courses.ipynb #co031
 def along(table: str, what: str, low: float, high: float, results: Results) -> Asked:
     "The trend of the gain along T, or along M at an equal number of prompts or completions."
     from lire_nb.decisions import trend

@@ -19,8 +19,9 @@ from .plans import experiment, Experiment, Find, NAMES, read_settings, Run, Tabl
 
 # %% ../../nbs/55_protocol.ipynb #pr007
 _PARTS = {  # of data/protocol.toml, with the names in each where they are fixed
-    "rule": "cap margin level near points weak_proxy long_points precision", "seeds": "many few family search pilot most raised",
-    "methods": "many few family", "best_of_n": "samples counts", "grids": "", "families": "", "trends": "", "pairs": "",
+    "rule": "cap margin level near points weak_proxy long_points precision",
+    "seeds": "many few family search pilot most raised", "methods": "many few family",
+    "best_of_n": "samples counts", "grids": "", "families": "", "trends": "", "pairs": "",
     "judges": "proxies golds share rank layers rate cycle least most checked least_spread others"}
 _GRID, _FAMILY = {"rates", "parameter", "usual", "others", "always"}, {"name", "method", "opponents", "said_by"}
 
