@@ -1,5 +1,6 @@
 """The protocol: its file is whole, plans follow it, the rule errs as rarely as it says, rows keep their texts."""
 import copy
+import json
 import math
 
 import numpy as np
@@ -265,6 +266,28 @@ def test_best_of_n_stands_beside_at_the_distance_that_it_reaches(monkeypatch):
                  if c.text == "LIRE gains more than best-of-n at equal distance, dialogue")
     found = claims.measure_claims([claim], results.Results("nowhere"))[claim.text]
     assert found.verdict == "contradicted" and found.quantities[1].interval.value == pytest.approx(math.log(8) - 7 / 8)
+
+
+# ---------------------------------------------------------------- what lies beside the rows
+
+
+def test_the_judges_of_the_stored_rows_are_there():
+    """Each with the accuracy that the rows say, found by its name, and no path of a machine in it."""
+    from lire_nb.base.errors import data_path
+    from lire_nb.lab.trials import judge_spec
+
+    kept = {path.parent.name.partition("-")[0]: path.parent for path in data_path("trials").glob("judges/*/spec.json")}
+    rows = [row for row in results.Results(data_path("results")).rows.values() if row["config"]["kind"] == "trial"]
+    assert rows and kept
+    for row in rows:
+        for name, known in row["result"]["judges"].items():
+            spec = judge_spec(row["config"], row["config"]["judge"]["task"], name)
+            folder = kept[plans.config_key(spec)]
+            assert json.loads((folder / "spec.json").read_text()) == spec
+            found = json.loads((folder / "held_out.json").read_text())
+            assert {**found, "member": spec["member"]} == known
+    for config in data_path("trials").glob("judges/*/adapter_config.json"):
+        assert json.loads(config.read_text())["base_model_name_or_path"] == EVIDENCE["backbone"]
 
 
 # ---------------------------------------------------------------- texts
