@@ -91,7 +91,6 @@ tables: $(VENV)/.ready-dev
 
 export: $(VENV)/.ready-dev
 	$(BIN)/nbdev_export
-	$(BIN)/python .ci/wrap.py
 	$(BIN)/python .ci/book/fold.py nbs/*.ipynb
 	$(BIN)/python .ci/book/lead.py nbs/*.ipynb
 	$(BIN)/nbdev_clean

@@ -108,7 +108,7 @@ def again(tmp_path_factory) -> Path:
     for folder in ("nbs", "lire_nb"):
         shutil.copytree(ROOT / folder, copy / folder,
                         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for command in (("nbdev_export",), (sys.executable, str(ROOT / ".ci" / "wrap.py")), ("nbdev_clean",)):
+    for command in (("nbdev_export",), ("nbdev_clean",)):
         done = run(*command, cwd=copy)
         assert done.returncode == 0, done.stderr[-3000:]
     return copy
@@ -124,8 +124,12 @@ def test_modules_are_the_export_of_the_notebooks(again):
 
 
 def test_no_line_of_the_package_is_wider_than_120():
-    wide = [f"{path.relative_to(ROOT)}:{i}" for path in (ROOT / "lire_nb").rglob("*.py")
-            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    """What nbdev writes itself, the index and the lists of public names, keeps the width of nbdev."""
+    wide = []
+    for path in (ROOT / "lire_nb").rglob("*.py"):
+        text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        if path.name != "_modidx.py":
+            wide += [f"{path.name}: {line}" for line in text.splitlines() if len(line) > 120]
     assert not wide, wide
 
 
