@@ -342,6 +342,9 @@ def test_linear_judge_finds_the_minimum_of_its_loss():
     (lambda p: p["families"][0].update(opponent=[]), "families.opponent"),
     (lambda p: p.update(trend=[]), "trend"),
     (lambda p: p["methods"]["many"].append("dop"), "dop"),
+    (lambda p: p["trends"][0].update(form=2.0), "trends.form"),
+    (lambda p: p["pairs"][1].pop("less"), "pairs.less"),
+    (lambda p: p["families"][1]["opponents"].append("lire_anchord"), "lire_anchord"),
 ])
 def test_a_misspelt_name_of_the_protocol_is_said(monkeypatch, change, says):
     found = copy.deepcopy(protocol.PROTOCOL)

@@ -23,7 +23,9 @@ _PARTS = {  # of data/protocol.toml, with the names in each where they are fixed
     "seeds": "many few family search pilot most raised", "methods": "many few family",
     "best_of_n": "samples counts", "grids": "", "families": "", "trends": "", "pairs": "",
     "judges": "proxies golds share rank layers rate cycle least most checked least_spread others"}
-_GRID, _FAMILY = {"rates", "parameter", "usual", "others", "always"}, {"name", "method", "opponents", "said_by"}
+_ENTRIES = {  # the names of one claim, and those that it may leave out
+    "families": ({"name", "method", "opponents", "said_by"}, set()),
+    "trends": ({"name", "table", "along"}, {"from", "upto"}), "pairs": ({"name", "table", "more", "less"}, set())}
 
 
 def _read_protocol() -> dict:
@@ -33,14 +35,16 @@ def _read_protocol() -> dict:
     found = read_settings("protocol.toml")
     parts = [("", found, set(_PARTS), set()),
              *((f"{part}.", found.get(part, {}), set(names.split()), set()) for part, names in _PARTS.items() if names),
-             *((f"grids.{m}.", grid, {"rates"}, _GRID) for m, grid in found.get("grids", {}).items()),
-             *(("families.", family, _FAMILY, set()) for family in found.get("families", []))]
+             *((f"grids.{m}.", grid, {"rates"}, {"parameter", "usual", "others", "always"})
+               for m, grid in found.get("grids", {}).items()),
+             *((f"{part}.", entry, *names) for part, names in _ENTRIES.items() for entry in found.get(part, []))]
     for where, names, needed, free in parts:
         wrong = sorted(needed - set(names) or set(names) - needed - free)
         require(not wrong, "unknown, or missing", file="data/protocol.toml", field=where + "".join(wrong[:1]),
                 allowed=", ".join(sorted(needed | free)), remedy="correct the name")
     methods = {m for names in found["methods"].values() for m in names}
-    wrong = sorted({*methods, *found["seeds"]["raised"], *found["grids"]} - set(NAMES))
+    claimed = {m for f in found["families"] for m in (f["method"], *f["opponents"])} - {"best_of_n"}
+    wrong = sorted({*methods, *claimed, *found["seeds"]["raised"], *found["grids"]} - set(NAMES))
     require(not wrong, "unknown method", file="data/protocol.toml", field="methods", value=wrong,
             allowed=", ".join(NAMES), remedy="correct the name")
     return found
