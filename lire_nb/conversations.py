@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import numbers
+import os
 import sys
 import weakref
 from collections import Counter
@@ -26,7 +27,7 @@ from .base.errors import LireError, ListError, require
 from .base.files import _plain_rows
 from .layouts import join_transcript, spaced, unspaced
 from lire_nb.records import (
-    candidate_turns, turn_messages, _check_message, _check_prompt, _listed, split_tools, uses_tools, _validated,
+    candidate_turns, ending, turn_messages, _check_message, _check_prompt, _listed, split_tools, uses_tools, _validated,
 )
 
 # %% ../nbs/13_conversations.ipynb #b67af5a8
@@ -116,6 +117,8 @@ class _Shape:
     glue: str = ""  # whitespace between the opened turn and the answer
     end: int | None = None  # the special token that closes the answer
     unasked: bool = False  # it opens the answer's turn only together with the answer
+    header: str = ""  # text between the opened turn and a written answer, such as an empty place for thoughts
+    added: str = ""  # what only the question opens, such as a place for thoughts that conversations do not show
 
 # %% ../nbs/13_conversations.ipynb #453937d8
 def _find_shape(tokenizer, roles: tuple[str, ...]) -> _Shape:
@@ -135,7 +138,9 @@ def _shape_of(tokenizer, turns: list[dict]) -> _Shape:
     between = before.removeprefix(opened)  # blank where the question already opens the answer
     unasked = bool(between.strip()) and opened == (_apply(tokenizer, turns) if turns else "")
     glue = between if turns and between.isspace() else ""
-    return _Shape(dropped, glue, _first_special(tokenizer, after), unasked)
+    header = between if turns and between.strip() and before.startswith(opened) and not unasked else ""
+    added = opened[len(os.path.commonprefix([opened, before])) :].strip()
+    return _Shape(dropped, glue, _first_special(tokenizer, after), unasked, header, added)
 
 # %% ../nbs/13_conversations.ipynb #24db9ed6
 def _first_special(tokenizer, text: str) -> int | None:
@@ -231,6 +236,25 @@ def answer_text(
 ) -> str:
     "A continuation as the text of a record: the space that belongs to the mark before it is left out."
     return unspaced(raw, _glue(_checked(prompt, None), tokenizer))
+
+
+_warned: weakref.WeakSet = weakref.WeakSet()  # tokenizers
+
+
+def _written(prompt: str | list[dict], answer: str, tokenizer) -> str:
+    """An answer as the template writes it behind the opened turn. One that brings the header, as an answer does that was
+    drawn with its thoughts, gets no second one."""
+    text = spaced(answer, _glue(prompt, tokenizer))
+    if isinstance(prompt, str) or _split(prompt)[1] or not _has_template(prompt, tokenizer):
+        return text
+    shape = _shape(tokenizer, prompt)
+    if shape.added and tokenizer not in _warned:
+        _warned.add(tokenizer)
+        logger.warning("the chat template opens an answer with %r, which it does not write in a conversation: answers "
+                       "that the policy did not draw are trained behind it; set a chat_template that writes both alike",
+                       shape.added[:60])
+    begun = shape.header and answer.lstrip().startswith(shape.header.split()[0])
+    return text if begun else shape.header + text
 
 # %% ../nbs/13_conversations.ipynb #3a852975
 def _frame(tokenizer) -> tuple[list[int], list[int]]:
@@ -411,12 +435,12 @@ def _encode_completions(prompt, completions: list[str], tokenizer, ended: list[b
     prompt = _checked(prompt, id)
     text = render_prompt(prompt, tokenizer, id=id)
     before = _text_ids(text, prompt, tokenizer)
-    glue, end, ends = _glue(prompt, tokenizer), end_token(prompt, tokenizer), end_tokens(tokenizer)
+    end, ends = end_token(prompt, tokenizer), end_tokens(tokenizer)
     require(end is not None or not any(ended) or not hasattr(tokenizer, "eos_token_id"), "no token ends an answer",
             field="tokenizer", allowed="one with an end-of-text token",
             remedy='set tokenizer.eos_token, or say that the answers were cut: meta["finish_reasons"] = '
                    '["length", …]')
-    rows = [_continued(text, before, spaced(completion, glue), prompt, tokenizer) for completion in completions]
+    rows = [_continued(text, before, _written(prompt, c, tokenizer), prompt, tokenizer) for c in completions]
     return [ids + [end] if closed and end is not None and not (ids and ids[-1] in ends) else ids
             for ids, closed in zip(rows, ended, strict=True)]
 
@@ -443,7 +467,7 @@ _PROBE = "probeofananswer"
 def _between(talk: list[dict], answer: str, said: dict, tokenizer, id: str | None) -> tuple[list[int], int]:
     "Ids from the end of an answer after `talk` to the next answer, and how many of them stand for the answer's end."
     opened = render_prompt([*talk, {"role": "assistant", "content": _PROBE}, said], tokenizer, id=id)
-    text = render_prompt(talk, tokenizer, id=id) + spaced(answer, _glue(talk, tokenizer))
+    text = render_prompt(talk, tokenizer, id=id) + _written(talk, answer, tokenizer)
     ids = _continued(text, _text_ids(text, talk, tokenizer), opened.rpartition(_PROBE)[2], talk, tokenizer)
     end = end_token(talk, tokenizer)
     place = ids.index(end) if end in ids else 0
@@ -574,7 +598,9 @@ def candidate_tokens(
     talks, known = candidate_turns(record), meta.get("token_ids") or []
     spans = [None if talk is None else own for talk, own in zip(talks, _agent_spans(record))]
     todo = [j for j, ids in enumerate(rows) if ids is None]
-    ended = {j: reasons[j] in (None, "stop") for j in todo}
+    why = {j: ending(reasons[j], f"meta.finish_reasons of list {record['id']!r}") for j in todo}
+    # what a stop string ended has no end of its own, whether its ids are known or not; an empty one is nothing else
+    ended = {j: why[j] in (None, "stop") or why[j] == "stop_string" and not texts[j] for j in todo}
     if plain := [j for j in todo if talks[j] is None]:
         found = _encode_completions(record["prompt"], [texts[j] for j in plain], tokenizer, [ended[j] for j in plain],
                                     record["id"])
@@ -601,6 +627,7 @@ def encode_conversation(
     *,
     closing: list[int] | None = None,  # ids after a text without template; None: what the tokenizer puts there
     id: str | None = None,
+    cuts: list | None = None,  # gets the number of tokens of a conversation that is longer than the limit
 ) -> list[int]:
     "What a reward model reads: the template's whole conversation, or the policy's text in special tokens."
     prompt = _checked(prompt, id)
@@ -614,6 +641,8 @@ def encode_conversation(
     limit = len(ids) if max_length is None else check_limit(max_length, "max_length")
     if len(ids) <= limit:
         return ids
+    if cuts is not None:
+        cuts.append(len(ids))
     if shorter := _shortened(prompt, lambda p: len(encode(p)) <= limit):
         return encode(shorter)
     return _ends_only(render_conversation(prompt, completion, tokenizer, id=id), ids, prompt, tokenizer, limit)

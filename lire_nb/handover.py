@@ -579,12 +579,12 @@ class EngineSampler:
         "As `LocalSampler` gives it; ids that lack the end that was drawn are left out, for it is trained on."
         if one["ids"] is not None:
             whole = _completion(prompt, [(t, 0.0) for t in one["ids"]], self.tokenizer, settings, self.ends)
-            if whole.finish_reason == one["finish"]:
+            if whole.finish_reason.removesuffix("_string") == one["finish"]:
                 return replace(whole, logp=None)
             if not settings.stop and len(self.ends) == 1:
                 return replace(whole, finish_reason="stop", token_ids=(*one["ids"], self.ends[0]), logp=None)
         text, stopped = _cut_at_stop(answer_text(prompt, one["text"], self.tokenizer), settings.stop)
-        return Completion(text, "stop" if stopped else one["finish"])
+        return Completion(text, "stop_string" if stopped else one["finish"])
 
 # %% ../nbs/73_handover.ipynb #3bdce351
 _TEXTS = 16  # scored on both sides

@@ -245,8 +245,8 @@ def _from_pretrained(cls, name, **kwargs):
     try:
         with quiet_transformers():
             return cls.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, SafetensorError) as e:  # not there, not a model, or a damaged file
-        if isinstance(e, PermissionError):
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # not there, not a model, or a damaged file
+        if isinstance(e, (PermissionError, torch.OutOfMemoryError)):
             raise
         if Path(source).is_dir():
             raise ModelError(f"cannot be loaded: {str(e).splitlines()[0][:200]}", file=source, field="model",
@@ -357,15 +357,22 @@ def load_reward_backbone(
 ):  # (sequence classification model with one label, tokenizer)
     """Load an encoder or decoder with a scalar head; a missing head is initialized, seed it with `torch.manual_seed`.
     Raises `ModelError`."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    config = _from_pretrained(AutoConfig, name)
+    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    require(not trained or config.num_labels == 1, "a classifier, not a reward", error=ModelError, field="reward model",
+            value=f"{name}, {config.num_labels} labels", allowed="a sequence classification model with one label",
+            remedy="wrap it in a function of your own: --reward FILE.py:function")
     model, info = _from_pretrained(AutoModelForSequenceClassification, name, dtype=dtype, num_labels=1,
                                    output_loading_info=True, **kwargs)
     require(not (info["missing_keys"] and not new_head), "no trained reward head in the weights", error=ModelError,
             field="reward model", value=str(name), allowed="a sequence classification model with one label",
             remedy="train one: rewards.train_reward_model, or lire train-reward")
     tokenizer = load_tokenizer(name)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    inner = model.config.get_text_config()
+    if info["missing_keys"] and inner.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        inner.pad_token_id = tokenizer.pad_token_id  # of a new head we say what it skips, of a trained one it does
     return model.to(device or default_device()).eval(), tokenizer
 
 # %% ../nbs/35_models.ipynb #82ce7998

@@ -90,7 +90,8 @@ def _is_whole(value) -> bool:
 class Completion:
     "One sampled completion; two are equal when text and ending are."
     text: str
-    finish_reason: str  # "stop": it ended; "length": it was cut at max_new_tokens; "failed": there is no text
+    # "stop": it ended; "stop_string": a stop string ended it; "length": cut at max_new_tokens; "failed": there is no text
+    finish_reason: str
     # as drawn, the end included; None: not known
     token_ids: tuple[int, ...] | None = field(default=None, compare=False)
     # their summed log-probability under the policy, at temperature 1
@@ -233,7 +234,8 @@ def _completion(prompt, row: list[tuple[int, float]], tokenizer, settings, ends:
     if stopped:
         ids = _leading(prompt, ids, text, tokenizer)
     logp = None if ids is None else math.fsum(logp for _, logp in row[: len(ids)])
-    return Completion(text, "stop" if stopped or ended else "length", None if ids is None else tuple(ids), logp)
+    reason = "stop_string" if stopped else "stop" if ended else "length"
+    return Completion(text, reason, None if ids is None else tuple(ids), logp)
 
 # %% ../nbs/14_sampling.ipynb #1951982f
 def _plain(completions: list[Completion]) -> list[list]:
@@ -644,7 +646,8 @@ def _read_answer(text: str, chat: bool, stop) -> dict:
         why = "another form"
     if why:
         raise ValueError(why)
-    return answer
+    by_string = stop and isinstance(choice.get("stop_reason"), str)  # vLLM says which; ids and null are ends of the model
+    return answer | ({"finish_reason": "stop_string"} if by_string else {})
 
 # %% ../nbs/14_sampling.ipynb #9b29592e
 # long: one class; what a server is sent, and how an answer is read, stands above
@@ -759,7 +762,7 @@ class ServerSampler:
     def _completion(self, prompt, answer: dict, settings) -> Completion:
         text = answer["text"] if self._is_chat(prompt) else answer_text(prompt, answer["text"])
         text, stopped = _cut_at_stop(text, settings.stop)
-        return Completion(text, "stop" if stopped else answer["finish_reason"])
+        return Completion(text, "stop_string" if stopped else answer["finish_reason"])
 
     def _connect(self) -> None:
         "Find out which server this is. One that is not there at all is said at once, without waiting."

@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback
 
 from ..base.errors import data_path, LireError
-from ..base.files import atomic_folder, write_json
+from ..base.files import atomic_folder, json_digest, write_json
 from ..base.versions import version
 from ..enhancement import self_enhance
 from lire_nb.lab.experiments import (
@@ -242,8 +242,9 @@ def _trial(config: dict, work: Path, keep: bool) -> dict:
     if config["method"] == "start":
         return _split_texts([looks.at(looks.start, 0)], looks.known)
     lists = trial_lists(config, work)
+    asked = Path(work) / "reference" / json_digest(lists)  # the start's log-probs of exactly these lists
     args = LIREConfig(output_dir=str(Path(work) / "course"), seed=config["seed"], save_strategy="no", report_to="none",
-                      **_settings(config))
+                      reference_cache=str(asked), **_settings(config))
     batches = -(-len(lists) // args.per_device_train_batch_size)
     total = max(1, int(batches * args.num_train_epochs))
     watch = _Points(looks, {max(1, round(total * share)) for share in config["points"]}, config["stop"])
