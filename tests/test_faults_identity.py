@@ -1,6 +1,7 @@
 """What is reused is what is asked for: everything on disk is told apart by content, a difference is one line, and one
 command writes to a folder at a time."""
 import collections
+import copy
 import decimal
 import fractions
 import functools
@@ -15,7 +16,9 @@ import sys
 import threading
 import time
 import types
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -779,6 +782,22 @@ def test_25_what_the_start_was_measured_with_is_claimed(tmp_path, start):
     with pytest.raises(LireError, match="another configuration.*stop.*there.*now"):
         self_enhance(start, PROMPTS, fail, tmp_path / "run", stop=StopRule(PROMPTS, gold=short, num_samples=2),
                      **options)
+
+def test_11_a_template_that_writes_the_date_makes_other_prompts_tomorrow(tmp_path, start, monkeypatch):
+    """The prompts of two days are not compared as if they were the same."""
+    from lire_nb import evaluation
+
+    model, tokenizer = load_policy(start)
+    asked = [{**p, "prompt": [{"role": "user", "content": p["prompt"]}]} for p in PROMPTS]
+    for template, dated in (("{{ messages[0].content }}", False), ("{{ strftime_now('%d') }}{{ messages[0].content }}", True)):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+        run, systems = tmp_path / str(dated), {"start": (model, tokenizer)}
+        monkeypatch.setattr(evaluation, "time", SimpleNamespace(strftime=lambda form: "2026-01-01"))
+        evaluate_systems(run, systems, asked, {"l": short}, settings=SHORT, num_samples=1, progress=False)
+        monkeypatch.setattr(evaluation, "time", SimpleNamespace(strftime=lambda form: "2026-01-02"))
+        with pytest.raises(LireError, match="date in the chat template") if dated else nullcontext():
+            evaluate_systems(run, systems, asked, {"l": short}, settings=SHORT, num_samples=1, progress=False)
 
 
 if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity.py 10

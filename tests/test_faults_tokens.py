@@ -1,5 +1,7 @@
 """Faults of text and tokens: one fact with two homes. The numbers are those of the list of faults."""
+import copy
 import importlib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -13,13 +15,13 @@ from tokenizer_kinds import CHATML, FORGETS, GEMMA, KINDS, PHI, _bytes, _fast, _
 
 from lire_nb import layouts  # noqa: E402
 from lire_nb.base.errors import LireError  # noqa: E402
-from lire_nb.conversations import list_table, render_prompt  # noqa: E402
+from lire_nb.conversations import end_token, list_table, render_prompt, tokenizer_fingerprint  # noqa: E402
 from lire_nb.lab.trl_online import encode_prompts  # noqa: E402
 from lire_nb.lists import load_lists, to_rrhf  # noqa: E402
 from lire_nb.models import load_tokenizer  # noqa: E402
 from lire_nb.records import make_record  # noqa: E402
-from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists  # noqa: E402
-from lire_nb.sampling import LocalSampler  # noqa: E402
+from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists, train_reward_model  # noqa: E402
+from lire_nb.sampling import _completion, LocalSampler, SamplingSettings  # noqa: E402
 from lire_nb.shared_prompt import ListCollator, padded_rows, tokenize_list  # noqa: E402
 
 
@@ -204,12 +206,147 @@ def test_05_a_pad_beyond_the_vocabulary_is_not_looked_up():
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=tokenizer.pad_token_id), device="cpu")
     batch = RewardModel(model, tokenizer).encode([[U("hi")], [U("hi, how are you?")]], ["Yes."] * 2)
     assert batch["input_ids"].max() < tokenizer.pad_token_id
-    # padded on the right
-    assert model.config.pad_token_id == tokenizer.eos_token_id and not batch["attention_mask"][0, -1]
+    assert not batch["attention_mask"][0, -1]  # padded on the right
     one, two = (tokenize_list(make_record([U(text)], ["Yes."], [1.0]), tokenizer)
                 for text in ("hi", "hi, how are you?"))
     rows = padded_rows(ListCollator(tokenizer.pad_token_id)([one, two]))
     assert rows["input_ids"].max() < tokenizer.pad_token_id
+
+
+CLOSING = ("{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+           "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+@pytest.mark.parametrize("kind", ["bytes_bos", "bytes_bos_eos"])
+@pytest.mark.parametrize("own", ["none", "eos", "another", "beyond"])
+def test_05_a_decoder_reads_the_token_that_it_reads_for_one_row(kind, own, tmp_path):
+    """The model of transformers, asked about one text at a time, is the oracle: what fills a batch is no matter of it."""
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    tokenizer = copy.deepcopy(KINDS[kind]())
+    tokenizer.chat_template, tokenizer.pad_token = CLOSING, None
+    pad = {"none": None, "eos": tokenizer.eos_token_id, "another": 7, "beyond": -1}[own]
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1,
+        pad_token_id=None, initializer_range=0.5)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    reward, bare = RewardModel.load(tmp_path), AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    texts = ["Yes.", "No, it is a town.", "Sure"]
+    for prompt in ([U("hi")], "The "):
+        rows = [tokenizer.apply_chat_template([*prompt, A(t)], tokenize=True, return_dict=False)
+                if isinstance(prompt, list) else tokenizer(prompt + t)["input_ids"] for t in texts]
+        with torch.no_grad():
+            expected = [bare(torch.tensor([row])).logits.item() for row in rows]
+        assert reward([prompt] * 3, texts) == pytest.approx(expected, abs=1e-5)
+    assert reward.model.config.pad_token_id == bare.config.pad_token_id  # it is saved as it came
+
+
+def test_05_what_a_reward_model_cuts_is_said_and_what_it_cannot_read_is_refused(tmp_path, caplog):
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    tokenizer = KINDS["bytes_bos"]()
+    for labels in (1, 2):
+        AutoModelForSequenceClassification.from_config(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=300, num_labels=labels)).save_pretrained(tmp_path / str(labels))
+        tokenizer.save_pretrained(tmp_path / str(labels))
+    reward = RewardModel.load(tmp_path / "1")
+    assert reward.max_length == 300  # its context, not a number of ours
+    lists = [make_record(f"{n}", ["a " * 10, "b " * 400], [1.0, 0.0], id=str(n)) for n in range(3)]
+    with caplog.at_level(logging.WARNING):
+        score_lists(lists, reward)
+        score_lists(lists, reward)
+    said = [r.getMessage() for r in caplog.records if "max_length" in r.getMessage()]
+    assert len(said) == 1 and "3 of 6 texts" in said[0]
+    with pytest.raises(LireError, match="up to 300 tokens"):
+        RewardModel.load(tmp_path / "1", max_length=301)
+    with pytest.raises(LireError, match="up to 512 tokens"):
+        train_reward_model(lists, max_length=1000, progress=False)
+    with pytest.raises(LireError, match="2 labels"):
+        RewardModel.load(tmp_path / "2")
+
+
+# a header between the opened turn and a written answer
+
+THINKS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n{% if loop.last %}<think>\n\n"
+          "</think>\n\n{% endif %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% else %}"
+          "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHANNEL = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant[final]{{ m['content'] }}<|im_end|>\n"
+           "{% else %}<|im_start|>{{ m['role'] }}[message]{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+           "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+OPENS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize("template", [THINKS, CHANNEL])
+def test_03_a_written_answer_has_the_header_of_the_template(template):
+    tokenizer = copy.deepcopy(KINDS["bytes_chatml"]())
+    tokenizer.chat_template = template
+    prompt = [U("2+2?")]
+    whole = tokenizer.apply_chat_template([*prompt, A("Four.")], tokenize=False)
+    row = trained(tokenizer, prompt, "Four.")
+    text = tokenizer.decode(row["prompt_ids"] + row["completion_ids"][0])
+    assert whole.startswith(text) and whole.removeprefix(text).isspace()
+    assert tokenizer.decode(judged(tokenizer, prompt, "Four.")) == whole
+
+
+def test_03_an_answer_that_brings_its_thoughts_gets_no_second_header():
+    tokenizer = copy.deepcopy(KINDS["bytes_chatml"]())
+    tokenizer.chat_template = THINKS
+    row = trained(tokenizer, [U("2+2?")], "<think>\nAdd.\n</think>\n\nFour.")
+    assert tokenizer.decode(row["completion_ids"][0]) == "<think>\nAdd.\n</think>\n\nFour.<|im_end|>"
+
+
+def test_03_a_question_that_opens_more_than_conversations_have_is_said_once(caplog):
+    tokenizer = copy.deepcopy(KINDS["bytes_chatml"]())
+    assert "<think>" in OPENS
+    tokenizer.chat_template = OPENS
+    with caplog.at_level(logging.WARNING):
+        trained(tokenizer, [U("a")])
+        trained(tokenizer, [U("b")])
+    assert [("<think>" in r.getMessage()) for r in caplog.records] == [True]
+
+
+# how it ended
+
+
+@pytest.mark.parametrize("word, ends", [("stop", True), ("eos_token", True), ("end_turn", True), ("STOP", True), (None, True),
+                                        ("length", False), ("MAX_TOKENS", False), ("stop_sequence", False)])
+def test_09_engines_words_for_an_end(word, ends):
+    tokenizer = KINDS["bytes_chatml"]()
+    record = make_record([U("hi")], ["Yes."], [1.0], meta={"finish_reasons": [word]})
+    row = tokenize_list(record, tokenizer)["completion_ids"][0]
+    assert (row[-1] == end_token(record["prompt"], tokenizer)) == ends
+
+
+def test_09_an_unknown_word_for_an_end_is_refused_at_every_door(tmp_path):
+    for bad in (lambda: make_record("q", ["a"], meta={"finish_reasons": ["content_filter"]}),
+                lambda: load_lists([{"prompt": "q", "completions": ["a", "b"], "rewards": [1, 0],
+                                     "finish_reasons": ["stop", "because"]}])):
+        with pytest.raises(LireError, match="unknown ending"):
+            bad()
+    unchecked = {"id": "1", "prompt": "q", "completions": ["a"], "rewards": [1.0], "meta": {"finish_reasons": ["because"]}}
+    with pytest.raises(LireError, match="unknown ending"):
+        tokenize_list(unchecked, KINDS["bytes_bos"]())
+
+
+def test_09_what_stop_strings_ended_ends_alike():
+    """Whether the string began inside a token, where the drawn ids cannot be used, or at its edge."""
+    tokenizer = KINDS["bytes_chatml"]()
+    prompt, end = [U("hi")], end_token([U("hi")], tokenizer)
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in "Yes"]
+    settings = SamplingSettings(max_new_tokens=9, stop=("e",))
+    found = [_completion(prompt, [(i, -1.0) for i in ids], tokenizer, settings, [end])
+             for ids in (letters, [*letters[:1], end])]
+    assert [c.finish_reason for c in found] == ["stop_string", "stop"]
+    meta = {"finish_reasons": ["stop_string"] * 3, "token_ids": [letters[:1], None, None],
+            "tokenizer": tokenizer_fingerprint(tokenizer)}
+    rows = tokenize_list(make_record(prompt, ["Y", "Yet", ""], [1, 0, 0], meta=meta), tokenizer)["completion_ids"]
+    assert rows[0] == letters[:1] and end not in rows[1] and rows[2] == [end]  # an empty answer says its end alone
 
 
 # 6: two renderers

@@ -414,6 +414,27 @@ def test_what_came_with_the_rows_is_not_made_again(tmp_path, monkeypatch):
     assert len(folders) >= 3 and size < 2e6 and load_task("sentiment")
 
 
+def test_the_start_is_asked_once_about_the_lists_of_all_trials(tmp_path, monkeypatch):
+    """A second trial reads the start's log-probs where the first one left them, and ends where it would end alone."""
+    from lire_nb import logprobs
+    from lire_nb.lab import experiments
+
+    def result(method, place):
+        config = protocol.trial(SCALES["smoke"], "sentiment", method, 0, {"learning_rate": 1e-3}).config()
+        return {k: v for k, v in experiments.run_experiment(config, tmp_path / place).items() if k != "seconds"}
+
+    asked, measure = [], logprobs.dataset_logps
+    monkeypatch.setattr(logprobs, "dataset_logps", lambda *a, **k: asked.append(1) or measure(*a, **k))
+    first = result("dpo", "one")
+    alone, kept = len(asked), [*(tmp_path / "one" / "reference").rglob("*.jsonl")]
+    assert result("dpo", "one") == first and len(asked) == 2 * alone - 1 and len(kept) == 1
+    (tmp_path / "two").mkdir()
+    for shared in ("judges", "scored", "samples"):
+        if (tmp_path / "one" / shared).exists():
+            (tmp_path / "two" / shared).symlink_to(tmp_path / "one" / shared)
+    assert result("lire", "two") and not (tmp_path / "two" / "reference").exists()
+
+
 @pytest.mark.parametrize("margin, level, expected", [(0.2, 0.05, "supported"), (0.4, 0.05, "tie"),
                                                      (0.2, 1e-12, "undecided")])
 def test_margin_and_level_are_those_of_the_file(monkeypatch, margin, level, expected):

@@ -271,8 +271,8 @@ def test_a_stop_string_ends_a_row_at_once():
         stopped = local.sample(PROMPTS, 4, SamplingSettings(max_new_tokens=40, stop=stop), 2)
     for before, after in zip(sum(whole, []), sum(stopped, [])):
         cut, found = sampling._cut_at_stop(before.text, stop)
-        assert after == Completion(cut, "stop" if found else before.finish_reason)
-    assert stopped[0][0].finish_reason == "stop"
+        assert after == Completion(cut, "stop_string" if found else before.finish_reason)
+    assert stopped[0][0].finish_reason == "stop_string"
     assert sum(rows) < 0.6 * sum(without)
 
 
@@ -427,7 +427,7 @@ def test_text_is_completed_and_messages_are_chatted():
         lists = sample_lists(server.url, ["Say", messages], 2, settings=SamplingSettings(stop=("\n\nHuman:",), top_k=5),
                              batch_size=64, **FAST)
         assert [r["completions"] for r in lists] == [[" yes"]
-                                                     * 2] * 2 and lists[0]["meta"]["finish_reasons"] == ["stop", "stop"]
+                                                     * 2] * 2 and lists[0]["meta"]["finish_reasons"] == ["stop_string"] * 2
         paths = Counter(path for path, *_ in server.received)
         assert paths == {"/v1/completions": 2, "/v1/chat/completions": 2}
         bodies = [body for _, body, _ in server.received]
