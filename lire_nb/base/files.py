@@ -448,12 +448,24 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | ListError:
     return {name: _cell(text) for name, text in zip(header, cells)}
 
 # %% ../../nbs/31_files.ipynb #2cb9962b
-def _table_rows(table: pa.Table) -> Iterator[dict]:
-    """Rows as plain Python values, columns of JSON text decoded."""
+def _class_names(features: dict) -> dict[str, list[str]]:
+    """The columns of numbers that stand for names, each with its names, of a description as datasets writes it."""
+    return {column: kind["names"] for column, kind in features.items()
+            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)}
+
+
+def _table_rows(table: pa.Table, classes: dict[str, list[str]] | None = None) -> Iterator[dict]:
+    """Rows as plain Python values, columns of JSON text decoded; a class is its name, -1 is none."""
+    if classes is None:
+        about = json.loads((table.schema.metadata or {}).get(b"huggingface") or b"{}")
+        classes = _class_names((about.get("info") or {}).get("features") or {})
+    classes = {name: names for name, names in classes.items() if name in table.column_names}
     encoded = [column.name for column in table.schema if getattr(column.type, "extension_name", "") == "arrow.json"]
     for row in table.to_pylist():
         for name in encoded:
             row[name] = None if row[name] is None else json.loads(row[name])
+        for name, names in classes.items():
+            row[name] = names[row[name]] if row[name] in range(len(names)) else None
         yield row
 
 # %% ../../nbs/31_files.ipynb #5a90db43
@@ -483,8 +495,9 @@ def _plain_rows(rows: Iterable[dict]) -> Iterator[dict]:
     datasets = sys.modules.get("datasets")  # whoever has a Dataset has imported it
     pandas = sys.modules.get("pandas")  # and so with a table of pandas
     if datasets is not None and isinstance(rows, datasets.Dataset):
+        classes = _class_names(rows.features.to_dict())
         for table in rows.with_format("arrow").iter(batch_size=1_000):
-            yield from _table_rows(table)
+            yield from _table_rows(table, classes)
     elif pandas is not None and isinstance(rows, pandas.DataFrame):
         yield from _frame_rows(rows, pandas)
     else:
