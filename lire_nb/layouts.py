@@ -136,16 +136,14 @@ def _numbers(values: Any, field: str) -> Any:
 
 def _is_null(value: Any) -> bool:
     """null, NaN, or a list of nothing else."""
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_null, value))
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(one is None or (isinstance(one, float) and math.isnan(one)) for one in values)
 
 
 def _is_unscored(value: Any) -> bool:
     """The same, or a word for it; not for texts, which may say "None"."""
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_unscored, value))
-    return _is_null(value) or (isinstance(value, str) and value.strip().lower() in _UNSCORED)
+    values = value if isinstance(value, list) else [value]
+    return _is_null([None if isinstance(one, str) and one.strip().lower() in _UNSCORED else one for one in values])
 
 
 def _first(row: dict, names: Iterable[str], null: Callable[[Any], bool] = _is_null) -> str | None:

@@ -6,6 +6,8 @@ import logging
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -1064,6 +1066,13 @@ def test_the_names_of_a_label_decide(tmp_path, names, rewards):
     assert one(unknown)["rewards"] == [None]
 
 
+@pytest.mark.parametrize("about", [b"{", b"[1]", b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 1}}}}'])
+def test_a_description_that_cannot_be_read_costs_no_row(tmp_path, about):
+    table = pa.table({"prompt": ["q"], "completion": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": about})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert one(tmp_path / "x.parquet")["rewards"] == [1.0]
+
+
 @pytest.mark.parametrize("part", [{"type": "image", "text": ""}, {"type": "reasoning", "text": "hmm"},
                                   {"text": "", "image": "x.png"}])
 def test_only_parts_of_text_are_joined(part):
@@ -1074,6 +1083,14 @@ def test_only_parts_of_text_are_joined(part):
         one({"prompt": [{"role": "user", "content": [*parts, part]}], "completions": ["4"]})
     with pytest.raises(ListError, match="not a string"):
         one({"prompt": [Q], "chosen": [{"role": "assistant", "content": [part, *parts]}], "rejected": [FIVE]})
+
+
+def test_a_deeply_nested_score_is_one_error():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ListError):
+        one({"prompt": "q", "completions": ["a"], "rewards": [deep]})
 
 
 @pytest.mark.parametrize("reasons", [["length", None], [None, "length"], ["stop", "length"], [None, None]])
