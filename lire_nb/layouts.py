@@ -113,11 +113,14 @@ def _jsonable(value: Any) -> Any:
     return _shown(value) if isinstance(value, (int, bytes)) else str(value)
 
 # %% ../nbs/32_layouts.ipynb #e22ac52e
+_UNSCORED = ("", "n/a", "none", "null")
+
+
 def _number(value: Any, field: str) -> Any:
     """A number that may stand in a string. "", "N/A" and "None" mean not scored; anything else is left to the check."""
     if not isinstance(value, str):
         return value
-    if value.strip().lower() in ("", "n/a", "none", "null"):
+    if value.strip().lower() in _UNSCORED:
         return None
     try:
         return float(value)
@@ -131,9 +134,22 @@ def _numbers(values: Any, field: str) -> Any:
     return [_number(value, f"{field}[{i}]") for i, value in enumerate(values)] if isinstance(values, list) else values
 
 
-def _first(row: dict, names: Iterable[str]) -> str | None:
-    """The first of `names` that is a column of `row`."""
-    return next((name for name in names if name in row), None)
+def _is_null(value: Any) -> bool:
+    """null, NaN, or a list of nothing else."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(one is None or (isinstance(one, float) and math.isnan(one)) for one in values)
+
+
+def _is_unscored(value: Any) -> bool:
+    """The same, or a word for it; not for texts, which may say "None"."""
+    values = value if isinstance(value, list) else [value]
+    return _is_null([None if isinstance(one, str) and one.strip().lower() in _UNSCORED else one for one in values])
+
+
+def _first(row: dict, names: Iterable[str], null: Callable[[Any], bool] = _is_null) -> str | None:
+    """The first of `names` that is a column of `row` and not null; else the first that is a column."""
+    names = [name for name in names if name in row]
+    return next((name for name in names if not null(row[name])), names[0] if names else None)
 
 # %% ../nbs/32_layouts.ipynb #87802cbd
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -153,13 +169,19 @@ def _is_turns(value: Any, keys: tuple = _TURN_KEYS) -> bool:
     return isinstance(value, list) and bool(value) and all(_turn_keys(message, keys) for message in value)
 
 # %% ../nbs/32_layouts.ipynb #3114f24f
+def _is_text_part(part: Any) -> bool:
+    """{"type": "text", "text": …}, or the text alone; an image or a thought may have a text too, and is none."""
+    return (isinstance(part, dict) and isinstance(part.get("text"), str)
+            and (part.get("type") == "text" or all(v is None for k, v in part.items() if k != "text")))
+
+
 def _one_turn(message: dict, roles: dict, keys: tuple) -> dict:
     if not roles and len(message) == 2 and isinstance(message.get("content"), str) and "role" in message:
         return message
     role, text = _turn_keys(message, keys)
     said, who = message[text], message[role]
-    if isinstance(said, list) and said and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in said):
-        said = "".join(part["text"] for part in said)  # {"type": "text", "text": …}
+    if isinstance(said, list) and said and all(map(_is_text_part, said)):
+        said = "".join(part["text"] for part in said)
     names = roles if role == "role" else _SHAREGPT | roles
     rest = {k: v for k, v in message.items() if k not in (role, text) and v is not None}
     return {"role": names.get(who, who) if isinstance(who, str) else who, "content": said, **rest}
@@ -458,6 +480,9 @@ def _read_list(
         prompt, texts = _split_answers(prompt, texts, [f"{answers}[{i}]" for i in range(len(texts))])
     named = {name: _as_list(row.get(column)) for name, column in (("rewards", rewards), ("sources", sources))}
     meta = _left_over(row, {*used, answers, rewards, sources})
+    ends = meta.get("finish_reason")
+    if isinstance(ends, list) and isinstance(texts, list) and len(ends) == len(texts) and "finish_reasons" not in meta:
+        meta["finish_reasons"] = meta.pop("finish_reason")
     return make_record(**{"prompt": prompt, "completions": texts, "id": _row_id(row), "meta": meta} | named | fixed)
 
 # %% ../nbs/32_layouts.ipynb #c76c626e
@@ -468,7 +493,7 @@ def _read_own(row: dict, notes: Notes) -> dict:
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
         return make_record(*(row[name] for name in ("prompt", "completions", "rewards", "sources")), _row_id(row),
                            _rest(row, FIELDS))
-    rewards = _first(row, ("rewards", "scores", "ratings"))
+    rewards = _first(row, ("rewards", "scores", "ratings"), _is_unscored)
     fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
     return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
 
@@ -480,11 +505,26 @@ def _read_ranks(row: dict, notes: Notes) -> dict:
     return _read_list(row, ("prompt",), "completions", "ranks", "sources", rewards=rank_rewards(ranks))
 
 # %% ../nbs/32_layouts.ipynb #8a5cb58e
+def _as_query(prompt: str | list[dict]) -> str:
+    """A prompt as RRHF's query: messages as a transcript that waits for the assistant, or ends with what it began."""
+    if isinstance(prompt, str):
+        return prompt
+    begun = prompt[-1]["role"] == "assistant"
+    return join_transcript(prompt if begun else [*prompt, {"role": "assistant", "content": ""}])
+
+
+def _is_rendered(query: Any, prompt: Any) -> bool:
+    """Is the query only another form of the prompt?"""
+    prompt = _check_prompt(prompt)
+    return not uses_tools(prompt) and query in (_as_query(prompt), _as_query(_user(prompt)))
+
+
 def _read_rrhf(row: dict, notes: Notes) -> dict:
     """RRHF and LIRE. Files written by `to_rrhf` may carry the exact prompt and answers in columns of their own."""
-    if "prompt" in row:
+    if not _is_empty(row.get("prompt")):
         exact = row.get("exact_responses", row["responses"])
-        row = {k: v for k, v in row.items() if k not in ("query", "exact_responses")} | {"responses": exact}
+        gone = ("exact_responses", *(("query",) if _is_rendered(row["query"], row["prompt"]) else ()))
+        row = {k: v for k, v in row.items() if k not in gone} | {"responses": exact}
     elif (turns := _transcript_prompt(row["query"])) is not None:
         answers = _listed(row["responses"])
         answers = [unspaced(a) if isinstance(a, str) else a for a in answers] if isinstance(answers, list) else answers
@@ -497,7 +537,7 @@ _ASKED = ("instruction", "input", "prompt", "question", "query", *_TALKS)
 # %% ../nbs/32_layouts.ipynb #720decb3
 def _read_distilabel(row: dict, notes: Notes) -> dict:
     ratings, models = (
-        _first(row, ("ratings", "rating", "scores")),
+        _first(row, ("ratings", "rating", "scores"), _is_unscored),
         _first(row, ("generation_models", "generation_model")),
     )
     rewards = None if ratings is None else _numbers(row[ratings], ratings)
@@ -508,6 +548,10 @@ def _read_distilabel(row: dict, notes: Notes) -> dict:
     return _read_list(row, _ASKED, "generations", ratings, models, rewards=rewards)
 
 # %% ../nbs/32_layouts.ipynb #5f197dab
+def _text_or_none(value: Any, field: str) -> str | None:
+    return None if _is_unscored(value) else _check_text(value, field)
+
+
 def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[Any, list, list[str], dict]:
     """Prompt, texts, the candidates' names for errors, and meta, from completions that are dicts."""
     candidates = row["completions"]
@@ -517,8 +561,13 @@ def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[An
                 value=candidate, allowed=f'a dict with "{answer}"', remedy="drop the row")
     prompt, columns = _row_prompt(row, prompts)
     prompt, texts = _split_answers(prompt, [candidate[answer] for candidate in candidates], names)
-    rest = [{k: v for k, v in candidate.items() if k not in (answer, *used)} for candidate in candidates]
+    ends = [candidate.get("finish_reason") for candidate in candidates]
+    known = not _is_unscored(ends) and "finish_reasons" not in row
+    used = (answer, *used, *(("finish_reason",) if known else ()))
+    rest = [{k: v for k, v in candidate.items() if k not in used} for candidate in candidates]
     kept = {"candidates": rest} if any(rest) else {}
+    kept |= {"finish_reasons": [_text_or_none(end, f"{name}.finish_reason") for end, name in zip(ends, names)]
+             } if known else {}
     return prompt, texts, names, _left_over({**row, **kept}, {*columns, "completions"})
 
 # %% ../nbs/32_layouts.ipynb #f7791d77
@@ -556,7 +605,8 @@ def _read_ultrafeedback(row: dict, notes: Notes) -> dict:
 def _read_ranked(row: dict, notes: Notes) -> dict:
     """NeMo-RL: context and completions of {rank, completion}, the lower rank is better; or {score, completion}."""
     candidates = [candidate for candidate in row["completions"] if isinstance(candidate, dict)]
-    key = _first(dict.fromkeys(itertools.chain(*candidates)), ("rank", "score", "reward", "rating")) or "rank"
+    columns = {name: [c.get(name) for c in candidates] for name in itertools.chain(*candidates)}
+    key = _first(columns, ("rank", "score", "reward", "rating"), _is_unscored) or "rank"
     prompt, texts, names, meta = _read_dicts(row, "completion", ("context", *_PROMPTS), (key,))
     rewards = [_number(candidate.get(key), f"{name}.{key}") for candidate, name in zip(candidates, names)]
     return make_record(prompt, texts, rank_rewards(rewards) if key == "rank" else rewards, id=_row_id(row), meta=meta)
@@ -639,17 +689,17 @@ _SCORES = [names for word in _WORDS for names in _two_names(word)]
 _SOURCES, _ENDS = _two_names("source"), _two_names("finish_reason")
 
 
-def _two_columns(row: dict, pairs: list[tuple[str, str]]) -> tuple:
-    """The first of `pairs` whose columns are both there, with something in them."""
-    found = (pair for pair in pairs if pair[0] in row and pair[1] in row)
-    return next((pair for pair in found if not any(_is_empty(row[name]) for name in pair)), ())
+def _two_columns(row: dict, pairs: list[tuple[str, str]], enough: Callable[[Iterable], bool] = all) -> tuple:
+    """The first of `pairs` whose columns both have something in them; with `any`, one of them."""
+    return next((pair for pair in pairs if enough(not _is_unscored(row.get(name)) for name in pair)), ())
 
 # %% ../nbs/32_layouts.ipynb #0a6f5d29
 def _two_scores(row: dict) -> dict[str, Any]:
     """The columns with the scores of a pair, both known; or "rewards", by a mapping."""
-    if isinstance(row.get("rewards"), list) and len(row["rewards"]) == 2:
-        return {"rewards": [_check_reward(value, f"rewards[{i}]") for i, value in enumerate(row["rewards"])]}
-    scores = {name: _check_reward(_number(row[name], name), name) for name in _two_columns(row, _SCORES)}
+    given, names = row.get("rewards"), _two_columns(row, _SCORES)
+    if isinstance(given, list) and len(given) == 2 and not (names and _is_unscored(given)):
+        return {"rewards": [_check_reward(value, f"rewards[{i}]") for i, value in enumerate(given)]}
+    scores = {name: _check_reward(_number(row[name], name), name) for name in names}
     return {} if None in scores.values() else scores
 
 # %% ../nbs/32_layouts.ipynb #f6401706
@@ -658,15 +708,16 @@ def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict
 
     def reader(row: dict, notes: Notes) -> dict:
         scores = _two_scores(row)
-        sources, ends = _two_columns(row, _SOURCES), _two_columns(row, _ENDS)
-        record = read({k: v for k, v in row.items() if k not in (*scores, *sources, *ends)}, notes)
+        sources, ends = _two_columns(row, _SOURCES, any), _two_columns(row, _ENDS, any)
+        nothing = [name for pair in (*_SOURCES, *_ENDS) for name in pair if name in row and _is_unscored(row[name])]
+        record = read({k: v for k, v in row.items() if k not in (*scores, *sources, *ends, *nothing)}, notes)
         if scores:
             record["rewards"] = list(scores.values()) if len(scores) == 2 else scores["rewards"]
             _note_order(*record["rewards"], notes)
         if sources:
-            record["sources"] = [_check_text(row[name], name) for name in sources]
-        if ends:
-            record["meta"]["finish_reasons"] = [_check_text(row[name], name) for name in ends]
+            record["sources"] = [_text_or_none(row.get(name), name) or "unknown" for name in sources]
+        if ends:  # a reason that is not known hides no other
+            record["meta"]["finish_reasons"] = [_text_or_none(row.get(name), name) for name in ends]
         return record
 
     return reader
@@ -718,48 +769,69 @@ _LONG = {
     "reward": ("reward", "score", "rating", "label", "kto_tag", "rank"),
     "source": ("source", "model", "generation_model", "generator"),
 }
-_LABELS = {"true": 1.0, "false": 0.0}  # in a CSV file they are words
-_RANKED = "\0ranked"  # no column is called this
+_GOOD, _BAD = ("true", "yes", "good", "desirable", "chosen"), ("false", "no", "bad", "undesirable", "rejected")
+_LABELS = dict.fromkeys(_GOOD, 1.0) | dict.fromkeys(_BAD, 0.0)
+_COLUMN = "\0column"  # where a candidate's reward stood; no column is called this
 
 # %% ../nbs/32_layouts.ipynb #39291e18
+def _long_names(row: dict) -> dict[str, str | None]:
+    """The column of each field."""
+    return {field: _first(row, options, _is_unscored if field == "reward" else _is_null)
+            for field, options in _LONG.items()}
+
+
 def _is_long(row: dict) -> bool:
-    names = {field: _first(row, options) for field, options in _LONG.items()}
+    names = _long_names(row)
     # {instruction, input, output} alone is plain instruction data whose prompt is in two columns: no reward, no guess.
     if names["completion"] is None:  # a conversation whose last turn is the answer
         return bool(names["reward"] and not _is_empty(row.get(_first(row, _TALKS))) and "chosen" not in row)
-    return bool((names["prompt"] or _first(row, _TALKS)) and (names["reward"] or names["prompt"] == "prompt"))
+    return bool((names["prompt"] or _first(row, _TALKS)) and (names["reward"] or "prompt" in row))
 
 # %% ../nbs/32_layouts.ipynb #8951bf49
+def _label_or_number(value: Any, field: str | None) -> Any:
+    """The reward of a candidate; a label may be a word."""
+    if field not in ("label", "kto_tag") or not isinstance(value, (bool, str)):
+        return _number(value, field)
+    word = str(value).strip().lower()
+    try:
+        return _LABELS[word] if word in _LABELS else _number(value, field)
+    except ListError:
+        raise ListError("a label whose meaning is not known", field=field, value=value,
+                        allowed=f"{', '.join(_LABELS)}, a number, or null",
+                        remedy="write true for a good answer and false for a bad one") from None
+
+
 def _read_long(row: dict, notes: Notes) -> dict:
-    """A record with M = 1. A rank waits in `rewards`, marked in meta: only the whole list turns it into a reward."""
-    names = {field: _first(row, options) for field, options in _LONG.items()}
-    reward = row.get(names["reward"])
-    if names["reward"] in ("label", "kto_tag") and isinstance(reward, (bool, str)):
-        reward = _LABELS.get(str(reward).strip().lower(), reward)
+    """A record with M = 1, and in meta the column of its reward. A rank waits in `rewards`: only the whole list turns
+    it into a reward."""
+    names = _long_names(row)
+    reward = _label_or_number(row.get(names["reward"]), names["reward"])
     prompt, used = _row_prompt(row, (*_LONG["prompt"], *_TALKS), answered=names["completion"] is None)
     answer = row[names["completion"]] if names["completion"] else None
     if isinstance(prompt, list) and names["completion"] is None:
         prompt, answer = None, prompt
     prompt, texts = _split_answers(prompt, [answer], [names["completion"] or "conversations"])
-    source = row.get(names["source"])
-    return make_record(
-        prompt,
-        texts,
-        [_number(reward, names["reward"])],
-        "unknown" if source is None else [source],
-        id=_row_id(row),
-        meta=_left_over(row, {*used, names["completion"], names["reward"], names["source"]})
-        | ({_RANKED: True} if names["reward"] == "rank" else {}),
-    )
+    source, end = row.get(names["source"]), _text_or_none(row.get("finish_reason"), "finish_reason")
+    meta = _left_over(row, {*used, names["completion"], names["reward"], names["source"], "finish_reason"})
+    meta |= {} if reward is None else {_COLUMN: names["reward"]}
+    meta |= {} if end is None else {"finish_reasons": [end]}
+    return make_record(prompt, texts, [reward], "unknown" if source is None else [source], id=_row_id(row), meta=meta)
 
 # %% ../nbs/32_layouts.ipynb #3940aa16
 def _group(rows: list[dict]) -> dict:
     """One record from the records (M = 1) of one prompt."""
     prompt, ids = rows[0]["prompt"], [row["id"] for row in rows]
     rewards = [row["rewards"][0] for row in rows]
-    if any(_RANKED in row["meta"] for row in rows):
-        rewards = rank_rewards(rewards)
-    metas = [{k: v for k, v in row["meta"].items() if k != _RANKED} for row in rows]
+    columns = {row["meta"][_COLUMN] for row in rows if _COLUMN in row["meta"]}
+    require(len(columns) < 2, "candidates of one prompt are judged in different columns", error=ListError,
+            field=" and ".join(sorted(columns)), value=prompt, allowed="one column for all candidates of a prompt",
+            remedy="drop the other columns, or name the one: --map reward=score or --map rank=rank, with prompt and "
+                   "completion")
+    rewards = rank_rewards(rewards) if columns == {"rank"} else rewards
+    ends = [row["meta"].get("finish_reasons") for row in rows]
+    known = any(ends) and all(end is None or isinstance(end, list) and len(end) == 1 for end in ends)
+    apart = (_COLUMN, "finish_reasons") if known else (_COLUMN,)
+    metas = [{k: v for k, v in row["meta"].items() if k not in apart} for row in rows]
     if len(set(ids)) > 1:
         metas = [meta | {"row_id": row_id} for meta, row_id in zip(metas, ids)]
     meta = {}
@@ -767,13 +839,14 @@ def _group(rows: list[dict]) -> dict:
         values = [each.get(name) for each in metas]
         column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for a column
         meta[name] = values[0] if all(value == values[0] for value in values) and not column else values
+    meta |= {"finish_reasons": [end and end[0] for end in ends]} if known else {}
     completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
     return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
 
 # %% ../nbs/32_layouts.ipynb #7c1a4cf6
 def _has(*names: str | tuple[str, ...]) -> Callable[[dict], bool]:
     "Whether a row has these columns; of a tuple any one."
-    return lambda row: all(_first(row, (name,) if isinstance(name, str) else name) for name in names)
+    return lambda row: all(name in row if isinstance(name, str) else any(n in row for n in name) for name in names)
 
 
 def _holds_dicts(row: dict) -> bool:

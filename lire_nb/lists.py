@@ -30,14 +30,14 @@ from lire_nb.base.files import (
     atomic_write, _batches, BLANK, _chosen, _json, json_digest, _open, _plain_rows, read_rows, Row, _sorted_json,
 )
 from lire_nb.layouts import (
-    adapt_row, _ANSWER_LISTS, _ANSWERS, _check_mapping, _check_parts, _group, _is_empty, join_transcript, LAYOUTS,
-    Notes, _PAIRED, _RANKED, _read_long, _row_id, _row_prompt, spaced, _transcript_prompt, _turn_keys, unspaced,
-    with_tools, without_tools, _with_turns,
+    adapt_row, _ANSWER_LISTS, _ANSWERS, _as_query, _check_mapping, _check_parts, _COLUMN, _group, _is_empty, LAYOUTS,
+    Notes, _PAIRED, _PARTS, _read_long, _row_id, _row_prompt, spaced, _TEXT_PARTS, _transcript_prompt, _turn_keys,
+    unspaced, with_tools, without_tools, _with_turns,
 )
 from .many_lists import OnDisk
 from lire_nb.records import (
     as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
-    _validated,
+    uses_tools, _validated,
 )
 
 # %% ../nbs/33_lists.ipynb #085262ab
@@ -128,8 +128,8 @@ class _Seen:
         prompt = prompt_id(record["prompt"])
         content = json_digest(record, 32)
         known = self.ids.get(record["id"])
-        require(known in (None, prompt), "the same id already belongs to another prompt", error=ListError, field="id",
-                value=record["id"], allowed="one prompt per id", remedy="correct the id, or leave it out")
+        if known not in (None, prompt):
+            raise _two_prompts(record["id"])
         if content in self.contents:
             self.report.duplicates += 1
             return False
@@ -166,7 +166,12 @@ def _records(
         elif _admitted(record, [row], layout.name, notes, errors, report, seen):
             yield record
     for rows, records in (zip(*members) for members in groups.values()):
-        record = _group(records)
+        try:
+            record = _group(records)
+        except ListError as error:
+            for row in rows:
+                errors.add(row, copy.copy(error))
+            continue
         if _admitted(record, rows, "long rows", [], errors, report, seen):
             yield record
 
@@ -299,7 +304,7 @@ def as_lists(
     lists,  # records, rows of another known layout, a file, a dict of such, None, or what is prepared already
     name: str = "train_dataset",  # for the message
 ):  # our own records, a dict of them, or None
-    "Our own records as they are, anything else through `load_lists`; raises `LireError`."
+    "Our own records, checked and as they are; anything else through `load_lists`. Raises `LireError`."
     if isinstance(lists, (str, Path)):
         return load_lists(lists)
     if _is_prepared(lists):
@@ -308,18 +313,41 @@ def as_lists(
         require(name != "train_dataset", "several data sets", field=name, value=list(lists), allowed="one data set",
                 remedy="choose a split, such as data['train']")
         return {key: as_lists(part, f"{name}[{key!r}]") for key, part in lists.items()}
-    rows = lists if isinstance(lists, datasets.Dataset) else list(_plain_rows(lists))
-    columns = [rows.column_names] if isinstance(rows, datasets.Dataset) else rows
-    if all(isinstance(c, (dict, list)) and _OURS <= set(c) for c in columns):
-        return rows
     try:
-        return load_lists(rows)
+        return _own_or_loaded(lists)
     except LireError as e:
         e.field = f"{name}: {e.field}" if e.field else name
         raise
 
 # %% ../nbs/33_lists.ipynb #ce24b449
-_OURS = {"id", "prompt", "completions", "rewards"}  # columns of our own records that training reads
+def _own_or_loaded(lists: Dataset | Iterable[dict]) -> Dataset | list[dict]:
+    """Records with exactly our columns, checked; other rows as `load_lists` reads them. A Dataset is only looked at."""
+    if isinstance(lists, Dataset):
+        if lists.features != FEATURES:
+            return load_lists(lists)
+        for _ in _one_prompt_each(_validated(_plain_rows(lists))):
+            pass
+        return lists
+    rows = list(_plain_rows(lists))
+    own = all(isinstance(row, dict) and row.keys() == FEATURES.keys() for row in rows)
+    return list(_one_prompt_each(_validated(rows))) if own else load_lists(rows)
+
+
+def _one_prompt_each(records: Iterable[dict]) -> Iterator[dict]:
+    """The records; an id that belongs to two prompts is an error."""
+    known = OnDisk()
+    for num, record in enumerate(records, 1):
+        prompt = prompt_id(record["prompt"])
+        if (before := known.get(record["id"])) is None:
+            known[record["id"]] = prompt
+        elif before != prompt:
+            raise _two_prompts(record["id"]).at(None, None, num)
+        yield record
+
+
+def _two_prompts(name: str) -> ListError:
+    return ListError("the same id already belongs to another prompt", field="id", value=name,
+                     allowed="one prompt per id", remedy="correct the id, or leave it out")
 
 
 def _is_prepared(lists) -> bool:
@@ -331,8 +359,10 @@ def _is_prepared(lists) -> bool:
 def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
     """Prompts as records with "id", "prompt" and "meta", all of them checked. Raises `ListError` for the first bad one.
 
-    prompts: texts, lists of messages, or records; what else a record holds (completions, rewards, sources) stays.
-    Without an id it is `prompt_id(prompt)`. One id belongs to one prompt. chat: see `as_chat`.
+    prompts: texts, lists of messages, or records; what else a record holds (completions, rewards, sources) stays. A
+    record of another layout, which says more of the prompt in other columns (instruction, system, tools …), is read as
+    `load_prompts` reads it, or refused. Without an id it is `prompt_id(prompt)`. One id belongs to one prompt.
+    chat: see `as_chat`.
     """
     require(not isinstance(prompts, (str, bytes, dict)), "not a list of prompts", error=ListError, field="prompts",
             value=prompts, allowed="an iterable of texts, messages or records")
@@ -340,10 +370,21 @@ def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
     return [_checked_prompt(prompt, num, chat, known) for num, prompt in enumerate(_plain_rows(prompts), 1)]
 
 # %% ../nbs/33_lists.ipynb #02272fe0
+def _says_more(record: dict) -> bool:
+    """May other columns than "prompt" hold a part of the prompt?"""
+    if "prompt" not in record:
+        return True
+    answers = [record[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in record]
+    return record.keys() != FEATURES.keys() and (
+        "chosen" in record or bool((_PARTS | _TEXT_PARTS) & (record.keys() - {"prompt"}))
+        or any(map(_holds_turns, answers)))
+
+
 def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, dict]) -> dict:
     """The record of a prompt; `known` holds the first record of every id."""
     try:
         record = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+        record = _prompt_record(record, chat) if _says_more(record) else record
         require(record.get("prompt") is not None, "no prompt", error=ListError, field="prompt", value=prompt,
                 allowed="a text, messages, or a record with a prompt", remedy="give every record a prompt")
         record["prompt"] = _check_prompt(record["prompt"])
@@ -352,9 +393,8 @@ def _checked_prompt(prompt: Any, num: int, chat: bool | None, known: dict[str, d
         require(isinstance(meta, dict), "not a dict", error=ListError, field="meta", value=meta, allowed="a dict",
                 remedy="write {} where there is nothing")
         record = as_chat(record | {"meta": _check_meta(meta)}, chat)
-        require(known.setdefault(record["id"], record)["prompt"] == record["prompt"],
-                "the same id already belongs to another prompt", error=ListError, field="id", value=record["id"],
-                allowed="one prompt per id", remedy="correct the id, or leave it out")
+        if known.setdefault(record["id"], record)["prompt"] != record["prompt"]:
+            raise _two_prompts(record["id"])
         return record
     except ListError as error:
         raise error.at(None, None, num) from None
@@ -390,7 +430,7 @@ def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict
     once. Raises `ListError`.
     """
     known: dict[str, dict] = {}
-    for line, prompt in _file_prompts(Path(path)):
+    for line, prompt in _file_prompts(Path(path), chat):
         try:
             record = _checked_prompt(prompt, line, chat, known)
         except ListError as error:
@@ -400,7 +440,7 @@ def load_prompts(path: str | os.PathLike, chat: bool | None = None) -> list[dict
     return list(known.values())
 
 # %% ../nbs/33_lists.ipynb #d80aee2b
-def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
+def _file_prompts(path: Path, chat: bool | None) -> Iterator[tuple[int, dict]]:
     """(line, prompt record), not yet checked."""
     if path.name.lower().endswith(".txt"):
         lines = enumerate(read_lines(path), 1)
@@ -411,25 +451,35 @@ def _file_prompts(path: Path) -> Iterator[tuple[int, dict]]:
             if isinstance(row.value, ListError):
                 raise row.value
             if row.value is not BLANK:
-                yield row.line, _prompt_record(row.value)
+                yield row.line, _prompt_record(row.value, chat)
         except ListError as error:
             raise error.at(str(path), row.line) from None
 
 # %% ../nbs/33_lists.ipynb #87d2ed04
-def _prompt_record(row: Any) -> dict:
+def _prompt_record(row: Any, chat: bool | None = None) -> dict:
+    """Prompt, id and meta of a row, with an instruction as a user turn where `load_lists` makes it one."""
+    record = _prompt_parts(row)
+    if chat is None and isinstance(record["prompt"], str) and _instructs(row, record):
+        derived = record["id"] == prompt_id(record["prompt"])
+        return {**record, "id": None if derived else record["id"], "prompt": as_chat(record["prompt"])}
+    return record
+
+
+def _prompt_parts(row: Any) -> dict:
     """Prompt, id and meta of a row, whose answers are not needed, but may hold a part of the prompt."""
     require(isinstance(row, dict), "not an object", error=ListError, value=row, allowed="one JSON object per row",
             remedy="repair or remove it")
     row, tools = without_tools(row)
     if tools:
-        record = _prompt_record(row)
+        record = _prompt_parts(row)
         return with_tools({**record, "id": record["id"] or prompt_id(_check_prompt(record["prompt"]))}, tools)
     row = _with_turns(row)
     answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
-    needed = "chosen" in row or "prompt" not in row or any(map(_holds_turns, answers))
+    needed = ("chosen" in row or "prompt" not in row or {"query", "responses", "scores"} <= row.keys()
+              or any(map(_holds_turns, answers)))
     if needed and any(layout.matches(row) for layout in LAYOUTS):
         record = adapt_row(row)[1]
-        meta = {name: value for name, value in prompt_facts(record).items() if name != _RANKED}
+        meta = {name: value for name, value in prompt_facts(record).items() if name != _COLUMN}
         return {"id": record["id"], "prompt": record["prompt"], "meta": meta}
     prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)
     require(not _is_empty(prompt), "no prompt", error=ListError, field="prompt", value=prompt,
@@ -483,7 +533,7 @@ def prompt_row_of(
     chat: bool | None = None,
 ) -> Place | None:
     "The line that became the prompt of this id."
-    for line, prompt in _file_prompts(Path(path)):
+    for line, prompt in _file_prompts(Path(path), chat):
         record = _checked_prompt(prompt, line, chat, {})
         if record["id"] == name:
             return Place(line, None if name == prompt_id(record["prompt"]) else name)
@@ -547,7 +597,7 @@ def to_trl_pairs(lists: Dataset | Iterable[dict], pairs: str = "best_worst") -> 
 
     Where they are known, source_… and finish_reason_… stand beside them too; `load_lists` reads all of these again.
     pairs: "best_worst" (at most one per list) or "all" (every pair with different rewards). How many lists gave none is
-    logged. Raises `ListError`.
+    logged. Raises `ListError`, also for a prompt with tools.
     """
     require(pairs in ("best_worst", "all"), "unknown choice", error=ListError, field="pairs", value=pairs,
             allowed='"best_worst" or "all"')
@@ -566,6 +616,10 @@ def to_trl_pairs(lists: Dataset | Iterable[dict], pairs: str = "best_worst") -> 
 # %% ../nbs/33_lists.ipynb #7705a76d
 def _pair_row(record: dict, better: int, worse: int) -> dict:
     """Two candidates of a list, each with its columns."""
+    if uses_tools(record["prompt"]):
+        raise ListError("tools have no place in pairs", field="prompt", allowed="turns of system, user and assistant",
+                        value=", ".join(m["role"] for m in record["prompt"]),
+                        remedy=f"leave list {record['id']!r} out, or keep it in a file of save_lists")
     row = {"id": record["id"], "prompt": record["prompt"]}
     reasons = candidate_columns(record).get("finish_reasons")
     known = any(source != "unknown" for source in record["sources"])
@@ -592,7 +646,7 @@ def _rrhf_row(record: dict) -> dict:
     prompt, answers = record["prompt"], record["completions"]
     chat = not isinstance(prompt, str)
     begun = chat and prompt[-1]["role"] == "assistant"  # the responses go on with this turn
-    query = join_transcript(prompt if begun else [*prompt, {"role": "assistant", "content": ""}]) if chat else prompt
+    query = _as_query(prompt)
     responses = [spaced(answer) for answer in answers] if chat and not begun else answers
     row = {"query": query, "responses": responses, "scores": record["rewards"],
            **{name: record[name] for name in ("id", "sources", "meta")}}

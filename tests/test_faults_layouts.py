@@ -6,7 +6,10 @@ import logging
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from lire_nb import cli, lists, records
 from lire_nb.base import files
@@ -667,7 +670,7 @@ def test_25_prompts_of_every_layout(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = cli.read_prompts(str(path))
-    assert [p["prompt"] for p in found] == [ASKED, [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p",
+    assert [p["prompt"] for p in found] == [[U(ASKED)], [BRIEF, U(ASKED)], [BRIEF, Q], [Q0], [U("Yo")], "p",
                                             "own"] and found[-1]["meta"] == {"topic": "t"}
     path.write_text(json.dumps({"prompt": "p", "input": "lost?"}) + "\n")
     with pytest.raises(LireError, match="would be lost"):
@@ -892,3 +895,225 @@ def test_17_texts_beside_a_prompt_are_not_lost(tmp_path):
     assert one(row | {"title": {"id": 3}})["meta"] == {"title": {"id": 3}}
     assert one({"prompt": "p", "completions": ["a"], "rewards": [1], "sources": ["m"], "meta": {"title": "x"},
                 "id": "i"})["meta"] == {"title": "x"}
+
+
+# Rows in memory come in by the same door as rows of a file
+# ------------------------------------------------------------------------------------------
+
+OWN = {"id": "1", "prompt": "2+2?", "completions": ["4", "5"], "rewards": [1.0, 0.0]}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize("more", [{}, {"system": "Be brief."}, {"history": [["Hi", "Hello"]]},
+                                  {"finish_reasons": ["length", "stop"]}, {"topic": "t", "sources": ["a", "b"]}])
+def test_rows_in_memory_are_read_like_a_file(tmp_path, more):
+    row = OWN | more
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (read,) = load_lists(path)
+    for given in ([row], Dataset.from_list([row])):
+        assert [dict(r) for r in lists.as_lists(given)] == [read]
+
+
+@pytest.mark.parametrize("kind", ["own", "four columns", "dataset"])
+@pytest.mark.parametrize("change", [
+    {"completions": ["bad", "good"], "rewards": [0.5, 0.0, 1.0]}, {"completions": ["4", "5", "6"]},
+    {"completions": ["4", None]}, {"rewards": ["high", "low"]}, {"rewards": [1.0, float("nan")]}, {"prompt": " "},
+    {"completions": []},
+])
+def test_what_no_file_may_hold_is_refused_in_memory(kind, change):
+    row = OWN | change
+    if kind == "own":
+        row |= {"sources": ["a"] * len(row["completions"]), "meta": {}}
+    with pytest.raises(LireError) as caught:
+        lists.as_lists(Dataset.from_list([row]) if kind == "dataset" else [row])
+    assert caught.value.field.startswith("train_dataset: ") and len(str(caught.value)) < 900
+
+
+def test_messages_as_answers_are_read_in_memory_too():
+    (record,) = lists.as_lists([OWN | {"prompt": [Q], "completions": [[FOUR], [FIVE]]}])
+    assert record["completions"] == ["4", "5"] and record["prompt"] == [Q]
+
+
+def test_a_data_set_of_ours_is_checked_and_stays_where_it_is():
+    good = load_lists([OWN, OWN | {"id": "2"}])
+    assert lists.as_lists(good) is good
+    rows = [make_record("p", ["a", "b"], [1, 0], id="x"), make_record("q", ["a", "b"], [1, 0], id="x")]
+    for given in (rows, records.lists_dataset(rows)):
+        with pytest.raises(LireError, match="already belongs to another prompt"):
+            lists.as_lists(given)
+    table = good.data.table.set_column(3, "rewards", [[[1.0, 0.0, 2.0], [1.0, 0.0]]])
+    with pytest.raises(LireError, match="unequal lengths"):
+        lists.as_lists(Dataset(table, info=good.info))
+    assert lists.as_lists(rows[:1]) == rows[:1] and lists.as_lists([]) == []
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "2+2?", "system": "Be brief."}, {"prompt": [Q], "tools": TOOLS}, {"prompt": "2+2?", "context": "x"},
+    {"prompt": "Translate", "input": "Hello"}, {"prompt": "2+2?", "tools": TOOLS}, {"prompt": "2+2?", "images": ["x"]},
+    {"instruction": "Say hi", "generations": ["a"], "ratings": [1]}, ASK | {"system": "Be brief."}, {"question": "2+2?"},
+    {"prompt": "2+2?", "chosen": [BRIEF, Q, FOUR], "rejected": [BRIEF, Q, FIVE]}, {"messages": [Q0]},
+    {"prompt": "2+2?", "query": "And?", "responses": ["4"], "scores": [1]},
+])
+def test_prompts_in_memory_are_read_like_a_file(tmp_path, row):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    try:
+        expected = lists.load_prompts(path)
+    except ListError as error:
+        with pytest.raises(ListError) as caught:
+            lists.checked_prompts([row])
+        assert (caught.value.reason, caught.value.field) == (error.reason, error.field)
+        return
+    found = lists.checked_prompts([row])
+    assert found == expected == lists.checked_prompts(found)
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "Say hi", "generations": ["a", "b"], "ratings": [1, 2]}, ASK | WITH_INPUT["pairs"],
+    {"id": "i", "instruction": "Say hi", "output": "a", "score": 1},
+])
+def test_an_instruction_is_the_same_prompt_alone(tmp_path, row):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for chat in (None, True, False):
+        ((prompt, record),) = zip(lists.load_prompts(path, chat), load_lists(path, chat=chat))
+        assert (prompt["id"], prompt["prompt"]) == (record["id"], record["prompt"])
+    name = record["id"]
+    assert lists.prompt_row_of(path, name, False) == lists.row_of(path, name, chat=False)
+
+
+def test_the_record_of_a_checked_prompt_stays_as_it_is():
+    record = make_record("[{'role': 'user', 'content': 'Hi'}]", ["a"], [1], meta={"topic": "t"})
+    assert lists.checked_prompts([record]) == [record]
+
+
+# Layouts that lost a text or a score
+# ------------------------------------------------------------------------------------------
+
+
+def test_a_query_beside_another_prompt_is_not_dropped(tmp_path):
+    row = {"prompt": "You are a pirate.", "query": "What is 2+2?", "responses": ["4", "5"], "scores": [1, 0]}
+    with pytest.raises(ListError, match="would be lost"):
+        one(row)
+    for query in ("You are a pirate.", "\n\nHuman: You are a pirate.\n\nAssistant:"):
+        assert one(row | {"query": query}) == make_record("You are a pirate.", ["4", "5"], [1, 0])
+    assert one(row | {"prompt": None})["prompt"] == "What is 2+2?"
+    kept = [make_record([BRIEF, Q, A(" So")], ["4", "5"], [1, 0]), make_record("\n\nHuman: x\n\nAssistant:", ["a"], [1])]
+    assert list(load_lists(to_rrhf(kept, tmp_path / "x.jsonl"))) == kept
+    assert [p["prompt"] for p in lists.load_prompts(tmp_path / "x.jsonl")] == [r["prompt"] for r in kept]
+
+
+def test_pairs_have_no_place_for_tools():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    for prompt in ([Q | {"tools": TOOLS}], [Q, call, {"role": "tool", "content": "4"}]):
+        with pytest.raises(ListError, match="tools have no place"):
+            to_trl_pairs([make_record(prompt, ["4", "5"], [1, 0])])
+
+
+@pytest.mark.parametrize("row, rewards", [
+    ({"completions": ["a", "b"], "rewards": None, "scores": [1, 0]}, [1, 0]),
+    ({"completions": ["a", "b"], "rewards": [None, None], "ratings": [2, 1]}, [2, 1]),
+    ({"generations": ["a", "b"], "ratings": None, "scores": [1, 0]}, [1, 0]),
+    ({"generations": ["a", "b"], "ratings": ["N/A", "N/A"], "scores": [1, 0]}, [1, 0]),
+    ({"completion": "a", "label": True, "score": None}, [1]),
+    ({"completion": "a", "rating": "3", "score": "N/A", "reward": float("nan")}, [3]),
+    ({"completion": None, "response": "a", "score": 2}, [2]),
+    ({"completions": [{"completion": "a", "rank": None, "score": 2}, {"completion": "b", "rank": None, "score": 1}]},
+     [2, 1]),
+    ({"chosen": "a", "rejected": "b", "score_chosen": "N/A", "score_rejected": "N/A", "chosen_rating": 5,
+      "rejected_rating": 3}, [5, 3]),
+    ({"chosen": "a", "rejected": "b", "rewards": [None, None], "score_chosen": 5, "score_rejected": 3}, [5, 3]),
+    ({"completion": "a", "score": None, "label": None}, [None]),
+    ({"completions": ["a", "b"], "rewards": None, "scores": None}, [None, None]),
+])
+def test_a_null_column_hides_no_other(row, rewards):
+    assert one({"prompt": "q", **row})["rewards"] == rewards
+
+
+def test_candidates_of_one_prompt_are_judged_by_one_column(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "rank": 1}, {"prompt": "q", "completion": "b", "rank": 2, "score": 0.3}]
+    with pytest.raises(ListError, match="judged in different columns"):
+        load_lists(rows)
+    ranked = {"prompt": "prompt", "completion": "completion", "rank": "rank"}
+    assert one(rows, ranked)["rewards"] == [1.0, 0.0]
+    with pytest.raises(ListError, match="rating and score"):
+        load_lists([{"prompt": "q", "completion": c, name: 1} for c, name in (("a", "score"), ("b", "rating"))])
+    apart = [rows[0], rows[1] | {"prompt": "r"}, {"prompt": "q", "completion": "c", "score": None}]
+    assert [r["rewards"] for r in load_lists(apart)] == [[0.5, None], [0.3]]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "r", "completion": "c", "score": 1}]))
+    data, report = load_lists(path, on_error="quarantine", return_report=True)
+    assert list(data["prompt"]) == ["r"] and (report.good_rows, report.quarantined_rows) == (1, 2)
+
+
+@pytest.mark.parametrize("names, rewards", [
+    (["desirable", "undesirable"], [1, 0]), (["undesirable", "desirable"], [0, 1]), (["False", "True"], [0, 1]),
+    (["1", "0"], [1, 0]), (["toxic", "odd"], None),
+])
+def test_the_names_of_a_label_decide(tmp_path, names, rewards):
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)})
+    data = Dataset.from_dict({"prompt": ["q", "q"], "completion": ["a", "b"], "label": [0, 1]}, features=features)
+    data.to_parquet(tmp_path / "x.parquet")
+    words = [{"prompt": "q", "completion": c, "label": names[i]} for i, c in enumerate("ab")]
+    for source in (data, tmp_path / "x.parquet", words):
+        if rewards is None:
+            with pytest.raises(ListError, match="meaning is not known"):
+                load_lists(source)
+        else:
+            assert one(source)["rewards"] == rewards
+    unknown = Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "label": [-1]}, features=features)
+    assert one(unknown)["rewards"] == [None]
+
+
+@pytest.mark.parametrize("about", [b"{", b"[1]", b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 1}}}}'])
+def test_a_description_that_cannot_be_read_costs_no_row(tmp_path, about):
+    table = pa.table({"prompt": ["q"], "completion": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": about})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert one(tmp_path / "x.parquet")["rewards"] == [1.0]
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "text": ""}, {"type": "reasoning", "text": "hmm"},
+                                  {"text": "", "image": "x.png"}])
+def test_only_parts_of_text_are_joined(part):
+    parts = [{"type": "text", "text": "2+"}, {"text": "2?", "type": None, "image": None}]
+    row = {"prompt": [{"role": "user", "content": parts}], "completions": ["4"]}
+    assert one(row)["prompt"] == [Q]
+    with pytest.raises(ListError, match="not a string"):
+        one({"prompt": [{"role": "user", "content": [*parts, part]}], "completions": ["4"]})
+    with pytest.raises(ListError, match="not a string"):
+        one({"prompt": [Q], "chosen": [{"role": "assistant", "content": [part, *parts]}], "rejected": [FIVE]})
+
+
+def test_a_deeply_nested_score_is_one_error():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ListError):
+        one({"prompt": "q", "completions": ["a"], "rewards": [deep]})
+
+
+@pytest.mark.parametrize("reasons", [["length", None], [None, "length"], ["stop", "length"], [None, None]])
+def test_how_an_answer_ended_is_read_from_every_layout(reasons):
+    def read(rows):
+        return one(rows)["meta"].get("finish_reasons", [None, None])
+
+    record = make_record("q", ["a", "b"], [1, 0], meta={"finish_reasons": reasons})
+    back = one(to_trl_pairs([record]))
+    assert back["meta"].get("finish_reasons", [None, None]) == reasons and not {
+        "finish_reason_chosen", "finish_reason_rejected"} & back["meta"].keys()
+    long = [{"prompt": "q", "completion": c, "reward": r, "finish_reason": end}
+            for c, r, end in zip("ab", (1, 0), reasons)]
+    assert read(long) == reasons
+    dicts = [{"completion": c, "score": r, "finish_reason": end} for c, r, end in zip("ab", (1, 0), reasons)]
+    assert read({"prompt": "q", "completions": dicts}) == reasons
+    judged = [{"response": c, "overall_score": r, "finish_reason": end} for c, r, end in zip("ab", (1, 0), reasons)]
+    assert read({"prompt": "q", "completions": judged}) == reasons
+    if any(reasons):
+        assert read({"prompt": "q", "completions": ["a", "b"], "rewards": [1, 0], "finish_reason": reasons}) == reasons
+        assert "candidates" not in one({"prompt": "q", "completions": dicts})["meta"]
+
+
+def test_one_source_of_two_is_kept():
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "source_chosen": "gpt", "source_rejected": None}
+    assert one(row)["sources"] == ["gpt", "unknown"]

@@ -447,13 +447,40 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | ListError:
                          allowed="one cell per column", remedy="repair the row")
     return {name: _cell(text) for name, text in zip(header, cells)}
 
+# %% ../../nbs/31_files.ipynb #c1a55e50
+def _class_names(features: dict) -> dict[str, list[str]]:
+    """The columns of numbers that stand for names, each with its names, of a description as datasets writes it."""
+    return {column: kind["names"] for column, kind in features.items()
+            if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and isinstance(kind.get("names"), list)}
+
 # %% ../../nbs/31_files.ipynb #2cb9962b
-def _table_rows(table: pa.Table) -> Iterator[dict]:
-    """Rows as plain Python values, columns of JSON text decoded."""
+def _written_classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """The same, of the description that datasets writes into a Parquet file."""
+    about = (schema.metadata or {}).get(b"huggingface")
+    with suppress(ValueError, RecursionError):
+        about = json.loads(about or b"{}")
+    for name in ("info", "features"):
+        about = about.get(name) if isinstance(about, dict) else None
+    return _class_names(about) if isinstance(about, dict) else {}
+
+
+def _class_name(value: Any, names: list[str]) -> Any:
+    """The name of a class; what is no number stays."""
+    if not isinstance(value, int):
+        return value
+    return None if value < 0 else names[value] if value < len(names) else f"class {value}"
+
+
+def _table_rows(table: pa.Table, classes: dict[str, list[str]] | None = None) -> Iterator[dict]:
+    """Rows as plain Python values, columns of JSON text decoded; a class is its name, -1 is none."""
+    classes = _written_classes(table.schema) if classes is None else classes
+    classes = {name: names for name, names in classes.items() if name in table.column_names}
     encoded = [column.name for column in table.schema if getattr(column.type, "extension_name", "") == "arrow.json"]
     for row in table.to_pylist():
         for name in encoded:
             row[name] = None if row[name] is None else json.loads(row[name])
+        for name, names in classes.items():
+            row[name] = _class_name(row[name], names)
         yield row
 
 # %% ../../nbs/31_files.ipynb #5a90db43
@@ -483,8 +510,9 @@ def _plain_rows(rows: Iterable[dict]) -> Iterator[dict]:
     datasets = sys.modules.get("datasets")  # whoever has a Dataset has imported it
     pandas = sys.modules.get("pandas")  # and so with a table of pandas
     if datasets is not None and isinstance(rows, datasets.Dataset):
+        classes = _class_names(rows.features.to_dict())
         for table in rows.with_format("arrow").iter(batch_size=1_000):
-            yield from _table_rows(table)
+            yield from _table_rows(table, classes)
     elif pandas is not None and isinstance(rows, pandas.DataFrame):
         yield from _frame_rows(rows, pandas)
     else:
