@@ -741,11 +741,15 @@ _COMPARE = (
     option("--max-new-tokens", type=int, default=None, help="of an answer; default: as the lists' own"),
     option("--minutes", type=float, default=None, help="the budget; what does not fit is said before the work"),
     option("--lora-rank", type=int, default=None, help="train LoRA adapters of this rank"),
+    option("--set", action="append", default=[], metavar="NAME=VALUE",
+           help="a setting of LIREConfig for all losses, e.g. num_train_epochs=1; repeat. One of a loss itself, e.g. "
+                "temperature=20, is not searched, and goes to the losses that take it; learning_rate is the middle of "
+                "its search"),
     option("--dry-run", action="store_true", help="say what would be done, how long it takes and how much memory"),
 )
 
 # %% ../nbs/60_cli.ipynb #cmp00003
-@command("compare", *_COMPARE, *READING, POLICY, SETTINGS, CHAT, SEED, OUT)
+@command("compare", *_COMPARE, *READING, POLICY, CHAT, SEED, OUT)
 def compare_command(args) -> None:
     "Which loss is best for these lists? Equal searches, seeds, and a report that begins with the answer."
     from lire_nb.lab.compare import compare
