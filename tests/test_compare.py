@@ -106,7 +106,7 @@ def test_settings_are_those_of_the_losses_that_were_asked_for(tmp_path):
     said = []
     ask(beta=0.7)
     assert said and not (tmp_path / "out").exists()
-    for training, words in (({"learning_rate": -1.0}, "out of range"), ({"seed": 3}, "decided elsewhere")):
+    for training, words in (({"learning_rate": -1.0}, "out of range"), ({"seed": 3}, "decided by the comparison")):
         with pytest.raises(LireError, match=words):
             ask(**training)
 
@@ -233,6 +233,36 @@ def test_planted_winners_are_found_and_ties_are_not_won(tmp_path):
         answer = simulated(tmp_path / f"tie-{k}", {"LIRE": 0.6, "DPO": 0.6, "SFT": 0.6}, 5, draw, noise=0.05)
         wrong += any(f"nats over {name} [" in answer.partition("undecided:")[0] for name in LABELS.values())
     assert won >= 9 and wrong <= 1, (won, wrong)
+
+
+def test_what_was_not_judged_is_left_out_and_said(tmp_path):
+    """Of complete rows some scores are taken away: figures are those of the rest, and the report counts the others."""
+    def with_gaps(rows, every):
+        gaps = [{**r, "scores": {"judge": [None if (7 * i + k) % every == 0 else s
+                                           for k, s in enumerate(r["scores"]["judge"])]}} for i, r in enumerate(rows)]
+        return [*gaps[:-1], {**rows[-1], "scores": {"judge": [None] * len(rows[-1]["completions"])}}]
+
+    draw, room = np.random.default_rng(3), Room(question(), tmp_path, lambda line: None)
+    room.__dict__.update(parts={"train": [], "validation": [], "test": []}, look={"lines": ["seen"]})
+    base = draw.normal(0, 2, PROMPTS)
+    start = [{"id": f"p{i}", "prompt": f"q{i}", "completions": ["x"] * 16, "scores": {"judge": list(row)},
+              "tokens": [1] * 16, "finish_reasons": ["eos"] * 16}
+             for i, row in enumerate(base[:, None] + draw.normal(0, 1, (PROMPTS, 16)))]
+    room.rows("start-test", lambda: with_gaps(start, 5))
+    runs = {"LIRE": [[with_gaps(look(base, 1.0, 0.0, kl, draw), 4) for kl in (2.0, 5.0, 8.0)] for _ in range(5)]}
+    chosen = {"LIRE": choose_under_cap([{"settings": search_points(read_method("lire"), 1)[0], "proxy": 0.0,
+                                         "kl": 0.0}], 6.0)}
+    judge = {"fails": "", "logits": False, "name": "planted", "accuracy": 1.0, "lists": 9, "spread": 1.0}
+    found = read_found(room, judge, chosen, runs)
+    page = write_report(room, found)
+    scores = [s for rows in [room.rows("start-test", list), *(rows for one in runs["LIRE"] for rows in one)]
+              for r in rows for s in r["scores"]["judge"]]
+    assert f"no verdict on {scores.count(None)} of {len(scores)} answers" in page.with_suffix(".md").read_text()
+    assert "with them 1 prompts" in page.with_suffix(".md").read_text()
+    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    assert rows.score.notna().all() and f"p{PROMPTS - 1}" not in set(rows.id)
+    (gain,) = [v["value"] for v in found.verdicts if v["old"] is None]
+    assert gain > 1 and all(len(gains) == PROMPTS - 1 for one in found.courses["LIRE"] for _, gains in one)
 
 
 def test_no_signal_and_few_seeds_are_said(tmp_path):

@@ -45,7 +45,11 @@ from lire_nb.frontiers import (
 from lire_nb.identity import (
     claim_folder, lists_identity, plain_address, policy_identity, reward_identity, value_identity,
 )
-from .answers import answer_of, as_text, judge_title, leader_of, more_seeds, NEAR, no_judge_line
+from ..judges.verdicts import _compared, VERDICTS
+from lire_nb.lab.answers import (
+    answer_of, as_text, fewest, judge_title, judged, judged_in_all, leader_of, missing_line, more_seeds, NEAR,
+    no_judge_line, without_missing,
+)
 from .extend import check_loss, named_function, own_loss
 from .figures import colors_of, panels
 from .memory import lora_config, memory_plan
@@ -58,8 +62,8 @@ from ..preferences import preferences
 from ..resume import on_sigterm
 from ..rewards import pair_accuracy, Reward, reward_name, RewardModel, score_lists, train_reward_model
 from ..rivals import get_loss, LOSSES
-from ..settings import parse_settings, refuse_decided
 from ..sampling import derive_seed, sample_lists, SamplingSettings
+from ..settings import parse_settings
 from ..training import check_teaching, LIREConfig, LIRETrainer, use_training_bar
 from ..watching import Onlooker
 
@@ -336,7 +340,10 @@ def _graded_judge(room: Room, backbone: str) -> RewardModel:
 
 # %% ../../nbs/61_compare.ipynb #dda96203
 class WinsAgainst:
-    "A judge of pairs as a reward: the share of wins against one answer to the same prompt, in both orders."
+    """A judge of pairs as a reward: the share of wins against one answer to the same prompt, in both orders; None where
+    one of the two replies is no verdict. Raises `LireError` when not one reply is."""
+
+    abstains = True
 
     def __init__(self, judge, answers: dict[str, str]):  # something with `compare`; rendered prompt -> answer
         self.judge, self.answers, self.name = judge, answers, getattr(judge, "name", "judge")
@@ -344,12 +351,11 @@ class WinsAgainst:
     def identity(self) -> dict:
         return {"judge": value_identity(self.judge), "answers": self.answers}
 
-    def __call__(self, prompts: list, completions: list[str]) -> list[float]:
+    def __call__(self, prompts: list, completions: list[str]) -> list[float | None]:
         shown = [(text := render_prompt(p), c, self.answers[text]) for p, c in zip(prompts, completions)]
-        said = self.judge.compare([one for p, a, b in shown for one in ((p, a, b), (p, b, a))])
-        worth = {"first": (1.0, 0.0), "second": (0.0, 1.0)}
-        points = [worth.get(c.verdict, (0.5, 0.5))[k % 2] for k, c in enumerate(said)]
-        return [sum(points[2 * i : 2 * i + 2]) / 2 for i in range(len(shown))]
+        said = _compared(self.judge, [one for p, a, b in shown for one in ((p, a, b), (p, b, a))])
+        worth = [VERDICTS.get(c.verdict) for c in said]
+        return [None if None in both else (both[0] + 1 - both[1]) / 2 for both in zip(worth[::2], worth[1::2])]
 
 
 def _chat_judge(room: Room, address: str) -> WinsAgainst:
@@ -383,12 +389,15 @@ def start_rows(room: Room, part: str, count: int) -> list[dict]:
 
 def judge_check(room: Room) -> dict:
     "What the judge is worth, see `check_judge`; the least spread is that of logits for a reward model."
+    start = start_rows(room, "test", room.question.best_of)
+    scores = [r["scores"]["judge"] for r in judged(start)]
+
     def look():
-        scores = [r["scores"]["judge"] for r in start_rows(room, "test", room.question.best_of)]
         held = pair_accuracy([*room.parts["validation"], *room.parts["test"]], room.judge) if not isinstance(
             room.judge, WinsAgainst) else _accuracy_of_wins(room)
         yield {"accuracy": held["accuracy"], "lists": held["lists"], "logits": isinstance(room.judge, RewardModel),
-               "name": reward_name(room.judge), "spread": within_spread(scores)}
+               "name": reward_name(room.judge),
+               "spread": within_spread(scores) if sum(map(len, scores)) > len(scores) else 0.0}
 
     found = room.rows("judge", look)[0]
     least = LEAST_SPREAD if found["logits"] else 1e-9
@@ -397,7 +406,9 @@ def judge_check(room: Room) -> dict:
               "learned": len(room.parts.get("judge", ())), "tokens": room.settings.max_new_tokens}
     if not found["lists"]:
         return found | {"fails": "no held-out list has an order to check it on"}
-    scores = [r["scores"]["judge"] for r in start_rows(room, "test", room.question.best_of)]
+    if sum(map(len, scores)) == len(scores):  # not two to a prompt
+        count = sum(len(r["completions"]) for r in start)
+        return found | {"fails": f"of {count} answers of the start it gave a verdict on {len(scores)}"}
     return found | {"fails": check_judge(scores, found["accuracy"], found["lists"], least).fails}
 
 
@@ -482,11 +493,13 @@ def search_jobs(room: Room) -> dict[str, list[Job]]:  # method -> its points
 
 def choice_of(room: Room, jobs: list[Job], work: Callable = run_job):  # a `Choice`
     "The point of one loss that is trained on all seeds; with a single one there is nothing to search."
-    tried = []
-    for job in jobs:
-        rows = work(room, job)[-1] if len(jobs) > 1 else []
-        tried.append({"settings": job.settings, "proxy": [np.mean(r["scores"]["judge"]) for r in rows] or 0.0,
-                      "kl": [kl_of(r) for r in rows] or 0.0})
+    looks = judged_in_all([work(room, job)[-1] for job in jobs]) if len(jobs) > 1 else [[]] * len(jobs)
+    require(len(jobs) == 1 or looks[0], "gave no verdict that all points of a search share", field="judge",
+            value=judge_title(room.question.judge, room.question.judge_name)[0],
+            allowed="a prompt with a judged answer at every point",
+            remedy="a judge that ends its replies with A, B or tie, more --prompts, or more --samples")
+    tried = [{"settings": job.settings, "proxy": [np.mean(r["scores"]["judge"]) for r in rows] or 0.0,
+              "kl": [kl_of(r) for r in rows] or 0.0} for job, rows in zip(jobs, looks)]
     return choose_under_cap(tried, room.question.max_kl)
 
 
@@ -661,8 +674,9 @@ class Found(NamedTuple):
 
 
 def read_found(room: Room, judge: dict, chosen: dict, runs: dict) -> Found:
-    "Courses and verdicts of what was run."
+    "Courses and verdicts of what was run, of the answers that were judged."
     start, question = start_rows(room, "test", room.question.best_of), room.question
+    start, runs, judge = without_missing(start, runs, judge)
     labels = {m.name: label(m, chosen[m.name].settings) for m in question.methods if m.name in chosen}
     unit = within_spread([r["scores"]["judge"] for r in start]) if not judge["fails"] else math.nan
     courses = {name: [course_of(looks, start, unit) for looks in one] for name, one in runs.items() if one}
@@ -748,7 +762,7 @@ def plot_courses(found: Found, counts: Sequence[int], max_kl: float):  # a matpl
 # %% ../../nbs/61_compare.ipynb #739e3d13
 def told_parts(found: Found, room: Room) -> list[str]:
     "What stands below the table, in sentences."
-    counts, judge, question = best_of_counts(room.question.best_of), found.judge, room.question
+    counts, judge, question = best_of_counts(fewest(found.start)), found.judge, room.question
     edges = [f"{found.labels[name]}: {', '.join(choice.edges)}" for name, choice in found.chosen.items()
              if choice.edges]
     over = [found.labels[name] for name, choice in found.chosen.items() if choice.over]
@@ -758,6 +772,7 @@ def told_parts(found: Found, room: Room) -> list[str]:
     lines += [f"The judge is {judge['name']}{kind}: it puts {judge['accuracy']:.0%} of the pairs of {judge['lists']} "
               f"held-out lists in the order of their rewards; within a prompt its scores of the start's answers spread "
               f"by {judge['spread']:.3g}, the unit of every gain (sd)."]
+    lines += missing_line(judge)
     lines += [f"All settings of these losses lie beyond {question.max_kl:g} nats, and the nearest was taken: "
               f"{', '.join(over)}."] * bool(over)
     lines += ["The search chose the edge of what it tried, so the best may lie beyond: "
@@ -782,8 +797,10 @@ def samples_of(found: Found) -> pd.DataFrame:
 
 def _start_samples(found: Found) -> pd.DataFrame:
     "What the start policy writes to three prompts, where nothing was trained."
+    score = lambda s: "no verdict" if s is None else f"{s:.2f}"  # noqa: E731
     said = [{"change": "start policy", "prompt": as_text(r["prompt"]),
-             "start": f"{as_text(r['completions'][0])} (judge {r['scores']['judge'][0]:.2f})"} for r in found.start[:3]]
+             "start": f"{as_text(r['completions'][0])} (judge {score(r['scores']['judge'][0])})"}
+            for r in found.start[:3]]
     return pd.DataFrame(said).set_index("change")
 
 
@@ -792,7 +809,7 @@ _UNDER = "A dot: a look at one seed; a line: means over the seeds; dashed: best-
 
 def write_report(room: Room, found: Found) -> Path:  # report.html
     "The page, its Markdown twin, the rows and the results."
-    answer, out, counts = first_line(found), room.out, best_of_counts(room.question.best_of)
+    answer, out, counts = first_line(found), room.out, best_of_counts(fewest(found.start))
     lines, decided = told_parts(found, room), bool(found.verdicts) and not found.judge["fails"]
     table = results_of(found) if decided else pd.DataFrame()
     shown = samples_of(found) if decided else _start_samples(found)
@@ -860,7 +877,7 @@ def compare(
     judge = _judge_by_name(judge)
     question = Question([dict(r) for r in as_lists(lists, "lists")], Policy.of(policy), tuple(map(read_method, losses)),
                         judge, seeds, points, max_kl, margin, prompts, samples, best_of, max_new_tokens,
-                        _as_fields(training or {}), lora_rank, sampler, seed, judge_name)
+                        parse_settings(training or {}, LIREConfig), lora_rank, sampler, seed, judge_name)
     room, kept = Room(question, out, say), "what is finished is kept, start again to go on"
     _check_above_zero("minutes", 1 if minutes is None else minutes)
     check_question(room)
@@ -943,12 +960,6 @@ def _judge_by_name(judge: Reward | str) -> Reward | str:
     "The function that module:function names; whatever else is given as it is."
     other = not isinstance(judge, str) or ":" not in judge or "://" in judge or judge.partition(":")[0] in JUDGES
     return judge if other or Path(judge).exists() else named_function(judge, "judge")
-
-
-def _as_fields(training: dict) -> dict:
-    "Settings in the types of their fields; which loss takes them is seen to in `with_asked` and `check_question`."
-    refuse_decided(training)
-    return parse_settings(training, LIREConfig)
 
 
 def _said(room: Room, found: Found) -> Path:
