@@ -263,8 +263,8 @@ def _check_counts(args) -> None:
 
 @contextmanager
 def _as_asked(args):
-    """A block in which policies are loaded and sampled as the options say; raises `LireError` for a count too small, and
-    for an option that was given twice."""
+    """A block in which policies are loaded and sampled as the options say; raises `LireError` for a count too small
+    and for an option that was given twice."""
     _check_once(args)
     _check_counts(args)
     asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]

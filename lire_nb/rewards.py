@@ -435,7 +435,8 @@ def graded_scores(
     lists, rows = list(lists), []
     for record, scored in zip(lists, score_lists(lists, reward)):
         both = [pair for pair in zip(record["rewards"], scored["rewards"]) if None not in pair]
-        rows.append({"id": record["id"], "grades": [grade for grade, _ in both], "scores": [score for _, score in both]})
+        rows.append({"id": record["id"], "grades": [grade for grade, _ in both],
+                     "scores": [score for _, score in both]})
     return rows
 
 # %% ../nbs/15_rewards.ipynb #b309af61

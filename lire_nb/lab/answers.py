@@ -261,8 +261,8 @@ def missing_line(judge: dict) -> list[str]:
     "What the report says of answers that were not judged; nothing where all were."
     if "not_judged" not in judge:
         return []
-    return [f"The judge gave no verdict on {judge['not_judged']} of {judge['answers']} answers, which are left out; with "
-            f"them {judge['prompts_left_out']} prompts that have no judged answer at one look or more."]
+    return [f"The judge gave no verdict on {judge['not_judged']} of {judge['answers']} answers, which are left out; "
+            f"with them {judge['prompts_left_out']} prompts that have no judged answer at one look or more."]
 
 
 def fewest(rows: list[dict]) -> int:

@@ -858,7 +858,7 @@ def compare(
     samples: int = 2,  # answers to each of them
     best_of: int = 16,  # answers of the start policy to each of them
     max_new_tokens: int | None = None,  # of an answer; None: as long as 95 % of the lists' own, at most 128
-    # settings for `LIREConfig`, the same for all losses; those of a loss itself for all that take them, and not searched
+    # settings for `LIREConfig`, the same for all losses; those of a loss itself go to all that take it, unsearched
     training: dict | None = None,
     lora_rank: int | None = None,  # train adapters of this rank
     sampler: str | None = None,  # a server "http://HOST:PORT/v1#MODEL" of the start policy, to draw its answers
