@@ -398,6 +398,8 @@ def _stop_rule(args):
     from lire_nb.enhancement import StopRule
 
     if not args.stop_gold and args.stop_kl is None:
+        require(args.stop_prompts is None, "has no effect without --stop-gold or --stop-kl", field="--stop-prompts",
+                value=args.stop_prompts, allowed="a rule beside it", remedy="say when to stop, or leave it out")
         return None
     require(args.stop_prompts, "missing", field="--stop-prompts", allowed="a file, or task:split",
             remedy="give the held-out prompts that the stop rule measures on")
@@ -478,12 +480,17 @@ def _chat_judges(args) -> dict:
     from lire_nb.servers import check_address
 
     judges = named(args.judge, "--judge", "qwen=http://127.0.0.1:8000/v1#Qwen/Qwen3-8B")
+    for name in ("criterion", "template", "max_tokens"):
+        value = getattr(args, name)
+        require(judges or value is None, "has no effect without --judge: people see the two answers alone",
+                field=f"--{name.replace('_', '-')}", value=value, allowed="a chat model beside it",
+                remedy="leave it out, and tell the people")
     names = [slug(name) for name in judges]
     require("" not in names and len({*names, "people"}) > len(names), "names that are not different as file names",
             field="--judge", value=list(judges), allowed="names that differ in letters and digits, none of them people",
             remedy="rename one")
     options = {"template": _template(args.template), "criterion": args.criterion or verdicts.CRITERION,
-               "max_tokens": args.max_tokens, "max_in_flight": args.in_flight, "patience": args.patience}
+               "max_tokens": args.max_tokens or 300, "max_in_flight": args.in_flight, "patience": args.patience}
     found = {}
     for name, address in judges.items():
         url, _, model = check_address(address).partition("#")
@@ -527,10 +534,12 @@ def _by_people(args, people: list[str], systems: dict) -> list[dict]:
          option("--people", default="", metavar="NAMES", help="persons, with commas: a sheet for each"),
          option("--overlap", type=int, default=None, help="persons who see each pair; default: two"),
          option("--samples", type=at_least(1), default=1, help="answers per prompt that are compared"),
-         option("--criterion", default=None, help="what makes an answer better, in a sentence"),
+         option("--criterion", default=None,
+                help="what makes an answer better, in a sentence that chat models are told"),
          option("--template", default=None, metavar="FILE",
-                help="the question, as JSON messages with {prompt}, {first} and {second}"),
-         option("--max-tokens", type=at_least(1), default=300, help="of a reply"),
+                help="the question to chat models, as JSON messages with {prompt}, {first} and {second}, and "
+                     "{criterion} where one is given"),
+         option("--max-tokens", type=at_least(1), default=None, help="of a chat model's reply; default: 300"),
          option("--in-flight", type=at_least(1), default=8, help="requests at a time"),
          option("--patience", type=float, default=300.0, help="seconds to wait for an endpoint that went away"),
          option("--dry-run", action="store_true", help="say what would be asked, and ask nobody"), SEED, OUT)
@@ -741,11 +750,15 @@ _COMPARE = (
     option("--max-new-tokens", type=int, default=None, help="of an answer; default: as the lists' own"),
     option("--minutes", type=float, default=None, help="the budget; what does not fit is said before the work"),
     option("--lora-rank", type=int, default=None, help="train LoRA adapters of this rank"),
+    option("--set", action="append", default=[], metavar="NAME=VALUE",
+           help="a setting of LIREConfig for all losses, e.g. num_train_epochs=1; repeat. One of a loss itself, e.g. "
+                "temperature=20, is not searched, and goes to the losses that take it; learning_rate is the middle of "
+                "its search"),
     option("--dry-run", action="store_true", help="say what would be done, how long it takes and how much memory"),
 )
 
 # %% ../nbs/60_cli.ipynb #cmp00003
-@command("compare", *_COMPARE, *READING, POLICY, SETTINGS, CHAT, SEED, OUT)
+@command("compare", *_COMPARE, *READING, POLICY, CHAT, SEED, OUT)
 def compare_command(args) -> None:
     "Which loss is best for these lists? Equal searches, seeds, and a report that begins with the answer."
     from lire_nb.lab.compare import compare

@@ -245,6 +245,14 @@ def limit_of(
     return given or usual or MAX_PROMPT_LENGTH
 
 # %% ../nbs/65_options.ipynb #60d5a0a3
+def _check_once(args) -> None:
+    "The last of several values would count, and nobody would know."
+    given = getattr(args, "given", ())
+    for flag, _ in given:
+        values = [value for name, value in given if name == flag]
+        require(len(values) == 1, "given twice", field=flag, value=values, allowed="one value", remedy="leave one out")
+
+
 def _check_counts(args) -> None:
     for flags, settings in COMMANDS[args.command][1]:
         least = getattr(settings.get("type"), "least", None)
@@ -255,7 +263,9 @@ def _check_counts(args) -> None:
 
 @contextmanager
 def _as_asked(args):
-    "A block in which policies are loaded and sampled as the options say; raises `LireError` for a count too small."
+    """A block in which policies are loaded and sampled as the options say; raises `LireError` for a count too small
+    and for an option that was given twice."""
+    _check_once(args)
     _check_counts(args)
     asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]
     if asked == [None, None, None]:
@@ -342,8 +352,21 @@ def at_its_row(
     return error
 
 # %% ../nbs/65_options.ipynb #par00002
+class _Once(argparse._StoreAction):
+    "An option with one value; what is given again is kept, for `_check_once` to name."
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.given = [*getattr(namespace, "given", ()), (self.option_strings[-1], values)]
+        super().__call__(parser, namespace, values, option_string)
+
+
 class _Parser(argparse.ArgumentParser):
-    "A parser that says which word a misspelled one may have been."
+    "A parser that knows what was given, and says which word a misspelled one may have been."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in (None, "store"):  # an option that may be repeated says so
+            self.register("action", name, _Once)
 
     def error(self, message: str):
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)

@@ -314,7 +314,8 @@ def leaderboard(
         line = {"system": system, "baseline": baseline, "prompts": len(group), "not_judged": len(group) - len(found[0]),
                 "mean_length": float(np.mean(lengths)) if lengths else None, **win_rate(found[0], **options)}
         if length_control:
-            controlled = length_controlled_win_rate(*found, slope=slope)
+            same = {name: options[name] for name in ("confidence", "resamples", "seed") if name in options}
+            controlled = length_controlled_win_rate(*found, slope=slope, **same)
             line |= {f"length_controlled_{name}": controlled[name] for name in ("win_rate", "low", "high", "method")}
         table.append(line)
     return table

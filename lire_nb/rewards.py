@@ -100,7 +100,9 @@ def _checked_scores(reward: Reward, todo: list[tuple[dict, int]]) -> list[float]
         scores = _ask(reward, todo)
     except RewardError as error:
         raise _blame(error, reward, todo) from error.__cause__
-    return [_finite(score, f"reward {reward_name(reward)!r}, candidate {j} of list {record['id']!r}")
+    may_abstain = getattr(reward, "abstains", False)  # a judge whose reply may be no verdict: None, not judged
+    return [None if score is None and may_abstain else
+            _finite(score, f"reward {reward_name(reward)!r}, candidate {j} of list {record['id']!r}")
             for (record, j), score in zip(todo, scores)]
 
 # %% ../nbs/15_rewards.ipynb #fa92d0a7
@@ -428,13 +430,14 @@ def _step(reward: RewardModel, batch: list[dict], smoothing: float, latent_weigh
 def graded_scores(
     lists: Iterable[dict],  # graded, held out
     reward: Reward,
-) -> list[dict]:  # id, grades, scores; candidates without a grade are left out
+) -> list[dict]:  # id, grades, scores; candidates without a grade, or that were not judged, are left out
     "Grades and scores of the same candidates, as rows to keep in a file."
-    lists = list(lists)
-    known = [[j for j, grade in enumerate(record["rewards"]) if grade is not None] for record in lists]
-    return [{"id": record["id"], "grades": [record["rewards"][j] for j in own],
-             "scores": [scored["rewards"][j] for j in own]}
-            for record, scored, own in zip(lists, score_lists(lists, reward), known)]
+    lists, rows = list(lists), []
+    for record, scored in zip(lists, score_lists(lists, reward)):
+        both = [pair for pair in zip(record["rewards"], scored["rewards"]) if None not in pair]
+        rows.append({"id": record["id"], "grades": [grade for grade, _ in both],
+                     "scores": [score for _, score in both]})
+    return rows
 
 # %% ../nbs/15_rewards.ipynb #b309af61
 def pair_accuracy(

@@ -91,6 +91,34 @@ def test_a_misspelled_word_is_guessed_and_nothing_stays(tiny, capsys, words, gue
     assert {p.name for p in Path().iterdir()} == {"own.jsonl"}, "a run that was refused leaves nothing behind"
 
 
+@pytest.mark.parametrize("words", [
+    ["train", "--lists", "own.jsonl", "--lists", "other.jsonl", "--out", "new"],
+    ["score", "--lists", "own.jsonl", "--reward", "length", "--reward", "vader", "--out", "new"],
+    ["sample", "--prompts", "a.txt", "--policy", "one", "--policy", "two", "--out", "new"],
+    ["compare", "--lists", "own.jsonl", "--judge", "length", "--judge", "length", "--out", "new"],
+    ["judge", "--run", "run", "--people", "ada", "--people", "ben", "--out", "new"],
+    ["enhance", "--prompts", "a.txt", "--reward", "length", "--seed", "1", "--seed=2", "--out", "new"]])
+def test_an_option_that_is_given_twice_is_refused(capsys, words):
+    assert main(words) == 2
+    said(capsys, f"lire {words[0]}: ", "given twice", next(w for w in words if words.count(w) == 2 or w == "--seed"))
+
+
+def test_prompts_of_a_stop_rule_need_the_rule(tiny, capsys):
+    Path("a.txt").write_text("say 1\nsay 2\n")
+    assert main(["enhance", "--prompts", "a.txt", "--reward", "length", "--policy", tiny, "--stop-prompts", "a.txt",
+                 "--out", "new"]) == 2
+    said(capsys, "--stop-prompts", "no effect without --stop-gold or --stop-kl")
+
+
+def test_every_option_is_either_repeatable_or_refused_twice():
+    """No command of ours has an option whose last value would silently win."""
+    from lire_nb.options import _Once, _parser
+
+    commands = next(a for a in _parser()._actions if a.dest == "command").choices
+    kinds = {type(a).__name__ for one in commands.values() for a in one._actions}
+    assert len(commands) > 10 and kinds == {"_HelpAction", "_AppendAction", "_StoreTrueAction", _Once.__name__}
+
+
 def test_going_on_is_said_once_and_read_once(tiny, capsys, monkeypatch):
     """A training that is stopped at its fourth step goes on; every file of its checkpoint is hashed once."""
     import lire_nb.resume

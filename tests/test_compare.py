@@ -13,16 +13,19 @@ import pytest
 import torch
 import warm
 from scipy import stats
+from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
 from lire_nb.frontiers import choose_under_cap
 from lire_nb.lab.compare import (
-    first_line, judge_check, Question, read_found, read_method, Room, search_points, work_of, write_report,
+    compare, first_line, judge_check, Question, read_found, read_method, Room, search_points, training_of, work_of,
+    write_report,
 )
 from lire_nb.lab.own_lists import same_text, split_by_prompt
 from lire_nb.models import Policy
 from lire_nb.options import settings_of
 from lire_nb.records import make_record
+from lire_nb.rewards import longer_wins
 from lire_nb.rivals import get_loss, LOSSES
 from lire_nb.training import LIREConfig
 
@@ -59,6 +62,53 @@ def test_every_loss_is_searched_equally():
         tried = {name: search_points(read_method(name), points, temperature=10.0) for name in LOSSES}
         assert {len(found) for found in tried.values()} == {points}
         assert all(len({json.dumps(one, sort_keys=True) for one in found}) == points for found in tried.values())
+
+
+def points_of(training: dict, *losses: str) -> dict[str, list[dict]]:
+    """All settings of every training that a search would run."""
+    asked = Question([make_record("prompt", ["a", "b"], [1, 0])], Policy("none", "none"),
+                     tuple(read_method(name) for name in losses), len, training=training)
+    return {name: [training_of(asked, m, p) for p in search_points(m, 6, asked.learning_rate, 20.0)]
+            for name, m in zip(losses, asked.methods)}
+
+
+@pytest.mark.parametrize("loss, training", [
+    ("lire", {"temperature": 7.0, "reward_transform": "softmax"}), ("lire_anchored", {"temperature": 7.0}),
+    ("dpo", {"beta": 0.7}), ("rrhf", {"loss_kwargs": {"sft_weight": 0.3}}), ("pro", {"sft_weight": 0.3}),
+    ("slic", {"loss_kwargs": {"margin": 3.0}})])
+def test_a_setting_that_was_asked_for_is_trained_with(loss, training):
+    """Whatever is asked of the loss reaches its function in every point, and the points still differ."""
+    points = points_of(training, loss, "sft")
+    for told in points[loss]:
+        used = LIREConfig(output_dir="unused", **told).loss_settings()
+        wanted = {**training, **training.get("loss_kwargs", {})}
+        assert all(used[name] == value for name, value in wanted.items() if name != "loss_kwargs")
+    assert len({json.dumps(told, sort_keys=True) for told in points[loss]}) == 6
+    assert points["sft"] == points_of({}, "sft")["sft"]  # which takes none of them
+
+
+@pytest.mark.parametrize("training, losses, words", [
+    ({"beta": 0.7}, ("lire", "sft"), "none of the losses takes it"),
+    ({"temperature": 7.0}, ("lire", "lire_auto"), "is what makes LIRE, T = auto what it is"),
+    ({"score": "sum"}, ("lire_anchored",), "is what makes anchored LIRE what it is")])
+def test_a_setting_that_no_loss_can_have_is_refused(training, losses, words):
+    with pytest.raises(LireError, match=words):
+        points_of(training, *losses)
+
+
+def test_settings_are_those_of_the_losses_that_were_asked_for(tmp_path):
+    """`beta` is no setting of LIRE, and is one of DPO; a value that no training can use is said before the work."""
+    start = tmp_path / "start"
+    make_start(start)
+    lists = [make_record(f"say {k}", ["good", "bad"], [1, 0]) for k in range(24)]
+    ask = lambda **training: compare(lists, start, ["dpo"], longer_wins, tmp_path / "out", training=training,  # noqa: E731
+                                     dry_run=True, say=said.append)
+    said = []
+    ask(beta=0.7)
+    assert said and not (tmp_path / "out").exists()
+    for training, words in (({"learning_rate": -1.0}, "out of range"), ({"seed": 3}, "decided by the comparison")):
+        with pytest.raises(LireError, match=words):
+            ask(**training)
 
 
 def question(seeds=5, **more):
@@ -183,6 +233,36 @@ def test_planted_winners_are_found_and_ties_are_not_won(tmp_path):
         answer = simulated(tmp_path / f"tie-{k}", {"LIRE": 0.6, "DPO": 0.6, "SFT": 0.6}, 5, draw, noise=0.05)
         wrong += any(f"nats over {name} [" in answer.partition("undecided:")[0] for name in LABELS.values())
     assert won >= 9 and wrong <= 1, (won, wrong)
+
+
+def test_what_was_not_judged_is_left_out_and_said(tmp_path):
+    """Of complete rows some scores are taken away: figures are those of the rest, and the report counts the others."""
+    def with_gaps(rows, every):
+        gaps = [{**r, "scores": {"judge": [None if (7 * i + k) % every == 0 else s
+                                           for k, s in enumerate(r["scores"]["judge"])]}} for i, r in enumerate(rows)]
+        return [*gaps[:-1], {**rows[-1], "scores": {"judge": [None] * len(rows[-1]["completions"])}}]
+
+    draw, room = np.random.default_rng(3), Room(question(), tmp_path, lambda line: None)
+    room.__dict__.update(parts={"train": [], "validation": [], "test": []}, look={"lines": ["seen"]})
+    base = draw.normal(0, 2, PROMPTS)
+    start = [{"id": f"p{i}", "prompt": f"q{i}", "completions": ["x"] * 16, "scores": {"judge": list(row)},
+              "tokens": [1] * 16, "finish_reasons": ["eos"] * 16}
+             for i, row in enumerate(base[:, None] + draw.normal(0, 1, (PROMPTS, 16)))]
+    room.rows("start-test", lambda: with_gaps(start, 5))
+    runs = {"LIRE": [[with_gaps(look(base, 1.0, 0.0, kl, draw), 4) for kl in (2.0, 5.0, 8.0)] for _ in range(5)]}
+    chosen = {"LIRE": choose_under_cap([{"settings": search_points(read_method("lire"), 1)[0], "proxy": 0.0,
+                                         "kl": 0.0}], 6.0)}
+    judge = {"fails": "", "logits": False, "name": "planted", "accuracy": 1.0, "lists": 9, "spread": 1.0}
+    found = read_found(room, judge, chosen, runs)
+    page = write_report(room, found)
+    scores = [s for rows in [room.rows("start-test", list), *(rows for one in runs["LIRE"] for rows in one)]
+              for r in rows for s in r["scores"]["judge"]]
+    assert f"no verdict on {scores.count(None)} of {len(scores)} answers" in page.with_suffix(".md").read_text()
+    assert "with them 1 prompts" in page.with_suffix(".md").read_text()
+    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    assert rows.score.notna().all() and f"p{PROMPTS - 1}" not in set(rows.id)
+    (gain,) = [v["value"] for v in found.verdicts if v["old"] is None]
+    assert gain > 1 and all(len(gains) == PROMPTS - 1 for one in found.courses["LIRE"] for _, gains in one)
 
 
 def test_no_signal_and_few_seeds_are_said(tmp_path):

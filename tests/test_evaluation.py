@@ -121,6 +121,19 @@ def test_missing_preferences_are_not_judged_in_every_spelling(verdicts, tmp_path
     assert load_verdicts(rows[3:], ids=ids, return_report=True)[1].missing == {"vicuna-7b": 3}
 
 
+def test_a_leaderboard_asks_the_same_of_both_rates():
+    """Confidence, seed and resamples reach the length-controlled interval as well."""
+    draw = np.random.default_rng(0)
+    rows = [{"id": str(i), "system": "new", "baseline": "old", "preference": float(draw.choice([0, 0.5, 1])),
+             "length": float(draw.integers(50, 200)), "baseline_length": float(draw.integers(50, 200))}
+            for i in range(60)]
+    bounds = lambda **options: [leaderboard(rows, length_control=True, **options)[0][f"length_controlled_{side}"]  # noqa: E731
+                                for side in ("low", "high")]
+    wide, narrow = bounds(), bounds(confidence=0.5)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+    assert bounds(seed=1) != wide != bounds(resamples=99)
+
+
 def test_annotation_files_of_alpaca_eval_load_without_a_mapping(tmp_path):
     answers = [("Name a colour.", "Red.", "Blue, like the sky.", 1.25), ("Name a fruit.", "A pear.", "Fig", 2.0),
                ("Count.", "One.", "One.", 1.5), ("Add.", "3", "4", None)]

@@ -29,10 +29,14 @@ from lire_nb.judges.verdicts import (
     make_pairs,
     parse_verdict,
     verdict_frame,
+    verdict_leaderboard,
     verdicts_to_preferences,
 )
+from lire_nb.lab.compare import WinsAgainst
 from lire_nb.models import compute_dtype, resolve_model
 from lire_nb.preferences import judge_agreement, win_rate
+from lire_nb.records import make_record
+from lire_nb.rewards import graded_scores, score_lists
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,6 +131,50 @@ def test_failures_are_never_wins():
     assert (dropped.preferences == [1.0] * 10 and dropped.counts["failures"] == {"no verdict in the last line": 2}
             and "p1" not in dropped.ids)
     assert sorted(tied.preferences) == [0.5] * 2 + [1.0] * 10
+
+
+def test_unequal_numbers_of_answers_are_refused():
+    systems = two_systems(5, 3)
+    systems["start"] = [{**r, "completions": r["completions"][:1]} for r in systems["start"]]
+    assert len(make_pairs(systems)) == 5
+    with pytest.raises(LireError) as e:
+        make_pairs(systems, 3)
+    one_line(e, "too few answers", "rows of 'start'")
+
+
+def test_lengths_are_those_of_the_judged_pairs():
+    """The second answer of each prompt is long and gets no verdict, and one prompt gets none at all."""
+    rows = lambda word: [{"id": f"p{i}", "prompt": f"Question {i}?",  # noqa: E731
+                          "completions": [f"{word} {i:02}", word * 90]} for i in range(25)]
+    systems = {"start": rows("old"), "LIRE": rows("newer")}
+    verdicts = judge_pairs(lambda p, a, b: "mmh" if len(a) > 50 or p.endswith("n 7?") else "A" if "new" in a else "B",
+                           systems, samples=2)
+    (line,) = verdict_leaderboard({"x": verdicts}, systems, 2)
+    assert line["mean_length"] == len("newer 00") and (line["prompts"], line["not_judged"]) == (25, 1)
+    assert line["win_rate"] == 1.0 and line["length_controlled_win_rate"] > 0.8
+
+
+@pytest.mark.parametrize("fail", [0.0, 0.3, 0.6])
+def test_a_score_of_wins_counts_verdicts_alone(fail, caplog):
+    """A judge that always prefers the answer gives 1 wherever it speaks in both orders, as in `judge_pairs`."""
+    rng, prompts = random.Random(0), [f"q{i}" for i in range(200)]
+    judge = FunctionJudge(lambda p, a, b: "cannot say" if rng.random() < fail else "A" if a == "good" else "B", "x")
+    wins = WinsAgainst(judge, dict.fromkeys(prompts, "bad"))
+    lists = score_lists([make_record(p, ["good"], id=p) for p in prompts], wins)
+    scores = [r["rewards"][0] for r in lists]
+    rng.seed(0)
+    rows = {name: [{"id": p, "prompt": p, "completions": [name]} for p in prompts] for name in ("bad", "good")}
+    found = verdicts_to_preferences(judge_pairs(judge, rows))
+    assert scores.count(None) == found.counts["failed"] and {s for s in scores if s is not None} == {1.0}
+    assert (fail == 0) == (scores.count(None) == 0) and ("are no verdict" in caplog.text) == bool(fail)
+    graded = graded_scores([make_record(p, ["good", "bad"], [1, 0], id=p) for p in prompts[:20]], wins)
+    assert all(None not in row["scores"] and len(row["scores"]) == len(row["grades"]) for row in graded)
+
+
+def test_a_judge_without_any_verdict_gives_no_score():
+    with pytest.raises(LireError) as e:
+        WinsAgainst(FunctionJudge(lambda *_: "cannot say", "x"), {"q": "bad"})(["q"], ["good"])
+    one_line(e, "none of 2 replies is a verdict")
 
 
 def test_several_systems_and_identical_answers():
@@ -785,11 +833,18 @@ def test_the_command_takes_a_folder_of_lire_evaluate(tmp_path, capsys):
     (["--judge", "a=http://127.0.0.1:9/v1#m", "--template", "start.jsonl"], "no JSON"),
     (["--judge", "a=http://127.0.0.1:9/v1#m", "--template", "none.json"], "none.json"),
     (["--judge", "a=http://user:secret@127.0.0.1:9/v1#m"], "no password"),
-    (["--people", "Ada", "--samples", "0"], "samples"),
+    (["--people", "Ada", "--samples", "0"], "samples"), (["--people", "Ada", "--samples", "2"], "too few answers"),
+    (["--people", "Ada", "--criterion", "kinder"], "no effect without --judge"),
+    (["--people", "Ada", "--template", "short.json"], "no effect without --judge"),
+    (["--people", "Ada", "--max-tokens", "9"], "no effect without --judge"),
+    (["--people", "Ada", "--people", "Ben"], "given twice"),
+    (["--judge", "a=http://127.0.0.1:9/v1#m", "--template", "short.json", "--criterion", "kinder"],
+     "would stand in no question"),
 ])
 def test_what_the_command_cannot_do_is_one_line(tmp_path, capsys, monkeypatch, options, words):
     pytest.importorskip("openai", reason="openai is not installed: pip install 'lire_nb[server]'")
     files = answer_files(tmp_path)
+    (tmp_path / "short.json").write_text(json.dumps(SHORT))
     monkeypatch.chdir(tmp_path)
     assert main(["judge", *files, *options, "--out", "judged"]) == 2
     error = capsys.readouterr().err

@@ -116,7 +116,7 @@ class ChatJudge:
         name: str | None = None,  # in the records; default: the model
         progress: bool = True,
     ):
-        _check_template(template)
+        _check_template(template, criterion)
         require(max_tokens >= 1 and temperature >= 0, "out of range", field="max_tokens, temperature",
                 value=(max_tokens, temperature), allowed="1 or more, 0 or more", remedy="change this setting")
         self.template, self.criterion, self.parse = template, criterion, parse

@@ -60,7 +60,7 @@ def make_pairs(
     systems: dict[str, str | Path | Iterable[dict]],
     samples: int = 1,  # how many samples of a prompt are compared: number k of one system with number k of the other
 ) -> list[Pair]:  # for every two systems; system_a is the later one, so a win rate above a half means progress
-    "The pairs of all systems; raises `LireError` when they did not answer the same prompts."
+    "The pairs of all systems; raises `LireError` when they did not answer the same prompts, each `samples` times."
     require(len(systems) >= 2 and samples >= 1, "nothing to compare", field="systems, samples",
             value=(list(systems), samples), allowed="two systems or more, one sample or more",
             remedy="name another system")
@@ -69,7 +69,7 @@ def make_pairs(
     for old, new in itertools.combinations(rows, 2):
         _check_same_prompts(old, rows[old], new, rows[new])
         for id, row in rows[new].items():
-            answers = zip(row["completions"][:samples], rows[old][id]["completions"][:samples])
+            answers = zip(_first(samples, new, row), _first(samples, old, rows[old][id]))
             pairs += [Pair(id, k, render_prompt(row["prompt"]).strip(), _text(a), _text(b), new, old)
                       for k, (a, b) in enumerate(answers)]
     return pairs
@@ -77,6 +77,14 @@ def make_pairs(
 # %% ../../nbs/50_verdicts.ipynb #33d45c4e
 def _text(completion: str) -> str:
     return completion.strip() or "(no text)"
+
+
+def _first(samples: int, name: str, row: dict) -> list[str]:
+    "That many answers of a row."
+    found = len(row["completions"])
+    require(found >= samples, f"prompt {row['id']!r} has too few answers", field=f"samples, rows of {name!r}",
+            value=found, allowed=f"{samples} or more of every system", remedy="compare fewer samples, or sample more")
+    return row["completions"][:samples]
 
 # %% ../../nbs/50_verdicts.ipynb #64141550
 def _sound_rows(rows) -> Iterator[Row]:
@@ -133,7 +141,7 @@ def fill_template(
     return [{"role": m["role"], "content": _FIELDS.sub(lambda found: fields[found[1]], m["content"])} for m in template]
 
 # %% ../../nbs/50_verdicts.ipynb #b7ddb3f8
-def _check_template(template) -> None:
+def _check_template(template, criterion: str = CRITERION) -> None:
     try:
         text = "".join(m["content"] for m in template if m["role"] in ("system", "user", "assistant"))
     except (TypeError, LookupError):
@@ -142,6 +150,9 @@ def _check_template(template) -> None:
     require(not missing, f"does not show {', '.join(missing)}", field="template", value=template,
             allowed='messages {"role", "content"} that hold {prompt}, {first} and {second}',
             remedy="start from judges.verdicts.TEMPLATE")
+    require(criterion == CRITERION or "{criterion}" in text, "would stand in no question", field="criterion",
+            value=criterion, allowed="a template that holds {criterion}",
+            remedy="write {criterion} into the template, or leave the criterion out")
 
 # %% ../../nbs/50_verdicts.ipynb #77c24e43
 _LAST_LINE = re.compile(r"""[\s>#*_`"'(\[]*(?:[Vv]erdict\s*:[\s*_`"'(\[]*)?(A|B|[Tt]ie|TIE)[\s*_`"')\].]*""")
@@ -199,20 +210,25 @@ def judge_pairs(
     of system_a: 1, 0.5, 0 or null."""
     judge = _as_judge(judge)
     asked = [(pair, order) for pair in make_pairs(systems, samples) for order in ("ab", "ba")]
-    compared = list(judge.compare([pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]))
+    replies = iter(_compared(judge, [pair.shown(order) for pair, order in asked if pair.answer_a != pair.answer_b]))
+    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None)
+            for pair, order in asked]
+
+
+def _compared(judge, shown: list[tuple[str, str, str]]) -> list[Comparison]:
+    "What a judge says of each (prompt, first, second): replies that are no verdict are told, and never all of them."
+    compared, name = list(judge.compare(shown)), getattr(judge, "name", "judge")
     failed = [c for c in compared if c.verdict is None]
     if failed and len(failed) == len(compared):
         raise LireError(f"none of {len(failed)} replies is a verdict ({failed[0].failure})",
-                        field=f"judge {judge.name!r}", value=(failed[0].raw or "")[-60:],
+                        field=f"judge {name!r}", value=(failed[0].raw or "")[-60:],
                         allowed="a last line that is A, B or tie; of a function also first or second",
                         remedy="allow more tokens (max_tokens), change the template, pass a parse function, or take a "
                                "more able judge")
     if failed:
-        logger.warning("judge %r: %d of %d replies are no verdict: %s", judge.name, len(failed), len(compared),
+        logger.warning("judge %r: %d of %d replies are no verdict: %s", name, len(failed), len(compared),
                        dict(Counter(c.failure for c in failed)))
-    replies = iter(compared)
-    return [_verdict(pair, order, judge.name, next(replies) if pair.answer_a != pair.answer_b else None)
-            for pair, order in asked]
+    return compared
 
 # %% ../../nbs/50_verdicts.ipynb #8abf23ca
 def _as_judge(judge):
@@ -420,17 +436,19 @@ def verdict_leaderboard(
     samples: int = 1,
     **options,  # for `bootstrap_interval`
 ) -> list[dict]:  # judge, and what `preferences.leaderboard` gives, with length control
-    "Every system against the first one, before every judge."
-    lengths = {name: {id: float(np.mean([len(_text(c)) for c in row["completions"][:samples]]))
+    "Every system against the first one, before every judge; lengths are those of the pairs that were judged."
+    lengths = {name: {id: [len(text) for text in map(_text, _first(samples, name, row))]
                       for id, row in _rows_by_id(name, rows).items()} for name, rows in systems.items()}
     lines, (start, *others) = [], lengths
     for judge, said in verdicts.items():
         table = []
         for system in others:
-            found = verdicts_to_preferences(said, system, start)
-            known = dict(zip(found.ids, found.preferences))
-            table += [{"id": id, "system": system, "baseline": start, "preference": known.get(id), "length": length,
-                       "baseline_length": lengths[start][id]} for id, length in lengths[system].items()
+            judged = [g for g in _resolve(_select(said, system, start)[0]) if g.value is not None]
+            known, new, old = (_by_prompt(judged, value) for value in (
+                lambda g: g.value, lambda g: lengths[system][g.id][g.sample],
+                lambda g: lengths[start][g.id][g.sample]))
+            table += [{"id": id, "system": system, "baseline": start, "preference": known.get(id),
+                       "length": new.get(id), "baseline_length": old.get(id)} for id in lengths[system]
                       if len(known) > 1]
         lines += [{"judge": judge, **line} for line in leaderboard(table, length_control=bool(table), **options)]
     return lines

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'GRADES_PASS', 'leader_of', 'seen_from', 'still_line', 'answer_of', 'more_seeds', 'judge_title',
-           'lists_needed', 'judge_remedy', 'no_judge_line', 'as_text']
+           'lists_needed', 'judge_remedy', 'no_judge_line', 'judged', 'judged_in_all', 'without_missing',
+           'missing_line', 'fewest', 'as_text']
 
 # %% ../../nbs/66_answers.ipynb #an002
 import math
@@ -219,6 +220,54 @@ def no_judge_line(
     "The first line where the judge cannot decide: who, why, and what to change."
     kind = f" ({judge['kind']})" if judge.get("kind") else ""
     return f"No answer: the judge {judge['name']}{kind} decides nothing, {judge['fails']}. {judge_remedy(judge)}"
+
+# %% ../../nbs/66_answers.ipynb #nojudge2
+def judged(rows: list[dict]) -> list[dict]:
+    "Rows with the answers that were judged alone, and with it all that is known of them; prompts without any are gone."
+    columns, found = ("completions", "finish_reasons", "tokens", "logps", "start_logps"), []
+    for r in rows:
+        known = [k for k, score in enumerate(r["scores"]["judge"]) if score is not None]
+        whole = len(known) == len(r["completions"])
+        some = {name: [r[name][k] for k in known] for name in columns if r.get(name)}
+        scores = {"judge": [r["scores"]["judge"][k] for k in known]}
+        found += [r if whole else {**r, **some, "scores": scores}] if known else []
+    return found
+
+# %% ../../nbs/66_answers.ipynb #nojudge3
+def judged_in_all(sides: list[list[dict]]) -> list[list[dict]]:
+    "The same of several sides, with the prompts that have a judged answer in each; none where there is no such prompt."
+    sides = [judged(rows) for rows in sides]
+    same = set.intersection(*({r["id"] for r in rows} for rows in sides)) if sides else set()
+    return [[r for r in rows if r["id"] in same] for rows in sides]
+
+# %% ../../nbs/66_answers.ipynb #nojudge4
+def without_missing(start: list[dict], runs: dict, judge: dict) -> tuple[list[dict], dict, dict]:
+    "Start and runs with what was judged everywhere, and what is missing counted in `judge`; a judge of nothing fails."
+    sides = [start, *(rows for one in runs.values() for looks in one for rows in looks)]
+    scores = [s for rows in sides for r in rows for s in r["scores"]["judge"]]
+    if None not in scores:
+        return start, runs, judge
+    kept = judged_in_all(sides)
+    judge = judge | {"answers": len(scores), "not_judged": scores.count(None),
+                     "prompts_left_out": len(start) - len(kept[0])}
+    if not kept[0] or judge["fails"]:
+        none = f"it gave no verdict on {scores.count(None)} of {len(scores)} answers, and no prompt is left"
+        return start, runs, judge | {"fails": judge["fails"] or none}
+    rest = iter(kept[1:])
+    return kept[0], {name: [[next(rest) for _ in looks] for looks in one] for name, one in runs.items()}, judge
+
+
+def missing_line(judge: dict) -> list[str]:
+    "What the report says of answers that were not judged; nothing where all were."
+    if "not_judged" not in judge:
+        return []
+    return [f"The judge gave no verdict on {judge['not_judged']} of {judge['answers']} answers, which are left out; "
+            f"with them {judge['prompts_left_out']} prompts that have no judged answer at one look or more."]
+
+
+def fewest(rows: list[dict]) -> int:
+    "How many answers every prompt has."
+    return min(len(r["completions"]) for r in rows)
 
 # %% ../../nbs/66_answers.ipynb #an032
 def as_text(
