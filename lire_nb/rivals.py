@@ -21,7 +21,7 @@ from torch import Tensor
 from .base.errors import moved
 from lire_nb.losses import (
     _add_sft, _as_lists, _better, _both, _centered, _check_choice, _check_number, _check_tensor, _fail, _finite, _gaps,
-    lire_loss, _Lists, _masked_mean, _pair_mean, _per_token, _rank, _refuse, _score, _sft, _softmax, _spread,
+    lire_loss, _Lists, _masked_mean, _pair_mean, _per_token, _rank, _refuse, _score, SCORES, _sft, _softmax, _spread,
     _TRANSFORMS,
 )
 
@@ -494,7 +494,7 @@ class LossSpec:
     "A loss and what one has to know to call it."
     name: str
     fn: Callable[..., Tensor]  # (logps, rewards, mask=None, *, …) -> (B,)
-    needs_ref: bool = False  # must be called with ref_logps=
+    needs_ref: bool | None = None  # must be called with ref_logps=; None: where the function names it
     needs_lengths: bool = False  # must be called with lengths=, under its default arguments
     uses: str = "values"  # of the rewards: "values", "order", only which is "best", or their side of a "threshold"
     formula: str = ""
@@ -504,12 +504,25 @@ class LossSpec:
     pitfall: str = ""
     without_ref: str = ""  # the variant that needs no reference model
 
+    def __post_init__(self):
+        if self.needs_ref is None:  # what has a default of None would be left out without a word
+            object.__setattr__(self, "needs_ref", "ref_logps" in self.parameters)
+
     def asks_ref(self, **settings) -> bool:
         "Whether ref_logps are needed under these settings: a ratio needs them, another score does not."
         options = self.settings | settings
         if self.without_ref and options.get("variant") == self.without_ref:
             return False
-        return options["score"].endswith("ratio") if isinstance(options.get("score"), str) else self.needs_ref
+        return options["score"].endswith("ratio") if options.get("score") in SCORES else self.needs_ref
+
+    def tables(self, **settings) -> tuple[str, ...]:
+        "What it is called with beside logps, rewards and mask, under these settings: by every check and every step."
+        asked = {"ref_logps": self.asks_ref(**settings), "lengths": self.needs_lengths or "lengths" in self.parameters}
+        return tuple(name for name, yes in asked.items() if yes)
+
+    def call(self, logps: Tensor, rewards: Tensor, mask: Tensor, tables: Mapping[str, Tensor], settings: dict) -> Tensor:
+        "(B,) losses, from those of the tables (B, M) that it is called with under these settings."
+        return self.fn(logps, rewards, mask, **{name: tables[name] for name in self.tables(**settings)}, **settings)
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -531,22 +544,22 @@ class LossSpec:
 # %% ../nbs/11_rivals.ipynb #c8643eaa
 # long: one table, a row for each loss
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
-    LossSpec("lire", lire_loss, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
+    LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
              pitfall="the authors' T = 2 is one-hot for long texts"),
-    LossSpec("sft", sft_loss, needs_lengths=True, uses="best", formula="−s̄_b",
+    LossSpec("sft", sft_loss, needs_ref=False, needs_lengths=True, uses="best", formula="−s̄_b",
              source="cross-entropy of the best candidate", pitfall="forgets every other answer"),
     LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
              pitfall="both answers may become less probable"),
     LossSpec("plackett_luce_dpo", plackett_luce_dpo_loss, needs_ref=True, uses="order",
              formula="−Σ_i log[ e^u_i / (e^u_i + Σ_{j≺i} e^u_j) ]", source="arXiv 2305.18290, appendix A.3",
              pitfall="top_k=1 is S-DPO; rho against noisy orders"),
-    LossSpec("slic", slic_loss, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
+    LossSpec("slic", slic_loss, needs_ref=False, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
              optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
-    LossSpec("rrhf", rrhf_loss, needs_lengths=True, uses="order",
+    LossSpec("rrhf", rrhf_loss, needs_ref=False, needs_lengths=True, uses="order",
              formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
              source="arXiv 2304.05302", optimum="order", ties=True,
              pitfall="repairs wrong pairs only; the rest is SFT"),
-    LossSpec("pro", pro_loss, needs_lengths=True, source="arXiv 2306.17492", ties=True,
+    LossSpec("pro", pro_loss, needs_ref=False, needs_lengths=True, source="arXiv 2306.17492", ties=True,
              formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ]"
                      " − 0.05·(M−1)²·s_b",
              pitfall="the supervised term often outweighs the rest"),
@@ -565,10 +578,10 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
              source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
              optimum="bounded", without_ref="asymre"),
-    LossSpec("awr", awr_loss, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177", optimum="weighted data",
-             ties=True, pitfall="nothing is pushed down"),
-    LossSpec("simpo", simpo_loss, needs_lengths=True, uses="order", formula="−log σ(β(s̄_b − s̄_w) − γ)",
-             source="arXiv 2405.14734", pitfall="β is per token: about 2, not 0.1"),
+    LossSpec("awr", awr_loss, needs_ref=False, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177",
+             optimum="weighted data", ties=True, pitfall="nothing is pushed down"),
+    LossSpec("simpo", simpo_loss, needs_ref=False, needs_lengths=True, uses="order",
+             formula="−log σ(β(s̄_b − s̄_w) − γ)", source="arXiv 2405.14734", pitfall="β is per token: about 2, not 0.1"),
     LossSpec("odpo", odpo_loss, needs_ref=True, formula="−log σ(u_b − u_w − α·log(R_b − R_w))",
              source="arXiv 2402.10571", pitfall="near-ties diverge; variant='linear' does not"),
     LossSpec("qrpo", qrpo_loss, needs_ref=True, uses="order", formula="mean (q − β(log β + 1/β) − u)²",
@@ -590,8 +603,8 @@ def get_loss(
     # a name in LOSSES, or a function (logps, rewards, mask=None, *, …) -> (B,)
     loss: str | LossSpec | Callable[..., Tensor],
 ) -> LossSpec:
-    """The loss of that name. A function of your own is wrapped; its attributes needs_ref, needs_lengths, uses are read.
-    Raises ValueError."""
+    """The loss of that name. A function of your own is wrapped: it gets the tables that it names as parameters,
+    ref_logps and lengths; its attributes needs_ref, needs_lengths, uses go before. Raises ValueError."""
     if isinstance(loss, LossSpec):
         return loss
     if callable(loss):

@@ -72,12 +72,6 @@ COUNTS = ("cut_prompts", "cut_completions", "retokenized")  # what was changed; 
 COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "agent",
            *COUNTS)
 
-
-def _taken(loss: LossSpec, **tables) -> dict:
-    "Those of the tables that a loss can be called with; a function of one's own may take neither."
-    return {name: table for name, table in tables.items() if loss.takes(name)}
-
-
 # %% ../nbs/18_training.ipynb #ec486ec3
 # long: one field a line
 @dataclass
@@ -150,7 +144,7 @@ class LIREConfig(TrainingArguments):
             settings = self.loss_settings()
             if isinstance(self.loss_type, str):
                 one = torch.ones(1, 2)
-                loss.fn(-one, one, one > 0, **_taken(loss, lengths=one, ref_logps=-one), **settings)
+                loss.call(-one, one, one > 0, {"lengths": one, "ref_logps": -one}, settings)
         except LireError:
             raise
         except (ValueError, TypeError) as e:
@@ -724,10 +718,7 @@ def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, di
         return (nothing.to(losses.dtype).index_put((some,), losses),
                 {name: torch.full_like(nothing, math.nan).index_put((some,), values.to(nothing.dtype))
                  for name, values in seen.items()})
-    extra = {"lengths": tables["lengths"]} if own.needs_lengths or "lengths" in own.parameters else {}
-    if trainer.loss_asks_ref:
-        extra["ref_logps"] = tables["ref_logps"]
-    losses = own.fn(tables["logps"], tables["rewards"], mask, **extra, **trainer.args.loss_settings())
+    losses = own.call(tables["logps"], tables["rewards"], mask, tables, trainer.args.loss_settings())
     return losses, _metrics(trainer, tables["logps"].detach(), tables["lengths"], tables, mask)
 
 # %% ../nbs/18_training.ipynb #a668882b
@@ -848,7 +839,7 @@ def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: in
         values = torch.tensor(padded, dtype=torch.float32)
         zero = torch.zeros_like(values)
         try:
-            loss.fn(zero, values, ~values.isnan(), **_taken(loss, ref_logps=zero, lengths=zero + 1), **settings)
+            loss.call(zero, values, ~values.isnan(), {"ref_logps": zero, "lengths": zero + 1}, settings)
         except ValueError as e:
             return str(e)
 
