@@ -278,18 +278,19 @@ def _places(u: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 # %% ../nbs/11_rivals.ipynb #68affeea
 @_list_loss
 def lipo_loss(
-    x: _Lists,  # rewards in [0, 1], or brought there by reward_transform
+    x: _Lists,  # rewards in [0, 1], or brought there by reward_transform; of "equal" only their order counts
     *,
     beta: float = 0.05,  # β > 0
-    reward_transform: str = "none",  # or "rank", "minmax"
+    reward_transform: str = "none",  # or "rank", "minmax"; of "lambda"
     weights: str = "lambda",  # or "equal": every pair counts the same, which is DPO over all pairs
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
     "Σ over pairs Δ·log(1 + e^−(u_better − u_worse)). Raises ValueError on bad input. Source: arXiv 2402.01878."
     _check_choice("weights", weights, ("lambda", "equal"))
-    values, u = _unit_rewards(x, reward_transform), _implicit(x, beta, score)
-    if weights == "equal":
+    u = _implicit(x, beta, score)
+    if weights == "equal":  # only the order of the rewards counts
         return _pair_mean(x, u, "all", lambda m: -F.logsigmoid(m))
+    values = _unit_rewards(x, reward_transform)
     cost = _gaps(torch.exp2(values)).abs() * _gaps(1 / torch.log1p(_places(u, x.rewards, x.mask))).abs()
     return torch.where(_better(x), cost * -F.logsigmoid(_gaps(u)), 0.0).sum(dim=(-1, -2))
 
@@ -503,6 +504,8 @@ class LossSpec:
     ties: bool = False  # whether a list of equal rewards teaches too
     pitfall: str = ""
     without_ref: str = ""  # the variant that needs no reference model
+    # (setting, another, its values): the setting is read only where the other has one of them; none: any but 0
+    only: tuple[tuple[str, str, tuple], ...] = ()
 
     def __post_init__(self):
         if self.needs_ref is None:  # what has a default of None would be left out without a word
@@ -537,15 +540,25 @@ class LossSpec:
         places = [p.name for p in named if p.kind == p.POSITIONAL_OR_KEYWORD][:3]
         return {p.name: p.default for p in named if p.name not in places and p.name not in _BATCH}
 
+    def idle(self, **settings) -> dict[str, str]:
+        "Of these settings those that nothing reads beside the others, and what would; one at its default is none."
+        options, told = self.settings | settings, {}
+        for name, other, values in self.only:
+            read = options[other] in values if values else bool(options[other])
+            if not read and options[name] != self.settings[name]:
+                told[name] = f"{other}={' or '.join(values)}" if values else f"{other} above 0"
+        return told
+
     def takes(self, name: str) -> bool:
         "Whether the function can be called with this keyword."
         return name in self.parameters or any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
 
 # %% ../nbs/11_rivals.ipynb #c8643eaa
+_SFT = ("sft_normalize", "sft_weight", ())
 # long: one table, a row for each loss
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
-             pitfall="the authors' T = 2 is one-hot for long texts"),
+             only=(_SFT,), pitfall="the authors' T = 2 is one-hot for long texts"),
     LossSpec("sft", sft_loss, needs_ref=False, needs_lengths=True, uses="best", formula="−s̄_b",
              source="cross-entropy of the best candidate", pitfall="forgets every other answer"),
     LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
@@ -554,15 +567,15 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              formula="−Σ_i log[ e^u_i / (e^u_i + Σ_{j≺i} e^u_j) ]", source="arXiv 2305.18290, appendix A.3",
              pitfall="top_k=1 is S-DPO; rho against noisy orders"),
     LossSpec("slic", slic_loss, needs_ref=False, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
-             optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
+             only=(_SFT,), optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
     LossSpec("rrhf", rrhf_loss, needs_ref=False, needs_lengths=True, uses="order",
              formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
-             source="arXiv 2304.05302", optimum="order", ties=True,
+             source="arXiv 2304.05302", optimum="order", ties=True, only=(_SFT,),
              pitfall="repairs wrong pairs only; the rest is SFT"),
     LossSpec("pro", pro_loss, needs_ref=False, needs_lengths=True, source="arXiv 2306.17492", ties=True,
              formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ]"
                      " − 0.05·(M−1)²·s_b",
-             pitfall="the supervised term often outweighs the rest"),
+             only=(_SFT,), pitfall="the supervised term often outweighs the rest"),
     LossSpec("infonca", infonca_loss, needs_ref=True, formula="−Σ q·log m,  q = softmax(R/α), m = softmax(u)",
              source="arXiv 2402.05369", optimum="tilted", ties=True,
              pitfall="a one-hot q at M = 2 is DPO; tied lists teach equality"),
@@ -574,10 +587,11 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              pitfall="the scale of R against β decides"),
     LossSpec("lipo", lipo_loss, needs_ref=True,
              formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
-             pitfall="rewards must lie in [0, 1]"),
+             only=(("reward_transform", "weights", ("lambda",)),), pitfall="rewards must lie in [0, 1]"),
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
              source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
-             optimum="bounded", without_ref="asymre"),
+             optimum="bounded", without_ref="asymre", only=(
+                 ("beta", "variant", ("clip",)), ("clip", "variant", ("clip",)), ("delta", "variant", ("asymre",)))),
     LossSpec("awr", awr_loss, needs_ref=False, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177",
              optimum="weighted data", ties=True, pitfall="nothing is pushed down"),
     LossSpec("simpo", simpo_loss, needs_ref=False, needs_lengths=True, uses="order",

@@ -152,6 +152,7 @@ class LIREConfig(TrainingArguments):
                             remedy="change this setting; 11_rivals has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
+        self.loss_kwargs = {name: settings[name] for name in self.loss_kwargs if name in settings}  # as they were read
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **settings) -> "LIREConfig":
@@ -205,6 +206,8 @@ def _check_choices(args: LIREConfig) -> None:
          "2 or more, or None for all", "leave it out"),
         ("length_column_name", args.length_column_name not in COLUMNS, "is a column of the prepared lists",
          f"a name that is not one of {', '.join(COLUMNS)}", usual["length_column_name"]),
+        ("save_minutes", not args.save_minutes or getattr(args.save_strategy, "value", args.save_strategy) != "no",
+         "has no effect under save_strategy=no", "0", "leave it out, or choose save_strategy=steps"),
         ("demo_form", args.demo_form in (None, *FORMS), "unknown form", " or ".join(FORMS), "leave it out"),
         ("demo_form", args.demo_form is None or args.demo_weight is not None, "has no effect without demo_weight",
          "a demo_weight beside it", "set demo_weight, or leave demo_form out"),
@@ -530,6 +533,8 @@ class LIRETrainer(ListTrainer):
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; GPUs go through accelerate launch
         self.ref_model, self.needs_ref = ref_model, args.asks_ref()
         self.loss_asks_ref = self.loss.asks_ref(**args.loss_settings())  # not only a term beside it
+        if args.reference_cache and not self.needs_ref:  # a table of many losses may name one folder for all
+            logger.info("reference_cache is not read: the loss %s needs no reference", self.loss.name)
         _check_paths(model, args, ref_model)
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
