@@ -688,6 +688,10 @@ def stopping_early(
     require((options or {}).get("eval_dataset") is not None, "nothing to evaluate on", field="patience", value=patience,
             allowed="lists to evaluate on", remedy="give trainer_options={'eval_dataset': lists}, or --eval-lists")
     every = str(getattr(asked := settings.get("eval_strategy", "epoch"), "value", asked))
+    for name, fine, allowed in (("eval_strategy", every != "no", "epoch or steps"), (
+            "load_best_model_at_end", settings.get("load_best_model_at_end", True), "yes")):
+        require(fine, "early stopping looks at evaluations and keeps the best", field=name, value=settings.get(name),
+                allowed=allowed, remedy="leave it out, or train without patience")
     told = {"eval_strategy": every, "save_strategy": every, "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss"}
     if every == "steps":
