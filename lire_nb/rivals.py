@@ -490,6 +490,7 @@ def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters  # slow, and asked for at every step
 
 # %% ../nbs/11_rivals.ipynb #76aa47aa
+# long: what one has to know of a loss, and what may be asked of it
 @dataclass(frozen=True)
 class LossSpec:
     "A loss and what one has to know to call it."
@@ -523,7 +524,7 @@ class LossSpec:
         asked = {"ref_logps": self.asks_ref(**settings), "lengths": self.needs_lengths or "lengths" in self.parameters}
         return tuple(name for name, yes in asked.items() if yes)
 
-    def call(self, logps: Tensor, rewards: Tensor, mask: Tensor, tables: Mapping[str, Tensor], settings: dict) -> Tensor:
+    def call(self, logps: Tensor, rewards: Tensor, mask: Tensor, tables: dict[str, Tensor], settings: dict) -> Tensor:
         "(B,) losses, from those of the tables (B, M) that it is called with under these settings."
         return self.fn(logps, rewards, mask, **{name: tables[name] for name in self.tables(**settings)}, **settings)
 
@@ -554,8 +555,8 @@ class LossSpec:
         return name in self.parameters or any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
 
 # %% ../nbs/11_rivals.ipynb #c8643eaa
-_SFT = ("sft_normalize", "sft_weight", ())
 # long: one table, a row for each loss
+_SFT = ("sft_normalize", "sft_weight", ())  # of a supervised term
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
              only=(_SFT,), pitfall="the authors' T = 2 is one-hot for long texts"),
@@ -566,7 +567,8 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("plackett_luce_dpo", plackett_luce_dpo_loss, needs_ref=True, uses="order",
              formula="−Σ_i log[ e^u_i / (e^u_i + Σ_{j≺i} e^u_j) ]", source="arXiv 2305.18290, appendix A.3",
              pitfall="top_k=1 is S-DPO; rho against noisy orders"),
-    LossSpec("slic", slic_loss, needs_ref=False, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
+    LossSpec("slic", slic_loss, needs_ref=False, uses="order", formula="max(0, 1 − s_b + s_w)",
+             source="arXiv 2305.10425",
              only=(_SFT,), optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
     LossSpec("rrhf", rrhf_loss, needs_ref=False, needs_lengths=True, uses="order",
              formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
@@ -595,7 +597,8 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
     LossSpec("awr", awr_loss, needs_ref=False, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177",
              optimum="weighted data", ties=True, pitfall="nothing is pushed down"),
     LossSpec("simpo", simpo_loss, needs_ref=False, needs_lengths=True, uses="order",
-             formula="−log σ(β(s̄_b − s̄_w) − γ)", source="arXiv 2405.14734", pitfall="β is per token: about 2, not 0.1"),
+             formula="−log σ(β(s̄_b − s̄_w) − γ)", source="arXiv 2405.14734",
+             pitfall="β is per token: about 2, not 0.1"),
     LossSpec("odpo", odpo_loss, needs_ref=True, formula="−log σ(u_b − u_w − α·log(R_b − R_w))",
              source="arXiv 2402.10571", pitfall="near-ties diverge; variant='linear' does not"),
     LossSpec("qrpo", qrpo_loss, needs_ref=True, uses="order", formula="mean (q − β(log β + 1/β) − u)²",

@@ -209,7 +209,7 @@ def loss_settings_of(
                         remedy=f"leave it out, or set {where}")
     return settings
 
-
+# %% ../nbs/26_settings.ipynb #c4a1e7b2
 def _by_annotation(loss: LossSpec, name: str, value: Any) -> Any:
     "A value of `loss_kwargs`, read by the type that the loss's function states, as a field is by the field's."
     parameter = loss.parameters.get(name)

@@ -441,6 +441,7 @@ class GuardedTrainer(ExactTrainer):
                                "a run")
 
 # %% ../nbs/18_training.ipynb #0c84f6b2
+# long: the Trainer's hooks, each a few lines
 class ListTrainer(GuardedTrainer):
     "Reads prepared lists in an order that depends on seed and epoch alone; what it saves has a card."
 
