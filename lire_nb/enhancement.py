@@ -196,6 +196,8 @@ def _check_reference(asked: Rounds, start: Policy) -> None:
         return
     for number in range(2, max(asked.evolve, 2) + 1):
         _weight(mix, number)
+    require(asked.evolve > 1 or mix == 0, "has no effect in a single round, whose reference is the start policy",
+            field="reference_mix", value=mix, allowed="two rounds or more", remedy="leave it out, or raise evolve")
     options = asked.trainer_options or {}
     require(options.get("ref_model") is None, "two references", field="reference_mix", value=mix,
             allowed="reference_mix, or a ref_model of trainer_options", remedy="leave one of them out")
@@ -606,6 +608,12 @@ def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Poli
 TRAINING_DEFAULTS = {"save_strategy": "steps", "save_steps": 500, "save_minutes": 10, "save_total_limit": 1,
                      "report_to": "none"}
 
+
+def _with_defaults(settings: dict, **decided) -> dict:
+    "For LIREConfig; where no checkpoint is written, none is due by the clock."
+    no = str(getattr(asked := settings.get("save_strategy"), "value", asked)) == "no"
+    return TRAINING_DEFAULTS | ({"save_minutes": 0} if no else {}) | settings | decided
+
 # %% ../nbs/19_enhancement.ipynb #8742360e
 # long: the order in which claim, checkpoint, training and clean-up come is the point
 def train_policy(
@@ -641,8 +649,8 @@ def train_policy(
         if on_main(folder.exists):
             return on_main(lambda: _done_before(folder, partial, identity))
         has_state = any(isinstance(c, ExportableState) for c in callbacks or ())
-        args = LIREConfig(**(TRAINING_DEFAULTS | {"seed": seed, "restore_callback_states_from_checkpoint": has_state}
-                             | settings | {"output_dir": str(partial)}))
+        args = LIREConfig(**({"seed": seed, "restore_callback_states_from_checkpoint": has_state}
+                             | _with_defaults(settings, output_dir=str(partial))))
         check_engine(args)
         how = sharded_loading(args) if sharded else {}
         with disk_errors(folder):
@@ -680,6 +688,10 @@ def stopping_early(
     require((options or {}).get("eval_dataset") is not None, "nothing to evaluate on", field="patience", value=patience,
             allowed="lists to evaluate on", remedy="give trainer_options={'eval_dataset': lists}, or --eval-lists")
     every = str(getattr(asked := settings.get("eval_strategy", "epoch"), "value", asked))
+    for name, fine, allowed in (("eval_strategy", every != "no", "epoch or steps"), (
+            "load_best_model_at_end", settings.get("load_best_model_at_end", True), "yes")):
+        require(fine, "early stopping looks at evaluations and keeps the best", field=name, value=settings.get(name),
+                allowed=allowed, remedy="leave it out, or train without patience")
     told = {"eval_strategy": every, "save_strategy": every, "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss"}
     if every == "steps":
@@ -703,8 +715,7 @@ def check_options(
                 remedy="leave it out; policy, lists, settings and callbacks have arguments of their own")
     peft_config, ref_model, eval_dataset = (options.pop(name, None)
                                             for name in ("peft_config", "ref_model", "eval_dataset"))
-    check_call(LIREConfig(**(TRAINING_DEFAULTS | settings | {"output_dir": "unused"})), ref_model, eval_dataset,
-               options)
+    check_call(LIREConfig(**_with_defaults(settings, output_dir="unused")), ref_model, eval_dataset, options)
     check_peft_config(peft_config)
     if peft_config is not None and (merge or policy.adapter is None):
         check_matrices(policy, peft_config)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .base.errors import moved
 from lire_nb.losses import (
     _add_sft, _as_lists, _better, _both, _centered, _check_choice, _check_number, _check_tensor, _fail, _finite, _gaps,
-    lire_loss, _Lists, _masked_mean, _pair_mean, _per_token, _rank, _refuse, _score, _sft, _softmax, _spread,
+    lire_loss, _Lists, _masked_mean, _pair_mean, _per_token, _rank, _refuse, _score, SCORES, _sft, _softmax, _spread,
     _TRANSFORMS,
 )
 
@@ -278,18 +278,19 @@ def _places(u: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 # %% ../nbs/11_rivals.ipynb #68affeea
 @_list_loss
 def lipo_loss(
-    x: _Lists,  # rewards in [0, 1], or brought there by reward_transform
+    x: _Lists,  # rewards in [0, 1], or brought there by reward_transform; of "equal" only their order counts
     *,
     beta: float = 0.05,  # β > 0
-    reward_transform: str = "none",  # or "rank", "minmax"
+    reward_transform: str = "none",  # or "rank", "minmax"; of "lambda"
     weights: str = "lambda",  # or "equal": every pair counts the same, which is DPO over all pairs
     score: str = "ratio",  # or "token_ratio", "sum", "token"
 ) -> Tensor:  # (B,)
     "Σ over pairs Δ·log(1 + e^−(u_better − u_worse)). Raises ValueError on bad input. Source: arXiv 2402.01878."
     _check_choice("weights", weights, ("lambda", "equal"))
-    values, u = _unit_rewards(x, reward_transform), _implicit(x, beta, score)
-    if weights == "equal":
+    u = _implicit(x, beta, score)
+    if weights == "equal":  # only the order of the rewards counts
         return _pair_mean(x, u, "all", lambda m: -F.logsigmoid(m))
+    values = _unit_rewards(x, reward_transform)
     cost = _gaps(torch.exp2(values)).abs() * _gaps(1 / torch.log1p(_places(u, x.rewards, x.mask))).abs()
     return torch.where(_better(x), cost * -F.logsigmoid(_gaps(u)), 0.0).sum(dim=(-1, -2))
 
@@ -489,12 +490,13 @@ def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters  # slow, and asked for at every step
 
 # %% ../nbs/11_rivals.ipynb #76aa47aa
+# long: what one has to know of a loss, and what may be asked of it
 @dataclass(frozen=True)
 class LossSpec:
     "A loss and what one has to know to call it."
     name: str
     fn: Callable[..., Tensor]  # (logps, rewards, mask=None, *, …) -> (B,)
-    needs_ref: bool = False  # must be called with ref_logps=
+    needs_ref: bool | None = None  # must be called with ref_logps=; None: where the function names it
     needs_lengths: bool = False  # must be called with lengths=, under its default arguments
     uses: str = "values"  # of the rewards: "values", "order", only which is "best", or their side of a "threshold"
     formula: str = ""
@@ -503,13 +505,28 @@ class LossSpec:
     ties: bool = False  # whether a list of equal rewards teaches too
     pitfall: str = ""
     without_ref: str = ""  # the variant that needs no reference model
+    # (setting, another, its values): the setting is read only where the other has one of them; none: any but 0
+    only: tuple[tuple[str, str, tuple], ...] = ()
+
+    def __post_init__(self):
+        if self.needs_ref is None:  # what has a default of None would be left out without a word
+            object.__setattr__(self, "needs_ref", "ref_logps" in self.parameters)
 
     def asks_ref(self, **settings) -> bool:
         "Whether ref_logps are needed under these settings: a ratio needs them, another score does not."
         options = self.settings | settings
         if self.without_ref and options.get("variant") == self.without_ref:
             return False
-        return options["score"].endswith("ratio") if isinstance(options.get("score"), str) else self.needs_ref
+        return options["score"].endswith("ratio") if options.get("score") in SCORES else self.needs_ref
+
+    def tables(self, **settings) -> tuple[str, ...]:
+        "What it is called with beside logps, rewards and mask, under these settings: by every check and every step."
+        asked = {"ref_logps": self.asks_ref(**settings), "lengths": self.needs_lengths or "lengths" in self.parameters}
+        return tuple(name for name, yes in asked.items() if yes)
+
+    def call(self, logps: Tensor, rewards: Tensor, mask: Tensor, tables: dict[str, Tensor], settings: dict) -> Tensor:
+        "(B,) losses, from those of the tables (B, M) that it is called with under these settings."
+        return self.fn(logps, rewards, mask, **{name: tables[name] for name in self.tables(**settings)}, **settings)
 
     @functools.cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -524,32 +541,43 @@ class LossSpec:
         places = [p.name for p in named if p.kind == p.POSITIONAL_OR_KEYWORD][:3]
         return {p.name: p.default for p in named if p.name not in places and p.name not in _BATCH}
 
+    def idle(self, **settings) -> dict[str, str]:
+        "Of these settings those that nothing reads beside the others, and what would; one at its default is none."
+        options, told = self.settings | settings, {}
+        for name, other, values in self.only:
+            read = options[other] in values if values else bool(options[other])
+            if not read and options[name] != self.settings[name]:
+                told[name] = f"{other}={' or '.join(values)}" if values else f"{other} above 0"
+        return told
+
     def takes(self, name: str) -> bool:
         "Whether the function can be called with this keyword."
         return name in self.parameters or any(p.kind == p.VAR_KEYWORD for p in self.parameters.values())
 
 # %% ../nbs/11_rivals.ipynb #c8643eaa
 # long: one table, a row for each loss
+_SFT = ("sft_normalize", "sft_weight", ())  # of a supervised term
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
-    LossSpec("lire", lire_loss, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
-             pitfall="the authors' T = 2 is one-hot for long texts"),
-    LossSpec("sft", sft_loss, needs_lengths=True, uses="best", formula="−s̄_b",
+    LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
+             only=(_SFT,), pitfall="the authors' T = 2 is one-hot for long texts"),
+    LossSpec("sft", sft_loss, needs_ref=False, needs_lengths=True, uses="best", formula="−s̄_b",
              source="cross-entropy of the best candidate", pitfall="forgets every other answer"),
     LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
              pitfall="both answers may become less probable"),
     LossSpec("plackett_luce_dpo", plackett_luce_dpo_loss, needs_ref=True, uses="order",
              formula="−Σ_i log[ e^u_i / (e^u_i + Σ_{j≺i} e^u_j) ]", source="arXiv 2305.18290, appendix A.3",
              pitfall="top_k=1 is S-DPO; rho against noisy orders"),
-    LossSpec("slic", slic_loss, uses="order", formula="max(0, 1 − s_b + s_w)", source="arXiv 2305.10425",
-             optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
-    LossSpec("rrhf", rrhf_loss, needs_lengths=True, uses="order",
+    LossSpec("slic", slic_loss, needs_ref=False, uses="order", formula="max(0, 1 − s_b + s_w)",
+             source="arXiv 2305.10425",
+             only=(_SFT,), optimum="bounded", pitfall="the margin of 1 nat is soon reached"),
+    LossSpec("rrhf", rrhf_loss, needs_ref=False, needs_lengths=True, uses="order",
              formula="Σ_{j≺i} max(0, s̄_j − s̄_i) − s̄_b",
-             source="arXiv 2304.05302", optimum="order", ties=True,
+             source="arXiv 2304.05302", optimum="order", ties=True, only=(_SFT,),
              pitfall="repairs wrong pairs only; the rest is SFT"),
-    LossSpec("pro", pro_loss, needs_lengths=True, source="arXiv 2306.17492", ties=True,
+    LossSpec("pro", pro_loss, needs_ref=False, needs_lengths=True, source="arXiv 2306.17492", ties=True,
              formula="−Σ_i log[ e^(s̄_i·g_i) / (e^(s̄_i·g_i) + Σ_{j≺i} e^(s̄_j·g_ij)) ]"
                      " − 0.05·(M−1)²·s_b",
-             pitfall="the supervised term often outweighs the rest"),
+             only=(_SFT,), pitfall="the supervised term often outweighs the rest"),
     LossSpec("infonca", infonca_loss, needs_ref=True, formula="−Σ q·log m,  q = softmax(R/α), m = softmax(u)",
              source="arXiv 2402.05369", optimum="tilted", ties=True,
              pitfall="a one-hot q at M = 2 is DPO; tied lists teach equality"),
@@ -561,14 +589,16 @@ LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
              pitfall="the scale of R against β decides"),
     LossSpec("lipo", lipo_loss, needs_ref=True,
              formula="Σ Δ_ij·log(1 + e^−(u_i−u_j))", source="arXiv 2402.01878",
-             pitfall="rewards must lie in [0, 1]"),
+             only=(("reward_transform", "weights", ("lambda",)),), pitfall="rewards must lie in [0, 1]"),
     LossSpec("offline_pg", offline_pg_loss, needs_ref=True, formula="−Σ min(ρA, clip(ρ)A) + β·distance",
              source="HALOs; arXiv 2503.14286, 2506.20520", pitfall="ρ of a whole text is 0 or huge",
-             optimum="bounded", without_ref="asymre"),
-    LossSpec("awr", awr_loss, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177", optimum="weighted data",
-             ties=True, pitfall="nothing is pushed down"),
-    LossSpec("simpo", simpo_loss, needs_lengths=True, uses="order", formula="−log σ(β(s̄_b − s̄_w) − γ)",
-             source="arXiv 2405.14734", pitfall="β is per token: about 2, not 0.1"),
+             optimum="bounded", without_ref="asymre", only=(
+                 ("beta", "variant", ("clip",)), ("clip", "variant", ("clip",)), ("delta", "variant", ("asymre",)))),
+    LossSpec("awr", awr_loss, needs_ref=False, formula="−Σ softmax(R/β)·s", source="arXiv 1910.00177",
+             optimum="weighted data", ties=True, pitfall="nothing is pushed down"),
+    LossSpec("simpo", simpo_loss, needs_ref=False, needs_lengths=True, uses="order",
+             formula="−log σ(β(s̄_b − s̄_w) − γ)", source="arXiv 2405.14734",
+             pitfall="β is per token: about 2, not 0.1"),
     LossSpec("odpo", odpo_loss, needs_ref=True, formula="−log σ(u_b − u_w − α·log(R_b − R_w))",
              source="arXiv 2402.10571", pitfall="near-ties diverge; variant='linear' does not"),
     LossSpec("qrpo", qrpo_loss, needs_ref=True, uses="order", formula="mean (q − β(log β + 1/β) − u)²",
@@ -590,8 +620,8 @@ def get_loss(
     # a name in LOSSES, or a function (logps, rewards, mask=None, *, …) -> (B,)
     loss: str | LossSpec | Callable[..., Tensor],
 ) -> LossSpec:
-    """The loss of that name. A function of your own is wrapped; its attributes needs_ref, needs_lengths, uses are read.
-    Raises ValueError."""
+    """The loss of that name. A function of your own is wrapped: it gets the tables that it names as parameters,
+    ref_logps and lengths; its attributes needs_ref, needs_lengths, uses go before. Raises ValueError."""
     if isinstance(loss, LossSpec):
         return loss
     if callable(loss):

@@ -189,8 +189,8 @@ def loss_settings_of(
     given: dict,  # setting -> value or None, of the configuration's own fields
     kwargs: dict,  # `loss_kwargs`
 ) -> dict:  # keyword arguments for the loss
-    "What a loss is called with; raises `LireError` for a setting that it does not take."
-    settings = {}
+    "What a loss is called with; raises `LireError` for a setting that it does not take, or does not read."
+    settings, kwargs = {}, {name: _by_annotation(loss, name, value) for name, value in kwargs.items()}
     for name, value in {**given, **kwargs}.items():
         usual = usual_value(name)
         if value is None and name in loss.settings:
@@ -203,7 +203,27 @@ def loss_settings_of(
                 value=value, allowed=", ".join(loss.settings) or "no setting at all",
                 remedy="leave it out, or choose a loss that takes it; 11_rivals has a card for each loss")
         settings[name] = value
+    for name, where in loss.idle(**settings).items():
+        raise LireError(f"the loss {loss.name} does not read it beside its other settings, so it would have no effect",
+                        field=name, value=settings[name], allowed=f"it is read with {where}",
+                        remedy=f"leave it out, or set {where}")
     return settings
+
+# %% ../nbs/26_settings.ipynb #c4a1e7b2
+def _by_annotation(loss: LossSpec, name: str, value: Any) -> Any:
+    "A value of `loss_kwargs`, read by the type that the loss's function states, as a field is by the field's."
+    parameter = loss.parameters.get(name)
+    if parameter is None or value is None:
+        return value
+    hint = parameter.annotation
+    if isinstance(hint, str):  # from __future__ import annotations
+        try:
+            hint = inspect.signature(loss.fn, eval_str=True).parameters[name].annotation
+        except (NameError, SyntaxError, TypeError, AttributeError, KeyError):
+            return value
+    if hint is parameter.empty:  # a flag's default says that it is one
+        hint = bool if isinstance(parameter.default, bool) else Any
+    return parse_value(f"loss_kwargs: {name}", value, _kinds(hint))
 
 # %% ../nbs/26_settings.ipynb #b841b396
 _NO_LOGITS = "an evaluation here gives losses and figures of lists, it keeps no predictions"

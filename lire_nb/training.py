@@ -30,7 +30,7 @@ from .adapters import check_peft_config, put_adapter
 from .base.errors import LireError, moved, require
 from .base.files import _batches, _plain_rows
 from .base.ranks import sharing
-from .cards import courses, deciding, lists_facts, public_name, TrainingFacts, write_card
+from .cards import courses, deciding, kept_step, lists_facts, public_name, TrainingFacts, write_card
 from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
 from .demonstrations import FORMS, needed_columns, taught_by_example, term_values
 from .exploration import term_beta
@@ -71,12 +71,6 @@ IMPLICIT = ("dpo", "plackett_luce_dpo", "infonca", "nca", "regression", "lipo", 
 COUNTS = ("cut_prompts", "cut_completions", "retokenized")  # what was changed; prepared lists are without them
 COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "agent",
            *COUNTS)
-
-
-def _taken(loss: LossSpec, **tables) -> dict:
-    "Those of the tables that a loss can be called with; a function of one's own may take neither."
-    return {name: table for name, table in tables.items() if loss.takes(name)}
-
 
 # %% ../nbs/18_training.ipynb #ec486ec3
 # long: one field a line
@@ -150,7 +144,7 @@ class LIREConfig(TrainingArguments):
             settings = self.loss_settings()
             if isinstance(self.loss_type, str):
                 one = torch.ones(1, 2)
-                loss.fn(-one, one, one > 0, **_taken(loss, lengths=one, ref_logps=-one), **settings)
+                loss.call(-one, one, one > 0, {"lengths": one, "ref_logps": -one}, settings)
         except LireError:
             raise
         except (ValueError, TypeError) as e:
@@ -158,6 +152,7 @@ class LIREConfig(TrainingArguments):
                             remedy="change this setting; 11_rivals has the table of all losses") from e
         for name in self._loss_fields() & settings.keys():
             setattr(self, name, settings[name])
+        self.loss_kwargs = {name: settings[name] for name in self.loss_kwargs if name in settings}  # as they were read
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **settings) -> "LIREConfig":
@@ -211,6 +206,8 @@ def _check_choices(args: LIREConfig) -> None:
          "2 or more, or None for all", "leave it out"),
         ("length_column_name", args.length_column_name not in COLUMNS, "is a column of the prepared lists",
          f"a name that is not one of {', '.join(COLUMNS)}", usual["length_column_name"]),
+        ("save_minutes", not args.save_minutes or getattr(args.save_strategy, "value", args.save_strategy) != "no",
+         "has no effect under save_strategy=no", "0", "leave it out, or choose save_strategy=steps"),
         ("demo_form", args.demo_form in (None, *FORMS), "unknown form", " or ".join(FORMS), "leave it out"),
         ("demo_form", args.demo_form is None or args.demo_weight is not None, "has no effect without demo_weight",
          "a demo_weight beside it", "set demo_weight, or leave demo_form out"),
@@ -444,10 +441,16 @@ class GuardedTrainer(ExactTrainer):
                                "a run")
 
 # %% ../nbs/18_training.ipynb #0c84f6b2
+# long: the Trainer's hooks, each a few lines
 class ListTrainer(GuardedTrainer):
     "Reads prepared lists in an order that depends on seed and epoch alone; what it saves has a card."
 
     start, lists_facts = None, None  # for the card: the name of the policy at the start, what is known of its lists
+    kept = None  # the step whose weights were loaded at the end, as the best; None: these are the last
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.kept = int(Path(self.state.best_model_checkpoint).name.rpartition("-")[2])
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
@@ -500,8 +503,10 @@ def facts_of(trainer: ListTrainer) -> TrainingFacts:
     adapter = own and {"peft_type": str(getattr(own.peft_type, "value", own.peft_type)), "r": getattr(own, "r", None)}
     lists = trainer.lists_facts or ({} if trainer.train_dataset is None else lists_facts(trainer.train_dataset))
     start = trainer.start or getattr(config, "_name_or_path", "") or "a model in memory"
-    return TrainingFacts(public_name(start), deciding(trainer.args.to_dict()), lists,
-                         courses(trainer.state.log_history), trainer.state.global_step, adapter)
+    log, kept, args = trainer.state.log_history, trainer.kept, trainer.args
+    best = None if kept is None else kept_step(log, kept, args.metric_for_best_model, args.greater_is_better)
+    return TrainingFacts(public_name(start), deciding(args.to_dict()), lists, courses(log, kept),
+                         trainer.state.global_step, adapter, kept=best)
 
 # %% ../nbs/18_training.ipynb #4e5dded9
 # long: the Trainer's hooks, each a few lines
@@ -535,7 +540,8 @@ class LIRETrainer(ListTrainer):
         remember_start(model)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; GPUs go through accelerate launch
         self.ref_model, self.needs_ref = ref_model, args.asks_ref()
-        self.loss_asks_ref = self.loss.asks_ref(**args.loss_settings())  # not only a term beside it
+        if args.reference_cache and not self.needs_ref:  # a table of many losses may name one folder for all
+            logger.info("reference_cache is not read: the loss %s needs no reference", self.loss.name)
         _check_paths(model, args, ref_model)
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
         prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
@@ -552,7 +558,7 @@ class LIRETrainer(ListTrainer):
     def train(self, *args, **kwargs):
         require(self.train_dataset is not None, "missing", field="train_dataset", value=None,
                 allowed="lists with rewards", remedy="pass train_dataset=lists to LIRETrainer")
-        self._began = True  # from here on the model is no longer the policy at the start
+        self._began, self.kept = True, None  # from here on the model is no longer the policy at the start
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -599,7 +605,7 @@ class LIRETrainer(ListTrainer):
         for name, weight in self.args.terms().items():
             values, found = term_values(name, tables, beta)
             losses = losses + weight * values
-            metrics["optimism" if name == "optimism" else "demo_loss"] = values.detach().masked_fill(~found, math.nan)
+            metrics[_TERM_FIGURES.get(name, "demo_loss")] = values.detach().masked_fill(~found, math.nan)
         return losses, metrics
 
     def _logps(self, model, inputs: dict) -> torch.Tensor:
@@ -690,24 +696,33 @@ class LIRETrainer(ListTrainer):
         super().log(logs, start_time)
 
 # %% ../nbs/18_training.ipynb #a2fdc266
-def _metrics(
-    trainer: LIRETrainer, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor
-) -> dict:
+_TERM_FIGURES = {"optimism": "optimism"}  # a term -> its figure; all others teach by demonstrations
+
+
+def _metrics(args: LIREConfig, logps: torch.Tensor, lengths: torch.Tensor, inputs: dict, mask: torch.Tensor) -> dict:
     "What the loss saw: P where it has a temperature, otherwise the scores that it compares."
-    settings, own, needs_ref = trainer.args.loss_settings(), trainer.loss.settings, trainer.loss_asks_ref
+    loss, settings = get_loss(args.loss_type), args.loss_settings()
+    own, needs_ref = loss.settings, loss.asks_ref(**settings)
     if "temperature" in own:
         how = {name: settings[name] for name in ("temperature", "score", "length_normalize") if name in settings}
         return list_metrics(logps, inputs["rewards"], mask, lengths=lengths, ref_logps=inputs.get("ref_logps"), **how)
-    score = settings.get("score") or ("ratio" if needs_ref else "token" if trainer.loss.needs_lengths else "sum")
+    score = settings.get("score") or ("ratio" if needs_ref else "token" if loss.needs_lengths else "sum")
     scores = logps - inputs["ref_logps"] if score.endswith("ratio") else logps
     scores = scores / lengths.clamp(min=1) if score.startswith("token") else scores
     if needs_ref:  # DPO's implicit rewards
         scores = settings.get("beta", 1.0) * scores
     pairs = "best_worst" if settings.get("pairs", own.get("pairs")) == "best_worst" else "all"
     seen = pair_metrics(scores, inputs["rewards"], mask, pairs=pairs)
-    if trainer.loss.name in IMPLICIT and not needs_ref:  # the implicit reward is β · score without a reference too
+    if loss.name in IMPLICIT and not needs_ref:  # the implicit reward is β · score without a reference too
         scores = settings.get("beta", 1.0) * scores
     return seen | pair_rewards(scores, inputs["rewards"], mask, pairs=pairs)
+
+
+def _figures(args: LIREConfig) -> list[str]:
+    "What an evaluation says under this configuration."
+    one = torch.ones(1, 2)
+    seen = _metrics(args, -one, one, {"rewards": one, "ref_logps": -one}, one > 0)
+    return ["loss", *seen, *(_TERM_FIGURES.get(name, "demo_loss") for name in args.terms())]
 
 # %% ../nbs/18_training.ipynb #86e1066b
 def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, dict]:
@@ -716,7 +731,7 @@ def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, di
     some, own = mask.any(-1), trainer.loss
     nothing = tables["logps"].new_zeros(len(some))
     if not some.any():  # the metrics' names are those of any batch: all processes sum the same ones
-        named = _metrics(trainer, tables["logps"].detach(), tables["lengths"],
+        named = _metrics(trainer.args, tables["logps"].detach(), tables["lengths"],
                          {**tables, "rewards": torch.zeros_like(tables["rewards"])}, tables["mask"])
         return nothing, dict.fromkeys(named, torch.full_like(nothing, math.nan))
     if not some.all():
@@ -724,11 +739,8 @@ def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, di
         return (nothing.to(losses.dtype).index_put((some,), losses),
                 {name: torch.full_like(nothing, math.nan).index_put((some,), values.to(nothing.dtype))
                  for name, values in seen.items()})
-    extra = {"lengths": tables["lengths"]} if own.needs_lengths or "lengths" in own.parameters else {}
-    if trainer.loss_asks_ref:
-        extra["ref_logps"] = tables["ref_logps"]
-    losses = own.fn(tables["logps"], tables["rewards"], mask, **extra, **trainer.args.loss_settings())
-    return losses, _metrics(trainer, tables["logps"].detach(), tables["lengths"], tables, mask)
+    losses = own.call(tables["logps"], tables["rewards"], mask, tables, trainer.args.loss_settings())
+    return losses, _metrics(trainer.args, tables["logps"].detach(), tables["lengths"], tables, mask)
 
 # %% ../nbs/18_training.ipynb #a668882b
 def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
@@ -763,6 +775,12 @@ def check_call(
         raise LireError("nothing to evaluate on", field="eval_strategy", value=str(args.eval_strategy.value),
                         allowed="no, or lists as eval_dataset",
                         remedy="pass eval_dataset=lists, or leave eval_strategy out")
+    if args.metric_for_best_model is not None and args.eval_strategy != "no":  # transformers asks after an epoch
+        sets = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+        known = [prefix + figure for prefix in sets for figure in _figures(args)]
+        require(f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in known, "no figure of an evaluation here",
+                field="metric_for_best_model", value=args.metric_for_best_model, allowed=", ".join(known[:24]),
+                remedy="name one of these, or leave it out for the loss")
     return loss
 
 # %% ../nbs/18_training.ipynb #7c0a083f
@@ -848,7 +866,7 @@ def _check_fit(loss: LossSpec, settings: dict, rewards: list[tuple], at_once: in
         values = torch.tensor(padded, dtype=torch.float32)
         zero = torch.zeros_like(values)
         try:
-            loss.fn(zero, values, ~values.isnan(), **_taken(loss, ref_logps=zero, lengths=zero + 1), **settings)
+            loss.call(zero, values, ~values.isnan(), {"ref_logps": zero, "lengths": zero + 1}, settings)
         except ValueError as e:
             return str(e)
 

@@ -216,6 +216,54 @@ def test_early_stopping_keeps_the_best_and_goes_on_exactly(start, tmp_path, requ
     with pytest.raises(LireError, match="nothing to evaluate on"):
         train_policy(start, LISTS, tmp_path / "none", patience=1, **QUICK)
 
+    best = looks[losses.index(min(losses[1:]))]
+    kept, card = read_card(whole).kept, (whole / "README.md").read_text()
+    assert kept == read_card(again).kept and kept["step"] == best["step"] < looks[-1]["step"] == read_card(whole).steps
+    assert (kept["value"], kept["start"], kept["looks"]) == (best["eval_loss"], losses[0], len(looks) - 1)
+    said = f"step {best['step']} is kept, the best of {len(looks) - 1} looks by eval"
+    assert said in closing_lines(whole)[0] and said.replace("_", r"\_") in card and "up to step" in card
+    moved = {title: ends for title, *ends in read_card(whole).moved}
+    assert moved["held-out loss"] == [losses[0], best["eval_loss"]]
+
+
+def test_a_start_that_was_better_than_every_look_is_said(start, tmp_path):
+    """Held-out rewards are the reverse of those that are learned, so every step is worse than the start."""
+    reverse = [{**r, "rewards": [-x for x in r["rewards"]]} for r in LISTS[:4]]
+    how = QUICK | dict(learning_rate=0.05, num_train_epochs=6.0, eval_strategy="epoch", eval_on_start=True)
+    out = train_policy(start, LISTS[:4], tmp_path / "out", trainer_options={"eval_dataset": reverse}, patience=1, **how)
+    looks = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert len(looks) == 3 and min(look["eval_loss"] for look in looks) == looks[0]["eval_loss"]
+    line = f"the start was better than each of them ({looks[0]['eval_loss']:.4g})"
+    assert read_card(out).kept["start_better"] and line in closing_lines(out)[0] and line in (out / "README.md").read_text()
+    plain = train_policy(start, LISTS[:4], tmp_path / "plain", **QUICK)
+    assert read_card(plain).kept is None and "kept" not in closing_lines(plain)[0]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"eval_strategy": "no"}, "eval_strategy"), ({"load_best_model_at_end": False}, "load_best_model_at_end"),
+    ({"metric_for_best_model": "nonsense"}, "no figure of an evaluation.*eval_expected_reward"),
+    ({"metric_for_best_model": "eval_accuracies"}, "no figure of an evaluation"),
+    ({"metric_for_best_model": "optimism"}, "no figure of an evaluation")])
+def test_early_stopping_says_first_what_it_cannot_watch(start, tmp_path, settings, words):
+    with pytest.raises(LireError, match=words) as found:
+        train_policy(start, LISTS[:4], tmp_path / "out", trainer_options={"eval_dataset": LISTS[4:]}, patience=1,
+                     **QUICK | settings)
+    assert len(str(found.value)) < 900 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [
+    {"loss_type": "dpo"}, {"loss_type": "sft"}, {"loss_type": "lire", "optimism": 0.1}, {"loss_type": "simpo"}])
+def test_the_figures_that_may_be_watched_are_those_of_an_evaluation(start, tmp_path, settings):
+    from lire_nb.training import _figures
+
+    model, tokenizer = load_policy(start, device="cpu")
+    plain = {name: value for name, value in QUICK.items() if name not in ("temperature", "reward_transform")}
+    args = LIREConfig(str(tmp_path), **plain, **settings)
+    found = LIRETrainer(model, args, LISTS[:4], LISTS[4:], processing_class=tokenizer).evaluate()
+    names = {name.removeprefix("eval_") for name in found if "runtime" not in name and "per_second" not in name}
+    assert names - {"epoch", "model_preparation_time"} <= set(_figures(args))
+    assert set(_figures(args)) - names <= {"kendall"}  # all tied at the start of dpo
+
 
 # cards, and an adapter as a full model
 

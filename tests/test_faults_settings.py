@@ -25,6 +25,7 @@ from lire_nb.losses import lire_loss
 from lire_nb.models import load_policy
 from lire_nb.records import make_record
 from lire_nb.resume import last_checkpoint
+from lire_nb.rivals import LOSSES
 from lire_nb.training import LIREConfig, LIRETrainer
 
 HERE = Path(__file__).parent
@@ -118,8 +119,6 @@ def test_23_a_default_that_is_given_twice_is_refused_too():
 
 
 def test_23_defaults_are_quiet_for_every_loss(recwarn):
-    from lire_nb.rivals import LOSSES
-
     for loss in LOSSES:
         config = LIREConfig(**ARGS, loss_type=loss, sft_weight=None if loss in ("rrhf", "pro") else 0.0)
         again = LIREConfig(**{k: v
@@ -127,6 +126,79 @@ def test_23_defaults_are_quiet_for_every_loss(recwarn):
                               if k in ("loss_type", "temperature", "sft_weight", "beta", "loss_kwargs")}, **ARGS)
         assert again.loss_settings() == config.loss_settings()
     assert LIREConfig(**ARGS).temperature == "auto"
+
+
+def test_23_what_a_loss_takes_but_does_not_read_is_refused():
+    """Every setting that `LossSpec.only` names changes nothing where it says so, and something where it is read."""
+    torch.manual_seed(0)
+    lp, R = -torch.rand(3, 4, dtype=torch.float64) * 20 - 5, torch.rand(3, 4, dtype=torch.float64)
+    tables, real = {"ref_logps": lp + torch.randn(3, 4), "lengths": torch.randint(3, 9, (3, 4))}, torch.ones_like(lp) > 0
+    other_value = {"sft_normalize": ("token", "sum"), "reward_transform": ("rank",), "beta": (0.7,), "clip": (0.3,),
+                   "delta": (1.5,)}
+    switch = {"variant": ("clip", "topr", "asymre"), "weights": ("lambda", "equal"), "sft_weight": (0.0, 0.5)}
+    tried = 0
+    for spec in LOSSES.values():
+        for name, by, values in spec.only:
+            new = next(v for v in other_value[name] if v != spec.settings[name])
+            for at in switch[by]:
+                both = [spec.call(lp, R, real, tables, {by: at, **more}) for more in ({}, {name: new})]
+                reads = at in values if values else at > 0
+                assert torch.equal(*both) is not reads, (spec.name, name, at)
+                given = {name: new, by: at}
+                if reads:
+                    LIREConfig(**ARGS, loss_type=spec.name, loss_kwargs=given)
+                else:
+                    refused(lambda: LIREConfig(**ARGS, loss_type=spec.name, loss_kwargs=given),  # noqa: B023
+                            name, "would have no effect", by)
+                tried += 1
+    assert tried == 4 * 2 + 2 + 3 * 3
+    refused(lambda: LIREConfig(**ARGS, loss_type="offline_pg", variant="topr", beta=0.3), "beta", "variant=clip")
+    config = LIREConfig(**ARGS, loss_type="offline_pg", variant="topr")  # its own defaults ask for nothing
+    assert LIREConfig(**ARGS, loss_type="offline_pg", variant="topr", beta=config.beta).beta == config.beta == 0.01
+
+
+def test_23_equal_pairs_of_lipo_read_the_order_alone():
+    lp, far = torch.tensor([[-3.0, -4.0, -9.0]]), torch.tensor([[5.0, -2.0, 0.5]])
+    spec = LOSSES["lipo"]
+    ours = spec.fn(lp, far, ref_logps=lp - 1, weights="equal")
+    assert torch.equal(ours, LOSSES["dpo"].fn(lp, far, ref_logps=lp - 1, pairs="all", beta=0.05))
+    with pytest.raises(ValueError, match="must lie in"):
+        spec.fn(lp, far, ref_logps=lp - 1)
+
+
+@pytest.mark.parametrize("loss, name, text, value", [
+    ("lire", "length_normalize", "no", False), ("lire", "length_normalize", "yes", True), ("pro", "reward_gaps", "no", False),
+    ("slic", "margin", "2.5", 2.5), ("kto", "threshold", "0.5", 0.5), ("kto", "threshold", "mean", "mean"),
+    ("regression", "huber", "none", None), ("plackett_luce_dpo", "top_k", "1", 1)])
+def test_23_loss_kwargs_are_read_by_the_types_of_the_loss(loss, name, text, value):
+    config = LIREConfig(**ARGS, loss_type=loss, loss_kwargs={name: text})
+    for found in (config.loss_settings(), config.loss_kwargs, LIREConfig(**ARGS, loss_type=loss, loss_kwargs={
+            name: value}).loss_settings()):
+        assert found.get(name) == value and type(found.get(name)) is type(value)
+
+
+def test_23_loss_kwargs_that_do_not_fit_are_refused():
+    for loss, name, value, allowed in (("lire", "length_normalize", "perhaps", "yes or no"), ("pro", "reward_gaps", 2, "yes"),
+                                       ("slic", "margin", "wide", "a finite number"), ("slic", "margin", True, "number"),
+                                       ("plackett_luce_dpo", "top_k", 1.5, "whole number")):
+        refused(lambda: LIREConfig(**ARGS, loss_type=loss, loss_kwargs={name: value}), name, allowed)  # noqa: B023
+
+    def own(logps, rewards, mask=None, *, gaps: "bool" = True, bare=True, odd: "nowhere" = 1):  # noqa: F821
+        return -(logps * rewards).sum(-1)
+
+    read = LIREConfig(**ARGS, loss_type=own, loss_kwargs={"gaps": "off", "bare": "no", "odd": "x"}).loss_settings()
+    assert read == {"gaps": "off", "bare": False, "odd": "x"}  # one text that is no annotation: none is read
+    own.__annotations__.pop("odd")
+    refused(lambda: LIREConfig(**ARGS, loss_type=own, loss_kwargs={"gaps": "perhaps"}), "gaps", "yes or no")
+
+
+def test_23_a_clock_without_checkpoints_and_a_cache_without_a_reference(place, tmp_path, caplog):
+    refused(lambda: LIREConfig(**ARGS, save_strategy="no", save_minutes=5), "save_minutes", "save_strategy=no")
+    policy = train_policy(place / "start", LISTS, tmp_path / "policy", max_steps=1, **BASE)  # our own 10 minutes
+    assert '"save_minutes": 0' in (policy / "lire_config.json").read_text()
+    with caplog.at_level(logging.INFO, logger="lire_nb"):
+        trainer(place / "start", tmp_path, reference_cache=str(tmp_path / "cache"))
+    assert any("reference_cache is not read: the loss lire" in r.getMessage() for r in caplog.records)
 
 
 def test_23_a_function_gets_the_settings_that_it_names(place, tmp_path):

@@ -160,6 +160,7 @@ def test_refit_demonstrations_and_mixture_on_the_command_line(tmp_path, start, c
     ({"reward": None, "refit": Refit()}, "nothing to fit"), ({"reward": None}, "cannot be called"),
     ({"refit": Refit(), "prompts": SHOWN}, "no effect"), ({"reference_mix": 0.5}, "no effect"),
     ({"reference_mix": 1.5, "training": PLAIN | {"loss_type": "dpo"}}, "not a weight"),
+    ({"reference_mix": 0.5, "evolve": 1, "training": PLAIN | {"loss_type": "dpo"}}, "single round"),
 ])
 def test_what_cannot_be_run_is_said_first(tmp_path, start, change, words):
     change = dict(change)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from lire_nb import path_check
 from lire_nb.base.errors import LireError
 from lire_nb.enhancement import train_policy
+from lire_nb.lab.extend import check_loss
 from lire_nb.logprobs import dataset_logps
 from lire_nb.models import load_policy
 from lire_nb.records import make_record
 from lire_nb.resume import ExactTrainer, Stopped, checkpoints, last_checkpoint
-from lire_nb.training import LIREConfig, LIRETrainer, prepare_lists
+from lire_nb.rivals import get_loss, LOSSES
+from lire_nb.training import LIREConfig, LIRETrainer, ListSampler, prepare_lists
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
@@ -75,6 +78,60 @@ def course(one) -> tuple[list[dict], torch.Tensor]:
     timed = ("runtime", "per_second", "preparation")
     return [{k: v for k, v in h.items() if not any(t in k for t in timed)} for h in one.state.log_history
             if "total_flos" not in h], flat(one.model)
+
+
+# What a loss is called with.
+
+
+def watched(reads):
+    "A loss of one's own that writes down which tables it is called with."
+    def anchored(logps, rewards, mask=None, *, beta=0.1, ref_logps=reads, lengths=None):
+        seen.append((ref_logps is not None, lengths is not None))
+        score = logps if ref_logps is None else logps - ref_logps
+        weights = (beta * score).masked_fill(~mask, -1e9).softmax(-1)
+        return -(weights * rewards.masked_fill(~mask, 0)).sum(-1)
+
+    seen = []
+    return anchored, seen
+
+
+def test_a_loss_is_checked_with_the_tables_that_it_is_trained_with(place, tmp_path, monkeypatch):
+    loss, seen = watched(None)
+    monkeypatch.setitem(LOSSES, "anchored", check_loss(replace(get_loss(loss), name="anchored")))
+    config = dict(loss_type="anchored", max_steps=2)
+    assert LIREConfig(str(tmp_path), **BASE, **config).asks_ref()
+    one = trainer(place / "start", tmp_path, **config)
+    checked = len(seen)
+    one.train()
+    assert set(seen) == {(True, True)} and len(seen) > checked > 3
+    loss.needs_ref = False  # what it says goes before
+    seen.clear()
+    one = trainer(place / "start", tmp_path, loss_type=loss, max_steps=2)
+    one.train()
+    assert set(seen) == {(False, True)} and "ref_logps" not in one.train_dataset.column_names
+
+
+def test_a_loss_that_cannot_do_without_a_reference_gets_one(place, tmp_path):
+    def strict(logps, rewards, mask, ref_logps):
+        return -(torch.sigmoid(logps - ref_logps) * rewards.masked_fill(~mask, 0)).masked_fill(~mask, 0).sum(-1)
+
+    one = trainer(place / "start", tmp_path, loss_type=strict, max_steps=1)
+    one.train()
+    first = next(h for h in one.state.log_history if "loss" in h)
+    by_hand = sum(0.5 * sum(LISTS[i]["rewards"]) for i in [i for _, i in ListSampler(11, seed=42)][:4]) / 4
+    assert first["loss"] == pytest.approx(-by_hand, rel=1e-4)  # the policy is its own reference: σ(0) is a half
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_the_tables_of_our_losses_follow_their_settings(name):
+    spec = LOSSES[name]
+    for score in ("sum", "token", "ratio", "token_ratio") if "score" in spec.settings else (None,):
+        settings = {} if score is None else {"score": score}
+        if name != "offline_pg" or score in ("ratio", "token_ratio"):
+            one = torch.ones(1, 2)
+            tables = {key: one for key in spec.tables(**settings)}
+            assert ("ref_logps" in tables) is str(score).endswith("ratio")
+            assert torch.isfinite(spec.call(-one, one, one > 0, tables, settings)).all()
 
 
 # Layouts that are equal.

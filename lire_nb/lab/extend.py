@@ -65,11 +65,9 @@ def _tried(spec: LossSpec, padding: float) -> tuple[torch.Tensor, torch.Tensor]:
     "(2,) losses of two lists, the second with a place of padding, and the log-probs (2, 3) that they come from."
     logps = torch.tensor([[-4.0, -6.0, -5.0], [-3.0, -7.0, padding]], requires_grad=True)
     tables = {"ref_logps": logps.detach() - 0.5, "lengths": torch.full((2, 3), 4)}
-    more = {name: table for name, table in tables.items() if name in spec.parameters or name == "lengths"
-            and spec.needs_lengths or name == "ref_logps" and spec.asks_ref()}
     rewards = torch.tensor([[1.0, 0.0, 0.5], [0.2, 0.9, padding / 9]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    return spec.fn(logps, rewards, mask, **more), logps
+    return spec.call(logps, rewards, mask, tables, {}), logps
 
 
 def check_loss(spec: LossSpec) -> LossSpec:
