@@ -36,7 +36,7 @@ from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
 from .handover import Engine, EngineSampler
 from lire_nb.identity import (
-    check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
+    check_claim, claim_folder, differences, is_ours, lists_identity, named_identity, plain_value, policy_identity,
     prompts_identity, reward_identity,
 )
 from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
@@ -299,7 +299,7 @@ def settings_identity(
     "Settings of a training, with the code of a loss of one's own that was registered under a name."
     named, loss = plain_value(settings), settings.get("loss_type")
     spec = LOSSES.get(loss) if isinstance(loss, str) else None
-    if spec is not None and not str(getattr(spec.fn, "__module__", "")).startswith("lire_nb."):
+    if spec is not None and not is_ours(spec.fn):
         named["loss_type"] = named_identity(spec.fn)
     return named
 
