@@ -28,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
 from lire_nb.base.files import (
-    atomic_folder, _check_room, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
+    atomic_folder, _check_room, disk_errors, _is_main, json_digest, one_writer, _processes, sweep_drafts, write_json,
+    write_jsonl,
 )
 from .base.ranks import drop_kept, kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
@@ -108,6 +109,13 @@ class Rounds:
         return {"select": self.select, "pool_size": self.pool_size, "embed": embed,
                 "refit": self.refit and self.refit.identity(), "reference_mix": plain_value(self.reference_mix),
                 "sampler": self.sampler and "server"}  # which one does not matter: it was verified
+
+    def about(self) -> dict:
+        "What the identity only hashes and a report reads: rewards that the prompts brought, prompts of the rule."
+        given = sum(x is not None for r in _given_lists(self.prompts) for x in r.get("rewards") or ())
+        rule = self.stop if isinstance(self.stop, StopRule) else None
+        watched = sorted({json_digest(p["prompt"]) for p in rule.prompts}) if rule else None
+        return {"rewards given": given, **({"watched": watched} if rule else {})}
 
     def demonstrations(self) -> dict[str, list[bool]]:
         "For each list what of the given is a demonstration and stays without a reward; nothing where none is used."
@@ -260,7 +268,7 @@ def self_enhance(
     _check_reference(asked, start)
     kept = "the stages that are finished are kept, start again to go on"
     with together(), one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
-        _claim_run(run_folder, on_main(lambda: asked.identity(start)), start)
+        _claim_run(run_folder, on_main(lambda: asked.identity(start)), {"policy": start.name, **asked.about()})
         if isinstance(asked.stop, StopRule):  # what is wrong with the rule is said before the work
             should_stop(asked.stop, 0, start, start, run_folder)
         for number in range(1, evolve + 1):
@@ -274,10 +282,10 @@ def self_enhance(
     return folders
 
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
-def _claim_run(run_folder: Path, config: dict, policy: Policy) -> None:
+def _claim_run(run_folder: Path, config: dict, about: dict) -> None:
     def claim():
         claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
-                     about={"policy": policy.name})
+                     about=about)
         sweep_drafts(run_folder, within=True)
 
     on_main(claim)
