@@ -830,9 +830,11 @@ class StopRule:
         self.prompts = by_id(checked_prompts(self.prompts))
         require(self.gold is not None or self.max_kl is not None, "nothing to stop for", field="gold, max_kl",
                 value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
-        rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0,
-                            "above 0 nats: the start itself is at 0"),
-                 "num_samples": (self.num_samples >= 1, "1 or more"),
+        kl, count = self.max_kl, self.num_samples
+        plain = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)  # noqa: E731
+        rules = {"max_kl": (kl is None or plain(kl, numbers.Real) and 0 < kl < math.inf,
+                            "a number above 0 nats: the start itself is at 0; None for no limit"),
+                 "num_samples": (plain(count, numbers.Integral) and count >= 1, "a whole number, 1 or more"),
                  "prompts": (bool(self.prompts), "one held-out prompt or more")}
         for name, (good, allowed) in rules.items():
             require(good, "cannot be used", field=name, value=getattr(self, name), allowed=allowed,

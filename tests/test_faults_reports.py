@@ -361,7 +361,7 @@ def test_34_interval_of_zeros_and_ones_covers(prompts, rate):
 
 
 def test_34_equal_values_have_no_spread():
-    for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False})):
+    for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False}), ([1.0] * 25, {}), ([2.5] * 200, {})):
         found = statistics.bootstrap_interval(values, **options)
         assert found == (values[0],) * 3 and found.method == "no spread"
     found = statistics.paired_difference([1.0, 1.0, 0.0], [1.0, 1.0, 0.0])  # a difference is no share
@@ -371,6 +371,10 @@ def test_34_equal_values_have_no_spread():
     assert accuracy["method"] == "wilson" and accuracy["low"] < 0.6 and accuracy["high"] == 1
     kl = evaluation.KLDivergence().compute(predictions=[[-1.0]] * 4, references=[[-1.0]] * 4)
     assert kl["method"] == "no spread"
+    assert statistics.crossed_interval(np.ones((5, 30))).method == "no spread"
+    mean = lambda rows, columns: np.einsum("ds,sn,dn->d", rows, np.full((5, 32), 2.0), columns)  # noqa: E731
+    assert statistics.crossed_bootstrap((4, 32), lambda r, c: np.full(len(r), 2.0)).method == "no spread"
+    assert statistics.crossed_bootstrap((5, 32), lambda r, c: mean(r, c) + r[:, 0]).method == "bootstrap"
 
 
 def test_34_shares_of_judged_prompts_stay_in_range():
