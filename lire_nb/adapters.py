@@ -63,6 +63,17 @@ def check_peft_config(peft_config) -> None:
             "not a configuration of an adapter", field="peft_config", value=peft_config,
             allowed="a peft configuration such as LoraConfig, or a dict of its settings", remedy="for example {'r': 8}")
 
+
+def _learns_a_prompt(peft_config) -> str | None:
+    "The kind of an adapter that is virtual tokens or a prefix, by peft's word; None of any other."
+    given = peft_config.get("peft_type") if isinstance(peft_config, dict) else getattr(peft_config, "peft_type", None)
+    if given is None:
+        return None
+    peft = import_peft()
+    made = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(given)
+    learns = made is not None and issubclass(made, peft.PromptLearningConfig)
+    return str(getattr(given, "value", given)) if learns else None
+
 # %% ../nbs/27_adapters.ipynb #8b9d1b94
 def with_adapter(
     model: torch.nn.Module,
@@ -125,9 +136,12 @@ def check_adapter(
     peft_config=None,  # the adapter that is asked for
     merge: bool = False,  # the policy's own adapter into its base first
 ) -> None:
-    "Raise `LireError` where what would be trained of a policy with an adapter is not clear; nothing is loaded."
+    """Raise `LireError` where what would be trained of a policy with an adapter is not clear, and for an adapter that
+    no folder of a policy can hold; nothing is loaded."""
     policy = Policy.of(policy)
-    there = policy.adapter
+    there, kind = policy.adapter, _learns_a_prompt(peft_config)
+    require(kind is None, "learns a prompt, which cannot be loaded to be trained again", field="peft_config",
+            value=kind, allowed="an adapter of the weights, such as LoraConfig", remedy="for example {'r': 8}")
     require(there is not None or not merge, "has no adapter to merge", field="merge_adapter", value=policy.name,
             allowed="the folder of an adapter", remedy="leave merge_adapter out")
     if there is None or merge:

@@ -28,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from .adapters import check_adapter, check_matrices, check_peft_config, merged_policy, name_base
 from .base.errors import LireError, moved, require
 from lire_nb.base.files import (
-    atomic_folder, _check_room, disk_errors, _is_main, one_writer, _processes, sweep_drafts, write_json, write_jsonl,
+    atomic_folder, _check_room, disk_errors, _is_main, json_digest, one_writer, _processes, sweep_drafts, write_json,
+    write_jsonl,
 )
 from .base.ranks import drop_kept, kept_rows, on_main, sharing, together
 from .cards import lists_facts, public_name, write_card
@@ -36,7 +37,7 @@ from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
 from .handover import Engine, EngineSampler
 from lire_nb.identity import (
-    check_claim, claim_folder, differences, lists_identity, named_identity, plain_value, policy_identity,
+    check_claim, claim_folder, differences, is_ours, lists_identity, named_identity, plain_value, policy_identity,
     prompts_identity, reward_identity,
 )
 from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
@@ -108,6 +109,13 @@ class Rounds:
         return {"select": self.select, "pool_size": self.pool_size, "embed": embed,
                 "refit": self.refit and self.refit.identity(), "reference_mix": plain_value(self.reference_mix),
                 "sampler": self.sampler and "server"}  # which one does not matter: it was verified
+
+    def about(self) -> dict:
+        "What the identity only hashes and a report reads: rewards that the prompts brought, prompts of the rule."
+        given = sum(x is not None for r in _given_lists(self.prompts) for x in r.get("rewards") or ())
+        rule = self.stop if isinstance(self.stop, StopRule) else None
+        watched = sorted({json_digest(p["prompt"]) for p in rule.prompts}) if rule else None
+        return {"rewards given": given, **({"watched": watched} if rule else {})}
 
     def demonstrations(self) -> dict[str, list[bool]]:
         "For each list what of the given is a demonstration and stays without a reward; nothing where none is used."
@@ -262,7 +270,7 @@ def self_enhance(
     _check_reference(asked, start)
     kept = "the stages that are finished are kept, start again to go on"
     with together(), one_writer(run_folder, "another self-enhancement"), on_sigterm(kept):
-        _claim_run(run_folder, on_main(lambda: asked.identity(start)), start)
+        _claim_run(run_folder, on_main(lambda: asked.identity(start)), {"policy": start.name, **asked.about()})
         if isinstance(asked.stop, StopRule):  # what is wrong with the rule is said before the work
             should_stop(asked.stop, 0, start, start, run_folder)
         for number in range(1, evolve + 1):
@@ -276,10 +284,10 @@ def self_enhance(
     return folders
 
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
-def _claim_run(run_folder: Path, config: dict, policy: Policy) -> None:
+def _claim_run(run_folder: Path, config: dict, about: dict) -> None:
     def claim():
         claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
-                     about={"policy": policy.name})
+                     about=about)
         sweep_drafts(run_folder, within=True)
 
     on_main(claim)
@@ -301,7 +309,7 @@ def settings_identity(
     "Settings of a training, with the code of a loss of one's own that was registered under a name."
     named, loss = plain_value(settings), settings.get("loss_type")
     spec = LOSSES.get(loss) if isinstance(loss, str) else None
-    if spec is not None and not str(getattr(spec.fn, "__module__", "")).startswith("lire_nb."):
+    if spec is not None and not is_ours(spec.fn):
         named["loss_type"] = named_identity(spec.fn)
     return named
 
@@ -833,9 +841,11 @@ class StopRule:
         self.prompts = by_id(checked_prompts(self.prompts))
         require(self.gold is not None or self.max_kl is not None, "nothing to stop for", field="gold, max_kl",
                 value=None, allowed="a reward, a limit in nats, or both", remedy="give one")
-        rules = {"max_kl": (self.max_kl is None or isinstance(self.max_kl, (int, float)) and self.max_kl > 0,
-                            "above 0 nats: the start itself is at 0"),
-                 "num_samples": (self.num_samples >= 1, "1 or more"),
+        kl, count = self.max_kl, self.num_samples
+        plain = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)  # noqa: E731
+        rules = {"max_kl": (kl is None or plain(kl, numbers.Real) and 0 < kl < math.inf,
+                            "a number above 0 nats: the start itself is at 0; None for no limit"),
+                 "num_samples": (plain(count, numbers.Integral) and count >= 1, "a whole number, 1 or more"),
                  "prompts": (bool(self.prompts), "one held-out prompt or more")}
         for name, (good, allowed) in rules.items():
             require(good, "cannot be used", field=name, value=getattr(self, name), allowed=allowed,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'FORMAT', 'reward_identity', 'lists_identity', 'source_identity', 'prompts_identity', 'policy_identity',
            'tokenizer_identity', 'plain_address', 'differences', 'claim_folder', 'check_claim', 'value_identity',
-           'named_identity', 'plain_value', 'Seen', 'describe']
+           'named_identity', 'plain_value', 'Seen', 'describe', 'is_ours']
 
 # %% ../nbs/36_identity.ipynb #82589c47
 import ast
@@ -372,12 +372,30 @@ _MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop",
 def _origin(thing) -> str:
     """'ours' for this package, 'library' for an installed one, 'user' for what the user wrote: where a function, a
     class or a module comes from."""
-    if isinstance(thing, types.ModuleType):
-        return _origin_of(thing.__name__)
-    module = thing.__module__
-    if module == "builtins" and vars(builtins).get(thing.__name__) is not thing:  # made by exec
+    is_module = isinstance(thing, types.ModuleType)
+    module = thing.__name__ if is_module else thing.__module__
+    if module == "builtins" and not is_module and vars(builtins).get(thing.__name__) is not thing:  # made by exec
         return "user"
-    return _origin_of(module)
+    named = _origin_of(module)  # a file of the user's may be called like a library: the code's place decides
+    return named if named == "user" or all(map(_is_installed, _files_of(thing))) else "user"
+
+# %% ../nbs/36_identity.ipynb #fa11f11e
+def _files_of(thing) -> list[str]:
+    "The files that hold the code of a function, of a class's functions, of a module; none where they cannot be told."
+    if isinstance(thing, types.ModuleType):
+        return [file] if (file := getattr(thing, "__file__", None)) else []
+    parts = [thing]
+    if isinstance(thing, type):
+        held = sys.modules[thing.__module__]
+        for name in thing.__qualname__.split("."):
+            held = getattr(held, name, None)
+        if held is thing:  # what its module's name leads to, whatever was put into it later
+            return []
+        unbound = (_unbound(part) for part in vars(thing).values())
+        parts = [one for part in unbound for one in (part if isinstance(part, list) else [part])]
+    functions = [part for part in parts if isinstance(part, types.FunctionType)]
+    codes = [(f.__code__.co_filename, f.__globals__.get("__file__")) for f in functions]
+    return [file for made, held in codes if (file := made if os.path.isfile(made) else held)]
 
 # %% ../nbs/36_identity.ipynb #a3c6c1e6
 @functools.cache
@@ -387,7 +405,19 @@ def _origin_of(module: str | None) -> str:
     if module in (None, "__main__") or module not in sys.modules:
         return "user"
     file = getattr(sys.modules[module], "__file__", None)
-    return "library" if file is None or str(Path(file).resolve()).startswith(_LIBRARIES) else "user"
+    return "library" if file is None or _is_installed(file, ours=False) else "user"
+
+
+@functools.cache
+def _is_installed(file: str, ours: bool = True) -> bool:
+    "In a folder of libraries, or of this package."
+    own = Path(sys.modules[_OURS].__file__).parent if ours else None
+    return str(Path(file).resolve()).startswith((*_LIBRARIES, *([f"{own.resolve()}{os.sep}"] if own else [])))
+
+
+def is_ours(function) -> bool:
+    "A function of this package, and no file of the user's that is called like one of its modules."
+    return isinstance(function, types.FunctionType) and _origin(function) == "ours"
 
 # %% ../nbs/36_identity.ipynb #5fc2b639
 def _code(code, doc: str | None) -> list:

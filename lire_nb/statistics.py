@@ -74,8 +74,8 @@ def bootstrap_interval(
             return wilson_interval(float(values.mean()), len(values), confidence)
         return _t_interval(values, confidence)
     point = float(statistic(values))
-    if np.ptp(values) == 0:
-        return Interval(point, point, point, "bootstrap")
+    if np.ptp(values) == 0:  # every resample is the same: that is no 95 %
+        return Interval(point, point, point, "no spread")
     result = stats.bootstrap((values,), statistic, n_resamples=resamples, confidence_level=confidence,
                              method="percentile", rng=np.random.default_rng(seed))
     return Interval(point, float(result.confidence_interval.low), float(result.confidence_interval.high), "bootstrap")
@@ -134,7 +134,7 @@ def crossed_interval(
             total = seeds + total - rest
             freedom = total**2 / parts
     half = stats.t.ppf(0.975, freedom) * (total / (S * N)) ** 0.5 if total > 0 else 0.0
-    return Interval(float(mean), float(mean - half), float(mean + half), "t")
+    return Interval(float(mean), float(mean - half), float(mean + half), "t" if total > 0 else "no spread")
 
 # %% ../nbs/20_statistics.ipynb #cbce43dc
 def crossed_bootstrap(
@@ -150,8 +150,8 @@ def crossed_bootstrap(
     point = float(statistic(*(np.full((1, n), 1 / n) for n in shape))[0])
     if shape[1] < FEW:
         return Interval(point, np.nan, np.nan)
-    low, high = np.quantile(statistic(rows, columns), [0.025, 0.975])
-    return Interval(point, float(low), float(high), "bootstrap")
+    low, high = np.quantile(drawn := statistic(rows, columns), [0.025, 0.975])
+    return Interval(point, float(low), float(high), "bootstrap" if np.ptp(drawn) > 0 else "no spread")
 
 # %% ../nbs/20_statistics.ipynb #b20t0002
 def as_table(

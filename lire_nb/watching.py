@@ -7,6 +7,8 @@ __all__ = ['logger', 'undisturbed', 'Onlooker', 'GoesOn', 'EvaluationCallback']
 
 # %% ../nbs/23_watching.ipynb #f91a39be
 import logging
+import math
+import numbers
 import random
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -189,14 +191,18 @@ def _mean_tokens(record: dict, tokenizer) -> float:
 def _check_watch(asked: EvaluationCallback) -> None:
     "Raise `LireError` for a setting that cannot be used."
     every, patience, max_kl, judges = asked.every, asked.patience, asked.max_kl, asked.judges
+    plain = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)  # noqa: E731
+    some = lambda value: plain(value, numbers.Integral) and value >= 1  # noqa: E731
     rules = {
         "prompts": (len(asked.prompts) > 1, len(asked.prompts), "two or more"),
         "judges": (bool(judges), judges, "one or more"),
         "watch": (asked.watch in (judges or ()), asked.watch, ", ".join(judges or ())),
         "every": (every == "epoch" or (type(every) is int and every > 0), every, '"epoch", or a number of steps'),
-        "max_kl": (max_kl is None or (max_kl > 0 and _is_plain(_sampling(asked.settings))), max_kl,
+        "num_samples": (some(asked.num_samples), asked.num_samples, "a whole number, 1 or more"),
+        "max_kl": (max_kl is None or (plain(max_kl, numbers.Real) and 0 < max_kl < math.inf
+                                      and _is_plain(_sampling(asked.settings))), max_kl,
                    "above 0, with plain sampling"),
-        "patience": (patience is None or patience >= 1, patience, "1 or more"),
+        "patience": (patience is None or some(patience), patience, "a whole number, 1 or more"),
     }
     for name, (good, value, allowed) in rules.items():
         require(good, "cannot be used", field=name, value=value, allowed=allowed,

@@ -5,12 +5,14 @@ import copy
 import decimal
 import fractions
 import functools
+import importlib.util
 import json
 import operator
 import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -30,7 +32,7 @@ from lire_nb.base.errors import LireError
 from lire_nb.cli import main
 from lire_nb.enhancement import self_enhance, train_policy
 from lire_nb.evaluation import evaluate_systems
-from lire_nb.identity import claim_folder, policy_identity, reward_identity
+from lire_nb.identity import claim_folder, policy_identity, reward_identity, value_identity
 from lire_nb.lists import save_lists
 from lire_nb.logprobs import reference_logps
 from lire_nb.models import load_policy, model_fingerprint
@@ -807,3 +809,79 @@ if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity
         for number in range(int(sys.argv[1])):
             check_race(make_start(Path(place, "start")), Path(place, f"run-{number}"))
             print(f"{number + 1}: one worked, the other said so")
+
+
+# a file of one's own that is called like a library
+OWN = """import dataclasses, functools
+SCALE = 1
+def reward(prompts, completions): return [SCALE * len(c) for c in completions]
+class Counted:
+    def __call__(self, prompts, completions): return [SCALE * len(c) for c in completions]
+@dataclasses.dataclass
+class Weighed:
+    scale: float = SCALE
+class Base:
+    weight = SCALE
+counted, method, weighed, base = Counted(), Counted().__call__, Weighed(), Base()
+part = functools.partial(reward, completions=[])
+"""
+
+
+@pytest.mark.parametrize("stem", ["evaluate", "statistics", "token", "types", "code", "time", "lire_nb.losses"])
+def test_a_file_called_like_a_library_is_the_users(tmp_path, stem):
+    """Its edit counts, for a function, a class, their objects and a partial; its identity is that of any other name."""
+    import evaluate  # noqa: F401
+
+    from lire_nb.lab.extend import named_function
+
+    shapes = ["reward", "Counted", "counted", "method", "Weighed", "weighed", "Base", "base", "part"]
+
+    def found(name, scale):
+        path = tmp_path / f"{name}.py"
+        path.write_text(OWN.replace("SCALE = 1", f"SCALE = {scale}"))
+        loaded = named_function(f"{path}:reward").__globals__
+        return {shape: value_identity(loaded[shape]) for shape in shapes}
+
+    first, other, edited = found(stem, 1), found("nobodys_name", 1), found(stem, 22)
+    assert first == other
+    assert [shape for shape in shapes if first[shape] == edited[shape]] == []
+
+
+def test_a_function_of_a_file_that_was_loaded_by_hand_is_the_users(tmp_path):
+    """Whoever loads the file under the library's own name is told apart as well: the code's place decides."""
+    def found(text):
+        path = tmp_path / "statistics.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("statistics", path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        through = types.FunctionType(compile("def f(): return m.mean([1])", "<f>", "exec").co_consts[0], {"m": module})
+        return [value_identity(v) for v in (module.mean, module.Mean, module.Mean(), through)]
+
+    before, after = (found(f"def mean(x): return {k}\nclass Mean:\n    def __call__(self, x): return {k}\n")
+                     for k in (1, 22))
+    assert not set(before) & set(after)
+    assert value_identity(statistics.mean) == value_identity(statistics.mean) != before[0]
+
+
+def test_what_a_library_and_this_package_made_stays_theirs():
+    "Wrapped by another library, generated, or in C: by name, as before."
+    from lire_nb.identity import _origin, is_ours
+    from lire_nb.rivals import LOSSES
+
+    theirs = [statistics.mean, torch.no_grad, torch.nn.Linear, torch.nn.functional.softmax, collections.OrderedDict,
+              fractions.Fraction, json, os, dict, int, AutoModelForCausalLM]
+    assert {_origin(one) for one in theirs} == {"library"}
+    assert all(is_ours(spec.fn) for spec in LOSSES.values()) and _origin(SamplingSettings) == "ours"
+    assert not is_ours(short) and not is_ours(functools.partial(statistics.mean))
+
+
+def test_the_command_refuses_a_reward_that_was_edited(tmp_path, monkeypatch, capfd):
+    """As it stands in the file evaluate.py: the second run of the same command says what differs."""
+    monkeypatch.chdir(tmp_path)
+    save_lists(LISTS, "a.jsonl")
+    command = ["score", "--lists", "a.jsonl", "--reward", "evaluate.py:reward", "--out", "sc.jsonl"]
+    Path("evaluate.py").write_text(OWN)
+    assert lire(capfd, *command)[0] == 0
+    Path("evaluate.py").write_text(OWN.replace("SCALE *", "-SCALE *"))
+    code, line = lire(capfd, *command)
+    assert code != 0 and "reward" in line

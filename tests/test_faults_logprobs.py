@@ -14,6 +14,7 @@ from transformers.integrations.neftune import activate_neftune
 
 from lire_nb import shared_prompt
 from lire_nb.base.errors import LireError
+from lire_nb.enhancement import train_policy
 from lire_nb.logprobs import dataset_logps, list_logps, reference_logps
 from lire_nb.models import context_of
 from lire_nb.path_check import check_paths
@@ -119,6 +120,17 @@ def test_14_the_trainer_refuses_before_the_work(tmp_path):
     for impl in ("auto", "padded"):
         refuses(lambda: LIRETrainer(str(tmp_path / "start"), config(tmp_path, logps_impl=impl), train_dataset=RECORDS,
                                     peft_config=VIRTUAL["prompt tuning"]()), "cannot be verified")
+
+
+@pytest.mark.parametrize("asked", [
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}, VIRTUAL["prompt tuning"](), VIRTUAL["p-tuning"]()])
+def test_14_a_learned_prompt_is_refused_before_a_policy_is_trained(tmp_path, asked):
+    """peft cannot load it to be trained again, so the folder would be no policy: said while nothing is there yet."""
+    make_start(tmp_path / "start")
+    refuses(lambda: train_policy(tmp_path / "start", RECORDS, tmp_path / "new", trainer_options={"peft_config": asked},
+                                 use_cpu=True, bf16=False), "learns a prompt")
+    assert {p.name for p in tmp_path.iterdir()} == {"start"}
 
 
 @pytest.mark.parametrize("family", ["CpmAnt", "XLNet", "ProphetNet", "Bert"])

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from tiny_policy import make_start
 
 from lire_nb import evaluation, preferences, statistics, tasks
 from lire_nb.base import errors as lists
 from lire_nb.base import files
 from lire_nb.base.errors import LireError
+from lire_nb.base.files import json_digest
 from lire_nb.cli import main
+from lire_nb.identity import lists_identity, policy_identity
 from lire_nb.judges import sheets, verdicts
 from lire_nb.lab import claims, experiments, figures, plans, published, report, results, runner
 
@@ -358,7 +361,7 @@ def test_34_interval_of_zeros_and_ones_covers(prompts, rate):
 
 
 def test_34_equal_values_have_no_spread():
-    for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False})):
+    for values, options in (([2.5] * 6, {}), ([0.5] * 6, {}), ([0.0] * 6, {"share": False}), ([1.0] * 25, {}), ([2.5] * 200, {})):
         found = statistics.bootstrap_interval(values, **options)
         assert found == (values[0],) * 3 and found.method == "no spread"
     found = statistics.paired_difference([1.0, 1.0, 0.0], [1.0, 1.0, 0.0])  # a difference is no share
@@ -368,6 +371,10 @@ def test_34_equal_values_have_no_spread():
     assert accuracy["method"] == "wilson" and accuracy["low"] < 0.6 and accuracy["high"] == 1
     kl = evaluation.KLDivergence().compute(predictions=[[-1.0]] * 4, references=[[-1.0]] * 4)
     assert kl["method"] == "no spread"
+    assert statistics.crossed_interval(np.ones((5, 30))).method == "no spread"
+    mean = lambda rows, columns: np.einsum("ds,sn,dn->d", rows, np.full((5, 32), 2.0), columns)  # noqa: E731
+    assert statistics.crossed_bootstrap((4, 32), lambda r, c: np.full(len(r), 2.0)).method == "no spread"
+    assert statistics.crossed_bootstrap((5, 32), lambda r, c: mean(r, c) + r[:, 0]).method == "bootstrap"
 
 
 def test_34_shares_of_judged_prompts_stay_in_range():
@@ -479,12 +486,13 @@ def test_35_stored_samples_hold_no_slur():
 # ---------------------------------------------------------------- 38: only what the records know
 
 
-def trained(folder: Path, prompts: list, start: str, reward: str, rounds: int = 2) -> Path:
+def trained(folder: Path, prompts: list, start: str, reward: str, rounds: int = 2, **more) -> Path:
     """The records of a self-enhancement."""
     for k in range(1, rounds + 1):
         (folder / f"round-{k}" / "policy").mkdir(parents=True)
-    (folder / "enhancement.json").write_text(json.dumps({"policy": start, "reward": reward,
-                                                         "prompts": [[f"t{i}", p] for i, p in enumerate(prompts)]}))
+    made = {"policy": start, "reward": reward, "prompts": [[f"t{i}", p] for i, p in enumerate(prompts)],
+            "given": lists_identity([]), "stop": None}
+    (folder / "enhancement.json").write_text(json.dumps({**made, **more}))
     return folder
 
 
@@ -543,6 +551,60 @@ def test_38_training_prompts_are_no_held_out_prompts(judged, tmp_path):
     page = page_of(run)
     assert "24 held-out prompts" in page and "Training saw the proxy reward only." in page
     assert "Over-optimization" in page
+
+
+@pytest.mark.parametrize("more, seen, reward", [
+    ({}, 0, "proxy"),
+    ({"stop": {"gold": "gold-1"}, "about": {"watched": [json_digest(p) for p in PROMPTS[:7]]}}, 7, None),
+    ({"stop": {"gold": None, "max_kl": 3.0, "prompts": "d"}, "about": {"watched": []}}, 0, "proxy"),
+    ({"stop": {"gold": "gold-1", "prompts": "d"}}, None, None),  # written before the prompts of a rule were noted
+    ({"stop": "my_rule-1234"}, None, None),  # a function may look at anything
+    ({"trainer": {"eval_dataset": "1234"}}, None, None),
+    ({"refit": {"lists": "1234"}}, None, None),
+    ({"given": "1234"}, 0, None), ({"given": "1234", "about": {"rewards given": 2}}, 0, None),
+    ({"given": "1234", "about": {"rewards given": 0}}, 0, "proxy"),
+    ({"fingerprint": "another", "about": {"policy": "nowhere/round-1/policy"}}, None, None)])
+def test_38_only_what_all_of_a_training_saw_is_said(judged, tmp_path, more, seen, reward):
+    """Stop rules, rewards that the prompts brought, lists that decide when to stop, a start that is no system here."""
+    home = trained(tmp_path / "train", ["other"], "smollm2", "vader-1", rounds=1, **more)
+    run = judged(PROMPTS, {"systems": {"start": "smollm2", "new": str(home / "round-1" / "policy")},
+                           "judges": {"proxy": "vader-1", "gold": "gold-1"}}, names=("start", "new"))
+    found = results.read_records(run)
+    assert found.seen.get("new") == seen and found.rewards.get("new") == reward
+    said = report.findings(results.read_metrics(run), found)[-1]
+    assert ("held-out" in said) == (seen == 0) and ("proxy reward only" in said) == (reward is not None)
+
+
+def test_38_the_ancestors_of_a_policy_count(judged, tmp_path):
+    """Two self-enhancements in a row: what the first saw, the policy has seen; not where its folder holds another."""
+    start, first = make_start(tmp_path / "start"), trained(tmp_path / "a", PROMPTS, "start", "gold-1", rounds=1)
+    between = make_start(first / "round-1" / "policy", seed=1)
+    identity = {"start": policy_identity(start), "between": policy_identity(between)}
+    files.write_json(first / "enhancement.json", json.loads((first / "enhancement.json").read_text())
+               | {"fingerprint": identity["start"], "about": {"policy": str(start)}})
+    last = trained(tmp_path / "b", ["other"], "", "vader-1", rounds=1, fingerprint=identity["between"],
+                   about={"policy": str(between)})
+    run = judged(PROMPTS, {"systems": {"start": identity["start"], "new": "n"}, "about": {"systems": {
+        "start": str(start), "new": str(last / "round-1" / "policy")}},
+        "judges": {"proxy": "vader-1", "gold": "gold-1"}}, names=("start", "new"))
+    assert results.read_records(run)[1:] == ({"new": len(PROMPTS)}, {})
+    make_start(between, seed=2)
+    assert results.read_records(run)[1:] == ({}, {})
+
+
+def test_38_a_self_enhancement_notes_what_its_rule_watched(tmp_path, monkeypatch):
+    """The record of a run with a rule and with rewards that were given: what is in it is what `read_records` needs."""
+    from lire_nb import enhancement
+
+    monkeypatch.setattr(enhancement, "run_round", lambda *a, **k: None)
+    monkeypatch.setattr(enhancement, "should_stop", lambda *a, **k: None)
+    prompts = [{"id": "a", "prompt": "film was", "meta": {}, "completions": ["x", "y"], "rewards": [1.0, None]},
+               {"id": "b", "prompt": "plot was", "meta": {}}]
+    rule = enhancement.StopRule([{"id": "h", "prompt": "held out", "meta": {}}], gold=lambda p, c: [0.0 for _ in c])
+    enhancement.self_enhance(make_start(tmp_path / "start"), prompts, lambda p, c: [0.0 for _ in c], tmp_path / "run",
+                             evolve=1, stop=rule)
+    about = json.loads((tmp_path / "run" / "enhancement.json").read_text())["about"]
+    assert about["watched"] == [json_digest("held out")] and about["rewards given"] == 1
 
 
 @pytest.mark.parametrize("config",

@@ -2,6 +2,7 @@
 trained anew in every round."""
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -168,3 +169,25 @@ def test_what_cannot_be_run_is_said_first(tmp_path, start, change, words):
     with pytest.raises(LireError, match=words):
         self_enhance(start, prompts, reward, tmp_path / "run", **(OPTIONS | change))
     assert not (tmp_path / "run").exists()
+
+
+# numbers that a stop rule and a callback can use
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_kl", math.inf), ("max_kl", math.nan), ("max_kl", True), ("max_kl", "2"), ("max_kl", 0),
+    ("num_samples", 2.5), ("num_samples", 0), ("num_samples", True), ("num_samples", "2"),
+    ("patience", 1.5), ("patience", True), ("patience", 0)])
+def test_a_number_that_no_rule_can_use_is_refused(name, value):
+    """A limit that nothing passes, half a sample: said when the rule is made, before any work."""
+    from lire_nb.enhancement import StopRule
+    from lire_nb.watching import EvaluationCallback
+
+    prompts = [{"id": f"p{i}", "prompt": f"film {i}", "meta": {}} for i in range(2)]
+    reward = lambda p, c: [0.0] * len(c)  # noqa: E731
+    makers = {"rule": lambda **kw: StopRule(prompts, gold=reward, **kw)} if name != "patience" else {}
+    makers["callback"] = lambda **kw: EvaluationCallback(prompts, {"own": reward}, **kw)
+    for make in makers.values():
+        with pytest.raises(LireError, match=f"{name}: cannot be used"):
+            make(**{name: value})
+        make(**{name: 2})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lire_nb.base.files import read_jsonl, write_json
-from lire_nb.identity import claim_folder
+from lire_nb.identity import claim_folder, lists_identity
 from lire_nb.lab import report, results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,8 @@ def test_records_are_found_as_lire_evaluate_writes_them(tmp_path):
         (home / f"round-{k}" / "policy").mkdir(parents=True)
         (home / f"round-{k}" / "lists.jsonl").write_text(json.dumps({"prompt": f"seen {k}"}) + "\n")
         write_json(home / f"round-{k}" / "policy" / "lire_config.json", {"temperature": 5.0 * k, "loss_type": "lire"})
-    claim_folder(home, {"fingerprint": "f0", "reward": "vader-1", "prompts": {"a": "digest"}}, "enhancement.json",
+    claim_folder(home, {"fingerprint": "f0", "reward": "vader-1", "prompts": {"a": "digest"},
+                        "given": lists_identity([]), "stop": None}, "enhancement.json",
                  about={"policy": "smollm2"})
     places = {"start": "./smollm2", "LIRE": str(home / "round-1" / "policy"),
               "LIRE, round 2": str(home / "round-2" / "policy")}

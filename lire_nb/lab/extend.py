@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from ..base.errors import LireError, require
-from ..identity import named_identity, policy_identity
+from ..identity import _is_installed, named_identity, policy_identity
 from .experiments import prompts_of, reward_lists
 from .plans import Find, NAMES, plan, Run
 from .courses import course_table, starts_by_seed
@@ -43,7 +43,7 @@ def named_function(
             allowed="module:function or file.py:function", remedy="name the function")
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            spec = importlib.util.spec_from_file_location(_module_name(module), module)
             spec.loader.exec_module(found := importlib.util.module_from_spec(spec))
         else:
             sys.path.insert(0, "")  # also a module of the current folder
@@ -59,6 +59,17 @@ def named_function(
             allowed=", ".join(n for n in dir(found) if n[0] != "_" and callable(getattr(found, n))) or "a function",
             remedy="check the function's name")
     return fn
+
+# %% ../../nbs/63_extend.ipynb #fa11f12e
+def _module_name(file: str) -> str:
+    "The file's own name; a private one where Python has a library of that name, so that nothing takes it for that."
+    name = Path(file).stem
+    try:
+        found = importlib.util.find_spec(name.partition(".")[0])
+    except ValueError:  # a module without a spec, as __main__
+        return name
+    taken = found is not None and found.origin and (not found.has_location or _is_installed(found.origin))
+    return f"_file_{name}" if taken else name
 
 # %% ../../nbs/63_extend.ipynb #a7c3feee
 def _tried(spec: LossSpec, padding: float) -> tuple[torch.Tensor, torch.Tensor]:

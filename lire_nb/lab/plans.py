@@ -275,11 +275,11 @@ def _folder_identity(folder: str) -> list:
 def _loss_identity(name: str) -> list:
     losses = sys.modules.get("lire_nb.rivals")  # where losses are registered; not loaded, there is none of one's own
     fn = losses.LOSSES[name].fn if losses and name in losses.LOSSES else None
-    if fn is None or str(getattr(fn, "__module__", "")).startswith("lire_nb."):
+    if fn is None:
         return []
-    from lire_nb.identity import named_identity
+    from lire_nb.identity import is_ours, named_identity
 
-    return [named_identity(fn)]
+    return [] if is_ours(fn) else [named_identity(fn)]
 
 # %% ../../nbs/41_plans.ipynb #e9e74ee8
 # say what a result is called, or refuse to make one; what it is they do not decide

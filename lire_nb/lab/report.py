@@ -132,8 +132,7 @@ def _known(metrics: pd.DataFrame, records: Records) -> str:
     how = " and ".join(name for method, name in _METHODS.items() if method in used)
     text = f"{prompts} {kind}{aside}" + (f", 95 % {how} intervals over prompts, paired." if how else ".")
     if "no spread" in used:
-        text += (" Bounds that equal their value are no interval: with so few prompts, equal values say nothing about "
-                 "others.")
+        text += " Bounds that equal their value are no interval: equal values say nothing about other prompts."
     if "method" not in metrics and prompts < FEW:
         text += f" Below {FEW} prompts bootstrap intervals are too narrow: evaluate again for others."
     rewards = {records.rewards.get(system) for system in trained}

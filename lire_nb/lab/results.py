@@ -9,6 +9,7 @@ __all__ = ['load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', '
            'read_records']
 
 # %% ../../nbs/43_results.ipynb #c0eb3153
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -359,8 +360,9 @@ class Records(NamedTuple):
     "What the files of a run and of its policies say; what they do not say is absent."
     # systems that are rounds of one training, in order, the start policy first where it began there
     courses: list[list[str]]
-    seen: dict[str, int]  # trained system -> how many of the judged prompts it was trained on
-    rewards: dict[str, str]  # trained system -> the judge that is the reward it was trained on
+    # trained system -> how many of the judged prompts it was trained on since the start, or a stop rule watched
+    seen: dict[str, int]
+    rewards: dict[str, str]  # trained system -> the judge that is the only reward of its training since the start
 
 # %% ../../nbs/43_results.ipynb #7f788058
 def read_records(run: str | Path) -> Records:
@@ -371,21 +373,21 @@ def read_records(run: str | Path) -> Records:
     whole = {"eval_prompts", "rounds", "task"} <= config.keys()
     policies = ({name: run / f"round-{k}" / "policy" for k, name in enumerate(names) if k} if whole
                 else _object(config.get("about")).get("systems") or config.get("systems"))
-    starts = {str(s) for s in (_object(config.get("systems")).get(names[0]), _object(policies).get(names[0])) if s}
+    start = (_object(config.get("systems")).get(names[0]), _object(policies).get(names[0]))
     for name, policy in _object(policies).items():
         place = re.fullmatch(r"round-(\d+)", Path(str(policy)).parent.name)
         if name not in names[1:] or not place or not Path(policy).is_dir():
             continue
         home, number = Path(policy).parents[1], int(place[1])
         made = _json(home / "enhancement.json") or {}
-        first = [names[0]] if whole or {str(made.get("fingerprint")), str(made.get("policy"))} & starts else []
+        first = [names[0]] if whole or _begins_at(made, start) else []
         rounds.setdefault(str(home), {0: first})[number] = [name]
-        trained = _training_prompts(home, made, number)
-        if trained is not None or whole:
-            found.seen[name] = sum(_prompt_key(r["prompt"]) in (trained or ()) for r in _judged(run, name))
-        judges = [judge for judge, identity in _object(config.get("judges")).items()
-                  if made.get("reward") is not None and identity == made["reward"]]
-        found.rewards.update({name: (["proxy"] if whole else judges)[0]} if whole or judges else {})
+        past = _Past(_training_prompts(home, made, number) or set(), {"proxy"}) if whole else _past(Path(policy), start)
+        if past.prompts is not None:
+            found.seen[name] = sum(_prompt_key(r["prompt"]) in past.prompts for r in _judged(run, name))
+        judges = {"proxy": "proxy"} if whole else _object(config.get("judges"))
+        if own := [judge for judge, identity in judges.items() if past.rewards == {identity}]:
+            found.rewards[name] = own[0]
     found.courses.extend([system for _, group in sorted(course.items()) for system in group]
                          for course in rounds.values())
     return found
@@ -405,7 +407,9 @@ def _object(value) -> dict:
 
 # %% ../../nbs/43_results.ipynb #7ff732fd
 def _prompt_key(prompt) -> str:
-    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    from lire_nb.base.files import json_digest
+
+    return json_digest(prompt)
 
 
 def _training_prompts(home: Path, made: dict, rounds: int) -> set[str] | None:
@@ -415,3 +419,69 @@ def _training_prompts(home: Path, made: dict, rounds: int) -> set[str] | None:
         return {_prompt_key(prompt) for _, prompt in pairs}
     files = [home / f"round-{k}" / "lists.jsonl" for k in range(1, rounds + 1)]
     return {_prompt_key(r["prompt"]) for f in files for r in _rows(f)} if all(f.is_file() for f in files) else None
+
+# %% ../../nbs/43_results.ipynb #fa11f130
+class _Past(NamedTuple):
+    "What training took between a start and a policy; None for what the records leave open."
+    prompts: set[str] | None  # keys of those that were trained on, or that a stop rule watched
+    rewards: set[str] | None  # identities of those that were trained on, or that a stop rule read
+
+
+def _past(policy: Path, start: tuple) -> _Past:
+    "All self-enhancements from the start to a policy; nothing is known where their chain does not lead there."
+    past, passed = _Past(set(), set()), set()
+    while place := re.fullmatch(r"round-(\d+)", policy.parent.name):
+        home = policy.parents[1]
+        made = _json(home / "enhancement.json")
+        if made is None or home in passed:
+            break
+        passed.add(home)
+        step = _step(home, made, int(place[1]))
+        past = _Past(*(None if None in pair else pair[0] | pair[1] for pair in zip(past, step)))
+        if _begins_at(made, start):
+            return past
+        policy = Path(_start_of(made))
+        if not _is_still(policy, made.get("fingerprint")):
+            break
+    return _Past(None, None)
+
+# %% ../../nbs/43_results.ipynb #fa11f131
+def _start_of(made: dict) -> str:
+    "Where the policy lay that a self-enhancement began with."
+    return str(_object(made.get("about")).get("policy") or made.get("policy"))
+
+
+def _begins_at(made: dict, start: tuple) -> bool:
+    "Whether a self-enhancement began with this system: its identity counts, and its name where there is none."
+    identity, name = start
+    if made.get("fingerprint") is not None and identity not in (None, name):
+        return made["fingerprint"] == identity
+    return name is not None and name in (made.get("fingerprint"), _start_of(made))
+
+
+def _is_still(policy: Path, fingerprint) -> bool:
+    "Whether the folder holds the policy of then, and no other that was put there since."
+    from lire_nb.base.errors import LireError
+    from lire_nb.identity import policy_identity
+
+    try:
+        return policy.is_dir() and policy_identity(policy) == fingerprint
+    except (LireError, OSError):
+        return False
+
+# %% ../../nbs/43_results.ipynb #fa11f132
+_NOTHING = hashlib.sha256().hexdigest()[:16]  # the identity of no lists
+
+
+def _step(home: Path, made: dict, rounds: int) -> _Past:
+    "Prompts and rewards of one self-enhancement, and of the rule that stopped it."
+    stop, about = made.get("stop", "not noted"), _object(made.get("about"))
+    rule = isinstance(stop, dict) and "gold" in stop  # anything else may have looked at anything
+    if not rule and stop is not None or made.get("refit") or _object(made.get("trainer")).get("eval_dataset"):
+        return _Past(None, None)
+    prompts, rewards = _training_prompts(home, made, rounds), {made.get("reward"), *([stop["gold"]] if rule else [])}
+    if rule:
+        watched = about.get("watched")
+        prompts = prompts | set(watched) if prompts is not None and isinstance(watched, list) else None
+    brought = about.get("rewards given", 0 if made.get("given") == _NOTHING else None)
+    return _Past(prompts, rewards - {None} if made.get("reward") is not None and brought == 0 else None)
