@@ -356,7 +356,8 @@ class _Once(argparse._StoreAction):
     "An option with one value; what is given again is kept, for `_check_once` to name."
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given = [*getattr(namespace, "given", ()), (self.option_strings[-1], values)]
+        if option_string:  # not a word by its place
+            namespace.given = [*getattr(namespace, "given", ()), (self.option_strings[-1], values)]
         super().__call__(parser, namespace, values, option_string)
 
 
