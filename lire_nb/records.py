@@ -158,8 +158,8 @@ def ending(
     reason: str | None,  # an engine's word for how an answer ended
     field: str = "finish_reason",  # for the message
 ) -> str | None:
-    """"stop": the model ended it; "stop_string": a stop string did, so no end was drawn; "length": it was cut; None: nothing
-    is known. Raises `ListError` for another word."""
+    """"stop": the model ended it; "stop_string": a stop string did, so no end was drawn; "length": it was cut; None:
+    nothing is known. Raises `ListError` for another word."""
     word = reason.lower() if isinstance(reason, str) else reason
     found = next((name for name, words in _ENDINGS.items() if word in words), None)
     require(found or reason is None, "unknown ending", error=ListError, field=field, value=reason,

@@ -230,8 +230,8 @@ class RewardModel:
         "Say once how many of the texts that were read are longer than the limit."
         if self.cuts and not self._told and _is_main():
             self._told = True
-            logger.warning("%s: %d of %d texts are longer than max_length = %d tokens; it reads their ends, prompts are "
-                           "cut first", self.name, len(self.cuts), total, self.max_length)
+            logger.warning("%s: %d of %d texts are longer than max_length = %d tokens; it reads their ends, and prompts "
+                           "are cut first", self.name, len(self.cuts), total, self.max_length)
         self.cuts.clear()
 
     @torch.no_grad()
@@ -685,7 +685,8 @@ class ScalarHeadModel(RewardModel):
     def _row(self, prompt, completion: str, id: str | None = None) -> list[int]:
         "As the template closes a conversation; without one [prompt completion end-of-text]."
         eos = self.tokenizer.eos_token_id
-        row = encode_conversation(prompt, completion, self.tokenizer, self.max_length, closing=[eos], id=id, cuts=self.cuts)
+        row = encode_conversation(prompt, completion, self.tokenizer, self.max_length, closing=[eos], id=id,
+                                  cuts=self.cuts)
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
             return row
         return row[: row.index(eos, 1) + 1] if eos in row[1:] else row  # the first may be a start token

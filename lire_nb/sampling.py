@@ -90,7 +90,7 @@ def _is_whole(value) -> bool:
 class Completion:
     "One sampled completion; two are equal when text and ending are."
     text: str
-    # "stop": it ended; "stop_string": a stop string ended it; "length": cut at max_new_tokens; "failed": there is no text
+    # "stop": it ended; "stop_string": a stop string did; "length": cut at max_new_tokens; "failed": there is no text
     finish_reason: str
     # as drawn, the end included; None: not known
     token_ids: tuple[int, ...] | None = field(default=None, compare=False)
@@ -646,7 +646,7 @@ def _read_answer(text: str, chat: bool, stop) -> dict:
         why = "another form"
     if why:
         raise ValueError(why)
-    by_string = stop and isinstance(choice.get("stop_reason"), str)  # vLLM says which; ids and null are ends of the model
+    by_string = stop and isinstance(choice.get("stop_reason"), str)  # of vLLM; ids and null are ends of the model
     return answer | ({"finish_reason": "stop_string"} if by_string else {})
 
 # %% ../nbs/14_sampling.ipynb #9b29592e
