@@ -242,8 +242,8 @@ _warned: weakref.WeakSet = weakref.WeakSet()  # tokenizers
 
 
 def _written(prompt: str | list[dict], answer: str, tokenizer) -> str:
-    """An answer as the template writes it behind the opened turn. One that brings the header, as an answer that was drawn
-    with its thoughts does, gets no second one."""
+    """An answer as the template writes it behind the opened turn. One that brings the header, drawn with its thoughts,
+    gets no second one."""
     text = spaced(answer, _glue(prompt, tokenizer))
     if isinstance(prompt, str) or _split(prompt)[1] or not _has_template(prompt, tokenizer):
         return text
