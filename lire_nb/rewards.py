@@ -230,8 +230,8 @@ class RewardModel:
         "Say once how many of the texts that were read are longer than the limit."
         if self.cuts and not self._told and _is_main():
             self._told = True
-            logger.warning("%s: %d of %d texts are longer than max_length = %d tokens; it reads their ends, and prompts "
-                           "are cut first", self.name, len(self.cuts), total, self.max_length)
+            logger.warning("%s: %d of %d texts are longer than max_length = %d tokens; it reads their ends, and "
+                           "prompts are cut first", self.name, len(self.cuts), total, self.max_length)
         self.cuts.clear()
 
     @torch.no_grad()
