@@ -361,7 +361,7 @@ def train_reward_model(
     lr: float = 1e-4,
     epochs: int = 1,
     batch_size: int = 16,  # lists per step
-    max_length: int = 256,  # tokens of prompt and completion
+    max_length: int = 256,  # tokens of prompt and completion; no more than the backbone can read
     seed: int = 0,
     name: str = "reward-model",
     progress: bool = True,
@@ -378,8 +378,11 @@ def train_reward_model(
     devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        reward = RewardModel(*load_reward_backbone(backbone), max_length=max_length, name=name)
-        _check_length(reward)
+        model, tokenizer = load_reward_backbone(backbone)
+        limit = min(max_length, context_of(model) or max_length)
+        if limit < max_length:
+            logger.warning("max_length is %d: the backbone cannot read %d tokens", limit, max_length)
+        reward = RewardModel(model, tokenizer, max_length=limit, name=name)
         if latent is not None:
             _put_latent(reward.model, latent)
         for r in lists:  # a template that refuses a conversation does so before the first step

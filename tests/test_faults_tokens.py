@@ -264,8 +264,9 @@ def test_05_what_a_reward_model_cuts_is_said_and_what_it_cannot_read_is_refused(
     assert len(said) == 1 and "3 of 6 texts" in said[0]
     with pytest.raises(LireError, match="up to 300 tokens"):
         RewardModel.load(tmp_path / "1", max_length=301)
-    with pytest.raises(LireError, match="up to 512 tokens"):
-        train_reward_model(lists, max_length=1000, progress=False)
+    with caplog.at_level(logging.WARNING):
+        reward = train_reward_model(lists, tmp_path / "1", max_length=1000, progress=False)
+    assert reward.max_length == 300 and "cannot read 1000 tokens" in caplog.text
     with pytest.raises(LireError, match="2 labels"):
         RewardModel.load(tmp_path / "2")
 
