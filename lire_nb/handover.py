@@ -32,7 +32,7 @@ from .base.files import atomic_folder, json_digest, slug
 from .base.ranks import on_main
 from .conversations import answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH
 from .models import context_of, Policy, quiet_transformers
-from .records import prompt_id
+from .records import known_ending, prompt_id
 from .rewards import reward_name, RewardError, ServerReward
 from lire_nb.sampling import (
     _completion, _cut_at_stop, _warpers, candidate_numbers, Completion, derive_seed, SamplingSettings, ServerSampler,
@@ -226,7 +226,7 @@ def read_choice(
 ) -> dict:  # text, finish, and ids and logps where they are known
     "One candidate of an answer, with the tokens that were drawn; raises `ValueError` for another form."
     text, finish, said = choice["text"], choice["finish_reason"], choice.get("logprobs") or {}
-    if not isinstance(text, str) or finish not in ("stop", "length"):
+    if not isinstance(text, str) or known_ending(finish) is None:
         raise ValueError(f"ended by {finish!r}" if isinstance(text, str) else "no text")
     content = said.get("content") or []
     tokens = said.get("tokens") or [c.get("token") for c in content]
@@ -235,7 +235,7 @@ def read_choice(
                   [_token_id(t, tokenizer) for t in tokens])
     ids = next((list(one) for one in candidates if one and all(type(t) is int for t in one)), None)
     fits = ids and len(ids) == len(logps) and all(isinstance(x, (int, float)) for x in logps)
-    return {"text": text, "finish": finish, "ids": ids, "logps": list(logps) if fits else None}
+    return {"text": text, "finish": known_ending(finish), "ids": ids, "logps": list(logps) if fits else None}
 
 
 def _token_id(token, tokenizer) -> int | None:
@@ -579,7 +579,7 @@ class EngineSampler:
         "As `LocalSampler` gives it; ids that lack the end that was drawn are left out, for it is trained on."
         if one["ids"] is not None:
             whole = _completion(prompt, [(t, 0.0) for t in one["ids"]], self.tokenizer, settings, self.ends)
-            if whole.finish_reason.removesuffix("_string") == one["finish"]:
+            if whole.finish_reason.removesuffix("_string") == one["finish"].removesuffix("_string"):
                 return replace(whole, logp=None)
             if not settings.stop and len(self.ends) == 1:
                 return replace(whole, finish_reason="stop", token_ids=(*one["ids"], self.ends[0]), logp=None)

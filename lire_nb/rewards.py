@@ -237,6 +237,7 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         self.model.eval()
+        self.cuts.clear()  # of texts that were only encoded
         rows = [self._checked_row(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
         self.tell_cuts(len(rows))
         found = {}  # place -> score, the short texts first
@@ -336,6 +337,22 @@ def _check_noise(label_smoothing: float, latent: int | None, latent_weight: floa
     require(latent is None or type(latent) is int and latent >= 1, "not a number of dimensions", field="latent",
             value=latent, allowed="a whole number from 1, or None", remedy="try 8")
 
+# %% ../nbs/15_rewards.ipynb #rw0frz01
+def _freeze_below(model, count: int) -> list[torch.nn.Module]:
+    "Take all that runs before the uppermost layers out of training; returns these parts."
+    total = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total), None)
+    require(layers is not None, "its layers cannot be told apart", error=ModelError, field="upper_layers",
+            value=type(model).__name__, allowed=f"a backbone with a list of {total} layers",
+            remedy="leave upper_layers out: everything learns")
+    require(type(count) is int and 1 <= count <= total, "not a number of its layers", field="upper_layers", value=count,
+            allowed=f"1 to {total}", remedy="leave it out: everything learns")
+    before = itertools.takewhile(lambda part: all(m is not layers for m in part.modules()), model.base_model.children())
+    frozen = [*before, *layers[: total - count]]
+    for part in frozen:
+        part.requires_grad_(False)
+    return frozen
+
 # %% ../nbs/15_rewards.ipynb #da8c5dd2
 def ranking_loss(
     scores: torch.Tensor,  # (M,) of the reward model
@@ -368,6 +385,7 @@ def train_reward_model(
     label_smoothing: float = 0.0,  # ε, 0 … 0.5: the share of pairs believed to be the wrong way round
     latent: int | None = None,  # numbers between backbone and score, see `LatentHead`; None: a linear head
     latent_weight: float = 0.1,  # ≥ 0, of their KL to a standard normal, in nats
+    upper_layers: int | None = None,  # of the backbone: only these and what follows them learn; None: everything does
 ) -> RewardModel:  # its `history` holds the loss of every step
     "Train a scalar reward from graded lists; raises `LireError` when no list holds an ordered pair."
     _check_noise(label_smoothing, latent, latent_weight)
@@ -385,23 +403,26 @@ def train_reward_model(
         reward = RewardModel(model, tokenizer, max_length=limit, name=name)
         if latent is not None:
             _put_latent(reward.model, latent)
+        frozen = [] if upper_layers is None else _freeze_below(reward.model, upper_layers)
         for r in lists:  # a template that refuses a conversation does so before the first step
             for said in read_as_answers(r):
                 reward._row(*said, id=r["id"])
         reward.tell_cuts(sum(len(r["completions"]) for r in lists))
         steps = [b for _ in range(epochs) for b in torch.randperm(len(lists)).split(batch_size)]
-        _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress, label_smoothing, latent_weight)
+        _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress, label_smoothing, latent_weight, frozen)
     return reward
 
 # %% ../nbs/15_rewards.ipynb #fe7fe1b7
 def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool, smoothing: float = 0.0,
-         latent_weight: float = 0.0) -> None:
-    "AdamW with a tenth of warm-up and linear decay."
-    optimizer = torch.optim.AdamW(reward.model.parameters(), lr=lr, weight_decay=0.01)
+         latent_weight: float = 0.0, frozen: Iterable[torch.nn.Module] = ()) -> None:
+    "AdamW with a tenth of warm-up and linear decay; without dropout in what is frozen."
+    optimizer = torch.optim.AdamW([p for p in reward.model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     warm = max(1, len(steps) // 10)
     share = lambda k: min((k + 1) / warm, (len(steps) - k) / max(1, len(steps) - warm))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     reward.model.train()
+    for part in frozen:
+        part.eval()
     head, step_loss = _latent_head(reward.model), _shared_step if is_sharing() else _step
     for batch in progress_bar(progress and _is_main(), steps, desc=f"training {reward.name}", unit="step"):
         optimizer.zero_grad()
@@ -410,6 +431,8 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
         optimizer.step()
         schedule.step()
         reward.history.append(round(loss.item(), 5))
+    for part in frozen:
+        part.requires_grad_(True)  # it was out of this training alone
     if head is not None:
         head.kl = None  # holds the graph of the last step
     reward.model.eval()
@@ -475,6 +498,7 @@ def longer_wins(prompts: list, completions: list[str]) -> list[float]:
 def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     "The scores of all texts, each process asking for a share; what cannot be split is asked by the first process."
     if type(reward).__call__ is RewardModel.__call__:
+        reward.cuts.clear()
         sizes = [len(reward._checked_row(i, r["prompt"], r["completions"][j])) for i, (r, j) in enumerate(todo)]
         reward.tell_cuts(len(todo))
         order, size = sorted(range(len(todo)), key=sizes.__getitem__), reward.batch_size

@@ -40,7 +40,9 @@ from lire_nb.conversations import (
 )
 from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy, text_config
-from .records import as_chat, lists_dataset, make_record, prompt_id, split_tools, uses_tools
+from lire_nb.records import (
+    as_chat, known_ending, lists_dataset, make_record, prompt_id, split_tools, uses_tools,
+)
 from lire_nb.servers import (
     check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, RefusedOne, run_requests, TryLater,
 )
@@ -624,15 +626,16 @@ _SPECIAL_FIELDS = {
 }
 
 # %% ../nbs/14_sampling.ipynb #faa6bd80
-def _why_unusable(text, finish_reason, refusal, stop) -> str | None:
+def _why_unusable(text, finish_reason, message, stop) -> str | None:
     "What is wrong with an answer that has the right form."
-    if refusal:
+    if refusal := message.get("refusal"):
         return f"refused: {' '.join(str(refusal).split())[:80]}"
-    if finish_reason not in ("stop", "length"):
+    if message.get("tool_calls") or known_ending(finish_reason) is None:
         return f"ended by {finish_reason!r}"
     if not isinstance(text, str):
         return f"content is {'null' if text is None else 'no text'}"
-    return None if text or (stop and finish_reason == "stop") else "content is empty"  # a stop string may come first
+    stopped = stop and known_ending(finish_reason) != "length"  # a stop string may come first
+    return None if text or stopped else "content is empty"
 
 # %% ../nbs/14_sampling.ipynb #911aacbb
 def _read_answer(text: str, chat: bool, stop) -> dict:
@@ -641,13 +644,13 @@ def _read_answer(text: str, chat: bool, stop) -> dict:
         choice = json.loads(text)["choices"][0]
         message = choice["message"] if chat else {"content": choice["text"]}
         answer = {"text": message["content"], "finish_reason": choice["finish_reason"]}
-        why = _why_unusable(**answer, refusal=message.get("refusal"), stop=stop)
+        why = _why_unusable(**answer, message=message, stop=stop)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         why = "another form"
     if why:
         raise ValueError(why)
     by_string = stop and isinstance(choice.get("stop_reason"), str)  # of vLLM; ids and null are ends of the model
-    return answer | ({"finish_reason": "stop_string"} if by_string else {})
+    return answer | {"finish_reason": "stop_string" if by_string else known_ending(answer["finish_reason"])}
 
 # %% ../nbs/14_sampling.ipynb #9b29592e
 # long: one class; what a server is sent, and how an answer is read, stands above

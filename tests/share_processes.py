@@ -82,6 +82,8 @@ def pieces(place: Path) -> dict:
         lists = sample_lists(sampler, [*PROMPTS, {**PROMPTS[0], "id": "again"}], 3, settings=SHORT, seed=3)
         reward = train_reward_model(GRADED, place / "bert", lr=1e-3, batch_size=2, epochs=2, seed=1, progress=False,
                                     latent=3)
+        upper = train_reward_model(GRADED, place / "bert", lr=1e-3, batch_size=2, seed=1, progress=False,
+                                   upper_layers=1)
         reward.batch_size = 4
         scored = score_lists(lists, reward)
         none = score_lists([make_record("q", ["a"], id="one")], reward)  # fewer texts than processes
@@ -90,7 +92,7 @@ def pieces(place: Path) -> dict:
     # a ranking loss cannot see a constant on all scores: the last bias follows rounding alone
     named = reward.model.named_parameters()
     weights = torch.cat([p.detach().flatten() for name, p in named if "decode.bias" not in name])
-    return {"lists": [dict(r) for r in lists], "rewards": centered(scored), "history": reward.history,
+    return {"lists": [dict(r) for r in lists], "rewards": centered(scored), "history": reward.history + upper.history,
             "weights": weights.tolist(), "none": len(none["rewards"][0]), "seen": seen}
 
 

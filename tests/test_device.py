@@ -58,27 +58,64 @@ def test_values_and_gradients_on_a_device_without_a_wait(way):
     assert sum(seen.waits.values()) <= 2 * (way == "padded"), seen.waits  # transformers asks whether the mask has a pad
 
 
-def operations_of_a_layer(way: str, flex: bool | None) -> int:
+def operations_of_a_layer(way: str, switch: str | None = None, dtype=torch.float32) -> int:
     counts = []
     for layers in (1, 2):
-        batch, model = bench_batch(Point(20, 6, 3, 2), 300), model_of(layers)
-        with Watch() as seen, torch.no_grad(), for_a_while((shared_prompt, "FLEX", flex)):
+        batch, model = bench_batch(Point(20, 6, 3, 2), 300), model_of(layers).to(dtype)
+        switched = [(shared_prompt, name, name == switch) for name in ("FLEX", "DENSE") if switch]
+        with Watch() as seen, torch.no_grad(), for_a_while(*switched):
             logprobs.list_logps(on_device(model), to_device(batch, "cuda"), impl=way)
         counts.append(sum(seen.operations.values()))
     return counts[1] - counts[0]
 
 
 def test_operations_of_a_layer(monkeypatch):
-    "FlexAttention is one kernel; in blocks there are some more."
+    "A dense mask and FlexAttention are one kernel; in blocks there are some more. Short rows take the dense mask."
     def one_kernel(query, key, value, block_mask, scale, enable_gqa):
         Watch.active[-1].operations["flex"] += 1
         return Pretended(torch.zeros(query.shape))
 
     monkeypatch.setattr(shared_prompt, "_flex_function", lambda compiled: one_kernel)
     monkeypatch.setattr(shared_prompt, "create_block_mask", lambda *args, **kwargs: None)
-    padded, blocks, flex = (operations_of_a_layer(*how) for how in
-                            (("padded", None), ("shared", False), ("shared", True)))
-    assert flex <= 1.15 * padded and blocks <= 1.5 * padded, (padded, blocks, flex)
+    padded, blocks, flex, dense = (operations_of_a_layer(*how) for how in (
+        ("padded",), ("shared", "neither"), ("shared", "FLEX"), ("shared", "DENSE")))
+    assert max(flex, dense) <= 1.15 * padded and padded < blocks <= 1.5 * padded, (padded, blocks, flex, dense)
+    half = [operations_of_a_layer(way, dtype=torch.bfloat16) for way in ("padded", "shared")]
+    assert half[1] <= 1.15 * half[0], half  # chosen by itself
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_dense_mask_gives_what_the_blocks_give(window):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window, use_sliding_window=window is not None, max_window_layers=1))
+    batch = TrainingCollator()(RAGGED)
+    found = {}
+    for dense in (False, True):
+        with for_a_while((shared_prompt, "DENSE", dense)):
+            values = logprobs.list_logps(model, batch, impl="shared")[0]
+        model.zero_grad()
+        values.square().sum().backward()
+        found[dense] = values.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    plain = logprobs.list_logps(model, batch, impl="padded")[0].detach()
+    torch.testing.assert_close(found[True][0], plain, rtol=1e-5, atol=1e-5)
+    for name, gradient in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("tokens, dense", [(600, True), (4096, False)])
+def test_a_dense_mask_is_for_rows_where_launches_cost_more(tokens, dense):
+    layout = torch.stack([torch.zeros(tokens, dtype=torch.long), torch.arange(tokens) // (tokens // 4) - 1,
+                          torch.arange(tokens)])
+    layout[2] -= (layout[1].clamp(min=0)) * (tokens // 4)  # three candidates after one prompt
+    plan = shared_prompt._Plan(layout)
+    query = Pretended(torch.zeros(1, 9, tokens, 64, dtype=torch.bfloat16))
+    assert shared_prompt._wants_dense(plan, query, query, None) == dense
+    assert not shared_prompt._wants_dense(plan, query, query, 30.0)  # a soft cap needs the scores themselves
+    assert not shared_prompt._wants_dense(plan, query.real_one, query.real_one, None)  # on a CPU
 
 
 def test_waits_of_a_micro_batch(policy, tmp_path):

@@ -526,3 +526,22 @@ def test_37_how_a_text_is_meant_can_be_said(caplog):
         asked, meant = draw(chat=True), draw(chat=False)
         assert not caplog.records
     assert asked[0]["prompt"] == talk("Is it?") and meant[0]["prompt"] == "Is it?" and meant[0]["meta"]["chat"] is False
+
+
+@pytest.mark.parametrize("word, ours", [("eos_token", "stop"), ("MAX_TOKENS", "length"), ("stop_sequence", "stop_string"),
+                                        ("end_turn", "stop"), ("stop", "stop"), ("length", "length")])
+def test_how_another_engine_says_that_it_ended(word, ours):
+    from lire_nb.handover import read_choice
+    from lire_nb.sampling import _read_answer
+
+    chat = json.dumps({"choices": [{"message": {"content": "So"}, "finish_reason": word}]})
+    assert _read_answer(chat, True, None)["finish_reason"] == ours
+    assert read_choice({"text": "So", "finish_reason": word})["finish"] == ours
+
+
+def test_an_answer_that_calls_tools_is_no_text():
+    from lire_nb.sampling import _read_answer
+
+    message = {"content": "I look it up.", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
+    with pytest.raises(ValueError, match="tool_calls"):
+        _read_answer(json.dumps({"choices": [{"message": message, "finish_reason": "tool_calls"}]}), True, None)

@@ -413,3 +413,87 @@ def test_reward_model_on_real_graded_lists(graded):
     assert lead_low < lead < lead_high and abs(lead) < 0.1  # no claim to beat the baseline
     assert lead_high - lead_low < 2 * (high - low)
     assert len(model.history) == 40 and np.mean(model.history[-10:]) < np.mean(model.history[:5])
+
+
+# Part of a backbone learns
+
+
+def tiny_backbone(folder, kind):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import (
+        BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "a", "b", "c", "[UNK]"])}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    if kind == "encoder":
+        model = BertForSequenceClassification(BertConfig(
+            vocab_size=5, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=32, num_labels=1, pad_token_id=0))
+    else:
+        model = GPT2ForSequenceClassification(GPT2Config(vocab_size=5, n_embd=16, n_layer=3, n_head=2, n_positions=32,
+                                                         num_labels=1, pad_token_id=0))
+    model.save_pretrained(folder)
+    return folder
+
+
+WORDED = [make_record("a", [" a b", " b b", " c a"], rewards=[2.0, 1.0, 0.0], id=f"w{i}") for i in range(4)]
+
+
+@pytest.mark.parametrize("kind, below", [("encoder", ("bert.embeddings", "bert.encoder.layer.0.")),
+                                         ("decoder", ("transformer.wte", "transformer.wpe", "transformer.h.0."))])
+def test_upper_layers_leave_what_lies_below_as_it_was(tmp_path, kind, below):
+    start = tiny_backbone(tmp_path, kind)
+    before = R.load_reward_backbone(start)[0].state_dict()
+    reward = R.train_reward_model(WORDED, start, lr=1e-2, upper_layers=2, progress=False)
+    same = {name for name, value in reward.model.state_dict().items() if torch.equal(value, before[name].to(value))}
+    assert same and all(name.startswith(below) for name in same), same
+    learned = before.keys() - same
+    assert not any(name.startswith(below) for name in learned)
+    assert any(".1." in name for name in learned) and any(".2." in name for name in learned)
+    assert all(p.requires_grad for p in reward.model.parameters())  # of this training alone
+
+
+def test_upper_layers_give_the_gradient_of_the_whole_model(tmp_path):
+    "One step without dropout, against an optimizer that is given the upper parameters of a model of its own."
+    start = tiny_backbone(tmp_path, "encoder")
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0,
+                                                            "attention_probs_dropout_prob": 0.0}))
+    reward = R.train_reward_model(WORDED, start, lr=1e-2, batch_size=4, upper_layers=1, progress=False, seed=3)
+    own, tokenizer = R.load_reward_backbone(start)
+    upper = [p for name, p in own.named_parameters() if name.startswith(("bert.encoder.layer.2.", "bert.pooler",
+                                                                         "classifier"))]
+    optimizer = torch.optim.AdamW(upper, lr=1e-2, weight_decay=0.01)
+    other = R.RewardModel(own, tokenizer)
+    loss = torch.stack([R.ranking_loss(other.scores(["a"] * 3, r["completions"]), r["rewards"]) for r in WORDED]).mean()
+    sure = {}  # Adam's first step is the sign of a gradient, and of nearly none the sign of rounding
+    for p, g in zip(upper, torch.autograd.grad(loss, upper)):
+        p.grad, sure[p] = g, g.abs() > 1e-6
+    torch.nn.utils.clip_grad_norm_(upper, 1.0)
+    optimizer.step()
+    assert sum(int(s.sum()) for s in sure.values()) > 500
+    for (name, p), q in zip(reward.model.named_parameters(), own.parameters()):
+        where = sure.get(q, torch.ones_like(q, dtype=torch.bool))
+        torch.testing.assert_close(p[where], q[where], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("count", [0, 4, True, 1.0, "2"])
+def test_upper_layers_out_of_range(tmp_path, count):
+    with pytest.raises(LireError, match="upper_layers"):
+        R.train_reward_model(WORDED, tiny_backbone(tmp_path, "encoder"), upper_layers=count, progress=False)
+
+
+def test_cuts_of_texts_that_were_only_encoded_are_not_told_later(tmp_path, caplog):
+    reward = R.RewardModel(*R.load_reward_backbone(tiny_backbone(tmp_path, "encoder")), max_length=4)
+    reward.encode(["a b c a b c"] * 3, [" a"] * 3)
+    reward(["a"], [" b"])
+    R.score_lists(WORDED, reward)
+    assert "longer" not in caplog.text
+    reward(["a b c a b c"] * 2, [" a"] * 2)
+    assert "2 of 2 texts are longer" in caplog.text

@@ -18,6 +18,7 @@ from ..base.files import json_digest
 from lire_nb.judges.verdicts import (
     _check_template, Comparison, CRITERION, fill_template, parse_verdict, read_comparison, TEMPLATE,
 )
+from ..records import known_ending
 from ..servers import OpenAIServer, run_requests, TryLater
 
 # %% ../../nbs/51_chat.ipynb #56fd3fbf
@@ -150,7 +151,7 @@ class ChatJudge:
         if "refused" in reply:
             return Comparison(None, None, f"refused: {reply['refused']}")
         said = read_comparison(reply["text"], self.parse)
-        cut = said.failure and reply["finish_reason"] == "length"
+        cut = said.failure and known_ending(reply["finish_reason"]) == "length"
         return said._replace(failure="cut off at max_tokens") if cut else said
 
     def key(self, messages: list[dict]) -> str:
