@@ -2,9 +2,9 @@
 configuration, no assets, no network; rows are appended to data/results/gpu.jsonl as they come.
 
 First correctness, in float64 and in bfloat16: every way against a plain forward pass in float64 on the CPU. Then one
-gradient step of the authors' way, the padded path, and the shared path in blocks and by FlexAttention, on models of
-135 M, 1 B and 7 B parameters (of the last, one matrix a layer is trained, as an adapter costs); TRL's DPO at M = 2
-where it is installed; sampling; and memory. What does not fit into the budget of seconds is left out, and said.
+gradient step of the authors' way, the padded path, and the shared path in blocks, by FlexAttention and with a dense
+mask, on models of 135 M, 1 B and 7 B parameters (of the last, one matrix a layer is trained, as an adapter costs);
+TRL's DPO at M = 2 where it is installed; sampling; and memory. What does not fit into the budget of seconds is left out, and said.
 """
 import argparse
 import copy
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
@@ -47,13 +48,15 @@ POINTS = (Point(192, 48, 6, 4), Point(512, 64, 8, 2), Point(2048, 256, 8, 1), Po
 TINY = Point(12, 5, 3, 2), Point(40, 6, 4, 1)
 
 
-def by_blocks(model, batch, flex: bool = False):
-    with for_a_while((shared_prompt, "FLEX", flex)):
+def packed(model, batch, route: str | None = None):
+    "The shared path by one of its routes: in blocks, by FlexAttention, or with a dense mask."
+    with for_a_while((shared_prompt, "FLEX", route == "flex"), (shared_prompt, "DENSE", route == "dense")):
         return list_logps(model, batch, impl="shared")[0]
 
 
 WAYS = {"authors": authors_logps, "padded": lambda model, batch: list_logps(model, batch, impl="padded")[0],
-        "shared": by_blocks, "flex": lambda model, batch: by_blocks(model, batch, flex=True)}
+        "shared": packed, **{route: partial(packed, route=route) for route in ("flex", "dense")}}
+DENSE_UP_TO = 4096  # tokens of a packed row: beyond, nobody would take the dense mask
 
 
 class Check:
@@ -184,12 +187,14 @@ def steps(check: Check, model, name: str, point: Point, repeats: int) -> None:
             check.wait()
             seconds.append(time.perf_counter() - began)
         middle = statistics.median(seconds)
-        flops = 3 * forward_flops(model.config, parameters, point, "shared" if way == "flex" else way)
+        flops = 3 * forward_flops(model.config, parameters, point, "shared" if way in ("flex", "dense") else way)
         check.put("step", model=name, **sizes, way=way, seconds=middle, low=min(seconds), high=max(seconds),
                   first_seconds=first, tflops=flops / middle / 1e12, auto=path_of(model, batch, "auto"),
                   peak_gib=(torch.cuda.max_memory_allocated() - before) / 2**30 if check.cuda else None)
 
     for way in check.ways:
+        if way == "dense" and point.lists * (point.P + point.M * point.R) > DENSE_UP_TO:
+            continue
         if check.left() < 20 and not check.tiny:
             return check.put("step", model=name, **sizes, way=way, error="left out: no time")
         check.attempt("step", lambda: one(way), model=name, **sizes, way=way)

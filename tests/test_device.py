@@ -178,7 +178,7 @@ def test_the_check_of_a_gpu_runs_dry(tmp_path, capsys):
     assert gpu_check.main(["--out", str(out), "--device", "cpu", "--tiny", "--models", "135m"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["what"] for r in rows][0] == "machine" and rows[-1]["good"]
-    assert {r["way"] for r in rows if r["what"] == "step"} == {"authors", "padded", "shared"}
+    assert {r["way"] for r in rows if r["what"] == "step"} == {"authors", "padded", "shared", "dense"}
     assert not [r for r in rows if "error" in r and r["what"] != "trl"], rows
     assert all(r["code"] == gpu_check.CODE for r in rows)
     assert gpu_check.main(["--out", str(out)]) == 2 or torch.cuda.is_available()
