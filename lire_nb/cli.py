@@ -882,7 +882,8 @@ def quickstart(
     from lire_nb import identity
 
     config, began = {**QUICKSTART, **changes}, time.monotonic()
-    config["reward_training"] = REWARD_TRAINING.get(str(config["backbone"]), {})
+    if learned := REWARD_TRAINING.get(str(config["backbone"])):
+        config.setdefault("reward_training", learned)
     # a wrong name is said before the folder is claimed
     made_from = {name: identity.policy_identity(config[name]) for name in ("policy", "backbone")}
     task = load_task(config["task"])
@@ -932,7 +933,7 @@ def _judges(run: Path, task, config: dict, stage) -> dict:
             lists = lists.select(range(min(config["reward_pairs"], len(lists))))
             stage(f"training the {name} reward model on {len(lists)} pairs of reviews")
             reward = train_reward_model(lists, config["backbone"], max_length=64, seed=config["seed"], name=name,
-                                        **config["reward_training"])
+                                        **config.get("reward_training", {}))
             graded = graded_scores(task.reward_lists["test"], reward)
             held_out = accuracy_of(graded)
             stage(f"{name} reward model: {held_out['accuracy']:.1%} of {held_out['pairs']} held-out pairs in the "

@@ -226,7 +226,7 @@ def read_choice(
 ) -> dict:  # text, finish, and ids and logps where they are known
     "One candidate of an answer, with the tokens that were drawn; raises `ValueError` for another form."
     text, finish, said = choice["text"], choice["finish_reason"], choice.get("logprobs") or {}
-    if not isinstance(text, str) or known_ending(finish) is None:
+    if not isinstance(text, str) or known_ending(finish, tools=False) is None:
         raise ValueError(f"ended by {finish!r}" if isinstance(text, str) else "no text")
     content = said.get("content") or []
     tokens = said.get("tokens") or [c.get("token") for c in content]
@@ -581,7 +581,7 @@ class EngineSampler:
             whole = _completion(prompt, [(t, 0.0) for t in one["ids"]], self.tokenizer, settings, self.ends)
             if whole.finish_reason.removesuffix("_string") == one["finish"].removesuffix("_string"):
                 return replace(whole, logp=None)
-            if not settings.stop and len(self.ends) == 1:
+            if one["finish"] == "stop" and not settings.stop and len(self.ends) == 1:
                 return replace(whole, finish_reason="stop", token_ids=(*one["ids"], self.ends[0]), logp=None)
         text, stopped = _cut_at_stop(answer_text(prompt, one["text"], self.tokenizer), settings.stop)
         return Completion(text, "stop_string" if stopped else one["finish"])

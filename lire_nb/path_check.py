@@ -18,6 +18,7 @@ import torch
 
 from .base.errors import LireError
 from .models import causal_lm, context_of, text_config, unwrap
+from . import shared_prompt
 from lire_nb.shared_prompt import (
     AtHand, _bends, disable_shared, enable_shared, for_a_while, ListCollator, _path_logps, _ropes, seen_windows, SHARED,
     _switch,
@@ -388,8 +389,11 @@ def check_paths(
     key, known = _state_of(model, lm, length), _CHECKS.setdefault(lm, {})
     if key not in known or again:
         began = time.perf_counter()
-        with _in_float32(lm), _nowhere_zero(model):
-            head, shared, reason, *found = _check(_called(model), lm, length)
+        for dense in (False, True)[: 1 + next(lm.parameters()).is_cuda]:  # the routes of a GPU, see `_wants_dense`
+            with _in_float32(lm), _nowhere_zero(model), for_a_while((shared_prompt, "DENSE", dense)):
+                head, shared, reason, *found = _check(_called(model), lm, length)
+            if not shared:
+                break
         known[key] = PathCheck(head, shared, reason, found[0], time.perf_counter() - began, context_of(model),
                                "".join(found[1:]))
         if head == "full":

@@ -146,9 +146,9 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
     )
 
 # %% ../nbs/12_records.ipynb #rc-end02
+_TOOLS = "tool_calls", "tool_use", "function_call"
 _ENDINGS = {
-    "stop": ("stop", "eos", "eos_token", "end_turn", "end_of_text", "complete", "completed", "tool_calls", "tool_use",
-             "function_call"),
+    "stop": ("stop", "eos", "eos_token", "end_turn", "end_of_text", "complete", "completed", *_TOOLS),
     "stop_string": ("stop_string", "stop_sequence"),
     "length": ("length", "max_tokens", "max_new_tokens", "max_length", "max_output_tokens", "model_length"),
 }
@@ -156,9 +156,12 @@ _ENDINGS = {
 
 def known_ending(
     reason: object,  # what an engine says about how an answer ended
+    tools: bool = True,  # whether an answer that calls them is one
 ) -> str | None:  # "stop", "stop_string" or "length"; None for anything else
     "Our word for an engine's."
     word = reason.lower() if isinstance(reason, str) else None
+    if word in _TOOLS and not tools:
+        return None
     return next((name for name, words in _ENDINGS.items() if word in words), None)
 
 

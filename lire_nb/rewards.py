@@ -338,20 +338,61 @@ def _check_noise(label_smoothing: float, latent: int | None, latent_weight: floa
             value=latent, allowed="a whole number from 1, or None", remedy="try 8")
 
 # %% ../nbs/15_rewards.ipynb #rw0frz01
-def _freeze_below(model, count: int) -> list[torch.nn.Module]:
-    "Take all that runs before the uppermost layers out of training; returns these parts."
-    total = model.config.get_text_config().num_hidden_layers
-    layers = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total), None)
-    require(layers is not None, "its layers cannot be told apart", error=ModelError, field="upper_layers",
-            value=type(model).__name__, allowed=f"a backbone with a list of {total} layers",
-            remedy="leave upper_layers out: everything learns")
+@contextmanager
+def _frozen_below(reward: "RewardModel", count: int):
+    "All that runs before the uppermost layers and never again is out of training for a while."
+    model, total = reward.model, reward.model.config.get_text_config().num_hidden_layers
+    known = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
     require(type(count) is int and 1 <= count <= total, "not a number of its layers", field="upper_layers", value=count,
             allowed=f"1 to {total}", remedy="leave it out: everything learns")
-    before = itertools.takewhile(lambda part: all(m is not layers for m in part.modules()), model.base_model.children())
-    frozen = [*before, *layers[: total - count]]
-    for part in frozen:
-        part.requires_grad_(False)
-    return frozen
+    told = {"error": ModelError, "field": "upper_layers", "value": type(model).__name__,
+            "allowed": "a backbone whose layers follow one another, such as minilm",
+            "remedy": "leave upper_layers out: everything learns"}
+    require(len(known) == 1, "its layers cannot be told apart", **told)
+    frozen, first = [*known[0][: total - count]], known[0][total - count]
+    frozen += _run_before(reward, first)
+    weights = [p for part in frozen for p in part.parameters() if p.requires_grad]
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            entering = _entering(reward, first)
+        require(not any(t.requires_grad for t in entering), "something that learns is used below its upper layers",
+                **told)
+        yield frozen
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def _run_before(reward: "RewardModel", layer: torch.nn.Module) -> list[torch.nn.Module]:
+    "The smallest modules that run before a layer, and never again, in their order."
+    before, after = {}, set()
+    note = lambda m, _: after.add(id(m)) if id(layer) in after else before.update({id(m): m})  # noqa: E731
+    small = [m for m in reward.model.modules() if not [*m.children()] and m is not layer]
+    inside = {id(m) for m in layer.modules()}
+    hooks = [m.register_forward_pre_hook(note) for m in small if id(m) not in inside]
+    hooks.append(layer.register_forward_pre_hook(lambda m, _: after.add(id(m))))
+    try:
+        reward.model.eval()
+        reward.scores(["a"], ["b"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [m for key, m in before.items() if key not in after]
+
+
+def _entering(reward: "RewardModel", layer: torch.nn.Module) -> list[torch.Tensor]:
+    "What a layer is called with."
+    seen = []
+    look = lambda m, args, kwargs: seen.extend(t for t in (*args, *kwargs.values()) if torch.is_tensor(t))  # noqa: E731
+    hook = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        reward.scores(["a"], ["b"])
+    finally:
+        hook.remove()
+    return seen
 
 # %% ../nbs/15_rewards.ipynb #da8c5dd2
 def ranking_loss(
@@ -403,13 +444,13 @@ def train_reward_model(
         reward = RewardModel(model, tokenizer, max_length=limit, name=name)
         if latent is not None:
             _put_latent(reward.model, latent)
-        frozen = [] if upper_layers is None else _freeze_below(reward.model, upper_layers)
         for r in lists:  # a template that refuses a conversation does so before the first step
             for said in read_as_answers(r):
                 reward._row(*said, id=r["id"])
         reward.tell_cuts(sum(len(r["completions"]) for r in lists))
         steps = [b for _ in range(epochs) for b in torch.randperm(len(lists)).split(batch_size)]
-        _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress, label_smoothing, latent_weight, frozen)
+        with nullcontext(()) if upper_layers is None else _frozen_below(reward, upper_layers) as frozen:
+            _fit(reward, [[lists[i] for i in b] for b in steps], lr, progress, label_smoothing, latent_weight, frozen)
     return reward
 
 # %% ../nbs/15_rewards.ipynb #fe7fe1b7
@@ -431,8 +472,6 @@ def _fit(reward: RewardModel, steps: list[list[dict]], lr: float, progress: bool
         optimizer.step()
         schedule.step()
         reward.history.append(round(loss.item(), 5))
-    for part in frozen:
-        part.requires_grad_(True)  # it was out of this training alone
     if head is not None:
         head.kl = None  # holds the graph of the last step
     reward.model.eval()

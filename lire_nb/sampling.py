@@ -630,7 +630,9 @@ def _why_unusable(text, finish_reason, message, stop) -> str | None:
     "What is wrong with an answer that has the right form."
     if refusal := message.get("refusal"):
         return f"refused: {' '.join(str(refusal).split())[:80]}"
-    if message.get("tool_calls") or known_ending(finish_reason) is None:
+    if message.get("tool_calls") or message.get("function_call"):
+        return "calls tools"
+    if known_ending(finish_reason, tools=False) is None:
         return f"ended by {finish_reason!r}"
     if not isinstance(text, str):
         return f"content is {'null' if text is None else 'no text'}"

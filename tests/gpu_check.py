@@ -4,7 +4,8 @@ configuration, no assets, no network; rows are appended to data/results/gpu.json
 First correctness, in float64 and in bfloat16: every way against a plain forward pass in float64 on the CPU. Then one
 gradient step of the authors' way, the padded path, and the shared path in blocks, by FlexAttention and with a dense
 mask, on models of 135 M, 1 B and 7 B parameters (of the last, one matrix a layer is trained, as an adapter costs);
-TRL's DPO at M = 2 where it is installed; sampling; and memory. What does not fit into the budget of seconds is left out, and said.
+TRL's DPO at M = 2 where it is installed; sampling; and memory. What does not fit into the budget of seconds is left
+out, and said.
 """
 import argparse
 import copy

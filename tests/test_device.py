@@ -106,16 +106,20 @@ def test_a_dense_mask_gives_what_the_blocks_give(window):
         torch.testing.assert_close(found[True][1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("tokens, dense", [(600, True), (4096, False)])
-def test_a_dense_mask_is_for_rows_where_launches_cost_more(tokens, dense):
-    layout = torch.stack([torch.zeros(tokens, dtype=torch.long), torch.arange(tokens) // (tokens // 4) - 1,
-                          torch.arange(tokens)])
-    layout[2] -= (layout[1].clamp(min=0)) * (tokens // 4)  # three candidates after one prompt
+@pytest.mark.parametrize("P, N, R, heads, dense", [(150, 3, 150, 9, True), (1024, 3, 1024, 9, False),
+                                                   (200, 4, 100, 64, True), (2000, 2, 120, 64, False),
+                                                   (8000, 2, 30, 9, False)])  # a long prompt is no short row
+def test_a_dense_mask_is_for_rows_where_launches_cost_more(P, N, R, heads, dense):
+    layout = torch.stack([torch.zeros(P + N * R, dtype=torch.long),
+                          torch.cat([torch.full((P,), -1), torch.arange(N).repeat_interleave(R)]),
+                          torch.cat([torch.arange(P), *(torch.arange(P, P + R) for _ in range(N))])])
     plan = shared_prompt._Plan(layout)
-    query = Pretended(torch.zeros(1, 9, tokens, 64, dtype=torch.bfloat16))
-    assert shared_prompt._wants_dense(plan, query, query, None) == dense
-    assert not shared_prompt._wants_dense(plan, query, query, 30.0)  # a soft cap needs the scores themselves
-    assert not shared_prompt._wants_dense(plan, query.real_one, query.real_one, None)  # on a CPU
+    query = Pretended(torch.zeros(1, 1, 1, 1)).expand(1, heads, P + N * R, 64)  # float32, as rotated under autocast
+    value = Pretended(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16))
+    assert shared_prompt._wants_dense(plan, query, value, None) == dense
+    assert not shared_prompt._wants_dense(plan, query, value, 30.0)  # a soft cap needs the scores themselves
+    assert not shared_prompt._wants_dense(plan, query, query, None)  # float32: slow where all is multiplied
+    assert not shared_prompt._wants_dense(plan, torch.zeros(1, 1, P + N * R, 64), torch.zeros(1), None)  # on a CPU
 
 
 def test_waits_of_a_micro_batch(policy, tmp_path):

@@ -539,9 +539,17 @@ def test_how_another_engine_says_that_it_ended(word, ours):
     assert read_choice({"text": "So", "finish_reason": word})["finish"] == ours
 
 
-def test_an_answer_that_calls_tools_is_no_text():
+@pytest.mark.parametrize("word, calls", [("tool_calls", {"tool_calls": [{"function": {"name": "look"}}]}),
+                                         ("stop", {"tool_calls": [{"function": {"name": "look"}}]}),
+                                         ("function_call", {"function_call": {"name": "look", "arguments": "{}"}}),
+                                         ("tool_use", {}), ("tool_calls", {})])
+def test_an_answer_that_calls_tools_is_no_text(word, calls):
+    from lire_nb.handover import read_choice
     from lire_nb.sampling import _read_answer
 
-    message = {"content": "I look it up.", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}
-    with pytest.raises(ValueError, match="tool_calls"):
-        _read_answer(json.dumps({"choices": [{"message": message, "finish_reason": "tool_calls"}]}), True, None)
+    message = {"content": "I look it up.", **calls}
+    with pytest.raises(ValueError, match="calls tools" if calls else word):
+        _read_answer(json.dumps({"choices": [{"message": message, "finish_reason": word}]}), True, None)
+    if not calls:
+        with pytest.raises(ValueError, match=word):
+            read_choice({"text": "I look it up.", "finish_reason": word})

@@ -483,6 +483,37 @@ def test_upper_layers_give_the_gradient_of_the_whole_model(tmp_path):
         torch.testing.assert_close(p[where], q[where], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def named(kind):
+    import transformers as T
+
+    common = {"vocab_size": 5, "num_labels": 1, "pad_token_id": 0, "hidden_size": 16, "num_attention_heads": 2}
+    if kind == "opt":  # its embeddings lie beside the layers, its last norm before them
+        return T.OPTForSequenceClassification(T.OPTConfig(**common, num_hidden_layers=3, ffn_dim=24, word_embed_proj_dim=16,
+                                                          max_position_embeddings=32))
+    if kind == "deberta":  # every layer reads its relative positions
+        return T.DebertaV2ForSequenceClassification(T.DebertaV2Config(
+            **common, num_hidden_layers=3, intermediate_size=24, max_position_embeddings=32, relative_attention=True,
+            position_buckets=8, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm"))
+    return T.XLMForSequenceClassification(T.XLMConfig(vocab_size=5, emb_dim=16, n_layers=3, n_heads=2, num_labels=1,
+                                                      pad_index=0, pad_token_id=0, max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("kind, says", [("opt", None), ("deberta", "used below"), ("xlm", "told apart")])
+def test_upper_layers_of_other_backbones_or_one_line(tmp_path, kind, says):
+    tiny_backbone(tmp_path, "encoder")
+    named(kind).save_pretrained(tmp_path)
+    before = R.load_reward_backbone(tmp_path)[0].state_dict()
+    train = lambda: R.train_reward_model(WORDED, tmp_path, lr=1e-2, upper_layers=1, progress=False)  # noqa: E731
+    if says:
+        with pytest.raises(LireError, match=says):
+            train()
+        return
+    found = train().model.state_dict()
+    moved = {name for name in before if not torch.equal(found[name], before[name])}
+    assert any("layers.2." in name for name in moved) and any("final_layer_norm" in name for name in moved)
+    assert not any(word in name for name in moved for word in ("layers.0.", "layers.1.", "embed")), moved
+
+
 @pytest.mark.parametrize("count", [0, 4, True, 1.0, "2"])
 def test_upper_layers_out_of_range(tmp_path, count):
     with pytest.raises(LireError, match="upper_layers"):
