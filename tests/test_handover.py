@@ -410,3 +410,26 @@ def test_a_command_is_told_the_folder(starts, tmp_path):
     began = time.monotonic()
     run_command("sleep 20 & echo {folder}", "x", "y", tmp_path, 10)  # a server in the background
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("word, ends, ids", [("eos_token", "stop", (1, 2, 0)), ("stop_sequence", "stop_string", None),
+                                             ("max_tokens", "length", (1, 2))])
+def test_an_end_is_added_only_where_the_model_drew_one(word, ends, ids):
+    "A server that leaves the end of text out of its ids, and one that was stopped by a string nobody asked for."
+    from types import SimpleNamespace
+
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    from lire_nb.handover import EngineSampler, read_choice
+    from lire_nb.sampling import SamplingSettings
+
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["<eos>", "a", "b", "[UNK]"])}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="[UNK]")
+    one = read_choice({"text": "a b", "finish_reason": word, "token_ids": [1, 2]}, tokenizer)
+    found = EngineSampler._completion(SimpleNamespace(tokenizer=tokenizer, ends=[0]), "a", one,
+                                      SamplingSettings(max_new_tokens=2 if ends == "length" else 8))
+    assert (found.finish_reason, found.token_ids) == (ends, ids)
