@@ -364,7 +364,7 @@ def _frozen_below(reward: "RewardModel", count: int):
         for p in weights:
             p.requires_grad_(True)
 
-
+# %% ../nbs/15_rewards.ipynb #rw0frz02
 @torch.no_grad()
 def _run_before(reward: "RewardModel", layer: torch.nn.Module) -> list[torch.nn.Module]:
     "The smallest modules that run before a layer, and never again, in their order."
