@@ -153,13 +153,14 @@ def _selection(args) -> dict:
 
 
 def _selected(lists, args) -> list[dict]:
-    "Chosen lists; one with unanswered candidates, and so with too few, stays as it is."
+    "Chosen lists; one with unanswered candidates, and so with too few, stays as it is. Raises where none was lost."
     from lire_nb.selection import select
 
     lists = [dict(r) for r in lists]
-    whole = iter(select([r for r in lists if len(r["completions"]) >= args.num_candidates] or lists,
-                        args.num_candidates, args.select, seed=args.seed))
-    return [next(whole) if len(r["completions"]) >= args.num_candidates else r for r in lists]
+    lost = [len(r["completions"]) < args.num_candidates and bool(r["meta"].get("failed")) for r in lists]
+    whole = iter(select([r for r, short in zip(lists, lost) if not short] or lists, args.num_candidates, args.select,
+                        seed=args.seed))
+    return [r if short else next(whole) for r, short in zip(lists, lost)]
 
 # %% ../nbs/60_cli.ipynb #10dcd891
 @command("sample", PROMPTS,
@@ -339,7 +340,8 @@ def _with_demonstrations(prompts: list[dict], args) -> list[dict]:
     for prompt, record in zip(prompts, found):
         require(record is None or record["prompt"] == prompt["prompt"], "another prompt under this id", field="id",
                 file=args.demonstrations, value=prompt["id"], allowed="the prompt of --prompts", remedy="mend one")
-    return [record or prompt for prompt, record in zip(prompts, found)]
+    return [record and {**record, "meta": {**(prompt.get("meta") or {}), **record["meta"]}} or prompt
+            for prompt, record in zip(prompts, found)]
 
 
 def _refit_of(args):

@@ -487,7 +487,7 @@ def turn_ids(
     prompt, said, ids, spans = _checked(prompt, id), turn_messages(turns), [], []
     for k in range(0, len(turns), 2):
         talk, last = [*prompt, *said[:k]], k + 1 == len(turns)
-        closed = ended if last else turns[k].get("finish_reason") != "length"
+        closed = ended if last else _drew_end(turns[k].get("finish_reason"), turns[k]["content"])
         own = drawn[k // 2] if drawn else None
         own = _encode_completions(talk, [said[k]["content"]], tokenizer, [closed], id)[0] if own is None else list(own)
         spans.append([len(ids), len(ids) + len(own)])
@@ -497,6 +497,11 @@ def turn_ids(
             ids += rest[end:] if end and own[-1:] == [rest[end - 1]] else rest
     _check_said(prompt, said, tokenizer, id)
     return ids, spans
+
+# %% ../nbs/13_conversations.ipynb #dc-drew01
+def _drew_end(reason: str | None, text: str) -> bool:
+    "Whether an answer has an end of its own: what a stop string ended has none; an empty one is nothing but its end."
+    return reason in (None, "stop") or reason == "stop_string" and not text
 
 # %% ../nbs/13_conversations.ipynb #af6e6515
 def _check_said(prompt: list[dict], turns: list[dict], tokenizer, id: str | None) -> None:
@@ -561,7 +566,7 @@ def _says_turns(prompt, ids: list[int], talk: list[dict], spans, reason: str | N
     if not isinstance(spans, list) or len(spans) != len(answers) or not all(map(_is_span, spans)):
         return False
     drawn = [ids[start:end] for start, end in spans]
-    reasons = [*("length" if m.get("finish_reason") == "length" else "stop" for m in answers[:-1]), reason]
+    reasons = [*(m.get("finish_reason") or "stop" for m in answers[:-1]), reason]
     said = (own and _says([*prompt, *turn_messages(talk[: 2 * k])], own, m["content"], why, tokenizer)
             for k, (own, m, why) in enumerate(zip(drawn, answers, reasons)))
     return all(said) and turn_ids(prompt, talk, tokenizer, drawn) == (ids, spans)
@@ -599,8 +604,7 @@ def candidate_tokens(
     spans = [None if talk is None else own for talk, own in zip(talks, _agent_spans(record))]
     todo = [j for j, ids in enumerate(rows) if ids is None]
     why = {j: ending(reasons[j], f"meta.finish_reasons of list {record['id']!r}") for j in todo}
-    # what a stop string ended has no end of its own, whether its ids are known or not; an empty one is nothing else
-    ended = {j: why[j] in (None, "stop") or why[j] == "stop_string" and not texts[j] for j in todo}
+    ended = {j: _drew_end(why[j], texts[j]) for j in todo}
     if plain := [j for j in todo if talks[j] is None]:
         found = _encode_completions(record["prompt"], [texts[j] for j in plain], tokenizer, [ended[j] for j in plain],
                                     record["id"])

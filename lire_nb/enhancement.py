@@ -132,6 +132,10 @@ def _checked(asked: Rounds, policy: Policy) -> Rounds:
     for record in [*asked.prompts, *(stop.prompts if isinstance(stop, StopRule) else [])]:
         encode_prompt(record["prompt"], tokenizer, limit, id=record["id"])  # what the chat template says to it
     once = {record["id"]: record for record in reversed(by_id(asked.prompts))}
+    require(not asked.training.get("demo_weight") or any(map(any, asked.demonstrations().values())),
+            "no demonstration", field="demo_weight", value=asked.training.get("demo_weight"),
+            allowed='prompts with completions of source "human" and no reward',
+            remedy="give them, with --demonstrations, or leave demo_weight out")
     return replace(asked, stop=stop, prompts=by_id(once.values()))
 
 # %% ../nbs/19_enhancement.ipynb #e1883180
@@ -345,7 +349,8 @@ def run_round(
     _stage(folder, scored, lambda: _score_round(folder, number, asked), sampled, after=trained)
     if not trained.exists():
         logger.info("round %d: training", number)
-        lists = _less_baseline(load_lists(scored), folder) if asked.contrastive else load_lists(scored)
+        by = folder if asked.refit is not None else folder.with_name("round-1")  # the scale of which model
+        lists = _less_baseline(load_lists(scored), by) if asked.contrastive else load_lists(scored)
         defaults = {"num_train_epochs": asked.iterate, "disable_tqdm": True, "on_mute_lists": "warn"}
         train_policy(policy, lists, trained, seed=derive_seed(asked.seed, number, "train") % 2**31,
                      trainer_options=asked.trainer_options, reference_mix=_mix_of(asked, number, start),
@@ -395,9 +400,10 @@ def _score_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
     new = (on_main(lambda: _select_round(folder, number, asked)) if asked.select
            else load_lists(folder / "candidates.jsonl"))
     lists = _scored(_joined(before, new, dedupe=keeps), _reward_of(folder, asked), asked.demonstrations())
-    if asked.contrastive and number == 1 and _is_main():
-        own = load_lists(folder / "pool.jsonl") if asked.select else lists
-        write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in own})
+    if asked.contrastive and (number == 1 or asked.refit is not None):
+        own = _start_lists(folder, number, asked, lists)
+        if _is_main():
+            write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in own})
     counts = {r["id"]: len(r["completions"]) for r in given}
     return [cap_candidates(r, asked.max_candidates, counts.get(r["id"], 0)) for r in lists]
 
@@ -413,9 +419,11 @@ def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> 
         return score_lists(lists, reward, only_missing=True)
     spared = [{j for j, is_shown in enumerate(shown.get(r["id"], ())) if is_shown} for r in lists]
     keeps = [[j for j in range(len(r["completions"])) if j not in some] for r, some in zip(lists, spared)]
-    found = score_lists((select_candidates(r, keep) for r, keep in zip(lists, keeps)), reward, only_missing=True)
-    known = [dict(zip(keep, r["rewards"])) for r, keep in zip(found, keeps)]
-    return [{**r, "rewards": [own.get(j) for j in range(len(r["completions"]))]} for r, own in zip(lists, known)]
+    asked = [n for n, keep in enumerate(keeps) if keep]  # a list of demonstrations alone has nothing to score
+    found = score_lists((select_candidates(lists[n], keeps[n]) for n in asked), reward, only_missing=True)
+    known = {n: dict(zip(keeps[n], r["rewards"])) for n, r in zip(asked, found)}
+    return [{**r, "rewards": [known.get(n, {}).get(j) for j in range(len(r["completions"]))]}
+            for n, r in enumerate(lists)]
 
 # %% ../nbs/19_enhancement.ipynb #c70cbd38
 def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, after: Path) -> None:
@@ -507,16 +515,31 @@ def cap_candidates(
         record, keep_best_and_worst(record["rewards"], count, reversed(range(total)), range(given)))
 
 # %% ../nbs/19_enhancement.ipynb #a3b99055
-def _own_mean(record: dict) -> float:
-    "The mean score of what the start policy sampled."
-    own = [r for r, source in zip(record["rewards"], record["sources"])
-           if source == "policy:round-1"] or [r for r in record["rewards"] if r is not None]
-    return math.fsum(own) / len(own)
+def _start_lists(folder: Path, number: int, asked: Rounds, lists: Iterable[dict]) -> Iterable[dict]:
+    "What the start policy sampled, scored by the reward of this round; `lists` are the round's own."
+    first = folder.with_name("round-1")
+    if number > 1 and asked.select:
+        return score_lists(load_lists(first / "pool.jsonl"), _reward_of(folder, asked))
+    if number > 1:
+        given, new = _given_lists(asked.prompts), load_lists(first / "candidates.jsonl")
+        return _scored(_joined(given, new, dedupe=asked.pool == "keep"), _reward_of(folder, asked), asked.demonstrations())
+    return load_lists(folder / "pool.jsonl") if asked.select else lists
+
+
+def _own_mean(record: dict) -> float | None:
+    "The mean known score of what the start policy sampled; None where nothing is known."
+    known = [(r, source) for r, source in zip(record["rewards"], record["sources"]) if r is not None]
+    own = [r for r, source in known if source == "policy:round-1"] or [r for r, _ in known]
+    return math.fsum(own) / len(own) if own else None
 
 
 def _less_baseline(lists: Iterable[dict], folder: Path) -> list[dict]:
-    baseline = json.loads((folder.with_name("round-1") / "baseline.json").read_text())
-    return [{**r, "rewards": [None if x is None else x - baseline[r["id"]] for x in r["rewards"]]}
+    "Without a baseline nothing of a list is known."
+    file = folder / "baseline.json"
+    require(file.exists(), "is gone", file=file, allowed="the mean scores that were written with lists.jsonl",
+            remedy=f"delete {folder.name} and the rounds after it")
+    baseline = json.loads(file.read_text())
+    return [{**r, "rewards": [None if None in (x, baseline[r["id"]]) else x - baseline[r["id"]] for x in r["rewards"]]}
             for r in map(dict, lists)]
 
 # %% ../nbs/19_enhancement.ipynb #3a6bd8b1
@@ -602,9 +625,11 @@ def _mix_of(asked: Rounds, number: int, start: Policy | None) -> tuple[Policy, f
     return (start, weight) if weight else None
 
 
-def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other: Policy, weight: float):
-    "Lists as the trainer prepares them; their reference log-probs are weight · other's + (1 − weight) · model's."
-    other, _ = load_policy(other, device=model.device)
+def _with_mixed_reference(model, tokenizer, lists, args: LIREConfig, other, weight: float):
+    """Lists, or a dict of them, as the trainer prepares them; their reference log-probs are weight · other's +
+    (1 − weight) · model's."""
+    if isinstance(lists, dict):
+        return {name: _with_mixed_reference(model, tokenizer, own, args, other, weight) for name, own in lists.items()}
     context = common_context(model, other)
     with sharing():
         prepared, theirs = (prepare_lists(lists, tokenizer, args, reference, context) for reference in (model, other))
@@ -775,7 +800,12 @@ def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sig
     if merge_adapter:
         model = merged_policy(model)
     if reference_mix is not None:
-        lists = _with_mixed_reference(model, tokenizer, lists, args, *reference_mix)
+        other, weight = load_policy(reference_mix[0], device=model.device)[0], reference_mix[1]
+        lists = _with_mixed_reference(model, tokenizer, lists, args, other, weight)
+        if options.get("eval_dataset") is not None:  # the loss that is watched is the one that is trained
+            held_out = as_lists(options["eval_dataset"], "eval_dataset")
+            options["eval_dataset"] = _with_mixed_reference(model, tokenizer, held_out, args, other, weight)
+        del other
     trainer = use_training_bar(LIRETrainer(model, args, lists, processing_class=tokenizer,
                                            callbacks=[*(callbacks or []), _NoLastCheckpoint()], **options))
     trainer.sigterm, trainer.known_whole = sigterm, resume

@@ -79,6 +79,7 @@ def _solve(program: _Program, cost: np.ndarray, slack_cost: float | None = None,
 
 # %% ../nbs/85_feasible_rewards.ipynb #c1e9fa51
 _ZERO, _DIGITS = 1e-7, 7  # HiGHS's tolerance: less slack is none, and further digits mean nothing
+_LEAST = 1e-5  # of the range of rewards: the smallest margin that stands clear of it
 
 
 class _Least(NamedTuple):
@@ -134,7 +135,7 @@ def _groups(records: list[dict], together: bool) -> list[list[int]]:
     return list(groups.values())
 
 # %% ../nbs/85_feasible_rewards.ipynb #5f46ee14
-def _say_contradiction(records: list[dict], rows: list[_Row], least: _Least, asked: "_Asked") -> None:
+def _say_contradiction(records: list[dict], rows: list[_Row], least: _Least, asked: "_Asked", featured: bool) -> None:
     "Raise the error that names the comparisons which cannot be met together."
     blamed = [f"list {records[row.number]['id']!r}: {row.better} over {row.worse}"
               for row, bad in zip(rows, least.blamed) if bad]
@@ -142,7 +143,8 @@ def _say_contradiction(records: list[dict], rows: list[_Row], least: _Least, ask
               f"comparisons do not fit between {asked.low:g} and {asked.high:g} at margin {asked.margin:g}")
     said = "; ".join(blamed[:8]) + (f"; and {len(blamed) - 8} more" if len(blamed) > 8 else "")
     raise LireError(f"{len(blamed)} {reason} ({said})", field="lists", allowed="comparisons that can all hold",
-                    remedy="allow slack=True, correct one of them" + ("" if least.circle else ", or lower the margin"))
+                    remedy="allow slack=True, correct one of them" + ("" if least.circle else ", or lower the margin")
+                           + (", or raise largest_weight" if featured and not least.circle else ""))
 
 # %% ../nbs/85_feasible_rewards.ipynb #9cbdb7ae
 class _Asked(NamedTuple):
@@ -164,6 +166,9 @@ def _check_asked(asked: _Asked) -> None:
         ("margin", number(asked.margin) and asked.margin > 0, asked.margin, "a finite number above 0", "try 0.1"),
         ("bounds", number(asked.low) and number(asked.high) and asked.low < asked.high, (asked.low, asked.high),
          "two finite numbers, the lower one first", "try (0, 1)"),
+        ("margin", not (number(asked.margin) and number(asked.low) and number(asked.high))
+         or asked.margin >= _LEAST * (asked.high - asked.low), asked.margin,
+         f"{_LEAST:g} of the range between the bounds, or more", "the solver cannot tell a smaller one from none"),
         ("slack", isinstance(asked.slack, bool), asked.slack, "True or False", "True allows contradictions"),
         ("take", asked.take in ("middle", "low", "high", "any"), asked.take, "middle, low, high or any",
          "low is the cautious one"),
@@ -218,26 +223,29 @@ def lp_rewards(
 
 # %% ../nbs/85_feasible_rewards.ipynb #a1176e60
 def _answer(records, group, numbers, described, asked: _Asked, found: dict, paid: dict) -> None:
-    "Solve the programs of one group: fills `found`, number of a candidate -> (low, high, any), and `paid`, its slack."
-    rows = [_Row(n, *one) for n in group for one in comparisons(records[n], asked.margin)]
+    """Solve the programs of one group: fills `found`, number of a candidate -> (low, high, any), and `paid`, its slack.
+    Rewards are 0 … 1 inside, whatever their bounds: the solver's tolerance is a fixed one."""
+    units = asked.high - asked.low
+    rows = [_Row(n, *one) for n in group for one in comparisons(records[n], asked.margin / units)]
     if not rows:
         return
     every = sorted({number for n in group for number in numbers[n]})
     place = {number: row for row, number in enumerate(every)}
     pairs = [(place[numbers[r.number][r.better]], place[numbers[r.number][r.worse]], r.margin) for r in rows]
     G, box = _unknowns(records, group, numbers, place, described, asked)
-    program = _program(G, pairs, asked.low, asked.high, box)
+    program = _program(G, pairs, 0.0, 1.0, box)
     least = _least_slack(program)
     if least.slack.any() and not asked.slack:
-        _say_contradiction(records, rows, least, asked)
+        _say_contradiction(records, rows, least, asked, described is not None)
     for row, cost in zip(rows, least.slack):
-        paid[row.number] = paid.get(row.number, 0.0) + float(cost)
+        paid[row.number] = paid.get(row.number, 0.0) + float(cost) * units
     spoken = {row for i, j, _ in pairs for row in (i, j)} if described is None else place.values()
     spoken = {number: row for number, row in place.items() if row in spoken}
     ends = np.full((len(spoken), 2), np.nan) if asked.take == "any" else _intervals(program, least, [*spoken.values()],
                                                                                     described is None)
-    values = np.clip(np.round(program.G @ least.x, _DIGITS), asked.low, asked.high)
-    found |= {number: (*end, float(values[row])) for (number, row), end in zip(spoken.items(), ends.tolist())}
+    values = np.clip(np.round(program.G @ least.x, _DIGITS), 0.0, 1.0)[[*spoken.values()]]
+    shown = np.clip(asked.low + units * np.column_stack([ends, values]), asked.low, asked.high)
+    found |= {number: tuple(own) for number, own in zip(spoken, shown.tolist())}
 
 # %% ../nbs/85_feasible_rewards.ipynb #254b58ea
 def _unknowns(records, group, numbers, place: dict, described, asked: _Asked):
@@ -246,9 +254,17 @@ def _unknowns(records, group, numbers, place: dict, described, asked: _Asked):
         return sparse.eye_array(len(place)), None
     G = np.ones((len(place), described.shape[1] + 1))
     flat = (number for n in group for number in numbers[n])  # the group holds all lists, in order
+    seen: dict[int, np.ndarray] = {}
     for number, row in zip(flat, described):
+        require(np.array_equal(seen.setdefault(number, row), row), "two descriptions of one text", field="features",
+                value=[seen[number].tolist()[:5], row.tolist()[:5]], allowed="the same numbers wherever a text stands",
+                remedy="describe each candidate by its prompt and its text")
         G[place[number], :-1] = row
-    return G, [(-asked.largest_weight, asked.largest_weight)] * described.shape[1] + [(None, None)]
+    sizes = np.abs(G[:, :-1]).max(axis=0)
+    sizes[sizes == 0] = 1.0
+    G[:, :-1] /= sizes  # features up to 1, weights in proportion
+    most = asked.largest_weight / (asked.high - asked.low) * sizes
+    return G, [(-w, w) for w in most] + [(None, None)]
 
 
 def _with_rewards(record: dict, own: list[int], found: dict, paid: float, asked: _Asked) -> dict:

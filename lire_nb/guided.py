@@ -355,10 +355,12 @@ def guided_report(
     require(all(n <= len(r["completions"]) for n, r in zip(counts, plain)), "the pool is too small", field="plain",
             value=f"{smallest} candidates", allowed=f"{math.ceil(max(counts))} or more, to cost as much as the search",
             remedy="sample more plain candidates for each prompt")
-    chosen, rows = [r["rewards"] for r in score_lists(plain, guide)], []
+    require(judges is None or isinstance(judges, dict), "not judges by name", field="judges", value=judges,
+            allowed="a dict: name -> reward", remedy='for example {"vader": VaderReward()}')
+    chosen, rows = _all_scored(plain, guide), []
     for name, judge in (judges or {reward_name(guide): guide}).items():
-        pool = [r["rewards"] for r in score_lists(plain, judge)]
-        new = [float(np.mean(r["rewards"])) for r in score_lists(guided, judge)]
+        pool = _all_scored(plain, judge)
+        new = [float(np.mean(own)) for own in _all_scored(guided, judge)]
         old = [best_of_n(*row) for row in zip(pool, chosen, counts)]
         gain = _interval(np.subtract(new, old), seed)
         rows.append({"judge": name, "prompts": len(new), "tokens": float(np.mean(cost)), "n": float(np.mean(counts)),
@@ -368,6 +370,16 @@ def guided_report(
     return rows
 
 # %% ../nbs/84_guided_sampling.ipynb #8d4d0dcd
+def _all_scored(lists: list[dict], judge: Reward) -> list[list[float]]:
+    "The rewards of every list; raises `LireError` where a judge abstains."
+    found = [r["rewards"] for r in score_lists(lists, judge)]
+    gaps = [r["id"] for r, own in zip(lists, found) if None in own]
+    require(not gaps, "answers without a score", field=f"reward {reward_name(judge)!r}", value=gaps[:3],
+            allowed="a score for every answer: the best of n and a mean are of all",
+            remedy="ask a judge that does not abstain, or leave these prompts out")
+    return found
+
+
 def _interval(values, seed: int) -> Interval:
     "The mean over prompts; of one prompt there is no interval."
     if len(values) < 2:

@@ -22,7 +22,7 @@ from .base.files import _batches
 from .conversations import encode_prompt, end_tokens, tokenizer_fingerprint, turn_ids
 from .models import context_of
 from lire_nb.records import (
-    _check_alternating, candidate_turns, lists_dataset, make_record, prompt_id, turn_messages, turns_text,
+    _check_alternating, candidate_turns, lists_dataset, make_record, prompt_id, source_name, turn_messages, turns_text,
 )
 from lire_nb.sampling import (
     _as_sampler, _check_count, _check_room, _completion, _prompts_of, _tell_failed, candidate_numbers, Completion,
@@ -102,12 +102,17 @@ class PolicyUser:
         policy,  # as `sample_lists` takes it
         settings: SamplingSettings = SamplingSettings(),
         *,
-        instruction: str | None = None,  # a system turn that says whom it plays
+        instruction: str | None = None,  # a turn that says whom it plays
+        instruction_role: str = "system",  # or "user", for a chat template that asks for user's turns first
         seed: int = 0,
         **sampler_options,  # as of `sample_lists`
     ):
+        require(isinstance(settings, SamplingSettings), "not sampling settings", field="settings", value=settings,
+                allowed="a SamplingSettings", remedy="for example SamplingSettings(max_new_tokens=32)")
+        require(instruction_role in ("system", "user"), "nobody who instructs", field="instruction_role",
+                value=instruction_role, allowed="system or user", remedy="user, where the template knows no system")
         self.sampler, self.settings, self.seed = _as_sampler(policy, sampler_options), settings, seed
-        self.opening = [] if instruction is None else [{"role": "system", "content": instruction}]
+        self.opening = [] if instruction is None else [{"role": instruction_role, "content": instruction}]
 
     def __call__(self, messages: list[dict], turn: int) -> str | None:
         return self.answer_all([messages], turn, [0], 0)[0]
@@ -144,6 +149,8 @@ def sample_conversations(
     can go on from, and for a user that says something else than text. Source: arXiv 2405.14655."""
     _check_count(num_candidates, "num_candidates", "ask for 2 or more to train from")
     _check_count(max_turns, "max_turns", "1 is a single answer")
+    require(isinstance(settings, SamplingSettings), "not sampling settings", field="settings", value=settings,
+            allowed="a SamplingSettings", remedy="for example SamplingSettings(max_new_tokens=32)")
     require(callable(user), "nobody to talk to", field="user", value=user, allowed="a UserSimulator",
             remedy="give ScriptedUser([…]), PolicyUser(policy), or a function of messages and turn")
     records = _prompts_of(prompts, chat)
@@ -193,8 +200,8 @@ class _Talk:
             return
         require(isinstance(words, str) and words.strip(), "not what a user says", field="user", value=words,
                 allowed="a text that is not blank, or None", remedy="None ends the conversation")
-        if self.drawn[-1].finish_reason == "length":
-            self.turns[-1]["finish_reason"] = "length"
+        if self.drawn[-1].finish_reason in ("length", "stop_string"):  # no end was drawn
+            self.turns[-1]["finish_reason"] = self.drawn[-1].finish_reason
         self.turns.append({"role": "user", "content": words})
 
 # %% ../nbs/83_multi_turn.ipynb #ba508a55
@@ -219,7 +226,10 @@ def _replied(talks: list[_Talk], user: UserSimulator, turn: int, seed: int) -> N
         words = user.answer_all(messages, turn, [talk.number for talk in talks], seed) if talks else []
     else:
         words = [user(one, turn) for one in messages]
-    for talk, said in zip(talks, words, strict=True):
+    words = list(words)
+    require(len(words) == len(talks), "not one reply for each conversation", field="user: answer_all",
+            value=f"{len(words)} replies", allowed=f"{len(talks)}, None where one ends", remedy="look at this user")
+    for talk, said in zip(talks, words):
         talk.reply(said)
 
 # %% ../nbs/83_multi_turn.ipynb #f51b1763
@@ -286,8 +296,8 @@ def _conversation_lists(records: list[dict], talks: list[_Talk], source: str, to
             meta = record["meta"] | {name: [row[name] for row in columns] for name in columns[0]}
             known = tokenizer is not None and any(ids is not None for ids in meta["token_ids"])
             meta |= {"tokenizer": tokenizer_fingerprint(tokenizer)} if known else {}
-            yield conversation_record(record["prompt"], [t.turns for t in mine], None, public_address(source),
-                                      record["id"], meta)
+            by = source_name(public_address(source))
+            yield conversation_record(record["prompt"], [t.turns for t in mine], None, by, record["id"], meta)
 
 # %% ../nbs/83_multi_turn.ipynb #950ddbbb
 def _row_of(talk: _Talk, tokenizer) -> dict:
@@ -308,7 +318,9 @@ def conversation_rewards(
     prefer: Preference,
 ) -> datasets.Dataset:  # the same lists; rewards in [0, 1], None where there is nothing to compare with
     "R_j: the mean win rate over the other candidates of the list, both orders asked. Source: arXiv 2405.14655."
-    records = [dict(r) for r in lists]
+    require(callable(prefer), "not a preference", field="prefer", value=prefer,
+            allowed="a function of two conversations: the chance that the first is better", remedy="try HigherScore(…)")
+    records = [] if isinstance(lists, (dict, str)) else [dict(r) for r in lists]
     require(records, "no lists", field="lists", allowed="at least one list", remedy="check what was loaded")
     return lists_dataset(r | {"rewards": _win_rates(r, prefer)} for r in records)
 
@@ -347,6 +359,8 @@ class HigherScore:
     "A preference from one number for each conversation: 1 for the higher one, ½ for equal ones. Each is asked once."
 
     def __init__(self, score: Callable[[list[dict]], float]):
+        require(callable(score), "cannot be called", field="score", value=score,
+                allowed="a function: messages -> a number", remedy="for example a lambda that counts turns")
         self.score, self._known = score, {}
 
     def __call__(self, first: list[dict], second: list[dict]) -> float:

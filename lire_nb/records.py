@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'uses_tools', 'split_tools', 'known_ending', 'ending', 'turns_text', 'turn_messages',
            'candidate_turns', 'read_as_answers', 'validate_record', 'prompt_id', 'make_record', 'as_chat',
            'lists_dataset', 'candidate_columns', 'select_candidates', 'best_and_worst', 'keep_best_and_worst',
-           'demonstrated', 'own_candidates', 'merge_candidates', 'merge_lists']
+           'source_name', 'demonstrated', 'own_candidates', 'merge_candidates', 'merge_lists']
 
 # %% ../nbs/12_records.ipynb #3c2dda29
 import hashlib
@@ -258,9 +258,9 @@ def _check_alternating(talk: Any, field: str, of_list: str = "") -> None:
         turned = ("assistant", "user")[k % 2]
         require(role == turned, "a turn out of order", error=ListError, field=f"{field}[{k}].role{of_list}", value=role,
                 allowed=f"{turned} here: the agent begins, then they alternate", remedy=_AGENT_AND_USER["remedy"])
-        require(why is None or turned == "assistant" and known_ending(why) in ("stop", "length"),
+        require(why is None or turned == "assistant" and known_ending(why) is not None,
                 "no way to end a turn", error=ListError, field=f"{field}[{k}].finish_reason{of_list}", value=why,
-                allowed='"stop" or "length", of the agent\'s turns', remedy="leave it out")
+                allowed='"stop", "stop_string" or "length", of the agent\'s turns', remedy="leave it out")
     require(len(talk) % 2, "the user has the last word", error=ListError, field=field + of_list, value=talk[-1],
             allowed=_AGENT_AND_USER["allowed"], remedy="drop the last turn")
 
@@ -445,6 +445,11 @@ def keep_best_and_worst(
     return sorted(list(order)[: max(count, len(given))])
 
 # %% ../nbs/12_records.ipynb #60b151ec
+def source_name(name: str) -> str:
+    "A policy's or a person's name as one source: in `sources` a + joins those of a text that several gave."
+    return name.replace("+", "%2B")
+
+
 def demonstrated(record: dict) -> list[bool]:
     "For each of the M candidates, whether it is a demonstration: source \"human\", and no reward."
     sources = record.get("sources") or [""] * len(record["rewards"])

@@ -41,7 +41,7 @@ from lire_nb.conversations import (
 from .lists import checked_prompts, prompt_facts
 from .models import causal_lm, compute_dtype, context_of, load_policy, text_config
 from lire_nb.records import (
-    as_chat, known_ending, lists_dataset, make_record, prompt_id, split_tools, uses_tools,
+    as_chat, known_ending, lists_dataset, make_record, prompt_id, source_name, split_tools, uses_tools,
 )
 from lire_nb.servers import (
     check_address, NoAnswer, OpenAIServer, Patience, progress_bar, Refused, RefusedOne, run_requests, TryLater,
@@ -585,8 +585,8 @@ def _sampled_record(record: dict, completions: list[Completion], source: str, dr
     meta |= {"tokenizer": drawn_by} if drawn_by and any(i is not None for i in ids) else {}
     failed = {str(number): c.failed for number, c in enumerate(completions) if c.failed is not None}
     meta |= {"failed": failed} if failed else {}
-    return make_record(record["prompt"], [c.text for c in good], sources=[public_address(source)] * len(good),
-                       id=record["id"], meta=meta)
+    by = source_name(public_address(source))
+    return make_record(record["prompt"], [c.text for c in good], sources=[by] * len(good), id=record["id"], meta=meta)
 
 # %% ../nbs/14_sampling.ipynb #eed4d6ea
 def _tell_failed(ids: list[str], sampled: list[list[Completion]]) -> None:

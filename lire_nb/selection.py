@@ -103,9 +103,16 @@ def _vectors(
     name: str,  # of the list
 ) -> np.ndarray:  # (N, D) float64
     "The points of one list. One call a list: what a list gets does not depend on its neighbors."
-    found = np.asarray(embed(texts), float)
-    require(found.ndim == 2 and len(found) == len(texts) and np.isfinite(found).all(), "not one point for each text",
-            field=f"embed, list {name!r}", value=f"an array {found.shape}", allowed=f"({len(texts)}, D) finite numbers",
+    require(callable(embed), "cannot be called", field="embed", value=embed, allowed="texts -> (N, D) numbers",
+            remedy="TextEmbedding(name) makes one of an encoder")
+    found = embed(texts)
+    try:
+        found = np.asarray(found.detach().float().cpu() if isinstance(found, torch.Tensor) else found, float)
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    fine = found.ndim == 2 and len(found) == len(texts) and found.shape[1] and np.isfinite(found).all()
+    require(fine, "not one point for each text", field=f"embed, list {name!r}",
+            value=f"an array {found.shape}", allowed=f"({len(texts)}, D) finite numbers",
             remedy="return a row for every text that was given")
     return found
 
@@ -194,7 +201,7 @@ def select(
     Sources: arXiv 2502.18293 (covering the pool), 2303.13465 (categories)."""
     rows = [pool] if isinstance(pool, dict) else as_lists(pool, "pool")
     lists = [validate_record(r, num=num) for num, r in enumerate(rows, 1)]
-    _check_call(lists, count, how, seed, values)
+    _check_call(lists, count, how, seed, values, embed)
     if how == "category" and values is None:
         values = learn_categories(lists, seed=seed, embed=embed)
     chosen = [select_candidates(r, sorted(_positions(r, count, how, seed, embed, values))) for r in lists]
@@ -222,11 +229,13 @@ def check_way(
     _check_whole(count, "count", 2, "LIRE learns from differences within a list")
 
 
-def _check_call(lists: list[dict], count, how, seed, values) -> None:
+def _check_call(lists: list[dict], count, how, seed, values, embed) -> None:
     check_way(how, count)
     _check_whole(seed, "seed", 0, "give another seed")
     require(values is None or hasattr(values, "worth"), "not categories", field="values",
             value=type(values).__name__, allowed="what learn_categories gives", remedy="or leave it out")
+    require(embed is None or callable(embed), "cannot be called", field="embed", value=embed,
+            allowed="texts -> (N, D) numbers", remedy="TextEmbedding(name) makes one of an encoder")
     require(values is None or how == "category", "has no effect here", field="values", value=how,
             allowed='how="category"', remedy="leave values out")
     require(lists, "no list", field="pool", value=0, allowed="one list or more", remedy="check where they come from")

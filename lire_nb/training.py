@@ -750,7 +750,8 @@ def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
     if not _is_prepared(lists):
         with sharing() if reference else nullcontext():  # each process computes a share of the log-probs
             return prepare_lists(lists, tokenizer, args, reference, context)
-    missing = [name for name in needed_columns(args.terms()) if name not in getattr(lists, "column_names", (name,))]
+    needed = [*needed_columns(args.terms()), *["ref_logps"] * bool(reference)]
+    missing = [name for name in needed if name not in getattr(lists, "column_names", (name,))]
     require(not missing, f"prepared without {' and '.join(missing)}", field="lists", value=list(args.terms()),
             allowed="lists that were prepared with these settings", remedy="give the lists as records")
     return lists

@@ -18,11 +18,11 @@ import datasets
 import numpy as np
 import torch
 
-from .base.errors import require
+from .base.errors import LireError, require
 from .base.files import _plain_rows, write_json
 from .identity import reward_identity
 from .losses import transform_rewards
-from .records import _validated, candidate_columns, lists_dataset, read_as_answers
+from .records import _validated, candidate_columns, lists_dataset, prompt_id, read_as_answers
 from .rewards import Reward, reward_name, RewardError, RewardModel, train_reward_model
 
 # %% ../nbs/86_uncertain_rewards.ipynb #c418d68c
@@ -36,13 +36,26 @@ def _weighted(scores: np.ndarray, weights: np.ndarray, k: float) -> np.ndarray:
     return mean - k * spread
 
 # %% ../nbs/86_uncertain_rewards.ipynb #bf4aeb3a
+def _finite(values, shape: tuple) -> np.ndarray | None:
+    "Finite numbers of this shape, or None."
+    try:
+        found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return found if found.shape == shape and np.isfinite(found).all() else None
+
+
+def _check_doubt(k: float) -> None:
+    require(isinstance(k, Real) and not isinstance(k, bool) and math.isfinite(k) and k >= 0, "cannot be used",
+            field="k", value=k, allowed="a finite number from 0", remedy="0 is the mean, 1 a usual doubt")
+
+
 def _check_ensemble(members: list, k: float, scales, by_confidence: bool) -> None:
     "Raise `LireError` for what is no ensemble."
     require(members and all(map(callable, members)), "not a list of rewards", field="rewards", value=members,
             allowed="one reward or more, each (prompts, completions) -> scores", remedy="for example reward models")
-    require(isinstance(k, Real) and not isinstance(k, bool) and math.isfinite(k) and k >= 0, "cannot be used",
-            field="k", value=k, allowed="a finite number from 0", remedy="0 is the mean, 1 a usual doubt")
-    fine = scales is None or (np.shape(scales) == (len(members), 2) and np.isfinite(np.asarray(scales, float)).all())
+    _check_doubt(k)
+    fine = scales is None or _finite(scales, (len(members), 2)) is not None
     require(fine, "not a factor and an offset for each member", field="scales", value=scales,
             allowed=f"{len(members)} pairs of numbers, or None", remedy="use calibrate(lists)")
     sure = all(hasattr(m, "confidence") and getattr(m, "latent", 1) for m in members)
@@ -77,11 +90,12 @@ class RewardEnsemble:
     def _asked(self, reward: Reward, prompts: list, completions: list[str]) -> np.ndarray:
         "One member's scores, checked."
         found = reward(prompts, completions)
-        scores = np.asarray(list(found) if isinstance(found, Iterable) else found, dtype=float)
-        fine = scores.shape == (len(completions),) and np.isfinite(scores).all()
-        require(fine, "not one finite number for each text", error=RewardError,
+        found = list(found) if isinstance(found, Iterable) else found
+        scores = _finite(found, (len(completions),))
+        require(scores is not None, "not one finite number for each text", error=RewardError,
                 field=f"reward {self.name!r}, member {reward_name(reward)!r}",
-                value=scores.tolist()[:5], allowed=f"{len(completions)} finite numbers", remedy="look at this member")
+                value=found[:5] if isinstance(found, list) else found, allowed=f"{len(completions)} finite numbers",
+                remedy="look at this member")
         return scores
 
     def __call__(self, prompts: list, completions: list[str]) -> list[float]:
@@ -135,9 +149,14 @@ class RewardEnsemble:
         file = Path(folder, ENSEMBLE)
         require(file.is_file(), "no ensemble here", file=folder, allowed=f"a folder with {ENSEMBLE}",
                 remedy="give the folder that RewardEnsemble.save wrote")
-        stored = json.loads(file.read_text())
-        count, scales = stored.pop("members"), stored.pop("scales")
-        stored["scales"] = scales and [tuple(s) for s in scales]
+        try:
+            stored = json.loads(file.read_text())
+            count, scales = stored.pop("members"), stored.pop("scales")
+            stored["scales"] = scales and [tuple(s) for s in scales]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise LireError("not what RewardEnsemble.save writes", file=file, value=f"{type(e).__name__}: {e}",
+                            allowed="members, k, scales, name, by_confidence",
+                            remedy="save the ensemble again") from None
         return cls([RewardModel.load(Path(folder, f"member-{n}")) for n in range(count)], **{**stored, **options})
 
 # %% ../nbs/86_uncertain_rewards.ipynb #1953448f
@@ -160,6 +179,9 @@ def train_reward_ensemble(
     "Several reward models from the same lists, as one reward. Raises `LireError`."
     require(type(members) is int and members >= 1, "not a number of members", field="members", value=members,
             allowed="a whole number from 1", remedy="4 or 5 are usual")
+    _check_doubt(k)
+    require(not by_confidence or settings.get("latent"), "members would not say how sure they are",
+            field="by_confidence", value=by_confidence, allowed="True with latent=", remedy="train them with latent=8")
     lists = _ordered(lists)
     models = []
     for n in range(members):
@@ -184,7 +206,8 @@ HOW = ("zscore", "rank", "softmax", "none", "targets")
 
 def _on_scale(values: list[float | None], how: str) -> np.ndarray:
     "A judge's values of one list on a scale of the list; NaN where there are none."
-    column = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)[None]
+    # what differs beyond 12 digits differs by the rounding of a sum, and is no opinion
+    column = torch.tensor([math.nan if v is None else float(f"{v:.12g}") for v in values], dtype=torch.float64)[None]
     there = ~column.isnan()
     if not there.any():
         return column[0].numpy()
@@ -237,7 +260,8 @@ def mix_rewards(
     """One reward from several judges, each on a scale of its list, weights relative to their sum. Raises `LireError`;
     logs how many candidates a judge left out."""
     _check_mixture(weights, how, missing)
-    shares = np.array([*weights.values()], float) / sum(weights.values())
+    shares = np.array([*weights.values()], float) / max(weights.values())
+    shares /= shares.sum()
     records, lacking = [], 0
     for record in _validated(_plain_rows(lists)):
         columns = np.stack([_on_scale(_judged(record, judge), how) for judge in weights])
@@ -257,12 +281,18 @@ def contrastive_rewards(
     baseline: dict[str, float] | Iterable[dict],  # id -> mean reward; or scored lists of the start policy's samples
 ) -> datasets.Dataset:  # the lists with rewards minus their prompt's baseline
     "R − b(x). What is unscored stays so. Raises `LireError` where a list has no baseline. Source: arXiv 2403.07708."
-    require(not isinstance(baseline, (str, bytes)), "no baseline", field="baseline", value=baseline,
-            allowed="a dict: id -> mean reward, or scored lists of the start policy", remedy="load the file first")
-    known = baseline if isinstance(baseline, dict) else prompt_means(baseline)
+    require(isinstance(baseline, Iterable) and not isinstance(baseline, (str, bytes)), "no baseline", field="baseline",
+            value=baseline, allowed="a dict: id -> mean reward, or scored lists of the start policy",
+            remedy="load the file first")
+    sampled = [] if isinstance(baseline, dict) else list(_validated(_plain_rows(baseline)))
+    known = baseline if isinstance(baseline, dict) else prompt_means(sampled)
+    asked = {r["id"]: prompt_id(r["prompt"]) for r in sampled}
     records = list(_validated(_plain_rows(lists)))
     for record in records:
-        value = known.get(record["id"])
+        value, own = known.get(record["id"]), prompt_id(record["prompt"])
+        require(asked.get(record["id"], own) == own, "another prompt under this id", field=f"list {record['id']!r}",
+                value=record["prompt"], allowed="the prompt of the baseline's list",
+                remedy="score samples of the start policy for these prompts")
         require(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value), "no baseline",
                 field=f"list {record['id']!r}", value=value, allowed="a finite number for every list",
                 remedy="score samples of the start policy for this prompt")

@@ -299,6 +299,22 @@ def test_report_chooses_by_the_guide_and_values_by_the_judge():
     assert rows[0]["low"] is None and rows[0]["prompts"] == 1  # one prompt has no interval
 
 
+def test_report_asks_for_a_score_of_every_answer():
+    class Abstains:
+        abstains = True
+
+        def __call__(self, prompts, texts):
+            return [None if t == "2" else float(t) for t in texts]
+
+    guided, plain = [listed("a", ["1"], [8])], [listed("a", ["1", "2", "3"])]
+    with pytest.raises(LireError, match="without a score"):
+        guided_report(guided, plain, value, {"judge": Abstains()})
+    with pytest.raises(LireError, match="without a score"):
+        guided_report(guided, plain, Abstains())
+    with pytest.raises(LireError, match="judges"):
+        guided_report(guided, plain, value, [value])
+
+
 @pytest.mark.parametrize("guided, plain, says", [
     ([listed("a", ["1"], [40])], [listed("a", ["1", "2"])], "10 or more"),
     ([listed("a", ["1"], [8])], [listed("b", ["1", "2"])], "not the same prompts"),

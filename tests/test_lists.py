@@ -813,3 +813,16 @@ def test_merged_lists_hold_every_candidate_once():
         and second == pairs[3]
     )
     assert [one["id"] for one in first["meta"]["merged"]] == ["AB", "AC", "CB"]
+
+
+@pytest.mark.parametrize("name", ["policy:sft+human", "policy:runs/dpo+human:2/policy"])
+def test_a_policys_name_with_a_plus_is_one_source(tmp_path, name):
+    "What a policy sampled is its own, and no demonstration, whatever the policy is called."
+    from tiny_policy import make_start
+
+    from lire_nb.records import demonstrated, own_candidates
+    from lire_nb.sampling import sample_lists, SamplingSettings
+
+    [record] = sample_lists(str(make_start(tmp_path / "start")), ["film"], 2, source=name, progress=False,
+                            settings=SamplingSettings(max_new_tokens=3))
+    assert demonstrated(record) == [False, False] and own_candidates(record) == [True, True]

@@ -155,12 +155,89 @@ def test_refit_demonstrations_and_mixture_on_the_command_line(tmp_path, start, c
         assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
 
 
+def test_every_round_has_a_baseline_on_the_scale_of_its_own_reward_model(tmp_path, start, monkeypatch):
+    "The start's samples, scored by this round's model: what the policy is trained on has their mean at zero."
+    trained = []
+    train = enhancement.train_policy
+    monkeypatch.setattr(enhancement, "train_policy", lambda p, lists, *a, **k: trained.append(
+        [dict(r) for r in lists]) or train(p, lists, *a, **k))
+    quick = Refit(backbone=start, epochs=4, lr=2e-2, batch_size=2, max_length=32)
+    self_enhance(start, SHOWN, None, tmp_path / "run", refit=quick, evolve=3, contrastive=True, **OPTIONS)
+    sampled = [dict(r) for r in load_lists(tmp_path / "run" / "round-1" / "candidates.jsonl")]
+    means = []
+    for k, lists in enumerate(trained, 1):
+        folder = tmp_path / "run" / f"round-{k}"
+        reward = enhancement.RewardModel.load(folder / "reward")
+        scored = {r["id"]: r["rewards"] for r in load_lists(folder / "lists.jsonl")}
+        for own in lists:
+            [record] = [r for r in sampled if r["id"] == own["id"]]
+            texts = [c for c in dict.fromkeys(record["completions"]) if k > 1 or c != " a joy"]
+            mean = sum(reward([record["prompt"]] * len(texts), texts)) / len(texts)
+            means.append(mean)
+            for x, r in zip(own["rewards"], scored[own["id"]]):
+                assert (x is None) == (r is None) and (x is None or abs(x - (r - mean)) < 2e-3)
+    assert max(means) - min(means) > 0.05  # the scales of the models differ, so that this can fail
+
+
+def test_the_watched_loss_has_the_mixed_reference_too(tmp_path, start, monkeypatch):
+    "Weight 1: the references of the held-out lists are those of the start policy, in every round."
+    seen = []
+
+    class Looked(enhancement.LIRETrainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            seen.append({name: part["ref_logps"][:] for name, part in held_out.items()})
+
+    monkeypatch.setattr(enhancement, "LIRETrainer", Looked)
+    lists = [p | {"completions": [" a joy", " dull"], "rewards": [1.0, 0.0], "sources": ["x", "x"]} for p in PROMPTS]
+    for name, held_out in (("one", lists), ("two", {"first": lists[:2], "last": lists[2:]})):
+        self_enhance(start, PROMPTS, vowels, tmp_path / name, evolve=2, reference_mix=1.0,
+                     trainer_options={"eval_dataset": held_out}, **(OPTIONS | {"training": PLAIN | {"loss_type": "dpo"}}))
+    assert seen[0] == seen[1] and seen[2] == seen[3]  # the second round's reference is the first's
+    assert {*seen[2]} == {"first", "last"}
+
+
+def test_samples_that_are_the_demonstration_do_not_stop_a_round(tmp_path, start):
+    "Where a policy says what was shown, nothing is left to score in that list; the others go on."
+    greedy = SamplingSettings(max_new_tokens=4, temperature=0.0)
+    self_enhance(start, PROMPTS, vowels, tmp_path / "first", evolve=1, **(OPTIONS | {"settings": greedy}))
+    said = {r["id"]: r["completions"][0] for r in load_lists(tmp_path / "first" / "round-1" / "candidates.jsonl")}
+    same = [p | {"completions": [said[p["id"]]], "rewards": [None], "sources": ["human"],
+                 "meta": {"finish_reasons": ["length"]}} for p in PROMPTS[:1]]
+    self_enhance(start, [*same, *SHOWN[1:]], vowels, tmp_path / "run", evolve=1, pool="keep",
+                 **(OPTIONS | {"settings": greedy, "training": PLAIN | {"demo_weight": 0.1}}))
+    [record] = [r for r in load_lists(tmp_path / "run" / "round-1" / "lists.jsonl") if r["id"] == PROMPTS[0]["id"]]
+    assert record["completions"] == [said[PROMPTS[0]["id"]]] and record["rewards"] == [None]
+
+
+class Abstains:
+    "The first text of every prompt gets no score."
+
+    name, abstains = "abstains", True
+
+    def __call__(self, prompts, completions):
+        seen = set()
+        return [None if p not in seen and not seen.add(p) else float(len(c)) for p, c in zip(prompts, completions)]
+
+    def identity(self):
+        return "abstains"
+
+
+def test_contrastive_with_a_reward_that_abstains(tmp_path, start):
+    self_enhance(start, PROMPTS, Abstains(), tmp_path / "run", evolve=1, contrastive=True, **OPTIONS)
+    baseline = json.loads((tmp_path / "run" / "round-1" / "baseline.json").read_text())
+    for r in load_lists(tmp_path / "run" / "round-1" / "lists.jsonl"):
+        assert r["rewards"][0] is None and baseline[r["id"]] == sum(r["rewards"][1:]) / 2
+
+
 @pytest.mark.parametrize("change, words", [
     ({"select": "best"}, "unknown way"), ({"select": "random", "pool_size": 2}, "too few"),
     ({"pool_size": 8}, "has no effect"), ({"select": "random", "pool_size": 4.5}, "too few"),
     ({"reward": None, "refit": Refit()}, "nothing to fit"), ({"reward": None}, "cannot be called"),
     ({"refit": Refit(), "prompts": SHOWN}, "no effect"), ({"reference_mix": 0.5}, "no effect"),
     ({"reference_mix": 1.5, "training": PLAIN | {"loss_type": "dpo"}}, "not a weight"),
+    ({"training": PLAIN | {"demo_weight": 0.1}}, "no demonstration"),
     ({"reference_mix": 0.5, "evolve": 1, "training": PLAIN | {"loss_type": "dpo"}}, "single round"),
 ])
 def test_what_cannot_be_run_is_said_first(tmp_path, start, change, words):

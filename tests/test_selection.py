@@ -176,4 +176,34 @@ def test_the_command_line_chooses(tmp_path, monkeypatch):
     assert main([*ask, "--pool-size", "2", "--select", "random", "--out", "x.jsonl"]) == 2
     assert main([*ask, "--pool-size", "6", "--out", "x.jsonl"]) == 2
     assert main([*score, "--select", "random", "--out", "x.jsonl"]) == 2
+    from lire_nb.lists import save_lists
+
+    mixed = [dict(six[0]), select(dict(six[1]), 2, "random")]
+    save_lists(mixed, "mixed.jsonl")
+    short = ["score", "--lists", "mixed.jsonl", "--reward", "length", "--select", "random", "--num-candidates", "3"]
+    assert main([*short, "--out", "x.jsonl"]) == 2  # one pool is too small
     assert not (tmp_path / "x.jsonl").exists()
+    mixed[1]["meta"] = mixed[1]["meta"] | {"failed": {"2": "no answer"}}
+    save_lists(mixed, "mixed.jsonl")
+    assert main([*short, "--out", "lost.jsonl"]) == 0  # what a server did not answer is another matter
+    assert [len(r["completions"]) for r in load_lists("lost.jsonl")] == [3, 2]
+
+
+@pytest.mark.parametrize("embed, says", [
+    ("minilm", "cannot be called"), (7, "cannot be called"), (lambda texts: ["a"] * len(texts), "not one point"),
+    (lambda texts: [[1.0], [1.0, 2.0]][:len(texts)], "not one point"), (lambda texts: np.zeros((len(texts), 0)), "not one")])
+def test_an_embedding_that_gives_no_points(embed, says):
+    record = {"id": "x", "prompt": "q", "completions": ["a", "b", "c"], "rewards": [1.0, 2.0, 3.0],
+              "sources": ["m"] * 3, "meta": {}}
+    with pytest.raises(LireError, match=says):
+        select(record, 2, "kmedoids", embed=embed)
+
+
+def test_an_embedding_may_give_tensors():
+    import torch
+
+    record = {"id": "x", "prompt": "q", "completions": ["a", "b", "c", "d"], "rewards": [None] * 4,
+              "sources": ["m"] * 4, "meta": {}}
+    points = torch.tensor([[0.0], [0.1], [5.0], [5.1]], dtype=torch.bfloat16, requires_grad=True)
+    kept = select(record, 2, "kmedoids", embed=lambda texts: points[[ord(t) - 97 for t in texts]])
+    assert len({*kept["completions"]} & {"a", "b"}) == 1

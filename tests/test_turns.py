@@ -322,6 +322,41 @@ def test_a_sampler_that_gives_texts_alone(tokenizer):
     assert ends == [True, False]  # the second answer was cut: its end is the template's
 
 
+@pytest.mark.parametrize("why, closed", [("stop", True), ("length", False), ("stop_string", False)])
+def test_what_a_turn_learns_is_what_a_single_answer_with_its_ending_learns(tokenizer, why, closed):
+    "A sampler that gives texts alone: a turn in the middle, the last one, and a list of single answers agree."
+    from lire_nb.sampling import Completion
+
+    class Served:
+        def sample(self, prompts, num_candidates, settings, seed):
+            return [[Completion("yes", why)] * num_candidates for _ in prompts]
+
+    [talk] = sample_conversations(Served(), [ASK], 1, LINES, max_turns=2)
+    [single] = sample_lists(Served(), [ASK], 1)
+    rows, spans, _ = candidate_tokens(talk, tokenizer)
+    alone, _, _ = candidate_tokens(single, tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for row, parts, one in zip(rows, spans, alone):
+        assert all(row[a:b] == one for a, b in parts) and (one[-1] == end) is closed
+    assert talk["meta"]["turns"][0][0].get("finish_reason") == (None if closed else why)
+
+
+def test_a_user_whose_template_knows_no_system_turn(model, tokenizer):
+    """User's turns first, in strict alternation: the instruction can be one of them."""
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    with pytest.raises(LireError, match="instruction_role"):
+        PolicyUser((tiny(1), strict), settings(5), instruction="You ask.", instruction_role="tool")
+    user = PolicyUser((tiny(1), strict), settings(5), instruction="You ask.", instruction_role="user")
+    talks = drawn(model, tokenizer, user=user, max_turns=2)
+    assert any(len(talk) == 3 for r in talks for talk in r["meta"]["turns"])
+
+
 def test_rewards_are_mean_win_rates():
     record = conversation_record(ASK, [["a"], ["bb", "?", "b"], ["ccc"]])
     second = lambda a, b: 0.25 if a[-1]["content"] < b[-1]["content"] else 0.9  # noqa: E731, in both orders

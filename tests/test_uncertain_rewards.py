@@ -11,7 +11,9 @@ from lire_nb.feasible_rewards import lp_rewards
 from lire_nb.records import make_record, merge_lists
 from lire_nb.rewards import RewardError, score_lists
 from lire_nb.rivals import LOSSES
-from lire_nb.uncertain_rewards import contrastive_rewards, mix_rewards, prompt_means, RewardEnsemble
+from lire_nb.uncertain_rewards import (
+    contrastive_rewards, mix_rewards, prompt_means, RewardEnsemble, train_reward_ensemble,
+)
 
 
 def ends(record: dict) -> np.ndarray:
@@ -97,11 +99,42 @@ def test_features_in_one_dimension_by_hand():
     np.testing.assert_allclose(ends(done[1]), [[0, 0.4]], atol=1e-6)
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-3.0, 5.0), (0.0, 1e-6), (0.0, 1e6), (7.0, 7.0 + 1e-3)])
+def test_the_units_of_the_bounds_do_not_matter(bounds):
+    "The same program in other units has the same solution in those units."
+    size, record = bounds[1] - bounds[0], make_record("q", ["a", "b", "c"], [2, 1, 0], id="x")
+    found = lp_rewards([record], margin=0.2 * size, bounds=bounds)[0]
+    np.testing.assert_allclose((ends(found) - bounds[0]) / size, [[0.4, 1], [0.2, 0.8], [0, 0.6]], atol=1e-5)
+    with pytest.raises(LireError, match="do not fit"):
+        lp_rewards([record], margin=0.6 * size, bounds=bounds)
+    with pytest.raises(LireError, match="contradict"):
+        lp_rewards([pair("a", "b", "1"), pair("b", "a", "2")], margin=1e-4 * size, bounds=bounds)
+    circle = [pair("a", "b", "1"), pair("b", "a", "2")]
+    paid = lp_rewards(circle, margin=0.2 * size, bounds=bounds, slack=True)
+    assert sum(r["meta"]["reward_slack"] for r in paid) == pytest.approx(0.4 * size, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 1e6])
+def test_the_units_of_the_features_do_not_matter(size):
+    record = make_record("q", ["a", "b"], [1, 0], id="x")
+    found = lp_rewards([record], features=[[size], [0.0]], largest_weight=1 / size)
+    np.testing.assert_allclose(ends(found[0]), [[0.1, 1], [0, 0.9]], atol=1e-5)
+    with pytest.raises(LireError, match="do not fit.*raise largest_weight"):
+        lp_rewards([record], features=[[size], [0.0]], largest_weight=0.05 / size)
+
+
+def test_one_text_has_one_description():
+    lists = [make_record("q", ["a", "b"], [1, 0], id="x"), make_record("q", ["a", "c"], [1, 0], id="y")]
+    with pytest.raises(LireError, match="two descriptions"):
+        lp_rewards(lists, features=[[1.0], [0.0], [2.0], [0.0]])
+
+
 @pytest.mark.parametrize("options, word", [
     ({"margin": -1}, "margin"), ({"margin": "much"}, "margin"), ({"bounds": (0, math.inf)}, "bounds"),
     ({"take": None}, "take"), ({"slack": 1}, "slack"), ({"features": "all"}, "features"),
     ({"features": [[math.nan]] * 2}, "features"), ({"features": [[1.0], [1.0, 2.0]]}, "features"),
-    ({"largest_weight": 0}, "largest_weight")])
+    ({"largest_weight": 0}, "largest_weight"), ({"margin": 4e-8}, "margin"),
+    ({"margin": 1e-3, "bounds": (0, 1e3)}, "margin")])
 def test_bad_options(options, word):
     with pytest.raises(LireError, match=word):
         lp_rewards([pair("a", "b", "x")], **options)
@@ -185,6 +218,22 @@ def test_mixture_by_hand():
     np.testing.assert_allclose(with_mute, np.array(alone) / 2)
 
 
+@pytest.mark.parametrize("how", ["zscore", "rank"])
+def test_what_a_sum_rounds_is_no_opinion(how):
+    "0.1 + 0.2 is not 0.3: a judge who says both means one thing."
+    mute, noisy = ([0.3, x, 0.3] for x in (0.3, 0.1 + 0.2))
+    assert mute != noisy
+    one, two = (mix_rewards([make_record("q", ["a", "b", "c"], [2.0, 1.9, 0.0], meta={"v": v})],
+                            {"rewards": 1, "v": 1}, how)[0]["rewards"] for v in (mute, noisy))
+    assert one == two
+
+
+def test_only_the_ratio_of_weights_counts():
+    record = make_record("q", ["a", "b"], [1, 2], meta={"one": [5, 1]})
+    large, small = (mix_rewards([record], {"rewards": w, "one": w}, "none")[0]["rewards"] for w in (1.5e308, 1.0))
+    assert large == small == [3.0, 1.5]
+
+
 @pytest.mark.parametrize("weights, how, word", [
     ({}, "rank", "weights"), ({"one": 0}, "rank", "weights"), ({"one": 1}, "mean", "how"), ({"no": 1}, "rank", "no"),
     ({"text": 1}, "rank", "text"), (["one"], "rank", "weights")])
@@ -198,9 +247,28 @@ def test_means_and_shift():
     lists = [make_record("q", ["a", "b"], [1.0, None], id="x"), make_record("q", ["c"], [4.0], id="x")]
     assert prompt_means(lists) == {"x": 2.5}
     assert contrastive_rewards(lists, lists)["rewards"][:] == [[-1.5, None], [1.5]]
-    for bad in ({}, {"x": None}, {"x": math.nan}):
+    for bad in ({}, {"x": None}, {"x": math.nan}, None, 3.0, "file"):
         with pytest.raises(LireError, match="no baseline"):
             contrastive_rewards(lists, bad)
+    with pytest.raises(LireError, match="another prompt under this id"):
+        contrastive_rewards(lists, [make_record("another", ["a"], [1.0], id="x")])
+    with pytest.raises(LireError, match="not a record"):
+        contrastive_rewards(lists, [1, 2])
+
+
+def test_an_ensemble_that_cannot_be_is_said_before_its_members_are_trained(monkeypatch):
+    monkeypatch.setattr("lire_nb.uncertain_rewards.train_reward_model", lambda *a, **k: pytest.fail("trained"))
+    lists = [make_record("q", ["a", "b"], [1, 0])]
+    for options, word in (({"k": -1}, "k"), ({"k": "x"}, "k"), ({"by_confidence": True}, "latent")):
+        with pytest.raises(LireError, match=word):
+            train_reward_ensemble(lists, **options)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"members": 2}', '{"members": 1, "scales": 3}'])
+def test_a_broken_ensemble_file_is_named(tmp_path, text):
+    (tmp_path / "ensemble.json").write_text(text)
+    with pytest.raises(LireError, match="ensemble.json"):
+        RewardEnsemble.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
