@@ -522,7 +522,8 @@ def _start_lists(folder: Path, number: int, asked: Rounds, lists: Iterable[dict]
         return score_lists(load_lists(first / "pool.jsonl"), _reward_of(folder, asked))
     if number > 1:
         given, new = _given_lists(asked.prompts), load_lists(first / "candidates.jsonl")
-        return _scored(_joined(given, new, dedupe=asked.pool == "keep"), _reward_of(folder, asked), asked.demonstrations())
+        joined = _joined(given, new, dedupe=asked.pool == "keep")
+        return _scored(joined, _reward_of(folder, asked), asked.demonstrations())
     return load_lists(folder / "pool.jsonl") if asked.select else lists
 
 

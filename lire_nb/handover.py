@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import subprocess
 import threading
 import time
@@ -234,8 +235,11 @@ def read_choice(
     candidates = (choice.get("token_ids"), choice.get("tokens"), [c.get("id") for c in content],
                   [_token_id(t, tokenizer) for t in tokens])
     ids = next((list(one) for one in candidates if one and all(type(t) is int for t in one)), None)
+    if not all(0 <= t < 2**31 for t in ids or ()):
+        raise ValueError(f"token ids such as {ids[:5]}")
     fits = ids and len(ids) == len(logps) and all(isinstance(x, (int, float)) for x in logps)
-    return {"text": text, "finish": known_ending(finish), "ids": ids, "logps": list(logps) if fits else None}
+    by = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's and SGLang's word for what ended it
+    return {"text": text, "finish": known_ending(finish), "ids": ids, "logps": list(logps) if fits else None, "by": by}
 
 
 def _token_id(token, tokenizer) -> int | None:
@@ -268,6 +272,7 @@ class _Front:
     def draw(self, prompt: list[int], count: int, settings: SamplingSettings, seed: int, tokenizer,
              ends: Sequence[int]) -> list[dict]:
         "Candidates of one prompt, see `read_choice`; raises `TryLater`, `NoAnswer` or `LireError`."
+        ends = list(ends)
         found, tries = [], 0
         while len(found) < count:
             if tries > 2 * count + 4:
@@ -277,7 +282,7 @@ class _Front:
                                   derive_seed(seed, tries) % 2**31) | self.extra
             choices = self._choices({k: v for k, v in body.items() if v is not None}, len(prompt), tokenizer)
             for one in choices:
-                self._check_length(one, settings)
+                self._check_answer(one, settings, ends)
             found += [one for one in choices if one["text"] and not (one["ids"] and one["ids"][0] in ends)
                       or one["ids"] and one["ids"][0] not in ends]
             tries += 1
@@ -301,11 +306,20 @@ class _Front:
                 remedy="raise its context (vLLM: --max-model-len), or lower max_prompt_length")
         return choices
 
-    def _check_length(self, one: dict, settings: SamplingSettings) -> None:
-        cut = one["finish"] == "length" and one["ids"] is not None and len(one["ids"]) < settings.max_new_tokens
-        require(not cut, "cuts answers", error=_Disobeyed, field=f"server {self.url}",
-                value=f"{len(one['ids'] or ())} tokens", allowed=f"{settings.max_new_tokens} tokens, as asked",
+    def _check_answer(self, one: dict, settings: SamplingSettings, ends: list[int]) -> None:
+        "Raise where it is not as long as it was asked to be, or ends elsewhere."
+        ids, most = one["ids"] or [], settings.max_new_tokens
+        asked, whose = f"{most} tokens, as asked", dict(error=_Disobeyed, field=f"server {self.url}")
+        require(one["finish"] != "length" or one["ids"] is None or len(ids) >= most, "cuts answers", **whose,
+                value=f"{len(ids)} tokens", allowed=asked,
                 remedy="raise its limit of new tokens and its context, or lower max_new_tokens")
+        require(len(ids) <= most, "writes on beyond what was asked", **whose, value=f"{len(ids)} tokens",
+                allowed=asked, remedy="look why it does not obey max_tokens")
+        require(not any(t in ends for t in ids[:-1]), "goes on after an end of text", **whose, value=ids[:20],
+                allowed=f"nothing after {ends}", remedy="start it without ignore_eos, with these ends of text")
+        require(one["by"] is None or one["by"] in ([*ends] if isinstance(one["by"], int) else settings.stop),
+                "stops where nobody asked it to", **whose, value=one["by"], allowed=f"an end of text, {ends}, or of "
+                f"the run's own stop strings, {list(settings.stop)}", remedy="start it without stop strings of its own")
 
 # %% ../nbs/73_handover.ipynb #17388ad8
 def served_folder(
@@ -382,7 +396,9 @@ class Engine:
         policy, last, limit = Policy.of(policy), last and Policy.of(last), check_limit(max_prompt_length,
                                                                                        "max_prompt_length")
         tokenizer = policy.tokenizer()
-        encoded = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer, limit)[0]) for p in prompts[:_PROMPTS]))
+        encoded = list(dict.fromkeys(tuple(encode_prompt(p, tokenizer, limit)[0]) for p in prompts))
+        longest = sorted(encoded[_PROMPTS // 2 :], key=len, reverse=True)[: _PROMPTS // 2]  # what a server may cut
+        encoded = [*encoded[: _PROMPTS // 2], *longest]
         require(encoded, "no prompt", field="prompts", value=prompts, allowed="one prompt or more",
                 remedy="check the file that they come from")
         probe = Probe(policy, last, list(map(list, encoded)), settings)
@@ -443,15 +459,24 @@ def run_command(
 ) -> None:
     "Run a user's hand-over; raises `LireError` where it fails or does not return."
     if callable(command):
-        return command(folder, url)
+        try:
+            return command(folder, url)
+        except LireError:
+            raise
+        except Exception as e:
+            raise LireError("the hand-over failed", field="hand_over", value=f"{type(e).__name__}: {e}",
+                            allowed=f"a function that brings {folder} into {url}", remedy="call it by hand") from e
     line = command.replace("{folder}", shlex.quote(folder)).replace("{url}", shlex.quote(url))
     log = place / "hand_over.log"
     place.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as said:
+        running = subprocess.Popen(line, shell=True, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                                   start_new_session=True)
         try:
-            code = subprocess.run(line, shell=True, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                                  timeout=wait).returncode
-        except subprocess.TimeoutExpired:
+            code = running.wait(wait)
+        except subprocess.TimeoutExpired:  # with all that it has started: it must not load anything later
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
             code = f"no end within {wait:g} s"
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
     require(code == 0, "the hand-over failed", field="hand_over", value=f"{code}: {' '.join(last)}",

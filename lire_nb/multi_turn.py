@@ -390,6 +390,14 @@ def mtpo_step(
     return 2 / (alpha * (t + 2))
 
 # %% ../nbs/83_multi_turn.ipynb #cbe3ac7c
+def _log_probs(name: str, values) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise LireError("not log-probs", field=name, value=type(values).__name__, allowed="a tensor of any shape",
+                        remedy="give sequence log-probs, as dataset_logps has them") from None
+
+
 def mixed_reference(
     start_logps: torch.Tensor,  # (…) log-probs of the candidates under the start policy μ, any shape
     last_logps: torch.Tensor,  # (…) under the policy π_t that the round starts from, same shape
@@ -400,13 +408,15 @@ def mixed_reference(
 ) -> torch.Tensor:  # (…): αη·log μ + (1 − αη)·log π_t, for `ref_logps`
     "The reference of MTPO, not normalized; raises `LireError` for αη outside [0, 1]. Source: arXiv 2405.14655."
     step = mtpo_step(alpha, t)
+    require(eta is None or isinstance(eta, (int, float)) and not isinstance(eta, bool), "not a number", field="eta",
+            value=eta, allowed=f"from 0 to 1/α = {1 / alpha:g}", remedy="leave it out")
     weight = alpha * (step if eta is None else eta)
     require(0 <= weight <= 1, "no mean of two policies", field="eta", value=eta,
             allowed=f"from 0 to 1/α = {1 / alpha:g}", remedy="leave it out, or lower it")
-    start, last = (torch.as_tensor(x) for x in (start_logps, last_logps))
+    start, last = (_log_probs(name, x) for name, x in (("start_logps", start_logps), ("last_logps", last_logps)))
     require(start.shape == last.shape, "different shapes", field="last_logps", value=tuple(last.shape),
             allowed=f"as start_logps, {tuple(start.shape)}", remedy="score the same candidates under both policies")
     for name, values in (("start_logps", start), ("last_logps", last)):
         require(not torch.isnan(values).any(), "not a number", field=name, value=math.nan, allowed="log-probs",
                 remedy="look at the candidates that have no log-prob")
-    return weight * start + (1 - weight) * last
+    return start if weight == 1 else last if weight == 0 else weight * start + (1 - weight) * last  # 0·(−∞) is none

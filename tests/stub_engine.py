@@ -40,7 +40,8 @@ class StubEngine:
         rngs = [torch.Generator().manual_seed(first + k) for k in range(count)]
         heat, keep = wrong.get("temperature", body["temperature"]), wrong.get("top_k", max(body["top_k"], 0))
         rows, logps, running = [[] for _ in rngs], [[] for _ in rngs], list(range(count))
-        for _ in range(min(body["max_tokens"], wrong.get("cut", 10**6))):
+        by = [None] * count
+        for _ in range(min(wrong.get("more", body["max_tokens"]), wrong.get("cut", 10**6))):
             logits = self.model(torch.tensor([prompt + rows[k] for k in running])).logits[:, -1].double()
             for k, own in zip(list(running), logits):
                 scores = own.clone() / heat
@@ -50,15 +51,19 @@ class StubEngine:
                 token = int((cdf < torch.rand((), generator=rngs[k], dtype=torch.float64) * cdf[-1]).sum())
                 rows[k].append(token)
                 logps[k].append(float(own.log_softmax(-1)[token]))
-                if token == self.tokenizer.eos_token_id:
+                if len(rows[k]) > 1 and self.tokenizer.decode([token]) in wrong.get("own_stop", ""):
+                    by[k] = self.tokenizer.decode([rows[k].pop()])
+                    logps[k].pop()
+                if by[k] or token == self.tokenizer.eos_token_id and "ignore_eos" not in wrong:
                     running.remove(k)
             if not running:
                 break
         choices = [{"text": self.tokenizer.decode(ids, skip_special_tokens=True), "finish_reason":
-                    "stop" if ids[-1] == self.tokenizer.eos_token_id else "length", "token_ids": ids,
+                    "stop" if why or ids[-1] == self.tokenizer.eos_token_id else "length", "token_ids": ids,
+                    **({"stop_reason": why} if why else {}),
                     "logprobs": None if "logprobs" in wrong else {"tokens": [f"token_id:{i}" for i in ids],
                                                                   "token_logprobs": said}}
-                   for ids, said in zip(rows, logps)]
+                   for ids, said, why in zip(rows, logps, by)]
         return {"choices": choices, "usage": {"prompt_tokens": wrong.get("reads", len(prompt))}}
 
     def start(self) -> "StubEngine":

@@ -128,6 +128,9 @@ def test_half_of_the_new_weights_are_caught(starts, tmp_path):
     ({"logprobs": None}, ["gives no log-probs", "vLLM"]),
     ({"reads": 3}, ["reads another prompt", "3 tokens"]),
     ({"cut": 2}, ["cuts answers", "2 tokens", "8 tokens, as asked"]),
+    ({"more": 30}, ["writes on beyond what was asked", "tokens, as asked"]),
+    ({"ignore_eos": True}, ["goes on after an end of text"]),
+    ({"own_stop": "aeiou"}, ["stops where nobody asked it to", "stop strings"]),
 ])
 def test_a_server_that_does_something_else_is_refused(starts, faults, words):
     with StubEngine(starts[0], **faults) as server:
@@ -145,6 +148,23 @@ def test_the_runs_own_cut_is_obeyed_or_refused(starts):
         assert len(drawn) == N
         server.faults["top_k"] = 0
         said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS, settings), "top_k 5")
+
+
+@pytest.mark.parametrize("ids", [[-3] * 6, [2**40] * 6])
+def test_numbers_that_are_no_tokens_are_no_answer(ids):
+    from lire_nb.handover import read_choice
+
+    with pytest.raises(ValueError, match="token ids"):
+        read_choice({"text": "abc", "finish_reason": "length", "token_ids": ids})
+
+
+def test_the_longest_prompts_are_among_the_probes(starts):
+    "A server that cuts prompts is found by those that it cuts."
+    texts = [f"{'long ' * (i == 11)}film {i}" for i in range(16)]
+    with StubEngine(starts[0]) as server:
+        probe = Engine(server.url, **FAST).serve(starts[0], texts).probe
+        longest = max(probe.prompts, key=len)
+        assert len(probe.prompts) == 8 and len(longest) == len(Policy.of(starts[0]).tokenizer()(texts[11])["input_ids"])
 
 
 def test_a_server_that_takes_no_n_is_asked_for_the_rest(starts, monkeypatch):
@@ -407,6 +427,10 @@ def test_a_command_is_told_the_folder(starts, tmp_path):
     run_command("printf %s {folder} > " + str(tmp_path / "told"), str(odd), "http://127.0.0.1:1/v1", tmp_path, 10)
     assert (tmp_path / "told").read_text() == str(odd)
     said(lambda: run_command("sleep 5; echo {folder}", "x", "y", tmp_path, 0.1), "no end within 0.1 s", "background")
+    said(lambda: run_command(f"sleep 1; touch {tmp_path}/late; sleep 9", "x", "y", tmp_path, 0.3), "no end within")
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists()  # what it had started is gone with it
+    said(lambda: run_command(lambda folder, url: 1 / 0, "x", "y", tmp_path, 1), "hand-over failed", "ZeroDivisionError")
     began = time.monotonic()
     run_command("sleep 20 & echo {folder}", "x", "y", tmp_path, 10)  # a server in the background
     assert time.monotonic() - began < 5

@@ -445,7 +445,10 @@ def test_turns_that_are_no_conversation(talk, says):
     lambda: ScriptedUser(rules={"(": "x"}), lambda: ScriptedUser([3]),
     lambda: mixed_reference(torch.zeros(2), torch.zeros(3), 1.0, 0), lambda: mixed_reference([0.0], [0.0], 0.0, 1),
     lambda: mixed_reference([0.0], [0.0], 1.0, -1), lambda: mixed_reference([float("nan")], [0.0], 1.0, 1),
-    lambda: mixed_reference([0.0], [0.0], 1.0, 1, eta=2.0),
+    lambda: mixed_reference([0.0], [0.0], 1.0, 1, eta=2.0), lambda: mixed_reference([0.0], [0.0], 1.0, 1, eta="a"),
+    lambda: mixed_reference(None, None, 1.0, 1), lambda: mixed_reference([[0.0], [0.0, 1.0]], [0.0], 1.0, 1),
+    lambda: HigherScore(3), lambda: conversation_rewards([conversation_record(ASK, [["a"], ["b"]])], "longer"),
+    lambda: conversation_rewards(conversation_record(ASK, [["a"], ["b"]]), lambda a, b: 0.5),
     lambda: conversation_rewards([conversation_record(ASK, [["a"], ["b"]])], lambda a, b: 2.0),
     lambda: conversation_rewards([conversation_record(ASK, [["a"], ["b"]])], lambda a, b: float("nan")),
     lambda: conversation_rewards([conversation_record(ASK, [["a"], ["b"]])], lambda a, b: "better"),
@@ -456,6 +459,12 @@ def test_bad_input_is_one_line(wrong):
     with pytest.raises(LireError) as e:
         wrong()
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_a_policy_that_has_no_part_in_a_mixture_is_not_asked():
+    never, some = torch.tensor([-torch.inf, -1.0]), torch.tensor([-2.0, -3.0])
+    assert mixed_reference(never, some, 1.0, 1, eta=0.0).tolist() == [-2.0, -3.0]
+    assert mixed_reference(some, never, 1.0, 1, eta=1.0).tolist() == [-2.0, -3.0]
 
 
 def test_bad_input_of_sampling(model, tokenizer):
