@@ -445,12 +445,12 @@ def _checked_samplers(samplers: dict | None, systems: dict) -> dict[str, Engine]
 
 
 def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[dict], path: Path, options: dict):
-    "The system in its servers, verified: told from the start policy; None where it has none."
+    "The system in its servers, verified: told from all other systems; None where it has none."
     if engine is None:
         return None
-    start = next(iter(systems.values()))
+    known = [one for one in systems.values() if isinstance(one, (str, os.PathLike))]
     return engine.serve(policy, [p["prompt"] for p in prompts], options.get("settings", SamplingSettings()),
-                        last=start if isinstance(start, (str, os.PathLike)) else None, place=path.parent,
+                        last=known[0] if known else None, others=known[1:], place=path.parent,
                         max_prompt_length=options.get("max_prompt_length", MAX_PROMPT_LENGTH),
                         journal=path.with_suffix(".journal"))
 

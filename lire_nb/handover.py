@@ -31,7 +31,9 @@ from .adapters import merged_policy
 from .base.errors import LireError, public_address, require
 from .base.files import atomic_folder, json_digest, slug
 from .base.ranks import on_main
-from .conversations import answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH
+from lire_nb.conversations import (
+    answer_text, check_limit, encode_prompt, end_tokens, MAX_PROMPT_LENGTH, tokenizer_fingerprint,
+)
 from .models import context_of, Policy, quiet_transformers
 from .records import known_ending, prompt_id
 from .rewards import reward_name, RewardError, ServerReward
@@ -78,6 +80,7 @@ def read_probe(
 # %% ../nbs/73_handover.ipynb #7a923d89
 TOLERANCE = 0.1  # nats a token
 _NEAR, _SURE = 0.25, 0.1  # of the share: how far from 1, and its standard error
+_EXACT, _ERRORS = 0.05, 5  # where it is known well: so far from 1, or so many standard errors
 
 
 def check_reading(
@@ -85,21 +88,23 @@ def check_reading(
     tolerance: float = TOLERANCE,
     where: str = "server",  # of whom it was taken
     name: str = "the policy",  # that should be served
+    last: str = "the last policy",  # the one that the share was measured from
 ) -> None:
     "Accept a reading, or raise `LireError` with what was expected and what was found."
     share = reading.share
+    near = _NEAR if share is None else min(_NEAR, max(_EXACT, _ERRORS * (reading.error or 0.0)))
     old = share is not None and abs(share) <= _NEAR
     found = "" if share is None else f"{share:.2f} ± {reading.error:.2f} of the way to it, "
     found += f"{reading.apart:.3g} nats a token away"
     close = reading.apart <= tolerance
     unsure = share is not None and reading.error > _SURE
-    require(not (close and unsure), "cannot be told from the last policy by this server", field=where, value=found,
+    require(not (close and unsure), f"cannot be told from {last} by this server", field=where, value=found,
             allowed=f"{name}, the share known to ± {_SURE}",
             remedy="serve in a finer number format (float32), or train further in a round")
-    require(close and (share is None or abs(share - 1) <= _NEAR),
-            "still serves the last policy" if old else "serves other weights", field=where, value=found,
-            allowed=f"{name}: at most {tolerance:g} nats a token away" + ("" if share is None else
-                                                                         f", {1 - _NEAR} to {1 + _NEAR} of the way"),
+    require(close and (share is None or abs(share - 1) <= near),
+            f"still serves {last}" if old else "serves other weights", field=where, value=found,
+            allowed=f"{name}: at most {tolerance:g} nats a token away"
+            + ("" if share is None else f", {1 - near:.2f} to {1 + near:.2f} of the way"),
             remedy="make it load this folder, by hand or with a hand-over command (--hand-over); the command returns "
                    "when the old weights are gone")
 
@@ -164,9 +169,12 @@ class Probe:
         last: Policy | None,  # that was served before, where there was one
         prompts: list[list[int]],  # (B,) prompts as token ids
         settings: SamplingSettings,  # that the run samples with
+        others: Sequence[Policy] = (),  # further ones that a server may have
     ):
         self.policy, self.before, self.prompts, self.settings = policy, last, prompts, settings
         self.models, self.known = {}, {}
+        told = {one.fingerprint: one for one in others}
+        self.others = [one for key, one in told.items() if key not in (policy.fingerprint, last and last.fingerprint)]
 
     @cached_property
     def last(self) -> Policy | None:
@@ -197,6 +205,14 @@ class Probe:
         "Compare what a server says of its own tokens with both policies."
         last = None if self.last is None else self.logps(self.last, rows)
         return read_probe(served, self.logps(self.policy, rows), last)
+
+    def read_others(self, rows: list[tuple[int, list[int]]], served: list[float]) -> Iterable[tuple[str, Reading]]:
+        "The same, told from each of the others that can be told from the policy; their models are let go."
+        for other in self.others:
+            reading = read_probe(served, self.logps(self.policy, rows), self.logps(other, rows))
+            self.models.pop(other.fingerprint, None)
+            if reading.share is not None and reading.error <= _SURE:
+                yield other.name, reading
 
 # %% ../nbs/73_handover.ipynb #5f6bdaac
 _SAMPLERS = ["temperature", "top_k", "top_p", "min_p"]  # our order; llama.cpp's own sets the temperature last
@@ -373,6 +389,7 @@ class Engine:
         options = dict(api_key=api_key, timeout=timeout, patience=patience)
         self.fronts = [_Front(address, extra_body, **options) for address in servers]
         self.hand_over, self.tolerance, self.wait = hand_over, tolerance, wait
+        self.held: Policy | None = None  # what this engine has last brought into its servers
         self.running = dict(max_in_flight=max_in_flight, patience=patience, progress=progress)
 
     @classmethod
@@ -387,6 +404,7 @@ class Engine:
         settings: SamplingSettings = SamplingSettings(),
         *,
         last: str | Path | Policy | None = None,  # the policy that the servers had before, to be told from
+        others: Iterable[str | Path | Policy] = (),  # further policies that they may have
         max_prompt_length: int = MAX_PROMPT_LENGTH,  # tokens
         place: str | Path = ".",  # for a merged copy of an adapter, and what the command says
         journal: str | os.PathLike | None = None,  # a file that keeps the answers, so that a stopped run goes on
@@ -401,10 +419,13 @@ class Engine:
         encoded = [*encoded[: _PROMPTS // 2], *longest]
         require(encoded, "no prompt", field="prompts", value=prompts, allowed="one prompt or more",
                 remedy="check the file that they come from")
-        probe = Probe(policy, last, list(map(list, encoded)), settings)
+        others = [one for one in [*map(Policy.of, others), *([self.held] if self.held else [])]
+                  if tokenizer_fingerprint(one.tokenizer()) == tokenizer_fingerprint(tokenizer)]
+        probe = Probe(policy, last, list(map(list, encoded)), settings, others)
         ends, context = on_main(lambda: (end_tokens(tokenizer, probe.model(policy)), context_of(probe.model(policy))))
         sampler = EngineSampler(self, probe, tokenizer, ends, context, limit, journal)
         sampler.readings = on_main(lambda: self._bring_all(sampler, Path(place)))
+        self.held = policy
         return sampler
 
     def _bring_all(self, sampler: "EngineSampler", place: Path) -> dict[str, Reading]:
@@ -503,6 +524,8 @@ class EngineSampler:
                 served += one["logps"]
         reading = self.readings[front.url] = probe.read(rows, served)
         check_reading(reading, self.engine.tolerance, f"server {front.url}", probe.policy.name)
+        for name, told in probe.read_others(rows, served):
+            check_reading(told, self.engine.tolerance, f"server {front.url}", probe.policy.name, name)
         if draws:
             self._check_draws(front)
         front.stale = False

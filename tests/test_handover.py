@@ -315,6 +315,35 @@ def test_evaluation_draws_from_servers(starts, tmp_path):
     said(run, "sampler: 'server' there, nothing now")
 
 
+def test_every_system_is_told_from_the_others(starts, tmp_path):
+    "A round that is most of the way to the next, and the next one itself: the command runs for each, and none is taken."
+    a, b = (load_policy(folder, device="cpu")[0] for folder in starts)
+    with torch.no_grad():
+        for mine, theirs in zip(a.parameters(), b.parameters()):
+            theirs.copy_(mine + 0.85 * (theirs - mine))
+    near = tmp_path / "near"
+    b.save_pretrained(near)
+    Policy.of(starts[0]).tokenizer().save_pretrained(near)
+    systems = {"start": str(starts[0]), "r1": str(near), "r2": str(starts[1])}
+    more = dict(settings=SamplingSettings(max_new_tokens=4), progress=False)
+    with StubEngine(near) as server:
+        engine = Engine(server.url, server.load, **FAST)
+        judged = lambda name, **by: evaluate_systems(  # noqa: E731
+            tmp_path / name, systems, PROMPTS, {"vowels": vowels}, samplers=by, **more)
+        judged("one", r1=engine, r2=engine)
+        assert server.loads == [str(starts[1])]  # r1 was there
+        judged("two", start=Engine(server.url, server.load, **FAST))
+        assert server.loads[1:] == [str(starts[0])]
+        said(lambda: judged("three", r1=server.url), "of the way")
+
+
+def test_an_engine_remembers_what_it_handed_over(starts, tmp_path):
+    with StubEngine(starts[1]) as server:
+        engine = Engine(server.url, lambda folder, url: None, tolerance=5.0, **FAST)
+        engine.serve(starts[1], TEXTS)
+        said(lambda: engine.serve(starts[0], TEXTS), "still serves", str(starts[1]))
+
+
 def test_one_two_and_three_processes_evaluate_with_servers_alike(starts, tmp_path, monkeypatch):
     """The same requests, rows and figures. A server that dies ends both of two processes with one line; they go on after
     what it answered."""
