@@ -546,19 +546,22 @@ class EngineSampler:
         settings = replace(self.probe.settings, max_new_tokens=1, stop=())
         heats = [settings, replace(settings, temperature=2.0)] if settings.temperature else [settings]
         for asked in heats:
-            drawn, again, wanted = [], [], []
+            drawn, again, wanted, fixed = [], [], [], False
             for number, prompt in enumerate(self.probe.prompts):
                 count = math.ceil(_DRAWS / len(self.probe.prompts))
-                both = [[one["ids"][0] for one in self._draw(front, prompt, count, asked, number)]
-                        for _ in range(2 if number == 0 else 1)]
-                drawn.append(both[0])
-                again += [a == b for a, b in zip(*both)] if number == 0 else []
+                first, *more = [[one["ids"][0] for one in self._draw(front, prompt, count, asked, seed)]
+                                for seed in ((0, 0, len(self.probe.prompts)) if number == 0 else (number,))]
+                drawn.append(first)
                 wanted.append(first_token_probs(self.probe.model(self.probe.policy), prompt, asked, self.ends))
+                if number == 0:
+                    again = [a == b for a, b in zip(first, more[0])]
+                    fixed = first == more[1] and float((wanted[0] ** 2).sum()) ** count < 1e-6
             self._check_gap(front, asked, *draw_gap(wanted, drawn))
-            if sum(again) < len(again) / 2:
+            if sum(again) < len(again) / 2 or fixed:
                 raise _Disobeyed("ignores the seed", field=f"server {front.url}",
-                                 value=f"{sum(again)} of {len(again)} tokens the same, the second time",
-                                 allowed="the same tokens for the same request",
+                                 value=f"{sum(again)} of {len(again)} tokens the same, the second time"
+                                 + (", and all with another seed" if fixed else ""),
+                                 allowed="the same tokens for the same seed, others for another",
                                  remedy="use a server that keeps seeds, or sample here, without --sampler")
 
     def _check_gap(self, front: _Front, asked: SamplingSettings, gap: float, limit: float) -> None:

@@ -36,7 +36,7 @@ class StubEngine:
     @torch.no_grad()
     def answer(self, body) -> dict:
         wrong, prompt, count = self.faults, body["prompt"], 1 if "n" in self.faults else body["n"]
-        first = next(self.anew) if "seed" in wrong else body["seed"]
+        first = next(self.anew) if "seed" in wrong else wrong.get("fixed_seed", body["seed"])
         rngs = [torch.Generator().manual_seed(first + k) for k in range(count)]
         heat, keep = wrong.get("temperature", body["temperature"]), wrong.get("top_k", max(body["top_k"], 0))
         rows, logps, running = [[] for _ in rngs], [[] for _ in rngs], list(range(count))

@@ -124,7 +124,7 @@ def test_half_of_the_new_weights_are_caught(starts, tmp_path):
 @pytest.mark.parametrize("faults, words", [
     ({"top_k": 10}, ["does not draw as it was asked", "top_k 0"]),
     ({"temperature": 0.4}, ["other weights|does not draw as it was asked"]),
-    ({"seed": True}, ["ignores the seed"]),
+    ({"seed": True}, ["ignores the seed"]), ({"fixed_seed": 7}, ["ignores the seed|does not draw", "seed|draw"]),
     ({"logprobs": None}, ["gives no log-probs", "vLLM"]),
     ({"reads": 3}, ["reads another prompt", "3 tokens"]),
     ({"cut": 2}, ["cuts answers", "2 tokens", "8 tokens, as asked"]),
