@@ -160,6 +160,7 @@ def first_token_probs(
     return _warpers(settings)(None, scores)[0].double().softmax(-1).cpu()
 
 # %% ../nbs/73_handover.ipynb #2b202a70
+# long: one class of small methods
 class Probe:
     "Prompts, and what two policies say about any tokens after them."
 
