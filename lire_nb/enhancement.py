@@ -38,7 +38,7 @@ from .demonstrations import demonstration_pairs
 from .handover import Engine, EngineSampler
 from lire_nb.identity import (
     check_claim, claim_folder, differences, is_ours, lists_identity, named_identity, plain_value, policy_identity,
-    prompts_identity, reward_identity,
+    prompts_identity, reward_identity, unfinished,
 )
 from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
@@ -290,8 +290,8 @@ def self_enhance(
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
 def _claim_run(run_folder: Path, config: dict, about: dict) -> None:
     def claim():
-        claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
-                     about=about)
+        claim_folder(run_folder, config, "enhancement.json", about=about, made=[
+            "stop.json", "round-*/*.jsonl", "round-*/policy*", *unfinished("round-*")])
         sweep_drafts(run_folder, within=True)
 
     on_main(claim)

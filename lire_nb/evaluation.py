@@ -36,7 +36,7 @@ from lire_nb.identity import (
 )
 from .lists import checked_prompts
 from .logprobs import list_length, measure_candidates, policy_at_start, sampled_logps, without_ends
-from .models import common_context, compute_dtype, load_policy, load_tokenizer, unwrap
+from .models import common_context, compute_dtype, load_policy, load_tokenizer, loaded_as, unwrap
 from .path_check import check_paths, verified
 from lire_nb.preferences import (
     _check_same_prompts, has_kl, length_controlled_win_rate, preferences, _same_number, _scores, share_interval,
@@ -472,7 +472,7 @@ def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, opti
               for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
     same = {"prompts": prompts_identity(prompts),
             "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
-            "options": plain_value(limits), **_date_of(next(iter(systems.values())))}
+            "options": plain_value(limits), **_date_of(next(iter(systems.values()))), **loaded_as()}
     found = {name: policy_identity(policy) for name, policy in systems.items()}
     return {name: {"policy": found[name], "start": next(iter(found.values())), **same,
                    **({"sampler": "server"} if name in engines else {})} for name in systems}

@@ -256,7 +256,8 @@ def read_choice(
         raise ValueError(f"token ids such as {ids[:5]}")
     fits = ids and len(ids) == len(logps) and all(isinstance(x, (int, float)) for x in logps)
     by = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's and SGLang's word for what ended it
-    return {"text": text, "finish": known_ending(finish), "ids": ids, "logps": list(logps) if fits else None, "by": by}
+    why = "stop_string" if isinstance(by, str) else known_ending(finish)  # then no end was drawn
+    return {"text": text, "finish": why, "ids": ids, "logps": list(logps) if fits else None, "by": by}
 
 
 def _token_id(token, tokenizer) -> int | None:
@@ -289,7 +290,6 @@ class _Front:
     def draw(self, prompt: list[int], count: int, settings: SamplingSettings, seed: int, tokenizer,
              ends: Sequence[int]) -> list[dict]:
         "Candidates of one prompt, see `read_choice`; raises `TryLater`, `NoAnswer` or `LireError`."
-        ends = list(ends)
         found, tries = [], 0
         while len(found) < count:
             if tries > 2 * count + 4:
@@ -323,7 +323,7 @@ class _Front:
                 remedy="raise its context (vLLM: --max-model-len), or lower max_prompt_length")
         return choices
 
-    def _check_answer(self, one: dict, settings: SamplingSettings, ends: list[int]) -> None:
+    def _check_answer(self, one: dict, settings: SamplingSettings, ends: Sequence[int]) -> None:
         "Raise where it is not as long as it was asked to be, or ends elsewhere."
         ids, most = one["ids"] or [], settings.max_new_tokens
         asked, whose = f"{most} tokens, as asked", dict(error=_Disobeyed, field=f"server {self.url}")
@@ -334,7 +334,7 @@ class _Front:
                 allowed=asked, remedy="look why it does not obey max_tokens")
         require(not any(t in ends for t in ids[:-1]), "goes on after an end of text", **whose, value=ids[:20],
                 allowed=f"nothing after {ends}", remedy="start it without ignore_eos, with these ends of text")
-        require(one["by"] is None or one["by"] in ([*ends] if isinstance(one["by"], int) else settings.stop),
+        require(one["by"] is None or one["by"] in (ends if isinstance(one["by"], int) else settings.stop),
                 "stops where nobody asked it to", **whose, value=one["by"], allowed=f"an end of text, {ends}, or of "
                 f"the run's own stop strings, {list(settings.stop)}", remedy="start it without stop strings of its own")
 

@@ -158,11 +158,13 @@ def learn_categories(
             remedy="score the lists first: score_lists, or lire score")
     points = np.concatenate([_vectors(texts, embed or minilm(), name) for name, texts, _ in rows])
     gains = np.concatenate([np.array(rewards) - math.fsum(rewards) / len(rewards) for *_, rewards in rows])
+    largest = max(abs(r) for *_, rewards in rows for r in rewards)
+    spread = gains.std() if gains.std() > 1e-12 * largest else 1.0  # rounding is no difference
     count = min(count, len(np.unique(points, axis=0)))
     centers, _ = kmeans2(points, count, minit="++", seed=np.random.default_rng(derive_seed(seed, "categories")))
     kinds = cdist(points, centers).argmin(1)
     counts = np.bincount(kinds, minlength=count)
-    sums = np.bincount(kinds, gains / (gains.std() or 1.0), minlength=count)
+    sums = np.bincount(kinds, gains / spread, minlength=count)
     return Categories(centers, sums / np.maximum(counts, 1), counts)
 
 
@@ -201,7 +203,7 @@ def select(
     Sources: arXiv 2502.18293 (covering the pool), 2303.13465 (categories)."""
     rows = [pool] if isinstance(pool, dict) else as_lists(pool, "pool")
     lists = [validate_record(r, num=num) for num, r in enumerate(rows, 1)]
-    _check_call(lists, count, how, seed, values, embed)
+    _check_call(lists, count, how, seed, values)
     if how == "category" and values is None:
         values = learn_categories(lists, seed=seed, embed=embed)
     chosen = [select_candidates(r, sorted(_positions(r, count, how, seed, embed, values))) for r in lists]
@@ -229,13 +231,11 @@ def check_way(
     _check_whole(count, "count", 2, "LIRE learns from differences within a list")
 
 
-def _check_call(lists: list[dict], count, how, seed, values, embed) -> None:
+def _check_call(lists: list[dict], count, how, seed, values) -> None:
     check_way(how, count)
     _check_whole(seed, "seed", 0, "give another seed")
     require(values is None or hasattr(values, "worth"), "not categories", field="values",
             value=type(values).__name__, allowed="what learn_categories gives", remedy="or leave it out")
-    require(embed is None or callable(embed), "cannot be called", field="embed", value=embed,
-            allowed="texts -> (N, D) numbers", remedy="TextEmbedding(name) makes one of an encoder")
     require(values is None or how == "category", "has no effect here", field="values", value=how,
             allowed='how="category"', remedy="leave values out")
     require(lists, "no list", field="pool", value=0, allowed="one list or more", remedy="check where they come from")

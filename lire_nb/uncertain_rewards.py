@@ -120,8 +120,9 @@ class RewardEnsemble:
                 allowed="two candidates or more", remedy="give the lists that the members were trained on")
         scores = [self._asked(reward, *map(list, zip(*texts))) for reward in self.rewards]
         means, spreads = np.array([s.mean() for s in scores]), np.array([s.std() for s in scores])
-        require((spreads > 0).all(), "a member that gives all candidates the same score", field="rewards",
-                value=[reward_name(r) for r, s in zip(self.rewards, spreads) if not s > 0],
+        mute = spreads <= 1e-12 * np.array([np.abs(s).max() for s in scores])  # rounding is no difference
+        require(not mute.any(), "a member that gives all candidates the same score", field="rewards",
+                value=[reward_name(r) for r, bad in zip(self.rewards, mute) if bad],
                 allowed="scores that differ", remedy="leave it out")
         factors = spreads.mean() / spreads
         scales = [(float(f), float(means.mean() - f * m)) for f, m in zip(factors, means)]

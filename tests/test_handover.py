@@ -150,6 +150,16 @@ def test_the_runs_own_cut_is_obeyed_or_refused(starts):
         said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS, settings), "top_k 5")
 
 
+def test_what_a_stop_string_ended_has_no_end_whatever_the_server_calls_it():
+    "vLLM says \"stop\" and names the string; the ids stop before it."
+    from lire_nb.handover import read_choice
+
+    choice = {"text": "ab", "finish_reason": "stop", "token_ids": [1, 2]}
+    assert read_choice(choice | {"stop_reason": "\n"})["finish"] == "stop_string"
+    assert read_choice(choice | {"matched_stop": "\n"})["finish"] == "stop_string"
+    assert [read_choice(choice | more)["finish"] for more in ({}, {"stop_reason": None}, {"stop_reason": 0})] == ["stop"] * 3
+
+
 @pytest.mark.parametrize("ids", [[-3] * 6, [2**40] * 6])
 def test_numbers_that_are_no_tokens_are_no_answer(ids):
     from lire_nb.handover import read_choice

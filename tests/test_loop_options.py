@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,29 @@ def test_samples_that_are_the_demonstration_do_not_stop_a_round(tmp_path, start)
                  **(OPTIONS | {"settings": greedy, "training": PLAIN | {"demo_weight": 0.1}}))
     [record] = [r for r in load_lists(tmp_path / "run" / "round-1" / "lists.jsonl") if r["id"] == PROMPTS[0]["id"]]
     assert record["completions"] == [said[PROMPTS[0]["id"]]] and record["rewards"] == [None]
+
+
+def test_what_a_killed_sampling_kept_belongs_to_its_prompts(tmp_path, start, monkeypatch):
+    "Other prompts under the same ids are refused before the first file is whole; the same ones go on."
+    import lire_nb.base.ranks as ranks
+
+    keep, left = ranks._Kept.add, [2]
+
+    def add(self, *rows):
+        keep(self, *rows)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks._Kept, "add", add)
+    monkeypatch.setattr(enhancement, "sample_lists", partial(enhancement.sample_lists, batch_size=1))
+    with pytest.raises(KeyboardInterrupt):
+        self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=1, **OPTIONS)
+    assert not (tmp_path / "run" / "round-1" / "candidates.jsonl").exists()
+    others = [p | {"prompt": f"another {p['prompt']}"} for p in PROMPTS]
+    with pytest.raises(LireError, match="prompts"):
+        self_enhance(start, others, vowels, tmp_path / "run", evolve=1, **OPTIONS)
+    self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=1, **OPTIONS)
 
 
 class Abstains:

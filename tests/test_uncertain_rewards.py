@@ -228,6 +228,17 @@ def test_what_a_sum_rounds_is_no_opinion(how):
     assert one == two
 
 
+def test_rounding_has_no_vote_in_an_ensemble_or_among_kinds():
+    from lire_nb.selection import learn_categories
+
+    noisy = [0.3, 0.1 + 0.2, 0.3]
+    record = make_record("q", ["a", "b", "c"], noisy, id="x")
+    with pytest.raises(LireError, match="the same score"):
+        RewardEnsemble([lambda p, c: [0.0, 1.0, 2.0], lambda p, c: noisy]).calibrate([record])
+    kinds = learn_categories([record], 2, embed=lambda texts: [[float(ord(t))] for t in texts])
+    assert np.abs(kinds.means).max() < 1e-9
+
+
 def test_only_the_ratio_of_weights_counts():
     record = make_record("q", ["a", "b"], [1, 2], meta={"one": [5, 1]})
     large, small = (mix_rewards([record], {"rewards": w, "one": w}, "none")[0]["rewards"] for w in (1.5e308, 1.0))
