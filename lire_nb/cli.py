@@ -451,7 +451,7 @@ def evaluate_command(args) -> None:
                   "seed": args.seed, "max_prompt_length": limit, **({"samplers": sorted(engines)} if engines else {}),
                   **_loaded()}
         on_main(lambda: identity.claim_folder(args.out, config, about={"systems": systems, "judges": judges},
-                                              made=["evaluation/*.jsonl", *identity.unfinished("evaluation")]))
+                                              made=["evaluation/*.jsonl"]))
         _say(f"evaluating {', '.join(systems)} on {len(prompts)} prompts with {', '.join(judges)} into {args.out}")
         evaluation.evaluate_systems(args.out, systems, prompts, rewards, samplers=engines, num_samples=args.num_samples,
                                     settings=settings, seed=args.seed, max_prompt_length=limit)
@@ -901,8 +901,7 @@ def _quickstart(out, config: dict, made_from: dict, task, began: float) -> Path:
 
     fresh = not (Path(out) / "config.json").exists()
     run = identity.claim_folder(out, {**config, "made_from": made_from},
-                       made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl",
-                             *identity.unfinished("round-*"), *identity.unfinished("evaluation")])
+                       made=["rewards/*/*", "round-*/*.jsonl", "evaluation/*.jsonl"])
     stage = lambda text: _say(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}")  # noqa: E731
     settings = sampling.SamplingSettings(max_new_tokens=config["max_new_tokens"])
     judges = _judges(run, task, config, stage)

@@ -38,7 +38,7 @@ from .demonstrations import demonstration_pairs
 from .handover import Engine, EngineSampler
 from lire_nb.identity import (
     check_claim, claim_folder, differences, is_ours, lists_identity, named_identity, plain_value, policy_identity,
-    prompts_identity, reward_identity, unfinished,
+    prompts_identity, reward_identity,
 )
 from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
@@ -95,12 +95,16 @@ class Rounds:
         stop = self.stop.identity() if isinstance(self.stop, StopRule) else plain_value(self.stop)
         plain = {name: getattr(self, name) for name in ("evolve", "iterate", "num_candidates", "seed", "pool",
                                                         "max_candidates", "contrastive")}
-        return {"fingerprint": policy.fingerprint, "reward": self.reward and reward_identity(self.reward),
-                "prompts": prompts_identity(self.prompts), "given": lists_identity(_given_lists(self.prompts)),
+        return {"fingerprint": policy.fingerprint, **self.rows_from(),
                 "sampling": asdict(self.settings), "training": settings_identity(self.training), "stop": stop, **plain,
-                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {}), **loaded_as(),
+                **({"trainer": plain_value(self.trainer_options)} if self.trainer_options else {}),
                 **({"processes": _processes()} if _processes() > 1 else {}),
                 **{name: said for name, said in self._options().items() if said is not None}}
+
+    def rows_from(self) -> dict:
+        "What a row that was kept depends on besides its round; not on the number of processes."
+        return {"prompts": prompts_identity(self.prompts), "given": lists_identity(_given_lists(self.prompts)),
+                "reward": self.reward and reward_identity(self.reward), **loaded_as()}
 
     def _options(self) -> dict:
         "What stands in the identity only where it is asked for."
@@ -290,8 +294,8 @@ def self_enhance(
 # %% ../nbs/19_enhancement.ipynb #cc3762a9
 def _claim_run(run_folder: Path, config: dict, about: dict) -> None:
     def claim():
-        claim_folder(run_folder, config, "enhancement.json", about=about, made=[
-            "stop.json", "round-*/*.jsonl", "round-*/policy*", *unfinished("round-*")])
+        claim_folder(run_folder, config, "enhancement.json", made=["stop.json", "round-*/*.jsonl", "round-*/policy*"],
+                     about=about)
         sweep_drafts(run_folder, within=True)
 
     on_main(claim)
@@ -339,14 +343,15 @@ def run_round(
         folder.mkdir(parents=True, exist_ok=True)
         _check_round(folder, sampled)
     sampler = lambda: _served(policy, asked, sampled, folder, start) if asked.sampler else policy  # noqa: E731
-    _stage(folder, candidates, lambda: _sample_round(policy, asked, sampled, sampler()), sampled, after=scored)
+    made_from = asked.rows_from()
+    _stage(folder, candidates, lambda: _sample_round(policy, asked, sampled, sampler()), sampled, made_from, scored)
     if _is_main():
         (folder / "candidates.journal").unlink(missing_ok=True)  # a server's answers are in the file now
     if asked.refit is not None:
         _fit_reward(folder, number, asked, sampled)
     if asked.select:
-        _stage(folder, folder / "pool.jsonl", lambda: _score_pool(folder, asked), sampled, after=scored)
-    _stage(folder, scored, lambda: _score_round(folder, number, asked), sampled, after=trained)
+        _stage(folder, folder / "pool.jsonl", lambda: _score_pool(folder, asked), sampled, made_from, scored)
+    _stage(folder, scored, lambda: _score_round(folder, number, asked), sampled, made_from, trained)
     if not trained.exists():
         logger.info("round %d: training", number)
         by = folder if asked.refit is not None else folder.with_name("round-1")  # the scale of which model
@@ -426,11 +431,12 @@ def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> 
             for n, r in enumerate(lists)]
 
 # %% ../nbs/19_enhancement.ipynb #c70cbd38
-def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, after: Path) -> None:
+def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampled: dict, made_from: dict,
+           after: Path) -> None:
     "Make a file of lists where it is missing, each process a share of it, and note it in the manifest."
     if on_main(result.exists):
         return on_main(lambda: drop_kept(result))
-    with sharing(), kept_rows(result, {**sampled, "versions": _versions()}):
+    with sharing(), kept_rows(result, {**sampled, **made_from, "versions": _versions()}):
         made = make()
         on_main(lambda: save_lists(made, result))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'FORMAT', 'reward_identity', 'lists_identity', 'source_identity', 'prompts_identity', 'policy_identity',
-           'tokenizer_identity', 'plain_address', 'differences', 'unfinished', 'claim_folder', 'check_claim',
-           'value_identity', 'named_identity', 'plain_value', 'Seen', 'describe', 'is_ours']
+           'tokenizer_identity', 'plain_address', 'differences', 'claim_folder', 'check_claim', 'value_identity',
+           'named_identity', 'plain_value', 'Seen', 'describe', 'is_ours']
 
 # %% ../nbs/36_identity.ipynb #82589c47
 import ast
@@ -142,13 +142,6 @@ def _short(value, other, width: int = 40) -> str:
 FORMAT = 2  # of what stands beside a result; 1 was version 0.1.0, which left out half of it
 
 # %% ../nbs/36_identity.ipynb #6987ac5d
-def unfinished(
-    folder: str,  # a pattern of the folders where results are made
-) -> list[str]:  # patterns for `made`
-    "Kept rows and answers: they belong to a claim as much as the result that will come of them."
-    return [f"{folder}/*.parts/rank-*", f"{folder}/*.journal"]
-
-
 def claim_folder(
     folder: str | Path,
     config: dict,  # everything that decides what the run computes, as JSON

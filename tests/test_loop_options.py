@@ -213,7 +213,7 @@ def test_samples_that_are_the_demonstration_do_not_stop_a_round(tmp_path, start)
 
 
 def test_what_a_killed_sampling_kept_belongs_to_its_prompts(tmp_path, start, monkeypatch):
-    "Other prompts under the same ids are refused before the first file is whole; the same ones go on."
+    "Other prompts under the same ids are sampled anew, as in a folder of their own."
     import lire_nb.base.ranks as ranks
 
     keep, left = ranks._Kept.add, [2]
@@ -230,9 +230,10 @@ def test_what_a_killed_sampling_kept_belongs_to_its_prompts(tmp_path, start, mon
         self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=1, **OPTIONS)
     assert not (tmp_path / "run" / "round-1" / "candidates.jsonl").exists()
     others = [p | {"prompt": f"another {p['prompt']}"} for p in PROMPTS]
-    with pytest.raises(LireError, match="prompts"):
-        self_enhance(start, others, vowels, tmp_path / "run", evolve=1, **OPTIONS)
-    self_enhance(start, PROMPTS, vowels, tmp_path / "run", evolve=1, **OPTIONS)
+    for name in ("run", "own"):
+        self_enhance(start, others, vowels, tmp_path / name, evolve=1, **OPTIONS)
+    one, two = ((tmp_path / name / "round-1" / "candidates.jsonl").read_bytes() for name in ("run", "own"))
+    assert one == two
 
 
 class Abstains:
