@@ -374,9 +374,11 @@ def enhance_command(args) -> None:
     training, options = check_settings(settings_of(args.set)), _adapter(_lora(args))
     check_options(args.policy, training, options)
     engines, scorers = _engines(args, ["policy"]), scorers_of(args.scorer, ["reward"])
-    prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
     require((args.reward is None) != (args.refit is None), "one of both is needed", field="--reward, --refit",
             value=(args.reward, args.refit), allowed="a reward, or a backbone for every round", remedy="give one")
+    require(not (args.refit and scorers), "has no effect with --refit", field="--scorer", value=args.scorer,
+            allowed="a reward that stays, since the one of a round is trained here", remedy="leave one of both out")
+    prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
     refit = _refit_of(args)
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
         _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "

@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -403,8 +404,7 @@ def evaluate_systems(
                     judged = judge_policy(start if number == 0 else policy, prompts, judges, start=start, seed=seed,
                                           sampler=sampler, **options)
                     on_main(partial(write_jsonl, paths[name], judged))
-                # a server's answers are in the rows
-                on_main(partial(paths[name].with_suffix(".journal").unlink, missing_ok=True))
+                on_main(partial(_sweep_served, paths[name]))
                 rows[name] = _judged_rows(paths[name], prompts, judges)
         figures = compare_systems({name: rows[name] for name in systems}, seed=seed)
         on_main(lambda: write_jsonl(run / "metrics.jsonl", figures))
@@ -453,6 +453,13 @@ def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[
                         last=known[0] if known else None, others=known[1:], place=path.parent,
                         max_prompt_length=options.get("max_prompt_length", MAX_PROMPT_LENGTH),
                         journal=path.with_suffix(".journal"))
+
+
+def _sweep_served(path: Path) -> None:
+    "A server's answers are in the rows: what was kept for it can go, and the merged copy of an adapter."
+    path.with_suffix(".journal").unlink(missing_ok=True)
+    for copy in path.parent.glob("served-*"):
+        shutil.rmtree(copy)
 
 
 def _date_of(policy) -> dict:

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'MODEL_ASSETS', 'DTYPES', 'ATTENTIONS', 'Policy', 'ModelError', 'resolve_model', 'cache_dir', 'file_hash',
            'digest', 'load_tokenizer', 'load_policy', 'quiet_transformers', 'import_peft', 'load_reward_backbone',
            'default_device', 'in_float32', 'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content',
-           'model_fingerprint', 'unwrap', 'causal_lm', 'text_config', 'context_of', 'common_context']
+           'model_fingerprint', 'unwrap', 'causal_lm', 'text_config', 'check_trainable', 'context_of', 'common_context']
 
 # %% ../nbs/35_models.ipynb #c0006481
 import hashlib
@@ -546,6 +546,23 @@ def text_config(model: torch.nn.Module):
     "The configuration of the part that reads text."
     config = causal_lm(model).config
     return getattr(config, "get_text_config", lambda: config)()
+
+# %% ../nbs/35_models.ipynb #35tr0002
+def check_trainable(
+    model: torch.nn.Module,
+    apart: bool = False,  # whether the weights that change are others, in float32: an adapter's, DeepSpeed's own
+) -> None:
+    "Raises `LireError` for a model that is no decoder, or whose weights cannot be trained."
+    lm = causal_lm(model)
+    head = getattr(lm, "get_output_embeddings", lambda: None)()
+    require(head is not None and not getattr(getattr(lm, "config", None), "is_encoder_decoder", False),
+            "not a causal language model", field="model", value=type(lm).__name__,
+            allowed="a decoder with a head over the vocabulary",
+            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
+    halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    require(apart or not halves, "weights in float16 cannot be trained: the steps of AdamW divide by zero", field="model",
+            value=halves[:1], allowed="float32, or bfloat16", remedy="load it in float32 and set fp16=True, which "
+                                                                      "computes in float16")
 
 # %% ../nbs/35_models.ipynb #ec4ab582
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # who calls it what

@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ import filelock
 from tqdm.auto import tqdm
 
 from .base.errors import LireError, needed, require
-from .base.files import append_jsonl, free_lock, jsonl_rows, take_lock
+from .base.files import append_jsonl, free_lock, jsonl_rows, take_lock, write_jsonl
 
 # %% ../nbs/39_servers.ipynb #057a2a7d
 logger = logging.getLogger(__name__)
@@ -115,6 +115,13 @@ class Journal:
         self.answers.update(answers)
         if self.path is not None:
             append_jsonl(self.path, ({"key": k, "answer": a} for k, a in answers.items()))
+
+    def forget(self, keys: Iterable[str]) -> None:
+        "Take answers out that turned out to be wrong; they are asked again."
+        for key in keys:
+            self.answers.pop(key, None)
+        if self.path is not None:
+            write_jsonl(self.path, ({"key": k, "answer": a} for k, a in self.answers.items()))
 
     def close(self) -> None:
         if self.lock is not None:

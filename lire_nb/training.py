@@ -41,7 +41,9 @@ from .logprobs import in_table, IMPLS, list_logps, policy_at_start, reference_lo
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
 from .losses import list_metrics, pair_metrics, pair_rewards, SATURATED, scored_mask
 from .many_lists import content_key, table_on_disk, MANY, with_column
-from .models import causal_lm, common_context, file_hash, has_bf16, load_policy, unwrap
+from lire_nb.models import (
+    causal_lm, check_trainable, common_context, file_hash, has_bf16, load_policy, unwrap,
+)
 from .path_check import to_device, verified
 from .records import best_and_worst, keep_best_and_worst
 from .resume import ExactTrainer, read_manifest
@@ -533,7 +535,7 @@ class LIRETrainer(ListTrainer):
         if isinstance(model, (str, os.PathLike)):
             model, tokenizer = load_policy(model)
             processing_class = processing_class or tokenizer
-        _check_model(model, processing_class)
+        _check_model(model, processing_class, bool(peft_config or args.deepspeed_plugin))
         if isinstance(ref_model, (str, os.PathLike)):
             ref_model, _ = load_policy(ref_model, device=args.device)
         model = put_adapter(model, peft_config, args.seed)
@@ -814,16 +816,11 @@ def _searched(model, args: LIREConfig):
     return for_a_while((args, "ddp_find_unused_parameters", needs_search(model, args)))
 
 
-def _check_model(model, tokenizer) -> None:
+def _check_model(model, tokenizer, apart: bool) -> None:
     "What cannot be trained on lists is said before the work."
     require(tokenizer is not None, "missing", field="processing_class", value=None, allowed="the policy's tokenizer",
             remedy="pass processing_class=tokenizer")
-    lm = causal_lm(model)
-    head = getattr(lm, "get_output_embeddings", lambda: None)()
-    require(head is not None and not getattr(getattr(lm, "config", None), "is_encoder_decoder", False),
-            "not a causal language model", field="model", value=type(lm).__name__,
-            allowed="a decoder with a head over the vocabulary",
-            remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
+    check_trainable(model, apart)
     if getattr(tokenizer, "eos_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is None:
         raise LireError("has neither an end token nor one for padding", field="processing_class",
                         value=type(tokenizer).__name__, allowed="a tokenizer with an end token",

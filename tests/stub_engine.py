@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 class StubEngine:
     """`with StubEngine(folder) as server`. Faults: `top_k`, `temperature` (used in the place of what was asked), `seed`
     (drawn anew each time), `n` (one answer, whatever was asked), `logprobs` (none given), `reads` (tokens of the prompt),
-    `cut` (tokens of an answer). At /score it is a reward: the length of a text."""
+    `cut` (tokens of an answer), `later` (the temperature from the second token on), `penalty` (of tokens that were drawn),
+    `alike` (one seed for all n), `unbiased` (whatever is asked), `cuts_prompt` (tokens that are read, and not said). At
+    /score it is a reward: the length of a text."""
 
     def __init__(self, folder=None, owner="llamacpp", **faults):
         self.owner, self.faults, self.received, self.loads, self.hook = owner, faults, [], [], lambda count: None
         self.scored = []
         self.lock, self.server, self.port, self.anew = threading.Lock(), None, 0, iter(range(10**6, 10**9))
+        self.first = folder
         if folder is not None:
             self.load(folder)
         self.loads.clear()
@@ -36,17 +39,29 @@ class StubEngine:
     @torch.no_grad()
     def answer(self, body) -> dict:
         wrong, prompt, count = self.faults, body["prompt"], 1 if "n" in self.faults else body["n"]
+        prompt = prompt[-wrong.get("cuts_prompt", 10**6) :]
+        bias = {} if "unbiased" in wrong else {int(k): v for k, v in body.get("logit_bias", {}).items()}
         first = next(self.anew) if "seed" in wrong else wrong.get("fixed_seed", body["seed"])
-        rngs = [torch.Generator().manual_seed(first + k) for k in range(count)]
+        rngs = [torch.Generator().manual_seed(first + k * ("alike" not in wrong)) for k in range(count)]
         heat, keep = wrong.get("temperature", body["temperature"]), wrong.get("top_k", max(body["top_k"], 0))
         rows, logps, running = [[] for _ in rngs], [[] for _ in rngs], list(range(count))
         by = [None] * count
         for _ in range(min(wrong.get("more", body["max_tokens"]), wrong.get("cut", 10**6))):
             logits = self.model(torch.tensor([prompt + rows[k] for k in running])).logits[:, -1].double()
             for k, own in zip(list(running), logits):
-                scores = own.clone() / heat
+                scores = own.clone()
+                for token, more in bias.items():
+                    scores[token] += more
+                for token in set(rows[k]) if "penalty" in wrong else ():
+                    scores[token] -= wrong["penalty"]
+                if not rows[k] and body.get("min_tokens"):
+                    scores[self.tokenizer.eos_token_id] = -torch.inf
+                now = wrong.get("later", heat) if rows[k] else heat
+                if not now:
+                    scores[scores < scores.max()] = -torch.inf
+                scores = scores / (now or 1)
                 if keep:
-                    scores[own < own.topk(keep).values[-1]] = -torch.inf
+                    scores[scores < scores.topk(keep).values[-1]] = -torch.inf
                 cdf = scores.softmax(-1).cumsum(-1)
                 token = int((cdf < torch.rand((), generator=rngs[k], dtype=torch.float64) * cdf[-1]).sum())
                 rows[k].append(token)
@@ -64,7 +79,8 @@ class StubEngine:
                     "logprobs": None if "logprobs" in wrong else {"tokens": [f"token_id:{i}" for i in ids],
                                                                   "token_logprobs": said}}
                    for ids, said, why in zip(rows, logps, by)]
-        return {"choices": choices, "usage": {"prompt_tokens": wrong.get("reads", len(prompt))}}
+        return {"choices": choices, **({} if "cuts_prompt" in wrong else
+                                      {"usage": {"prompt_tokens": wrong.get("reads", len(prompt))}})}
 
     def start(self) -> "StubEngine":
         outer = self

@@ -131,6 +131,9 @@ def test_half_of_the_new_weights_are_caught(starts, tmp_path):
     ({"more": 30}, ["writes on beyond what was asked", "tokens, as asked"]),
     ({"ignore_eos": True}, ["goes on after an end of text"]),
     ({"own_stop": "aeiou"}, ["stops where nobody asked it to", "stop strings"]),
+    ({"later": 0.0}, ["does not draw as it was asked", "tokens of whole answers"]),
+    ({"alike": True}, ["gives one answer several times|does not draw|ignores the seed"]),
+    ({"cuts_prompt": 3}, ["other weights"]),
 ])
 def test_a_server_that_does_something_else_is_refused(starts, faults, words):
     with StubEngine(starts[0], **faults) as server:
@@ -139,6 +142,16 @@ def test_a_server_that_does_something_else_is_refused(starts, faults, words):
         text = said(lambda: engine.serve(starts[0], TEXTS))
         assert all(any(w in text for w in word.split("|")) for word in words), text
         assert not server.sampled(4) and (not loads or "other weights" in text)  # loading again mends no setting
+
+
+def test_a_penalty_on_what_was_said_is_seen(starts, monkeypatch):
+    "It moves the probabilities of few tokens; that these come too seldom shows."
+    monkeypatch.setattr("lire_nb.handover._LENGTH", 24)
+    monkeypatch.setattr("lire_nb.handover._EACH", 8)
+    with StubEngine(starts[0]) as server:
+        Engine(server.url, **FAST).serve(starts[0], TEXTS)
+        server.faults["penalty"] = 9.0
+        said(lambda: Engine(server.url, **FAST).serve(starts[0], TEXTS), "does not draw as it was asked", "no penalties")
 
 
 def test_the_runs_own_cut_is_obeyed_or_refused(starts):
@@ -251,12 +264,123 @@ def test_a_server_that_was_killed_comes_back_as_the_same_or_is_refused(starts, t
                 assert len(server.sampled(4)) == 3  # nothing was asked of the wrong one
 
 
-def test_weights_that_change_without_an_outage_are_caught_at_the_end(starts, tmp_path):
+SIX = SamplingSettings(max_new_tokens=6)
+
+
+def swaps(server, at, folder, back=None):
+    "From the `at`-th request of the run on, which is none of a probe, the server has other weights; `back`: until then."
+    def hook(count):
+        asked = len(server.sampled(6))
+        if asked in (at, back):
+            server.load(folder if asked == at else back_to)
+
+    back_to = server.loads[-1] if server.loads else server.first
+    server.hook = hook
+
+
+def test_weights_that_change_without_an_outage_are_caught_at_the_end(starts, tmp_path, monkeypatch):
+    """The answers of the other weights are forgotten, also where the old ones are back in the end; the rest is kept."""
+    monkeypatch.setattr("lire_nb.handover._GROUP", 12)  # two requests of six tokens
+    texts = [f"film {n} was" for n in range(12)]
+    for back in (None, 9):
+        journal = tmp_path / f"journal-{back}"
+        with StubEngine(starts[0]) as server:
+            engine = Engine(server.url, max_in_flight=1, **FAST)
+            sampler = engine.serve(starts[0], texts, SIX, journal=journal)
+            swaps(server, 5, starts[1], back)
+            said(lambda: sampler.sample(texts, 3, SIX, 0), "answered with other weights", server.url, "of 12 requests")
+            kept = {json.loads(line)["key"] for line in journal.read_text().splitlines()}
+            assert (3 <= len(kept) <= 4) if back is None else 6 <= len(kept) <= 8
+            server.hook = lambda count: None
+            server.load(starts[0])
+            before = len(server.sampled(6))
+            drawn = engine.serve(starts[0], texts, SIX, journal=journal).sample(texts, 3, SIX, 0)
+            assert len(server.sampled(6)) - before == 12 - len(kept)
+        with StubEngine(starts[0]) as server:
+            fresh = Engine(server.url, **FAST).serve(starts[0], texts, SIX).sample(texts, 3, SIX, 0)
+        assert drawn == fresh
+
+
+def test_answers_that_a_killed_run_kept_are_looked_at_too(starts, tmp_path):
+    "The server changes its weights, then dies, and so does the client: nobody has looked at what was kept."
+    texts, journal = [f"film {n} was" for n in range(6)], tmp_path / "journal"
     with StubEngine(starts[0]) as server:
-        sampler = Engine(server.url, **FAST).serve(starts[0], TEXTS, journal=tmp_path / "journal")
-        server.load(starts[1])
-        said(lambda: sampler.sample(TEXTS, 3, SamplingSettings(max_new_tokens=4), 0), "serves other weights")
-        assert not (tmp_path / "journal").exists()
+        sampler = Engine(server.url, max_in_flight=1, **FAST | {"patience": 0.1}).serve(starts[0], texts, SIX, journal=journal)
+        swaps(server, 2, starts[1])
+        old = server.hook
+
+        def then_dies(count):
+            old(count)
+            if len(server.sampled(6)) == 5:
+                server.faults["gone"] = True
+                raise ConnectionAbortedError
+
+        server.hook, server.server.handle_error = then_dies, lambda *args: None
+        with pytest.raises(LireError, match="does not answer"):
+            sampler.sample(texts, 3, SIX, 0)
+        assert len(journal.read_text().splitlines()) == 4
+        server.hook = lambda count: None
+        server.load(starts[0])
+        engine = Engine(server.url, **FAST)
+        said(lambda: engine.serve(starts[0], texts, SIX, journal=journal).sample(texts, 3, SIX, 0), "answered with other weights")
+        drawn = engine.serve(starts[0], texts, SIX, journal=journal).sample(texts, 3, SIX, 0)
+    with StubEngine(starts[0]) as server:
+        assert drawn == Engine(server.url, **FAST).serve(starts[0], texts, SIX).sample(texts, 3, SIX, 0)
+
+
+def test_special_tokens_are_not_drawn_by_servers_either(starts, tmp_path):
+    "Three letters are special: a server is told so, and where it does not listen its answer is drawn again."
+    folder = tmp_path / "special"
+    shutil.copytree(starts[0], folder)
+    tokenizer = Policy.of(folder).tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["e", "t", "a"]})
+    tokenizer.save_pretrained(folder)
+    never = set(Policy.of(folder).tokenizer().convert_tokens_to_ids(["e", "t", "a"]))
+    for faults in ({}, {"unbiased": True}):
+        with StubEngine(folder, **faults) as server:
+            drawn = Engine(server.url, **FAST).serve(folder, TEXTS, SIX).sample(TEXTS, 8, SIX, 0)
+            assert all(set(body["logit_bias"]) == set(map(str, never)) for body in server.received)
+        assert not never & {t for row in drawn for c in row for t in c.token_ids}
+
+
+def test_where_an_end_is_likely_first_only_a_server_that_can_exclude_it_is_taken(starts, tmp_path):
+    "It is excluded before the cut here; a server that is asked again cuts before."
+    model, tokenizer = load_policy(starts[0], device="cpu")
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, -1].clone()))
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer(TEXTS[0])["input_ids"]])).logits[0, -1]
+        weight, goal = model.lm_head.weight.clone(), logits.max() + 1
+        weight[0] = seen[0] * goal / (seen[0] @ seen[0])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "ends")
+    tokenizer.save_pretrained(tmp_path / "ends")
+    for settings in (SamplingSettings(4, top_k=3), SamplingSettings(4, top_p=0.6), SamplingSettings(4, temperature=0.0)):
+        with StubEngine(tmp_path / "ends") as server:
+            said(lambda: Engine(server.url, **FAST).serve(tmp_path / "ends", TEXTS[:1], settings),
+                 "cannot be told that an answer has a token before its end", "vLLM", "an end comes first with")
+            assert len(server.received) == 1  # the probe of the weights alone
+        with StubEngine(tmp_path / "ends", owner="vllm") as server:
+            if settings.top_p == 1:  # the stub does not know it
+                Engine(server.url, **FAST).serve(tmp_path / "ends", TEXTS[:1], settings)
+    with StubEngine(tmp_path / "ends") as server:  # nothing is cut: it is asked again
+        Engine(server.url, **FAST).serve(tmp_path / "ends", TEXTS[:1])
+
+
+def test_a_probe_asks_for_no_more_than_there_is_room(starts, monkeypatch):
+    monkeypatch.setattr("lire_nb.handover.context_of", lambda model: 40)
+    with StubEngine(starts[0]) as server:
+        Engine(server.url, **FAST).serve(starts[0], ["a" * 36], SamplingSettings(2))
+        assert {body["max_tokens"] for body in server.received} == {1, 4}
+
+
+@pytest.mark.parametrize("options", [dict(wait="10"), dict(tolerance=True), dict(timeout=0), dict(max_in_flight=2.0),
+                                     dict(extra_body={"temperature": 0.5}), dict(extra_body={"n": 1, "top_p": None})])
+def test_what_an_engine_is_given_is_checked(options):
+    said(lambda: Engine("http://127.0.0.1:1/v1", **options), next(iter(options)))
+    said(lambda: Engine(["http://127.0.0.1:1/v1"] * 2), "given twice")
+    Engine("http://127.0.0.1:1/v1", extra_body={"min_p": None, "priority": 3})
 
 
 def test_a_client_that_was_killed_asks_for_the_rest(starts, tmp_path):
@@ -305,6 +429,12 @@ def test_an_adapter_is_handed_over_merged(starts, tmp_path):
         torch.testing.assert_close(whole, policy.load(device="cpu")[0](ids).logits)
         assert not torch.allclose(whole, load_policy(starts[0], device="cpu")[0](ids).logits, atol=1e-3)
     assert served_folder(Policy.of(starts[0]), tmp_path) == str(starts[0])
+    with StubEngine(starts[0]) as server:  # the copy goes when the answers are there
+        evaluate_systems(tmp_path / "run", {"start": str(starts[0]), "new": str(tmp_path / "adapter")}, PROMPTS[:3],
+                         {"vowels": vowels}, settings=SamplingSettings(max_new_tokens=4), progress=False,
+                         samplers={"new": Engine(server.url, server.load, **FAST)})
+        assert [f"served-{policy.fingerprint}" in folder for folder in server.loads] == [True]
+    assert not [*(tmp_path / "run").rglob("served-*")]
 
 
 def test_evaluation_draws_from_servers(starts, tmp_path):
@@ -428,11 +558,46 @@ def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
         ServedReward(address, length, journal=tmp_path / "scores")(prompts, texts)
     first = len(asked)
     assert ServedReward(address, length, journal=tmp_path / "scores")(prompts, texts) == length(prompts, texts)
-    assert asked[0] == 16 and sum(asked[1:first]) - 32 + sum(asked[first + 1 :]) <= 80 + 32
+    assert sum(asked[1:first]) - 32 + sum(asked[first + 1 :]) <= 80 + 32
     with pytest.raises(RewardError, match="scores otherwise"):
         ServedReward(lambda p, t: [-x for x in length(p, t)], length)(prompts, texts)
     with pytest.raises(RewardError, match="no scores"):
         ServedReward(lambda p, t: [float("nan") for _ in t], length)(prompts, texts)
+    assert asked[0] == len(set(texts))  # all different ones
+
+
+def test_a_served_reward_is_looked_at_until_the_end(tmp_path):
+    "It changes behind the first look, gives a score too many, or another list's name would be said."
+    length, calls = lambda prompts, texts: [float(len(t)) for t in texts], []  # noqa: E731
+    prompts, texts = ["p"] * 320, ["x" * (k % 7) for k in range(320)]
+
+    def changes(prompts, texts):
+        calls.append(len(texts))
+        return length(prompts, texts) if len(calls) < 8 else [3.0 for _ in texts]
+
+    with pytest.raises(RewardError, match="scores otherwise.*parts"):
+        ServedReward(changes, length, journal=tmp_path / "scores")(prompts, texts)
+    kept = len((tmp_path / "scores").read_text().splitlines())
+    assert 0 < kept < 10
+    calls.clear()
+    again = ServedReward(lambda p, t: calls.append(len(t)) or length(p, t), length, journal=tmp_path / "scores")
+    assert again(prompts, texts) == length(prompts, texts) and len(calls) == 1 + 10 - kept
+    for more in (lambda s: s[:-1], lambda s: [*s, 0.0]):
+        with pytest.raises(RewardError, match="no scores"):
+            ServedReward(lambda p, t: more(length(p, t)) if len(t) > 16 else length(p, t), length)(prompts, texts)
+    same = ServedReward(lambda p, t: [3.01] * len(t), lambda p, t: [3.0] * len(t))  # as bfloat16 says 3.0
+    assert same(prompts, texts) == [3.01] * 320
+
+    def far(prompts, texts):
+        if len(texts) == 32:
+            error = RewardError("no number")
+            error.span = (4, 5)
+            raise error
+        return length(prompts, texts)
+
+    with pytest.raises(RewardError) as failed:
+        ServedReward(far, length)(prompts[:72], ["a"] * 32 + texts[:40])
+    assert failed.value.span in ((4, 5), (36, 37))
 
 
 @pytest.mark.parametrize("options, words", [
@@ -444,6 +609,7 @@ def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
     (["--sampler", "policy=http://127.0.0.1:1/v1", "--tolerance", "0"], ["tolerance", "above 0"]),
     (["--scorer", "gold=http://127.0.0.1:1"], ["--scorer", "reward"]),
     (["--sampler", "policy=http://127.0.0.1:1/v1"], ["does not answer", "start it"]),
+    (["--dtype", "float16"], ["--dtype", "cannot be trained", "fp16=true"]),
 ])
 def test_what_a_user_can_get_wrong_on_the_command_line_is_one_line(starts, tmp_path, capsys, options, words):
     (tmp_path / "prompts.txt").write_text("film one was\nfilm two was\n")
@@ -486,13 +652,13 @@ def test_an_end_is_added_only_where_the_model_drew_one(word, ends, ids):
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    from lire_nb.handover import EngineSampler, read_choice
+    from lire_nb.handover import EngineSampler, read_choice, Vocabulary
     from lire_nb.sampling import SamplingSettings
 
     words = Tokenizer(WordLevel({w: i for i, w in enumerate(["<eos>", "a", "b", "[UNK]"])}, unk_token="[UNK]"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="[UNK]")
     one = read_choice({"text": "a b", "finish_reason": word, "token_ids": [1, 2]}, tokenizer)
-    found = EngineSampler._completion(SimpleNamespace(tokenizer=tokenizer, ends=[0]), "a", one,
+    found = EngineSampler._completion(SimpleNamespace(words=Vocabulary(tokenizer, (0,))), "a", one,
                                       SamplingSettings(max_new_tokens=2 if ends == "length" else 8))
     assert (found.finish_reason, found.token_ids) == (ends, ids)

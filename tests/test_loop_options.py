@@ -145,7 +145,8 @@ def test_refit_demonstrations_and_mixture_on_the_command_line(tmp_path, start, c
     for words, wrong in (("one of both", [*given, *shown, "--reward", "length"]), ("of no prompt here", [
             *given, "--demonstrations", tmp_path / "strange.jsonl"]), ("another prompt under this id", [
             *given, "--demonstrations", tmp_path / "changed.jsonl"]), ("nothing to fit", given),
-            ("without --refit", [*given[:5], "--reward", "length", "--refit-lists", tmp_path / "d.jsonl"])):
+            ("without --refit", [*given[:5], "--reward", "length", "--refit-lists", tmp_path / "d.jsonl"]),
+            ("has no effect with --refit", [*given, *shown, "--scorer", "reward=http://127.0.0.1:1"])):
         assert run_lire(*wrong, "--out", tmp_path / "wrong") == 2
         said = capsys.readouterr().err.strip()
         assert words in said and "\n" not in said and not (tmp_path / "wrong").exists(), said

@@ -450,6 +450,18 @@ def test_a_reward_that_float32_cannot_hold_is_named(place, tmp_path):
         trainer(place / "start", tmp_path, lists=[make_record("film was", [" a", " b"], [1e300, 0.0], id="film-x")])
 
 
+def test_weights_in_float16_are_not_trained(place, tmp_path):
+    "Their first step is infinite; an adapter in float32 on them is trained."
+    from peft import LoraConfig
+
+    model, tokenizer = load_policy(place / "start", device="cpu", dtype=torch.float16)
+    args = LIREConfig(output_dir=str(tmp_path), save_strategy="no", **BASE)
+    with pytest.raises(LireError, match="float16 cannot be trained.*fp16=True"):
+        LIRETrainer(model, args, LISTS, processing_class=tokenizer)
+    LIRETrainer(model, args, LISTS, processing_class=tokenizer, peft_config=LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
 # What a step reads, and what an evaluation takes.
 
 
