@@ -17,7 +17,7 @@ import math
 import numbers
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -394,7 +394,7 @@ def prompt_limit(
     return (training or {}).get("max_prompt_length", MAX_PROMPT_LENGTH)
 
 # %% ../nbs/19_enhancement.ipynb #17e71df9
-def _score_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
+def _score_round(folder: Path, number: int, asked: Rounds) -> Iterable[dict]:
     "The round's lists: what stays, what was sampled, rewards where none were, at most `max_candidates`."
     logger.info("round %d: scoring", number)
     before = given = _given_lists(asked.prompts)
@@ -410,7 +410,7 @@ def _score_round(folder: Path, number: int, asked: Rounds) -> list[dict]:
         if _is_main():
             write_json(folder / "baseline.json", {r["id"]: _own_mean(r) for r in own})
     counts = {r["id"]: len(r["completions"]) for r in given}
-    return [cap_candidates(r, asked.max_candidates, counts.get(r["id"], 0)) for r in lists]
+    return (cap_candidates(r, asked.max_candidates, counts.get(r["id"], 0)) for r in lists)
 
 # %% ../nbs/19_enhancement.ipynb #81753463
 def _reward_of(folder: Path, asked: Rounds) -> Reward:
@@ -418,10 +418,11 @@ def _reward_of(folder: Path, asked: Rounds) -> Reward:
     return asked.reward if asked.refit is None else RewardModel.load(folder / "reward")
 
 
-def _scored(lists: list[dict], reward: Reward, shown: dict[str, list[bool]]) -> Iterable[dict]:
+def _scored(lists: Iterable[dict], reward: Reward, shown: dict[str, list[bool]]) -> Iterable[dict]:
     "Rewards where none are; `shown` says which of the first candidates of a list are demonstrations and get none."
     if not shown:
         return score_lists(lists, reward, only_missing=True)
+    lists = list(lists)
     spared = [{j for j, is_shown in enumerate(shown.get(r["id"], ())) if is_shown} for r in lists]
     keeps = [[j for j in range(len(r["completions"])) if j not in some] for r, some in zip(lists, spared)]
     asked = [n for n, keep in enumerate(keeps) if keep]  # a list of demonstrations alone has nothing to score
@@ -494,10 +495,13 @@ def _given_lists(prompts: list[dict]) -> list[dict]:
                                           p["id"], p.get("meta"))]) for p in prompts if p.get("completions")]
 
 # %% ../nbs/19_enhancement.ipynb #c87d01f6
-def _joined(before: Iterable[dict], new: Iterable[dict], dedupe: bool) -> list[dict]:
-    before = {r["id"]: [dict(r)] for r in before}
-    joined = ([*before.get(r["id"], []), r] for r in map(dict, new))
-    return [merge_candidates(both, "first") if len(both) > 1 or dedupe else both[0] for both in joined]
+def _joined(before: Dataset | list[dict], new: Iterable[dict], dedupe: bool) -> Iterator[dict]:
+    "The new lists with what was there before of the same prompts, one after the other."
+    ids = before["id"] if isinstance(before, Dataset) else [r["id"] for r in before]
+    places = {name: n for n, name in enumerate(ids)}
+    for r in map(dict, new):
+        both = [dict(before[places[r["id"]]]), r] if r["id"] in places else [r]
+        yield merge_candidates(both, "first") if len(both) > 1 or dedupe else r
 
 # %% ../nbs/19_enhancement.ipynb #2039c55d
 def join_candidates(

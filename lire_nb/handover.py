@@ -693,6 +693,11 @@ class EngineSampler:
         self.engine, self.probe, self.words, self.context = engine, probe, words, context
         self.limit, self.journal, self.readings = limit, journal, {}
 
+    @property
+    def tokenizer(self):
+        "What the token ids are of."
+        return self.words.tokenizer
+
     def verify(self, front: _Front, draws: bool = False) -> Reading:
         "Probe one server, with `draws` also whether it obeys the settings; raises `LireError` where it does not pass."
         probe, rows, served = self.probe, [], []

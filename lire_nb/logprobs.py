@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from .base.errors import LireError, moved
-from .base.files import read_jsonl, write_jsonl
+from .base.files import _batches, read_jsonl, write_jsonl
 from .base.ranks import drop_kept, even_batches, kept_rows, on_main, split_rows
 from lire_nb.conversations import (
     agent_lengths, candidate_tokens, drawn_tokens, encode_prompt, end_tokens, MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH,
@@ -155,10 +156,22 @@ def dataset_logps(
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length,
               "context": _fewer(context, context_of(model))}
     settled = zip(*(itertools.repeat(None) if one is None else one for one in (answers, spans)))
-    tokens = [tokenize_list(r, tokenizer, answers=ids, spans=own, **limits) for r, (ids, own) in zip(lists, settled)]
+    results = []
+    for part in _batches(zip(lists, settled), _LISTS):
+        tokens = [tokenize_list(r, tokenizer, answers=ids, spans=own, **limits) for r, (ids, own) in part]
+        results += _measured(model, tokens, ListCollator(tokenizer.pad_token_id), batch_size, autocast, impl)
+    model.train(was_training)
+    return results
+
+
+_LISTS = 4096  # whose tokens are in memory at once
+
+
+def _measured(model, tokens: list[dict], collate: ListCollator, batch_size: int, autocast: torch.dtype | None,
+              impl: str) -> list[tuple]:
+    "Log-probs and counts of tokenized lists, in their order; lists of like length are read together."
     order = sorted(range(len(tokens)),
                    key=lambda i: (list_length(tokens[i]), tokens[i]["prompt_ids"], tokens[i]["completion_ids"]))
-    collate, results = ListCollator(tokenizer.pad_token_id), [None] * len(tokens)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     exact = autocast is None and dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
 
@@ -171,10 +184,8 @@ def dataset_logps(
 
     batches = even_batches(order, batch_size, exact)
     found = split_rows(batches, measure, weight=lambda chunk: sum(list_length(tokens[i]) for i in chunk), unpack=tuple)
-    for i, one in zip(itertools.chain(*batches), itertools.chain(*found)):
-        results[i] = one
-    model.train(was_training)
-    return results
+    of = dict(zip(itertools.chain(*batches), itertools.chain(*found)))
+    return [of[i] for i in range(len(tokens))]
 
 # %% ../nbs/17_logprobs.ipynb #6b756a99
 def _fewer(*limits: int | None) -> int | None:
@@ -201,8 +212,8 @@ def reference_logps(
     context: int | None = None,  # tokens that the policy can read, where it is fewer: both must read the same
 ) -> list[list[float]]:  # for each list the (M,) log-probs of its candidates
     "Log-probs under the reference model, read from the cache where they are there."
-    lists, limits = list(lists), {"max_prompt_length": max_prompt_length,
-                                  "max_completion_length": max_completion_length}
+    lists = lists if isinstance(lists, (list, Dataset)) else list(lists)
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     context = _fewer(context, context_of(model))
     options = limits | {"autocast": autocast, "batch_size": batch_size, "context": context}
     if folder is None:
@@ -213,13 +224,13 @@ def reference_logps(
     path = Path(folder) / f"reference-{name}.jsonl"
     known, keys = on_main(lambda: (_read_cache(path),
                                    [_content_key(r, tokenizer, limits | {"context": context}) for r in lists]))
-    missing = {key: record for key, record in zip(keys, lists) if key not in known}
+    missing = {key: n for n, key in enumerate(keys) if key not in known}
     if not missing:
         on_main(lambda: drop_kept(path))
     else:
         logger.info("reference log-probs of %d lists, kept in %s", len(missing), path)
         with kept_rows(path, {"lists": list(missing)}):
-            found = dataset_logps(model, tokenizer, missing.values(), **options)
+            found = dataset_logps(model, tokenizer, (lists[n] for n in missing.values()), **options)
             known |= {key: logps for key, (logps, _) in zip(missing, found)}
             on_main(lambda: write_jsonl(path, ({"list": key, "logps": logps} for key, logps in sorted(known.items()))))
     return [known[key] for key in keys]

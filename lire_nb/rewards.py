@@ -15,7 +15,7 @@ import logging
 import math
 import pickle
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -58,16 +58,23 @@ def score_lists(
     *,
     only_missing: bool = False,  # keep the rewards that are there
 ) -> datasets.Dataset:  # the same lists with rewards
-    """Score every candidate; of a conversation the reward reads the agent's last turn as the answer to all that came
-    before. Raises `LireError`, with the names of reward and list, when the reward raises, returns the
-    wrong count or a number that is not finite."""
-    records = [r | {"rewards": list(r["rewards"])} for r in map(dict, lists)]
-    todo = [(r, j) for r in records for j in range(len(r["completions"]))
-            if not (only_missing and r["rewards"][j] is not None)]
-    scores = _asked_by_all(reward, todo) if is_splitting() else _checked_scores(reward, todo)
-    for (record, j), score in zip(todo, scores):
-        record["rewards"][j] = score
-    return lists_dataset(records)
+    """Score every candidate, 4,096 lists at a time; of a conversation the reward reads the agent's last turn as the
+    answer to all that came before. Raises `LireError`, with the names of reward and list, when the reward raises,
+    returns the wrong count or a number that is not finite."""
+    return lists_dataset(_scored_lists(lists, reward, only_missing))
+
+
+_LISTS = 4096  # that a reward is asked about at once, so that memory does not grow with their number
+
+
+def _scored_lists(lists: Iterable[dict], reward: Reward, only_missing: bool) -> Iterator[dict]:
+    for records in _batches((r | {"rewards": list(r["rewards"])} for r in map(dict, lists)), _LISTS):
+        todo = [(r, j) for r in records for j in range(len(r["completions"]))
+                if not (only_missing and r["rewards"][j] is not None)]
+        scores = _asked_by_all(reward, todo) if is_splitting() else _checked_scores(reward, todo)
+        for (record, j), score in zip(todo, scores):
+            record["rewards"][j] = score
+        yield from records
 
 # %% ../nbs/15_rewards.ipynb #610be1f9
 def reward_name(reward: Reward) -> str:

@@ -81,6 +81,7 @@ def main() -> None:
     from scipy import stats
 
     from lire_nb.base.errors import LireError
+    from lire_nb.conversations import drawn_tokens
     from lire_nb.enhancement import self_enhance
     from lire_nb.handover import Engine, token_logps
     from lire_nb.lists import load_lists
@@ -135,8 +136,8 @@ def main() -> None:
         found["mean_logps"] = [sum(s) / len(s) for s in sums]
         found["logps_p"] = float(stats.ttest_ind(*sums).pvalue)
         lists = load_lists(out / "run" / "round-2" / "candidates.jsonl")
-        found["candidates"] = [len(lists), len(lists[0]["completions"]), all(
-            ids for r in lists for ids in r["meta"]["token_ids"])]
+        found["candidates"] = [len(lists), len(lists[0]["completions"])]
+        assert all(ids for r in lists for ids in drawn_tokens(r, tokenizer)), "the ids that were drawn are not used"
         assert found["chi2_p"] > 1e-3 and found["logps_p"] > 1e-3, found
     finally:
         server.stop()

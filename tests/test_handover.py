@@ -21,6 +21,7 @@ from tiny_policy import make_start
 
 from lire_nb.base.errors import LireError
 from lire_nb.cli import main
+from lire_nb.conversations import drawn_tokens, tokenizer_fingerprint
 from lire_nb.enhancement import self_enhance
 from lire_nb.evaluation import evaluate_systems
 from lire_nb.handover import Engine, EngineSampler, served_folder, ServedReward
@@ -94,6 +95,19 @@ def test_two_rounds_with_a_hand_over(starts, tmp_path):
         self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", sampler=server.url, **OPTIONS)
         assert len(server.received) == count
     said(lambda: self_enhance(starts[0], PROMPTS, vowels, tmp_path / "run", **OPTIONS), "sampler")
+
+
+def test_what_a_server_drew_is_what_is_trained_on(starts, caplog):
+    "Its token ids travel with the candidates, and with them whose they are."
+    with StubEngine(starts[0]) as server:
+        sampler = Engine(server.url, **FAST).serve(starts[0], TEXTS)
+        lists = sample_lists(sampler, PROMPTS, 3, settings=SamplingSettings(max_new_tokens=4), seed=0, progress=False)
+    tokenizer = Policy.of(starts[0]).tokenizer()
+    assert all(r["meta"]["tokenizer"] == tokenizer_fingerprint(tokenizer) for r in lists)
+    shifted = {**lists[0], "meta": {**lists[0]["meta"], "token_ids": [[*reversed(ids)] for ids in
+                                                                      lists[0]["meta"]["token_ids"]]}}
+    assert all(drawn_tokens(r, tokenizer)[j] == ids for r in lists for j, ids in enumerate(r["meta"]["token_ids"]))
+    assert drawn_tokens(shifted, tokenizer) != drawn_tokens(lists[0], tokenizer)
 
 
 def test_the_old_weights_served_on_are_caught_before_a_candidate_is_accepted(starts, tmp_path):

@@ -9,13 +9,15 @@ import pytest
 from many_lists import write_lists
 from tiny_policy import make_start
 
-from lire_nb import enhancement, many_lists, training
+from lire_nb import enhancement, logprobs, many_lists, rewards, training
 from lire_nb.enhancement import train_policy
 from lire_nb.identity import lists_identity
 from lire_nb.lists import load_lists
+from lire_nb.logprobs import dataset_logps, reference_logps
 from lire_nb.many_lists import table_on_disk
-from lire_nb.models import load_tokenizer
+from lire_nb.models import load_policy, load_tokenizer
 from lire_nb.records import lists_dataset, make_record, turns_text
+from lire_nb.rewards import score_lists
 from lire_nb.training import check_teaching, LIREConfig, prepare_lists
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +137,40 @@ def test_memory_does_not_grow_with_the_lists(tmp_path, on_disk):
         held[count] = pa.total_allocated_bytes() - before, lists.data.nbytes
         del lists
     assert held[3000][1] > 9 * held[300][1] and held[3000][0] < held[300][0] + held[3000][1] / 20, held
+
+
+def test_scores_pools_and_log_probs_are_made_a_part_at_a_time(start, tmp_path, monkeypatch):
+    "The same as in one go, and no list is read before its turn."
+    read, asked = [], []
+
+    def length(prompts, texts):
+        asked.append((len(read), len(texts)))
+        return [float(len(text)) for text in texts]
+
+    def coming():
+        for record in LISTS:
+            read.append(record["id"])
+            yield record
+
+    model, tokenizer = load_policy(start, device="cpu")
+    older = [{**r, "completions": [" older", " good"], "rewards": [7.0, 8.0], "sources": ["x", "x"]} for r in LISTS[::2]]
+    make = lambda: ([dict(r) for r in score_lists(coming(), length)],  # noqa: E731
+                    [dict(r) for r in score_lists(enhancement._joined(lists_dataset(older), LISTS, True), length)],
+                    reference_logps(model, tokenizer, LISTS, tmp_path), dataset_logps(model, tokenizer, LISTS))
+    whole = make()
+    assert asked[0] == (23, sum(len(r["completions"]) for r in LISTS))
+    assert whole[1] == [dict(r) for r in score_lists(enhancement._joined(older, LISTS, True), length)]
+    read.clear(), asked.clear()
+    for module in (rewards, logprobs):
+        monkeypatch.setattr(module, "_LISTS", 4)
+    for kept in tmp_path.glob("reference-*"):
+        kept.unlink()
+    parts = make()
+    assert [count for count, _ in asked[:6]] == [4, 8, 12, 16, 20, 23]
+    assert parts[:2] == whole[:2]
+    for some, all_ in zip(parts[2], whole[2]):
+        assert some == pytest.approx(all_, rel=1e-6)
+    assert [counts for _, counts in parts[3]] == [counts for _, counts in whole[3]]
 
 
 def test_a_full_disk_is_one_line(tmp_path, on_disk, monkeypatch):
