@@ -624,21 +624,23 @@ class DrawCheck:
                          "use a server that keeps seeds, or sample here, without --sampler")
 
     def _later(self, asked: SamplingSettings) -> None:
-        wanted, drawn, alike, chance, again = [], [], True, 0.0, []
-        for number, prompt in enumerate(self.probe.prompts):
-            answers = self._draw(prompt, _EACH, replace(asked, max_new_tokens=self.room(prompt)), number)
-            rows = [self._with_end(one) for one in answers]
-            alike &= all(row == rows[0] for row in rows)
-            for row in rows:
+        rows = [(prompt, [self._with_end(one) for one in self._draw(prompt, _EACH, replace(
+            asked, max_new_tokens=self.room(prompt)), number)]) for number, prompt in enumerate(self.probe.prompts)]
+        again, logps = [], []
+
+        def wanted():  # one answer at a time: a vocabulary is large
+            for prompt, row in ((prompt, row) for prompt, answers in rows for row in answers):
                 probs = self._probs(prompt, row, asked)
-                wanted += probs
-                drawn += [[t] for t in row]
-                again += [(t in known, float(one[list(known)].sum())) for k, (t, one) in enumerate(zip(row, probs))
-                          if (known := {*prompt, *row[:k]})]
-            chance += (_EACH - 1) * float(probs.gather(1, torch.tensor(row)[:, None]).log().sum())
-        self._gap("tokens of whole answers", asked, *draw_gap(wanted, drawn))
+                yield from probs
+                again.extend((t in known, float(one[list(known)].sum())) for k, (t, one) in enumerate(zip(row, probs))
+                             if (known := {*prompt, *row[:k]}))
+                logps.append(float(probs.gather(1, torch.tensor(row)[:, None]).log().sum()))
+
+        drawn = [[t] for _, answers in rows for row in answers for t in row]
+        self._gap("tokens of whole answers", asked, *draw_gap(wanted(), drawn))
         self._repeats(again, asked)
-        if alike and chance < math.log(1e-6):
+        alike = all(row == answers[0] for _, answers in rows for row in answers)
+        if alike and sum(logps) * (1 - 1 / _EACH) < math.log(1e-6):
             self._refuse("gives one answer several times", f"{_EACH} answers to each of {len(self.probe.prompts)} "
                          "prompts, all alike", f"answers of their own ({_said(asked)})",
                          "look why it gives the answers of one request the same seed")
