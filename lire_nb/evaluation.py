@@ -455,13 +455,6 @@ def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[
                         journal=path.with_suffix(".journal"))
 
 
-def _sweep_served(path: Path) -> None:
-    "A server's answers are in the rows: what was kept for it can go, and the merged copy of an adapter."
-    path.with_suffix(".journal").unlink(missing_ok=True)
-    for copy in path.parent.glob("served-*"):
-        shutil.rmtree(copy)
-
-
 def _date_of(policy) -> dict:
     "A chat template that writes the date makes other prompts of the same messages tomorrow."
     tokenizer = policy[1] if isinstance(policy, (tuple, list)) else load_tokenizer(policy)
@@ -483,6 +476,13 @@ def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, opti
     found = {name: policy_identity(policy) for name, policy in systems.items()}
     return {name: {"policy": found[name], "start": next(iter(found.values())), **same,
                    **({"sampler": "server"} if name in engines else {})} for name in systems}
+
+# %% ../nbs/22_evaluation.ipynb #633ebfa1
+def _sweep_served(path: Path) -> None:
+    "A server's answers are in the rows: what was kept for it can go, and the merged copy of an adapter."
+    path.with_suffix(".journal").unlink(missing_ok=True)
+    for copy in path.parent.glob("served-*"):
+        shutil.rmtree(copy)
 
 # %% ../nbs/22_evaluation.ipynb #77796c3c
 def _check_options(judges: dict, options: dict) -> None:

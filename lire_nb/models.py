@@ -560,9 +560,9 @@ def check_trainable(
             allowed="a decoder with a head over the vocabulary",
             remedy="load it with AutoModelForCausalLM; encoder-decoder models such as T5 are not supported")
     halves = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    require(apart or not halves, "weights in float16 cannot be trained: the steps of AdamW divide by zero", field="model",
-            value=halves[:1], allowed="float32, or bfloat16", remedy="load it in float32 and set fp16=True, which "
-                                                                      "computes in float16")
+    require(apart or not halves, "weights in float16 cannot be trained: the steps of AdamW divide by zero",
+            field="model", value=halves[:1], allowed="float32, or bfloat16",
+            remedy="load it in float32 and set fp16=True, which computes in float16")
 
 # %% ../nbs/35_models.ipynb #ec4ab582
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # who calls it what
