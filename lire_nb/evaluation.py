@@ -482,7 +482,8 @@ def _sweep_served(path: Path) -> None:
     "A server's answers are in the rows: what was kept for it can go, and the merged copy of an adapter."
     path.with_suffix(".journal").unlink(missing_ok=True)
     for copy in path.parent.glob("served-*"):
-        shutil.rmtree(copy)
+        if copy.is_dir():  # rows of a system may be called so
+            shutil.rmtree(copy)
 
 # %% ../nbs/22_evaluation.ipynb #77796c3c
 def _check_options(judges: dict, options: dict) -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'TOLERANCE', 'Row', 'Reading', 'read_probe', 'check_reading', 'draw_gap', 'token_logps', 'Vocabulary',
-           'token_probs', 'Probe', 'engine_request', 'read_choice', 'served_folder', 'Engine', 'run_command',
-           'DrawCheck', 'EngineSampler', 'ServedReward', 'engines_of', 'scorers_of', 'scored_by']
+           'token_probs', 'drawn_logps', 'Probe', 'engine_request', 'read_choice', 'served_folder', 'Engine',
+           'run_command', 'DrawCheck', 'EngineSampler', 'engines_of', 'scorers_of', 'scored_by']
 
 # %% ../nbs/73_handover.ipynb #469fbf84
 import gc
@@ -36,7 +36,7 @@ from lire_nb.conversations import (
 )
 from .models import context_of, Policy, quiet_transformers, text_config
 from .records import known_ending, prompt_id
-from .rewards import reward_name, RewardError, ServerReward
+from .rewards import reward_name, ServedReward, ServerReward
 from lire_nb.sampling import (
     _completion, _is_number, _is_whole, _warpers, candidate_numbers, Completion, derive_seed,
     SamplingSettings, ServerSampler,
@@ -76,7 +76,9 @@ def read_probe(
     moved = served - rows[2]
     share = float(moved @ step / (step @ step))
     rest = moved - share * step
-    return Reading(apart, share, math.sqrt(rest @ rest / (len(rest) - 1) / (step @ step)), len(served))
+    # where steps are large the noise is too, so each token's own counts (a sandwich estimate)
+    error = math.sqrt((rest * step) @ (rest * step) * len(rest) / (len(rest) - 1)) / (step @ step)
+    return Reading(apart, share, error, len(served))
 
 # %% ../nbs/73_handover.ipynb #7a923d89
 TOLERANCE = 0.1  # nats a token
@@ -158,9 +160,10 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer, model) -> "Vocabulary":
         "The same rules as in `sampling`."
-        ends = tuple(end_tokens(tokenizer, model))
-        rows = range(len(tokenizer), text_config(model).vocab_size)  # some models have more rows than there are tokens
-        return cls(tokenizer, ends, (*(i for i in tokenizer.all_special_ids if i not in ends), *rows))
+        size, ends = text_config(model).vocab_size, end_tokens(tokenizer, model)
+        special = [i for i in tokenizer.all_special_ids if i not in ends]
+        odd = [*special, *range(len(tokenizer), size)]  # some models have more rows than there are tokens
+        return cls(tokenizer, *(tuple(i for i in ids if i < size) for ids in (ends, odd)))  # and some have fewer
 
     def why_not(self, ids: Sequence[int]) -> str | None:
         "Why an answer is drawn again."
@@ -195,6 +198,13 @@ def token_probs(
         probs[:, ends[0]] = whole
     return probs
 
+# %% ../nbs/73_handover.ipynb #3b8e5f12
+def drawn_logps(model, prompt: list[int], ids: list[int], settings: SamplingSettings, words: Vocabulary) -> list[float]:
+    "(R,) log-probs of the tokens of an answer in the distributions that they were drawn from; −inf: they cannot come."
+    probs = token_probs(model, prompt, ids, settings, words)
+    folded = [words.ends[0] if t in words.ends else t for t in ids]
+    return probs.gather(1, torch.tensor(folded)[:, None]).squeeze(1).log().tolist()
+
 # %% ../nbs/73_handover.ipynb #2b202a70
 # long: one class of small methods
 Row = tuple[list[int], list[int]]  # token ids of a prompt, and of an answer
@@ -222,9 +232,10 @@ class Probe:
         return None if self.before is None or self.before.fingerprint == self.policy.fingerprint else self.before
 
     def model(self, policy: Policy):
-        if policy.fingerprint not in self.models:
-            self.models[policy.fingerprint] = policy.load()[0]  # float32: what is rough is the server's side alone
-        return self.models[policy.fingerprint]
+        found = self.models.get(policy.fingerprint)
+        if found is None:  # float32: what is rough is the server's side alone
+            found = self.models[policy.fingerprint] = policy.load()[0]
+        return found
 
     def rest(self) -> None:
         "Let the models go, and what was computed."
@@ -232,28 +243,32 @@ class Probe:
         self.known.clear()
         gc.collect()
 
-    def logps(self, policy: Policy, rows: list[Row]) -> list[float]:
-        "Log-probs of the tokens of some answers, one after the other."
+    def logps(self, policy: Policy, rows: list[Row], words: Vocabulary, drawn: SamplingSettings | None) -> list[float]:
+        "Log-probs of the tokens of some answers, one after the other; with `drawn` after temperature and cuts."
         found = []
         for prompt, ids in rows:
-            key = policy.fingerprint, tuple(prompt), tuple(ids)
+            key = policy.fingerprint, tuple(prompt), tuple(ids), drawn
             if key not in self.known:
-                self.known[key] = token_logps(self.model(policy), prompt, ids)
+                self.known[key] = (token_logps(self.model(policy), prompt, ids) if drawn is None else
+                                   drawn_logps(self.model(policy), prompt, ids, drawn, words))
             found += self.known[key]
         return found
 
-    def read(self, rows: list[Row], served: list[float]) -> Reading:
-        "Compare what a server says of its own tokens with both policies."
-        last = None if self.last is None else self.logps(self.last, rows)
-        return read_probe(served, self.logps(self.policy, rows), last)
-
-    def read_others(self, rows: list[Row], served: list[float]) -> Iterable[tuple[str, Reading]]:
-        "The same, told from each of the others that can be told from the policy; their models are let go."
-        for other in self.others:
-            reading = read_probe(served, self.logps(self.policy, rows), self.logps(other, rows))
-            self.models.pop(other.fingerprint, None)
-            if reading.share is not None and reading.error <= _SURE:
-                yield other.name, reading
+    def read(self, rows: list[Row], served: list[float], words: Vocabulary, settings: SamplingSettings,
+             last: Policy | None) -> Reading:
+        """Compare what a server says of its own tokens with the policy, and with another one. Servers say the log-probs
+        of the policy (vLLM, llama.cpp) or those after temperature and cuts (SGLang): what fits better counts."""
+        found = []
+        for drawn in (None, replace(settings, max_new_tokens=1, stop=())):
+            own = np.asarray(self.logps(self.policy, rows, words, drawn))
+            fine = np.isfinite(own)  # rounding moves a token across the edge of a cut
+            if fine.mean() > 0.98 and fine.sum() > 1:
+                other = None if last is None else np.asarray(self.logps(last, rows, words, drawn))[fine]
+                other = other if other is not None and np.isfinite(other).all() else None  # it could not draw them
+                found.append(read_probe(np.asarray(served)[fine], own[fine], other))
+            if found and found[0].apart < TOLERANCE / 10:
+                break
+        return min(found, key=lambda reading: reading.apart)
 
 # %% ../nbs/73_handover.ipynb #5f6bdaac
 _SAMPLERS = ["temperature", "top_k", "top_p", "min_p"]  # our order; llama.cpp's own sets the temperature last
@@ -333,9 +348,9 @@ class _Front:
     def draw(self, prompt: list[int], count: int, settings: SamplingSettings, seed: int,
              words: Vocabulary) -> list[dict]:
         "Candidates of one prompt, see `read_choice`; raises `TryLater`, `NoAnswer` or `LireError`."
-        found, tries, why = [], 0, None
+        found, tries, idle, why = [], 0, 0, None
         while len(found) < count:
-            if tries > 2 * count + 4:
+            if idle > _IDLE:
                 raise NoAnswer("gives answers that cannot be used", field=f"server {self.url}",
                                value=f"{len(found)} of {count}; others: {why}", allowed="a token before the end, and "
                                "no special ones", remedy="sample with vLLM or SGLang, which can be told so, or here, "
@@ -346,7 +361,8 @@ class _Front:
                 self._check_answer(one, settings, words.ends)
                 own = words.why_not(one["ids"])
                 why = own or why
-                found += [one] if own is None else []
+                found += [one | {"call": tries}] if own is None else []
+                idle = idle + 1 if own else 0
             tries += 1
         return found[:count]
 
@@ -524,6 +540,8 @@ _PROMPTS = 8  # of the probe
 _EACH, _LENGTH = 4, 16  # answers to each, and their tokens
 _DRAWS = 128  # first tokens, of all prompts together
 _GROUP = 256  # tokens that are looked at together afterwards
+_IDLE = 100  # answers in a row that cannot be used
+_MANY = 1.5  # of the tolerance, where many groups are looked at
 _LATE = 0.05  # share of the first tokens that may come out otherwise where an end is refused after the draw
 
 
@@ -629,7 +647,7 @@ class DrawCheck:
     def _later(self, asked: SamplingSettings) -> None:
         rows = [(prompt, [self._with_end(one) for one in self._draw(prompt, _EACH, replace(
             asked, max_new_tokens=self.room(prompt)), number)]) for number, prompt in enumerate(self.probe.prompts)]
-        again, logps = [], []
+        again, chance = [], []
 
         def wanted():  # one answer at a time: a vocabulary is large
             for prompt, row in ((prompt, row) for prompt, answers in rows for row in answers):
@@ -637,13 +655,13 @@ class DrawCheck:
                 yield from probs
                 again.extend((t in known, float(one[list(known)].sum())) for k, (t, one) in enumerate(zip(row, probs))
                              if (known := {*prompt, *row[:k]}))
-                logps.append(float(probs.gather(1, torch.tensor(row)[:, None]).log().sum()))
+                chance.append(float((probs**2).sum(1).log().sum()))  # that another answer says the same
 
         drawn = [[t] for _, answers in rows for row in answers for t in row]
         self._gap("tokens of whole answers", asked, *draw_gap(wanted(), drawn))
         self._repeats(again, asked)
         alike = all(row == answers[0] for _, answers in rows for row in answers)
-        if alike and sum(logps) * (1 - 1 / _EACH) < math.log(1e-6):
+        if alike and asked.temperature and sum(chance) * (1 - 1 / _EACH) < math.log(1e-6):
             self._refuse("gives one answer several times", f"{_EACH} answers to each of {len(self.probe.prompts)} "
                          "prompts, all alike", f"answers of their own ({_said(asked)})",
                          "look why it gives the answers of one request the same seed")
@@ -705,16 +723,20 @@ class EngineSampler:
 
     def verify(self, front: _Front, draws: bool = False) -> Reading:
         "Probe one server, with `draws` also whether it obeys the settings; raises `LireError` where it does not pass."
-        probe, rows, served = self.probe, [], []
+        probe, rows, served, plain = self.probe, [], [], SamplingSettings()
         for number, prompt in enumerate(probe.prompts):
-            plain = SamplingSettings(max_new_tokens=self._room(prompt))
-            for one in front.draw(prompt, _EACH, plain, number, self.words):
+            asked = replace(plain, max_new_tokens=self._room(prompt))
+            for one in front.draw(prompt, _EACH, asked, number, self.words):
                 rows.append((prompt, one["ids"]))
                 served += one["logps"]
-        reading = self.readings[front.url] = probe.read(rows, served)
-        check_reading(reading, self.engine.tolerance, f"server {front.url}", probe.policy.name)
-        for name, told in probe.read_others(rows, served):
-            check_reading(told, self.engine.tolerance, f"server {front.url}", probe.policy.name, name)
+        where, name = f"server {front.url}", probe.policy.name
+        reading = self.readings[front.url] = probe.read(rows, served, self.words, plain, probe.last)
+        check_reading(reading, self.engine.tolerance, where, name)
+        for other in probe.others:
+            told = probe.read(rows, served, self.words, plain, other)
+            probe.models.pop(other.fingerprint, None)
+            if told.share is not None and told.error <= _SURE:
+                check_reading(told, self.engine.tolerance, where, name, other.name)
         if draws:
             DrawCheck(front, probe, self.words, self._room).run()
         front.stale = False
@@ -759,25 +781,29 @@ class EngineSampler:
                     front.connect()
                 except LireError as e:  # nobody yet: that is waited for
                     raise e.__cause__ if isinstance(e.__cause__, TryLater) else e
-                self.verify(front)
+                self.verify(front, draws=True)
         try:
             found = front.draw(*asked, self.words)
         except TryLater as e:
             front.stale = front.stale or e.silent
             raise
-        return [{name: one[name] for name in ("text", "finish", "ids", "logps")} | {"server": front.url}
+        return [{name: one[name] for name in ("text", "finish", "ids", "logps", "call")} | {"server": front.url}
                 for one in found]
 
     def _look_back(self, requests: dict[str, tuple], answers: dict[str, list[dict]]) -> None:
         "What was drawn counts only if it came from this policy; raises `LireError`, and forgets what did not."
         few = sum(len(one["ids"]) for row in answers.values() for one in row) <= 4 * _GROUP
         found = {}
-        for key, row in answers.items():  # of many, one for each request
-            for one in row if few else [row[int(key, 16) % len(row)]]:
+        for key, row in answers.items():  # of many, one of each time that the server was asked
+            cut = int(key, 16) % len(row)
+            calls = {one["call"]: one for one in reversed(row[cut:] + row[:cut])}
+            for one in row if few else calls.values():
                 found.setdefault(one["server"], []).append((key, requests[key][1], one))
+        settings = next(iter(requests.values()))[3]
         groups, wrong = [(server, group) for server, rows in found.items() for group in _groups(rows)], []
         for last in [self.probe.last, *self.probe.others]:
-            wrong += [(error, group) for server, group in groups if (error := self._look_at(server, group, last))]
+            for server, group in groups:
+                wrong += self._look_at(server, group, last, settings)
             if last is not None:
                 self.probe.models.pop(last.fingerprint, None)
         self.probe.rest()
@@ -792,18 +818,26 @@ class EngineSampler:
                             remedy="look why it changed, then run the same command again: what came from this policy "
                                    "is kept, the rest is asked anew")
 
-    def _look_at(self, server: str, group: list[tuple], last: Policy | None) -> LireError | None:
-        "What is wrong with some answers, by their own log-probs."
-        rows = [(prompt, one["ids"]) for _, prompt, one in group]
-        served = [x for *_, one in group for x in one["logps"]]
-        if len(served) < 2:
-            return None
-        probe = self.probe
-        reading = read_probe(served, probe.logps(probe.policy, rows), last and probe.logps(last, rows))
+    def _look_at(self, server: str, group: list[tuple], last: Policy | None,
+                 settings: SamplingSettings) -> list[tuple[LireError, list[tuple]]]:
+        "What is wrong with some answers, by their own log-probs: all of them, or some alone, each with its error."
+        read = lambda rows, last=None: self.probe.read(  # noqa: E731
+            [(prompt, one["ids"]) for _, prompt, one in rows], [x for *_, one in rows for x in one["logps"]], self.words,
+            settings, last)
+        each = [read([row]).apart if len(row[2]["ids"]) > 1 else 0.0 for row in group]
+        usual = 10 * float(np.median(each))
+        alone = [n for n, apart in enumerate(each) if apart > max(self.engine.tolerance, usual)]  # lost among the rest
+        rest = [row for n, row in enumerate(group) if n not in alone]
+        found = [(self._fault(server, read([group[n]]), None, 1.0), [group[n]]) for n in alone]
+        if sum(len(one["ids"]) for *_, one in rest) > 1:
+            found.append((self._fault(server, read(rest, last), last, _MANY), rest))
+        return [(error, rows) for error, rows in found if error]
+
+    def _fault(self, server: str, reading: Reading, last: Policy | None, factor: float) -> LireError | None:
         if reading.share is not None and reading.error > _SURE:  # the probe has told them
             reading = replace(reading, share=None)
         try:
-            check_reading(reading, self.engine.tolerance, f"server {server}", probe.policy.name,
+            check_reading(reading, factor * self.engine.tolerance, f"server {server}", self.probe.policy.name,
                           last.name if last else "the last policy")
         except LireError as e:
             return e
@@ -818,96 +852,6 @@ class EngineSampler:
         if one["finish"] == "stop" and not settings.stop and len(ends) == 1:
             return replace(whole, finish_reason="stop", token_ids=(*one["ids"], ends[0]))
         return Completion(whole.text, one["finish"])
-
-# %% ../nbs/73_handover.ipynb #3bdce351
-# long: one class: the scores, and the two looks at them
-_TEXTS, _PART = 16, 32  # scored on both sides first; asked for at once
-
-
-class ServedReward:
-    "A reward model behind an address, checked against the model itself; scores are kept as they come."
-
-    def __init__(
-        self,
-        server: Callable[[list, list[str]], list[float]],  # for example a `rewards.ServerReward`
-        model: Callable[[list, list[str]], list[float]],  # what it should be
-        *,
-        tolerance: float = 0.05,  # standard deviations of the model's scores
-        journal: str | os.PathLike | None = None,  # a file that keeps the scores, so that a stopped run goes on
-    ):
-        self.server, self.model, self.tolerance, self.journal = server, model, tolerance, journal
-        self.name, self.checked = getattr(model, "name", "reward"), False
-
-    def identity(self):
-        "What the scores depend on: the model."
-        from lire_nb.identity import reward_identity
-
-        return {"model": reward_identity(self.model)}
-
-    def __call__(self, prompts: list, completions: list[str]) -> list[float]:
-        if not self.checked and completions:
-            first = list({text: n for n, text in reversed(list(enumerate(completions)))}.values())[::-1][:_TEXTS]
-            self.check([prompts[n] for n in first], [completions[n] for n in first])
-        parts = [(i, prompts[i : i + _PART], completions[i : i + _PART]) for i in range(0, len(completions), _PART)]
-        keys = [json_digest([n, self.identity(), *part[1:]]) for n, part in enumerate(parts)]
-        found = run_requests(dict(zip(keys, parts)), lambda part: self._ask(*part), journal=self.journal,
-                             progress=False, max_in_flight=4)
-        scores = [score for part in found.values() for score in part]
-        self._look_back(keys, prompts, completions, scores)
-        return scores
-
-    def _ask(self, start: int, prompts: list, completions: list[str]) -> list[float]:
-        try:
-            return self._scores(prompts, completions)
-        except RewardError as e:
-            e.span = e.span and (e.span[0] + start, e.span[1] + start)  # counted from the first of all texts
-            raise
-
-    def _scores(self, prompts: list, completions: list[str]) -> list[float]:
-        "What the server says; raises `RewardError` where it is no finite number for each text."
-        told = list(map(float, self.server(prompts, completions)))
-        require(len(told) == len(completions) and all(map(math.isfinite, told)), "no scores", error=RewardError,
-                field=f"reward {self.name!r}", value=(len(told), told[:5]),
-                allowed=f"a finite number for each of {len(completions)} texts", remedy="look at the server's log")
-        return told
-
-    def check(self, prompts: list, completions: list[str]) -> float:  # standard deviations apart
-        "Score some texts on both sides; raises `RewardError` where they differ."
-        own = np.asarray(list(self.model(prompts, completions)), float)
-        apart = float(self._apart(np.asarray(self._scores(prompts, completions)), own, own.std()).mean()) ** 0.5
-        self._require(apart, self.tolerance, f"on {len(own)} texts", "make the server load this model, or name the one "
-                      "it has")
-        self.checked = True
-        return apart
-
-    @staticmethod
-    def _apart(told: np.ndarray, own: np.ndarray, spread: float) -> np.ndarray:
-        "Squared distances in standard deviations; what bfloat16 rounds away of a score is none."
-        return (np.maximum(np.abs(told - own) - np.abs(own) / 256, 0.0) / max(spread, 1e-6)) ** 2
-
-    def _require(self, apart: float, limit: float, where: str, remedy: str) -> None:
-        require(apart <= limit, "the server scores otherwise than this reward model", error=RewardError,
-                field=f"reward {self.name!r}", value=f"{apart:.3g} standard deviations apart {where}",
-                allowed=f"at most {limit:g}", remedy=remedy)
-
-    def _look_back(self, keys: list[str], prompts: list, completions: list[str], scores: list[float]) -> None:
-        "Two texts of each part on both sides; raises `RewardError`, and forgets the parts that differ."
-        picks = [[_PART * n + k for k in sorted({int(key, 16) % size, (int(key, 16) // 97) % size})]
-                 for n, key in enumerate(keys) if (size := min(_PART, len(scores) - _PART * n))]
-        flat = [k for part in picks for k in part]
-        if not flat:
-            return
-        own = np.asarray(list(self.model([prompts[k] for k in flat], [completions[k] for k in flat])), float)
-        apart = dict(zip(flat, self._apart(np.asarray(scores)[flat], own, own.std())))
-        far = [float(np.mean([apart[k] for k in part])) ** 0.5 for part in picks]
-        whole = float(np.mean(list(apart.values()))) ** 0.5
-        limit = self.tolerance * (1 if whole > self.tolerance else 4)  # of two texts, a chance difference is larger
-        bad = [key for key, one in zip(keys, far) if one > limit]
-        if bad and self.journal is not None:
-            with Journal(self.journal) as kept:
-                kept.forget(bad)
-        self._require(max(far), limit, f"in {len(bad)} of {len(far)} parts",
-                      "look why it changed, then run the same command again: these parts are asked anew")
 
 # %% ../nbs/73_handover.ipynb #609256db
 def _by_name(pairs: list[str], flag: str, names: list[str]) -> dict[str, list[str]]:

@@ -268,7 +268,8 @@ def _as_asked(args):
     _check_once(args)
     _check_counts(args)
     asked = [getattr(args, name, None) for name in ("dtype", "attn_implementation", "sampling_batch")]
-    require(asked[0] != "float16" or args.command not in ("train", "enhance"), "cannot be trained", field="--dtype",
+    whole = args.command in ("train", "enhance") and not getattr(args, "lora_rank", None)  # an adapter is float32
+    require(asked[0] != "float16" or not whole, "cannot be trained", field="--dtype",
             value="float16", allowed="float32 or bfloat16: in float16 the steps of AdamW divide by zero",
             remedy="leave it out, and give --set fp16=true to compute in float16")
     if asked == [None, None, None]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'Reward', 'RewardError', 'score_lists', 'reward_name', 'VaderReward', 'LatentHead', 'RewardModel',
            'ranking_loss', 'train_reward_model', 'graded_scores', 'pair_accuracy', 'accuracy_of', 'longer_wins',
-           'RandomReward', 'ServerReward', 'ScalarHead', 'ScalarHeadModel', 'load_scalar_head_model']
+           'RandomReward', 'ServerReward', 'ServedReward', 'ScalarHead', 'ScalarHeadModel', 'load_scalar_head_model']
 
 # %% ../nbs/15_rewards.ipynb #ee2978bd
 import http.client
@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pickle
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import datasets
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .base.errors import LireError, needed, require
-from .base.files import _batches, _is_main
+from .base.files import _batches, _is_main, json_digest
 from .base.ranks import even_batches, is_sharing, is_splitting, my_share, on_main, split_rows, sum_over_ranks
 from .conversations import encode_conversation
 from .identity import plain_address, tokenizer_identity
@@ -37,7 +39,7 @@ from lire_nb.models import (
     context_of, default_device, has_bf16, load_reward_backbone, model_fingerprint, ModelError, quiet_transformers,
 )
 from .records import lists_dataset, read_as_answers
-from .servers import check_address, NoAnswer, progress_bar, run_requests, TryLater
+from .servers import check_address, Journal, NoAnswer, progress_bar, run_requests, TryLater
 from .tasks import text_hash
 
 logger = logging.getLogger(__name__)
@@ -716,6 +718,114 @@ def _snippet(error: urllib.error.HTTPError) -> str:
         return error.read(200).decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return ""
+
+# %% ../nbs/15_rewards.ipynb #5e7ed002
+# long: one class: the scores, and the two looks at them
+_TEXTS, _PART = 16, 32  # scored on both sides first; asked for at once
+
+
+def _different(prompts: list, completions: list[str]) -> tuple[list, list[str]]:
+    "Sixteen different texts; where there are fewer, their beginnings too, so that their spread can be told."
+    found, size = {}, 1.0
+    while len(found) < _TEXTS and size > 0.01:
+        for prompt, text in zip(prompts, completions):
+            found.setdefault(text[: math.ceil(len(text) * size)], prompt)
+            if len(found) == _TEXTS:
+                break
+        size /= 2
+    return list(found.values()), list(found)
+
+
+class ServedReward:
+    "A reward model behind an address, checked against the model itself; scores are kept as they come."
+
+    def __init__(
+        self,
+        server: Callable[[list, list[str]], list[float]],  # for example a `rewards.ServerReward`
+        model: Callable[[list, list[str]], list[float]],  # what it should be
+        *,
+        tolerance: float = 0.05,  # standard deviations of the model's scores
+        journal: str | os.PathLike | None = None,  # a file that keeps the scores, so that a stopped run goes on
+    ):
+        self.server, self.model, self.tolerance, self.journal = server, model, tolerance, journal
+        self.name, self.checked, self.spread = getattr(model, "name", "reward"), False, 0.0
+
+    def identity(self):
+        "What the scores depend on: the model."
+        from lire_nb.identity import reward_identity
+
+        return {"model": reward_identity(self.model)}
+
+    def __call__(self, prompts: list, completions: list[str]) -> list[float]:
+        if not self.checked and completions:
+            self.check(*_different(prompts, completions))
+        parts = [(i, prompts[i : i + _PART], completions[i : i + _PART]) for i in range(0, len(completions), _PART)]
+        keys = [json_digest([n, self.identity(), *part[1:]]) for n, part in enumerate(parts)]
+        found = run_requests(dict(zip(keys, parts)), lambda part: self._ask(*part), journal=self.journal,
+                             progress=False, max_in_flight=4)
+        scores = [score for part in found.values() for score in part]
+        self._look_back(keys, prompts, completions, scores)
+        return scores
+
+    def _ask(self, start: int, prompts: list, completions: list[str]) -> list[float]:
+        try:
+            return self._scores(prompts, completions)
+        except RewardError as e:
+            e.span = e.span and (e.span[0] + start, e.span[1] + start)  # counted from the first of all texts
+            raise
+
+    def _scores(self, prompts: list, completions: list[str]) -> list[float]:
+        "What the server says; raises `RewardError` where it is no finite number for each text."
+        told = list(map(float, self.server(prompts, completions)))
+        require(len(told) == len(completions) and all(map(math.isfinite, told)), "no scores", error=RewardError,
+                field=f"reward {self.name!r}", value=(len(told), told[:5]),
+                allowed=f"a finite number for each of {len(completions)} texts", remedy="look at the server's log")
+        return told
+
+    def check(self, prompts: list, completions: list[str]) -> float:  # standard deviations apart
+        "Score some texts on both sides; raises `RewardError` where they differ."
+        own = np.asarray(list(self.model(prompts, completions)), float)
+        self.spread = float(own.std())
+        apart = float(self._apart(np.asarray(self._scores(prompts, completions)), own).mean()) ** 0.5
+        limit = self.tolerance * (1 if len(own) >= _TEXTS else 4)  # the spread of a few is not well known
+        self._require(apart, limit, f"on {len(own)} texts", "make the server load this model, or name the one "
+                      "it has")
+        self.checked = True
+        return apart
+
+    def _apart(self, told: np.ndarray, own: np.ndarray) -> np.ndarray:
+        "Squared distances in standard deviations; what bfloat16 rounds away of a score is none, up to a quarter of one."
+        rounding, alike = np.abs(own) / 256, self.spread < 1e-6 * max(1.0, np.abs(own).max())
+        rounding = rounding if alike else np.minimum(rounding, self.spread / 4)
+        return (np.maximum(np.abs(told - own) - rounding, 0.0) / max(self.spread, 1e-6)) ** 2
+
+    def _require(self, apart: float, limit: float, where: str, remedy: str) -> None:
+        require(apart <= limit, "the server scores otherwise than this reward model", error=RewardError,
+                field=f"reward {self.name!r}", value=f"{apart:.3g} standard deviations apart {where}",
+                allowed=f"at most {limit:g}", remedy=remedy)
+
+    def _look_back(self, keys: list[str], prompts: list, completions: list[str], scores: list[float]) -> None:
+        "Two texts of each part on both sides; raises `RewardError`, and forgets the parts that differ."
+        picks = []
+        for n, key in enumerate(keys):
+            size = min(_PART, len(scores) - _PART * n)
+            one = int(key, 16) % size
+            picks.append([_PART * n + k for k in sorted({one, (one + size // 2) % size})])
+        flat = [k for part in picks for k in part]
+        if not flat:
+            return
+        own = np.asarray(list(self.model([prompts[k] for k in flat], [completions[k] for k in flat])), float)
+        apart = dict(zip(flat, self._apart(np.asarray(scores)[flat], own)))
+        far = [float(np.mean([apart[k] for k in part])) ** 0.5 for part in picks]
+        whole = float(np.mean(list(apart.values()))) ** 0.5
+        most = whole > self.tolerance and len(flat) >= _TEXTS
+        limit = self.tolerance * (1 if most else 4)  # of two texts, a chance difference is larger
+        bad = [key for key, one in zip(keys, far) if one > limit]
+        if bad and self.journal is not None:
+            with Journal(self.journal) as kept:
+                kept.forget(bad)
+        self._require(max(far), limit, f"in {len(bad)} of {len(far)} parts",
+                      "look why it changed, then run the same command again: these parts are asked anew")
 
 # %% ../nbs/15_rewards.ipynb #db8dcffb
 # that older versions of transformers stored with the weights

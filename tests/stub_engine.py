@@ -12,8 +12,9 @@ class StubEngine:
     """`with StubEngine(folder) as server`. Faults: `top_k`, `temperature` (used in the place of what was asked), `seed`
     (drawn anew each time), `n` (one answer, whatever was asked), `logprobs` (none given), `reads` (tokens of the prompt),
     `cut` (tokens of an answer), `later` (the temperature from the second token on), `penalty` (of tokens that were drawn),
-    `alike` (one seed for all n), `unbiased` (whatever is asked), `cuts_prompt` (tokens that are read, and not said). At
-    /score it is a reward: the length of a text."""
+    `alike` (one seed for all n), `unbiased` (whatever is asked), `cuts_prompt` (tokens that are read, and not said),
+    `strict` (no bias on tokens that it does not have). No fault: `processed` (log-probs after temperature and cuts, as
+    SGLang says them). At /score it is a reward: the length of a text."""
 
     def __init__(self, folder=None, owner="llamacpp", **faults):
         self.owner, self.faults, self.received, self.loads, self.hook = owner, faults, [], [], lambda count: None
@@ -39,6 +40,7 @@ class StubEngine:
     @torch.no_grad()
     def answer(self, body) -> dict:
         wrong, prompt, count = self.faults, body["prompt"], 1 if "n" in self.faults else body["n"]
+        assert "strict" not in wrong or all(int(k) < 96 for k in body.get("logit_bias", {}))
         prompt = prompt[-wrong.get("cuts_prompt", 10**6) :]
         bias = {} if "unbiased" in wrong else {int(k): v for k, v in body.get("logit_bias", {}).items()}
         first = next(self.anew) if "seed" in wrong else wrong.get("fixed_seed", body["seed"])
@@ -65,7 +67,7 @@ class StubEngine:
                 cdf = scores.softmax(-1).cumsum(-1)
                 token = int((cdf < torch.rand((), generator=rngs[k], dtype=torch.float64) * cdf[-1]).sum())
                 rows[k].append(token)
-                logps[k].append(float(own.log_softmax(-1)[token]))
+                logps[k].append(float((scores if "processed" in wrong else own).log_softmax(-1)[token]))
                 if len(rows[k]) > 1 and self.tokenizer.decode([token]) in wrong.get("own_stop", ""):
                     by[k] = self.tokenizer.decode([rows[k].pop()])
                     logps[k].pop()

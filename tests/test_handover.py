@@ -24,11 +24,11 @@ from lire_nb.cli import main
 from lire_nb.conversations import drawn_tokens, tokenizer_fingerprint
 from lire_nb.enhancement import self_enhance
 from lire_nb.evaluation import evaluate_systems
-from lire_nb.handover import Engine, EngineSampler, served_folder, ServedReward
+from lire_nb.handover import Engine, EngineSampler, served_folder
 from lire_nb.lists import load_lists
 from lire_nb.models import load_policy, Policy
 from lire_nb.resume import read_manifest
-from lire_nb.rewards import RewardError
+from lire_nb.rewards import RewardError, ServedReward
 from lire_nb.sampling import sample_lists, SamplingSettings
 
 pytest.importorskip("openai")
@@ -313,6 +313,54 @@ def test_weights_that_change_without_an_outage_are_caught_at_the_end(starts, tmp
         with StubEngine(starts[0]) as server:
             fresh = Engine(server.url, **FAST).serve(starts[0], texts, SIX).sample(texts, 3, SIX, 0)
         assert drawn == fresh
+
+
+def test_few_answers_of_other_weights_at_the_end_stand_out(starts, tmp_path):
+    "In a group of many tokens they would be lost."
+    texts, journal = [f"film {n} was" for n in range(40)], tmp_path / "journal"
+    with StubEngine(starts[0]) as server:
+        engine = Engine(server.url, max_in_flight=1, **FAST)
+        sampler = engine.serve(starts[0], texts, SIX, journal=journal)
+        swaps(server, 38, starts[1])
+        said(lambda: sampler.sample(texts, 3, SIX, 0), "answered with other weights", "3 of 40 requests")
+        assert len(journal.read_text().splitlines()) == 37
+
+
+@pytest.mark.parametrize("settings", [SamplingSettings(6, temperature=0.7), SamplingSettings(6, top_k=8),
+                                      SamplingSettings(6, temperature=1.5, top_k=20)])
+def test_a_server_that_says_log_probs_after_temperature_and_cuts(starts, tmp_path, settings):
+    "As SGLang does: taken, and other weights are seen as well."
+    with StubEngine(starts[0], processed=True) as server:
+        engine = Engine(server.url, **FAST)
+        sampler = engine.serve(starts[0], TEXTS, settings, last=starts[1])
+        assert len(sampler.sample(TEXTS, 3, settings, 0)) == N
+        server.load(starts[1])
+        said(lambda: sampler.sample(TEXTS, 3, settings, 1), "answered with other weights")
+
+
+def test_a_rounding_server_is_taken_at_temperature_0(starts, tmp_path):
+    "One token in a near tie is another; its answers are alike, as they should be."
+    model, tokenizer = load_policy(starts[0], device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 0.004 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "rough")
+    tokenizer.save_pretrained(tmp_path / "rough")
+    for settings in (SIX, SamplingSettings(6, temperature=0.0)):
+        with StubEngine(tmp_path / "rough") as server:
+            sampler = Engine(server.url, **FAST).serve(starts[0], TEXTS, settings)
+            assert len(sampler.sample(TEXTS, 3, settings, 0)) == N
+
+
+def test_special_tokens_that_the_model_does_not_have_are_not_sent(starts, tmp_path):
+    shutil.copytree(starts[0], tmp_path / "more")
+    tokenizer = Policy.of(tmp_path / "more").tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[PAD]"]})
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert len(Policy.of(tmp_path / "more").tokenizer()) == 97
+    with StubEngine(tmp_path / "more", strict=True) as server:
+        Engine(server.url, **FAST).serve(tmp_path / "more", TEXTS)
 
 
 def test_answers_that_a_killed_run_kept_are_looked_at_too(starts, tmp_path):
@@ -601,6 +649,17 @@ def test_a_served_reward_is_looked_at_until_the_end(tmp_path):
             ServedReward(lambda p, t: more(length(p, t)) if len(t) > 16 else length(p, t), length)(prompts, texts)
     same = ServedReward(lambda p, t: [3.01] * len(t), lambda p, t: [3.0] * len(t))  # as bfloat16 says 3.0
     assert same(prompts, texts) == [3.01] * 320
+
+    rng = np.random.default_rng(0)  # a twentieth of a standard deviation is allowed, and this is a fiftieth
+    for count in (1, 2, 5, 8, 31, 33, 64):
+        for _ in range(20):
+            words = ["x" * int(k) for k in rng.integers(60, 200, count)]
+            rough = ServedReward(lambda p, t: [x + rng.normal(0, 1) for x in length(p, t)], length)
+            assert len(rough(["p"] * count, words)) == count
+    low = lambda p, t: [-1500 + len(x) / 57 for x in t]  # noqa: E731
+    for wrong in (lambda p, t: [-1500.0] * len(t), lambda p, t: [-1500 + rng.normal() for _ in t]):
+        with pytest.raises(RewardError, match="scores otherwise"):
+            ServedReward(wrong, low)(["p"] * 64, ["x" * int(k) for k in rng.integers(1, 200, 64)])
 
     def far(prompts, texts):
         if len(texts) == 32:

@@ -165,7 +165,11 @@ def test_scores_pools_and_log_probs_are_made_a_part_at_a_time(start, tmp_path, m
         monkeypatch.setattr(module, "_LISTS", 4)
     for kept in tmp_path.glob("reference-*"):
         kept.unlink()
+    sizes, measured = [], logprobs._measured
+    monkeypatch.setattr(logprobs, "_measured", lambda model, tokens, *rest: sizes.append(len(tokens)) or measured(
+        model, tokens, *rest))
     parts = make()
+    assert sizes == [4, 4, 1] + [4, 4, 4, 4, 4, 3]  # nine different lists, and all
     assert [count for count, _ in asked[:6]] == [4, 8, 12, 16, 20, 23]
     assert parts[:2] == whole[:2]
     for some, all_ in zip(parts[2], whole[2]):
