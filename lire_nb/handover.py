@@ -822,8 +822,8 @@ class EngineSampler:
                  settings: SamplingSettings) -> list[tuple[LireError, list[tuple]]]:
         "What is wrong with some answers, by their own log-probs: all of them, or some alone, each with its error."
         read = lambda rows, last=None: self.probe.read(  # noqa: E731
-            [(prompt, one["ids"]) for _, prompt, one in rows], [x for *_, one in rows for x in one["logps"]], self.words,
-            settings, last)
+            [(prompt, one["ids"]) for _, prompt, one in rows], [x for *_, one in rows for x in one["logps"]],
+            self.words, settings, last)
         each = [read([row]).apart if len(row[2]["ids"]) > 1 else 0.0 for row in group]
         usual = 10 * float(np.median(each))
         alone = [n for n, apart in enumerate(each) if apart > max(self.engine.tolerance, usual)]  # lost among the rest

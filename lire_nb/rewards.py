@@ -794,7 +794,7 @@ class ServedReward:
         return apart
 
     def _apart(self, told: np.ndarray, own: np.ndarray) -> np.ndarray:
-        "Squared distances in standard deviations; what bfloat16 rounds away of a score is none, up to a quarter of one."
+        "Squared distances in standard deviations; up to a quarter of one, what bfloat16 rounds away is none."
         rounding, alike = np.abs(own) / 256, self.spread < 1e-6 * max(1.0, np.abs(own).max())
         rounding = rounding if alike else np.minimum(rounding, self.spread / 4)
         return (np.maximum(np.abs(told - own) - rounding, 0.0) / max(self.spread, 1e-6)) ** 2
