@@ -242,6 +242,7 @@ class Probe:
         self.models.clear()
         self.known.clear()
         gc.collect()
+        torch.cuda.empty_cache()  # a server may share the device; nothing where there is none
 
     def logps(self, policy: Policy, rows: list[Row], words: Vocabulary, drawn: SamplingSettings | None) -> list[float]:
         "Log-probs of the tokens of some answers, one after the other; with `drawn` after temperature and cuts."
