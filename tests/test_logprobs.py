@@ -328,8 +328,13 @@ def test_an_edited_answer_is_computed_anew_and_the_rest_is_not(tmp_path, monkeyp
     first = reference_logps(model, Letters(), lists, tmp_path)
     asked = []
     original = logprobs.dataset_logps
-    monkeypatch.setattr(logprobs, "dataset_logps", lambda m, t, some,
-                        **o: asked.extend(r["id"] for r in some) or original(m, t, some, **o))
+
+    def spy(model, tokenizer, some, **options):  # they come one at a time
+        some = list(some)
+        asked.extend(r["id"] for r in some)
+        return original(model, tokenizer, some, **options)
+
+    monkeypatch.setattr(logprobs, "dataset_logps", spy)
     lists[3] = lists[3] | {"completions": ["changed", "z"]}
     second = reference_logps(model, Letters(), lists, tmp_path)
     assert asked == ["r3"] and second[3] != first[3] and second[:3] == first[:3]
