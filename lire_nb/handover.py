@@ -200,7 +200,7 @@ def token_probs(
 
 # %% ../nbs/73_handover.ipynb #3b8e5f12
 def drawn_logps(model, prompt: list[int], ids: list[int], settings: SamplingSettings, words: Vocabulary) -> list[float]:
-    "(R,) log-probs of the tokens of an answer in the distributions that they were drawn from; −inf: they cannot come."
+    "(R,) log-probs of the tokens of an answer where they were drawn; −inf: they cannot come."
     probs = token_probs(model, prompt, ids, settings, words)
     folded = [words.ends[0] if t in words.ends else t for t in ids]
     return probs.gather(1, torch.tensor(folded)[:, None]).squeeze(1).log().tolist()

@@ -360,8 +360,8 @@ def checked_prompts(prompts: Iterable, chat: bool | None = None) -> list[dict]:
     """Prompts as records with "id", "prompt" and "meta", all of them checked. Raises `ListError` for the first bad one.
 
     prompts: texts, lists of messages, or records; what else a record holds (completions, rewards, sources) stays. A
-    record of another layout, which says more of the prompt in other columns (instruction, system, tools …), is read as
-    `load_prompts` reads it, or refused. Without an id it is `prompt_id(prompt)`. One id belongs to one prompt.
+    record of another layout, which says more of the prompt in other columns (such as instruction, system, tools), is
+    read as `load_prompts` reads it, or refused. Without an id it is `prompt_id(prompt)`. One id belongs to one prompt.
     chat: see `as_chat`.
     """
     require(not isinstance(prompts, (str, bytes, dict)), "not a list of prompts", error=ListError, field="prompts",

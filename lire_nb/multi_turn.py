@@ -319,7 +319,7 @@ def conversation_rewards(
 ) -> datasets.Dataset:  # the same lists; rewards in [0, 1], None where there is nothing to compare with
     "R_j: the mean win rate over the other candidates of the list, both orders asked. Source: arXiv 2405.14655."
     require(callable(prefer), "not a preference", field="prefer", value=prefer,
-            allowed="a function of two conversations: the chance that the first is better", remedy="try HigherScore(…)")
+            allowed="a function of two conversations: the chance that the first is better", remedy="try HigherScore")
     records = [] if isinstance(lists, (dict, str)) else [dict(r) for r in lists]
     require(records, "no lists", field="lists", allowed="at least one list", remedy="check what was loaded")
     return lists_dataset(r | {"rewards": _win_rates(r, prefer)} for r in records)
@@ -419,4 +419,4 @@ def mixed_reference(
     for name, values in (("start_logps", start), ("last_logps", last)):
         require(not torch.isnan(values).any(), "not a number", field=name, value=math.nan, allowed="log-probs",
                 remedy="look at the candidates that have no log-prob")
-    return start if weight == 1 else last if weight == 0 else weight * start + (1 - weight) * last  # 0·(−∞) is none
+    return start if weight == 1 else last if weight == 0 else weight * start + (1 - weight) * last  # not 0 · −∞

@@ -558,8 +558,8 @@ class LossSpec:
 # long: one table, a row for each loss
 _SFT = ("sft_normalize", "sft_weight", ())  # of a supervised term
 LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (
-    LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)", source="arXiv 2405.13516",
-             only=(_SFT,), pitfall="the authors' T = 2 is one-hot for long texts"),
+    LossSpec("lire", lire_loss, needs_ref=False, formula="−Σ_j P_j·R_j,  P = softmax(s/T)",
+             source="arXiv 2405.13516", only=(_SFT,), pitfall="the authors' T = 2 is one-hot for long texts"),
     LossSpec("sft", sft_loss, needs_ref=False, needs_lengths=True, uses="best", formula="−s̄_b",
              source="cross-entropy of the best candidate", pitfall="forgets every other answer"),
     LossSpec("dpo", dpo_loss, needs_ref=True, uses="order", formula="−log σ(u_b − u_w)", source="arXiv 2305.18290",
