@@ -39,7 +39,7 @@ from .records import known_ending, prompt_id
 from .rewards import reward_name, ServedReward, ServerReward
 from lire_nb.sampling import (
     _completion, _is_number, _is_whole, _warpers, candidate_numbers, Completion, derive_seed,
-    SamplingSettings, ServerSampler,
+    never_drawn, SamplingSettings, ServerSampler,
 )
 from .servers import check_address, Journal, NoAnswer, run_requests, TryLater
 
@@ -161,9 +161,7 @@ class Vocabulary:
     def of(cls, tokenizer, model) -> "Vocabulary":
         "The same rules as in `sampling`."
         size, ends = text_config(model).vocab_size, end_tokens(tokenizer, model)
-        special = [i for i in tokenizer.all_special_ids if i not in ends]
-        odd = [*special, *range(len(tokenizer), size)]  # some models have more rows than there are tokens
-        return cls(tokenizer, *(tuple(i for i in ids if i < size) for ids in (ends, odd)))  # and some have fewer
+        return cls(tokenizer, tuple(i for i in ends if i < size), tuple(never_drawn(tokenizer, ends, size)))
 
     def why_not(self, ids: Sequence[int]) -> str | None:
         "Why an answer is drawn again."

@@ -98,8 +98,12 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
         raise RewardError(f"raised {type(e).__name__}", field=field, value=str(e),
                           allowed="one number for each completion",
                           remedy="look at this list; return a number for every text") from e
-    require(len(scores) == len(todo), "wrong number of scores", error=RewardError, field=field, value=len(scores),
-            allowed=f"{len(todo)}, one for each completion", remedy="return a list as long as the completions")
+    return _one_each(scores, len(todo), field)
+
+
+def _one_each(scores: list, count: int, field: str) -> list:
+    require(len(scores) == count, "wrong number of scores", error=RewardError, field=field, value=len(scores),
+            allowed=f"{count}, one for each completion", remedy="return a list as long as the completions")
     return scores
 
 # %% ../nbs/15_rewards.ipynb #39a02885
@@ -776,11 +780,9 @@ class ServedReward:
 
     def _scores(self, prompts: list, completions: list[str]) -> list[float]:
         "What the server says; raises `RewardError` where it is no finite number for each text."
-        told = list(map(float, self.server(prompts, completions)))
-        require(len(told) == len(completions) and all(map(math.isfinite, told)), "no scores", error=RewardError,
-                field=f"reward {self.name!r}", value=(len(told), told[:5]),
-                allowed=f"a finite number for each of {len(completions)} texts", remedy="look at the server's log")
-        return told
+        field = f"reward {self.name!r}"
+        told = _one_each(list(self.server(prompts, completions)), len(completions), field)
+        return [_finite(score, field) for score in told]
 
     def check(self, prompts: list, completions: list[str]) -> float:  # standard deviations apart
         "Score some texts on both sides; raises `RewardError` where they differ."

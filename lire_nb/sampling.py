@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LOOK_EVERY', 'SamplingSettings', 'Completion', 'Sampler', 'derive_seed', 'uniform_numbers',
-           'candidate_numbers', 'draw_tokens', 'check_totals', 'cannot_share_prompts', 'rows_at_once', 'LocalSampler',
-           'sample_lists', 'ServerSampler']
+           'candidate_numbers', 'draw_tokens', 'check_totals', 'never_drawn', 'cannot_share_prompts', 'rows_at_once',
+           'LocalSampler', 'sample_lists', 'ServerSampler']
 
 # %% ../nbs/14_sampling.ipynb #9b0b3127
 import hashlib
@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -175,13 +175,22 @@ def _warpers(settings: SamplingSettings) -> LogitsProcessorList:
              (TopPLogitsWarper, top_p, top_p < 1)]
     return LogitsProcessorList(kind(value) for kind, value, wanted in kinds if wanted and temperature)
 
+# %% ../nbs/14_sampling.ipynb #nvdrawn1
+def never_drawn(
+    tokenizer,
+    ends: Collection[int],  # tokens that end an answer
+    rows: int,  # of the model's scores: some have more than there are tokens, some fewer
+) -> list[int]:
+    "What stands in no answer: special tokens other than its ends, and rows of the model without a token."
+    special = [i for i in tokenizer.all_special_ids if i not in ends and i < rows]
+    return [*special, *range(len(tokenizer), rows)]
+
 # %% ../nbs/14_sampling.ipynb #afad0a86
 class _Chooser:
     "Takes the next token of each row, by the same rules and random numbers whoever computed the scores."
 
     def __init__(self, tokenizer, settings: SamplingSettings, uniform: torch.Tensor | None, ends: list[int]):
-        self.uniform, self.warpers, self.tokens, self.ends = uniform, _warpers(settings), len(tokenizer), ends
-        self.never = [i for i in tokenizer.all_special_ids if i not in ends]
+        self.uniform, self.warpers, self.tokenizer, self.ends = uniform, _warpers(settings), tokenizer, ends
         self.banned, self.later = {}, None  # ids that are not drawn, on the device; totals to be checked later
 
     def __call__(self, scores, step: int, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +198,6 @@ class _Chooser:
         raw = scores.float()
         scores = raw.clone()
         scores.index_fill_(1, self._banned(scores, step == 0), -torch.inf)
-        scores[:, self.tokens :] = -torch.inf  # some models have more rows than there are tokens
         uniform = None if self.uniform is None else self.uniform[rows, step]
         tokens = draw_tokens(self.warpers(None, scores), uniform, self.later)
         return tokens, raw.gather(1, tokens[:, None]).squeeze(1) - raw.logsumexp(1)
@@ -197,7 +205,8 @@ class _Chooser:
     def _banned(self, scores, first: bool) -> torch.Tensor:
         "What is never drawn: special tokens, and at first an end, since a completion has one token or more."
         if first not in self.banned:
-            ids = [i for i in (self.never + self.ends if first else self.never) if i < scores.shape[1]]
+            rows = scores.shape[1]
+            ids = never_drawn(self.tokenizer, self.ends, rows) + [i for i in self.ends if first and i < rows]
             self.banned[first] = torch.tensor(ids, dtype=torch.long, device=scores.device)
         return self.banned[first]
 

@@ -623,7 +623,7 @@ def test_a_served_reward_is_the_model_that_it_should_be(tmp_path):
     assert sum(asked[1:first]) - 32 + sum(asked[first + 1 :]) <= 80 + 32
     with pytest.raises(RewardError, match="scores otherwise"):
         ServedReward(lambda p, t: [-x for x in length(p, t)], length)(prompts, texts)
-    with pytest.raises(RewardError, match="no scores"):
+    with pytest.raises(RewardError, match="not finite"):
         ServedReward(lambda p, t: [float("nan") for _ in t], length)(prompts, texts)
     assert asked[0] == len(set(texts))  # all different ones
 
@@ -645,7 +645,7 @@ def test_a_served_reward_is_looked_at_until_the_end(tmp_path):
     again = ServedReward(lambda p, t: calls.append(len(t)) or length(p, t), length, journal=tmp_path / "scores")
     assert again(prompts, texts) == length(prompts, texts) and len(calls) == 1 + 10 - kept
     for more in (lambda s: s[:-1], lambda s: [*s, 0.0]):
-        with pytest.raises(RewardError, match="no scores"):
+        with pytest.raises(RewardError, match="wrong number of scores"):
             ServedReward(lambda p, t: more(length(p, t)) if len(t) > 16 else length(p, t), length)(prompts, texts)
     same = ServedReward(lambda p, t: [3.01] * len(t), lambda p, t: [3.0] * len(t))  # as bfloat16 says 3.0
     assert same(prompts, texts) == [3.01] * 320

@@ -518,3 +518,35 @@ def test_a_search_that_breaks_keeps_its_points_and_a_final_run_does_not():
     runs, best = protocol.trial_search("dialogue", "dpo", EVIDENCE, find)
     assert len(runs) == 6 and best["learning_rate"] <= 5e-5
     assert protocol.trial_search("dialogue", "dpo", EVIDENCE, lambda config: broke) == (runs[:3], None)
+
+
+@pytest.mark.parametrize("mean, spread", [(0.0, 0.12), (0.5, 0.3), (0.15, 0.1), (0.0, 0.4)])
+def test_the_power_of_a_pilot_is_what_the_rule_then_decides(mean, spread, monkeypatch):
+    one = mean + spread * np.array([-1.0, 0.0, 1.0])  # mean and standard deviation of three seeds
+    claim = {"method": "lire", "opponent": "dpo", "far": 4.0, "together": 4, "values": one}
+    monkeypatch.setattr(courses, "_pilot_claims", lambda runs, starts: [claim])
+    runs = pd.DataFrame()
+    runs.attrs = {"table": "matched_dialogue", "scale": "evidence"}
+    found = courses.pilot_power(runs, {}).iloc[0]
+    assert found["seeds"] == 8 and (found["pilot"], found["shared spread"]) == (mean, spread)
+    draw, verdicts, equal = np.random.default_rng(0), [], []
+    for _ in range(600):
+        truth = draw.normal(mean, spread / 3**0.5)
+        for goal, kept in ((truth, verdicts), (0.0, equal)):
+            values = {"c": draw.normal(goal, spread, 8)}
+            kept.append(decide(values, margin=RULE["margin"], level=RULE["level"], plan=False, together=4)["c"].verdict)
+    decided = np.mean([v != "undecided" for v in verdicts])
+    assert found["verdict"] - 0.05 < decided < found["verdict"] + 0.12  # either way of deciding counts, not both
+    assert abs(found["tie, if equal"] - np.mean([v == "tie" for v in equal])) < 0.05
+    below = found["seen from"]
+    if np.isfinite(below):
+        seen = [decide({"c": draw.normal(below, spread, 8)}, margin=RULE["margin"], plan=False, together=4)["c"]
+                for _ in range(600)]
+        assert 0.74 < np.mean([d.p <= RULE["level"] for d in seen]) < 0.86
+
+
+def test_a_pilot_needs_its_rows():
+    runs = pd.DataFrame({"stage": ["final"], "method": ["start"], "seed": [0]})
+    runs.attrs = {"table": "matched_dialogue", "scale": "evidence"}
+    with pytest.raises(LireError, match="no pilot yet"):
+        courses.pilot_power(runs, {})

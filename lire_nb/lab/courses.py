@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses', 'matched_runs',
-           'all_courses', 'course_table', 'searched_table', 'Asked', 'at_distance', 'along', 'between', 'reward_table']
+           'all_courses', 'course_table', 'searched_table', 'Asked', 'at_distance', 'along', 'between', 'pilot_power',
+           'reward_table']
 
 # %% ../../nbs/57_courses.ipynb #co002
 from typing import NamedTuple
@@ -12,7 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from scipy.special import ndtri
+
 from ..base.errors import LireError, require
+from ..decisions import sign_power, tie_power
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES, SCALES
 from .protocol import chosen_point, PROTOCOL, seeds_of
@@ -216,6 +220,56 @@ def between(table: str, more: list, less: list, results: Results) -> Asked:
     return _asked("gain minus the other's",
                   [courses_of(_whole(runs, setting=s, value=v), starts) for s, v in (more, less)], starts,
                   lambda g: g[0] - g[1])
+
+# %% ../../nbs/57_courses.ipynb #co041
+def _pilot_claims(runs: pd.DataFrame, starts: dict[int, Start]) -> list[dict]:
+    "The differences of the pilot's seeds, for each claim among the methods that have them all."
+    pilot, found = PROTOCOL["seeds"]["pilot"], []
+    some = {seed: s for seed, s in starts.items() if seed < pilot}
+    courses = {m: courses_of(final_runs(runs, method=m), some) for m in PROTOCOL["seeds"]["raised"]}
+    courses["best_of_n"] = best_of_n_courses(some)
+    for family in PROTOCOL["families"]:
+        for opponent in family["opponents"]:
+            sides = [courses.get(m, {}) for m in (family["method"], opponent)]
+            if min(map(len, sides)) == pilot:
+                asked = _asked("", sides, some, lambda g: g[0] - g[1])
+                found.append({"method": family["method"], "opponent": opponent, "far": asked.far,
+                              "together": len(family["opponents"]), "values": asked.values.mean(1)})
+    return found
+
+# %% ../../nbs/57_courses.ipynb #co042
+def pilot_power(
+    runs: pd.DataFrame,  # of a table of the protocol
+    starts: dict[int, Start],
+) -> pd.DataFrame:  # a row per claim among the methods that have a pilot
+    """What the protocol's seeds can decide, by the spread that its pilot measured, in standard deviations of the start's
+    gold scores; raises `LireError` before the pilot's rows are there."""
+    claims, rule, rows = _pilot_claims(runs, starts), PROTOCOL["rule"], {}
+    require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
+            allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family",
+            remedy=f"lire reproduce {runs.attrs['table']} --scale {runs.attrs['scale']}")
+    pooled = {near: float(np.mean([c["values"].var(ddof=1) for c in claims if (c["opponent"] == "best_of_n") == near]))
+              ** 0.5 for near in {c["opponent"] == "best_of_n" for c in claims}}
+    for c in claims:
+        spread, level = pooled[c["opponent"] == "best_of_n"], rule["level"] / c["together"]
+        seeds = _planned(runs, c["method"], c["opponent"])
+        sign = lambda d: sign_power(d, spread, seeds, level)  # noqa: E731, B023
+        tie = lambda d: tie_power(d, spread, seeds, rule["margin"], level)  # noqa: E731, B023
+        truths = c["values"].mean() + spread / len(c["values"]) ** 0.5 * ndtri((np.arange(20) + 0.5) / 20)
+        name, other = (NAMES.get(m, m.replace("_", "-")) for m in (c["method"], c["opponent"]))
+        rows[f"{name} minus {other}"] = {
+            "read at, nats": round(c["far"], 1), "pilot": round(c["values"].mean(), 2),
+            "its spread": round(c["values"].std(ddof=1), 2), "shared spread": round(spread, 2), "seeds": seeds,
+            "tie, if equal": round(tie(0.0), 2), "seen from": next((d / 100 for d in range(1, 1000)
+                                                                    if sign(d / 100) >= 0.8), np.inf),
+            "verdict": round(float(np.mean([max(sign(d), tie(d)) for d in truths])), 2)}
+    return pd.DataFrame(rows).T.rename_axis("claim")
+
+
+def _planned(runs: pd.DataFrame, *methods: str) -> int:
+    "Seeds that all of these methods will have."
+    task, seeds = runs.attrs["table"].removeprefix("matched_"), SCALES[runs.attrs["scale"]]["seeds"]
+    return min(seeds_of(task, "start" if m == "best_of_n" else m, seeds) for m in methods)
 
 # %% ../../nbs/57_courses.ipynb #813cd3a0
 def reward_table(runs: pd.DataFrame) -> pd.DataFrame:

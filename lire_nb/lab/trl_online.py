@@ -29,7 +29,7 @@ from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompt
 from ..models import has_bf16, load_policy, Policy, quiet_transformers
 from ..records import make_record
 from ..rewards import Reward, score_lists
-from ..sampling import SamplingSettings
+from ..sampling import never_drawn, SamplingSettings
 from ..training import use_training_bar
 
 # %% ../../nbs/49_trl_online.ipynb #3f17d54f
@@ -170,7 +170,7 @@ def online_settings(
     parts, each = training.get("gradient_accumulation_steps", 1), lists_per_step * num_candidates
     require(each % parts == 0, "cannot be divided", field="training: gradient_accumulation_steps", value=parts,
             allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
-    never = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
+    never = never_drawn(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
     same = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
             "bf16": has_bf16("cpu" if cpu else None), "use_cpu": cpu,
             "gradient_checkpointing": False, "disable_dropout": True, "logging_steps": 1, "save_strategy": "no",
