@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from lire_nb import decisions, frontiers, proxy, uncertain_rewards
 from lire_nb.base.errors import LireError
@@ -133,6 +133,18 @@ def test_powers_against_simulated_runs(difference, spread, seeds):
     tied = np.mean(np.abs(means) + stats.t.ppf(0.95, seeds - 1) * errors < MARGIN)
     assert abs(seen - sign_power(difference, spread, seeds)) < 0.012
     assert abs(tied - tie_power(difference, spread, seeds)) < 0.012
+
+
+def test_powers_are_those_of_the_noncentral_t_and_numbers_far_out_too():
+    for seeds in (2, 3, 5, 8, 30):
+        for shift in (0.0, 0.5, 2.0, 4.0):
+            bound = stats.t.ppf(0.975, seeds - 1)
+            exact = 1 - integrate.quad(lambda x: stats.nct.pdf(x, seeds - 1, shift), -bound, bound)[0]
+            assert abs(sign_power(shift / seeds**0.5, 1.0, seeds) - exact) < 1e-3, (seeds, shift)
+    for difference in np.geomspace(0.01, 50, 60):  # scipy's own tails are NaN at many of these
+        powers = [sign_power(difference, 0.1, s, 0.01) for s in (3, 5, 8, 20)]
+        assert all(0 <= p <= 1 for p in powers) and powers == sorted(powers)
+    assert seeds_needed(1.0, 0.16) == seeds_needed(0.5, 0.04) == 5
 
 
 def test_seeds_needed_is_the_first_that_suffices():
