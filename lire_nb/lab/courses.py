@@ -244,26 +244,29 @@ def pilot_power(
 ) -> pd.DataFrame:  # a row per claim among the methods that have a pilot
     """What the protocol's seeds can decide, by the spread that its pilot measured, in standard deviations of the start's
     gold scores; raises `LireError` before the pilot's rows are there."""
-    claims, rule, rows = _pilot_claims(runs, starts), PROTOCOL["rule"], {}
+    claims = _pilot_claims(runs, starts)
     require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
             allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family",
             remedy=f"lire reproduce {runs.attrs['table']} --scale {runs.attrs['scale']}")
     pooled = {near: float(np.mean([c["values"].var(ddof=1) for c in claims if (c["opponent"] == "best_of_n") == near]))
               ** 0.5 for near in {c["opponent"] == "best_of_n" for c in claims}}
-    for c in claims:
-        spread, level = pooled[c["opponent"] == "best_of_n"], rule["level"] / c["together"]
-        seeds = _planned(runs, c["method"], c["opponent"])
-        sign = lambda d: sign_power(d, spread, seeds, level)  # noqa: E731, B023
-        tie = lambda d: tie_power(d, spread, seeds, rule["margin"], level)  # noqa: E731, B023
-        truths = c["values"].mean() + spread / len(c["values"]) ** 0.5 * ndtri((np.arange(20) + 0.5) / 20)
-        name, other = (NAMES.get(m, m.replace("_", "-")) for m in (c["method"], c["opponent"]))
-        rows[f"{name} minus {other}"] = {
-            "read at, nats": round(c["far"], 1), "pilot": round(c["values"].mean(), 2),
-            "its spread": round(c["values"].std(ddof=1), 2), "shared spread": round(spread, 2), "seeds": seeds,
-            "tie, if equal": round(tie(0.0), 2), "seen from": next((d / 100 for d in range(1, 1000)
-                                                                    if sign(d / 100) >= 0.8), np.inf),
-            "verdict": round(float(np.mean([max(sign(d), tie(d)) for d in truths])), 2)}
-    return pd.DataFrame(rows).T.rename_axis("claim")
+    name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
+    rows = {f"{name(c['method'])} minus {name(c['opponent'])}":
+            {"read at, nats": c["far"], "pilot": c["values"].mean(), "its spread": c["values"].std(ddof=1),
+             **_chances(c, pooled[c["opponent"] == "best_of_n"], _planned(runs, c["method"], c["opponent"]))}
+            for c in claims}
+    return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
+
+
+def _chances(claim: dict, spread: float, seeds: int) -> dict:
+    "What so many seeds decide about a claim."
+    rule, level = PROTOCOL["rule"], PROTOCOL["rule"]["level"] / claim["together"]
+    sign = lambda d: sign_power(d, spread, seeds, level)  # noqa: E731
+    tie = lambda d: tie_power(d, spread, seeds, rule["margin"], level)  # noqa: E731
+    truths = claim["values"].mean() + spread / len(claim["values"]) ** 0.5 * ndtri((np.arange(20) + 0.5) / 20)
+    seen = next((d / 100 for d in range(1, 1000) if sign(d / 100) >= 0.8), np.inf)
+    return {"shared spread": spread, "seeds": seeds, "tie, if equal": tie(0.0), "seen from": seen,
+            "verdict": np.mean([max(sign(d), tie(d)) for d in truths])}
 
 
 def _planned(runs: pd.DataFrame, *methods: str) -> int:
