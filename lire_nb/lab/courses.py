@@ -242,8 +242,8 @@ def pilot_power(
     runs: pd.DataFrame,  # of a table of the protocol
     starts: dict[int, Start],
 ) -> pd.DataFrame:  # a row per claim among the methods that have a pilot
-    """What the protocol's seeds can decide, by the spread that its pilot measured, in standard deviations of the start's
-    gold scores; raises `LireError` before the pilot's rows are there."""
+    """What the protocol's seeds can decide, by the spread that its pilot measured, in standard deviations of the
+    start's gold scores; raises `LireError` before the pilot's rows are there."""
     claims = _pilot_claims(runs, starts)
     require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
             allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family",
