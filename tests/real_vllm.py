@@ -2,6 +2,7 @@
 the suite: it needs an environment of its own (3.5 GB), 4 GB of memory and some minutes.
 
     python tests/real_vllm.py --venv FOLDER [--out FOLDER]
+    python tests/real_vllm.py --venv FOLDER --kills           client and server are killed in each stage of two rounds
 
 makes the environment where it is missing, and prints what it measures as one JSON object; an assertion fails otherwise.
 """
@@ -77,6 +78,82 @@ def first_tokens(ours: list, theirs: list) -> float:
     return float(stats.chi2_contingency(np.array(table).T).pvalue)
 
 
+PROMPTS = [{"id": f"p{i}", "prompt": text, "meta": {"chat": False}} for i, text in enumerate(FILMS)]
+TRAINING = dict(learning_rate=5e-5, bf16=False, use_cpu=True, per_device_train_batch_size=4, reward_transform="zscore")
+
+
+def client(run: str, url: str, asked: str) -> None:
+    "Two rounds over the server at `url`; it is asked for a policy by writing its folder into the file `asked`."
+    from lire_nb.enhancement import self_enhance
+    from lire_nb.handover import Engine
+    from lire_nb.models import Policy, resolve_model
+    from lire_nb.rewards import VaderReward
+    from lire_nb.sampling import SamplingSettings
+
+    engine = Engine(url, lambda folder, url: Path(asked).write_text(folder), progress=False, wait=400, max_in_flight=1)
+    self_enhance(Policy.of(resolve_model("smollm2")), PROMPTS, VaderReward(), run, evolve=2, num_candidates=4,
+                 settings=SamplingSettings(max_new_tokens=12), progress=False, sampler=engine, training=TRAINING)
+
+
+def lines(path: Path) -> list[dict]:
+    "The whole lines of a journal."
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def kills(server: VLLM, out: Path) -> dict:
+    "SIGKILL for the client in each stage, for the server in the middle of a round: nothing is lost, nothing is twice."
+    from lire_nb.lists import load_lists
+
+    run, asked, first, second = out / "killed", out / "asked", *(out / "killed" / f"round-{k}" for k in (1, 2))
+    journals, found, kept = [r / "candidates.journal" for r in (first, second)], {"killed": []}, set()
+    stages = [("client, first hand-over", lambda: asked.exists()),
+              ("client, sampling of round 1", lambda: len(lines(journals[0])) >= 2),
+              ("server, sampling of round 1", lambda: len(lines(journals[0])) >= 4),
+              ("client, after sampling", lambda: (first / "candidates.jsonl").exists()),
+              ("client, training of round 1", lambda: (first / "lists.jsonl").exists()),
+              ("client, second hand-over", lambda: "round-1" in asked.read_text()),
+              ("client, sampling of round 2", lambda: len(lines(journals[1])) >= 2),
+              ("client, training of round 2", lambda: (second / "candidates.jsonl").exists())]
+    served, process, until = None, None, time.monotonic() + 1500
+    try:
+        while process is None or process.poll() != 0:
+            assert time.monotonic() < until, found
+            if process is None or process.poll() is not None:
+                assert process is None or process.poll() == -signal.SIGKILL, (out / "client.log").read_text()[-3000:]
+                process = subprocess.Popen([sys.executable, __file__, "--client", run, server.url, asked],
+                                           stdout=open(out / "client.log", "ab"), stderr=subprocess.STDOUT)
+            if stages and stages[0][1]():
+                name = stages.pop(0)[0]
+                for journal in journals:
+                    kept |= {(journal.parent.name, one["text"]) for line in lines(journal) for one in line["answer"]}
+                found["killed"].append([name, [len(lines(j)) for j in journals]])
+                if name.startswith("server"):
+                    os.killpg(server.process.pid, signal.SIGKILL)
+                    served = None
+                else:
+                    process.kill()
+                    process.wait()
+            elif asked.exists() and asked.read_text() not in ("", served):
+                served = asked.read_text()
+                server.start(served)
+            time.sleep(0.02)
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+    assert not stages, stages
+    drawn = {folder.name: {t for one in load_lists(folder / "candidates.jsonl") for t in one["completions"]}
+             for folder in (first, second)}
+    found["kept"], found["starts"] = len(kept), len(server.starts)
+    lost = [(name, text) for name, text in kept if text not in drawn[name]]
+    assert not lost, lost
+    for folder in (first, second):
+        lists = load_lists(folder / "candidates.jsonl")
+        assert sorted(r["id"] for r in lists) == sorted(p["id"] for p in PROMPTS), "a prompt is lost, or twice"
+        assert {len(r["completions"]) for r in lists} == {4}
+    return found
+
+
 def main() -> None:
     from scipy import stats
 
@@ -90,14 +167,19 @@ def main() -> None:
     from lire_nb.sampling import sample_lists, SamplingSettings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, required=True)
+    parser.add_argument("--venv", type=Path)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.client:
+        return client(*args.client)
+    if args.venv is None:
+        parser.error("--venv is needed")
     out, began, found = args.out or Path(tempfile.mkdtemp()), time.monotonic(), {}
     out.mkdir(parents=True, exist_ok=True)
     server, start = VLLM(environment(args.venv), out / "vllm.log", args.dtype), Policy.of(resolve_model("smollm2"))
-    prompts = [{"id": f"p{i}", "prompt": text, "meta": {"chat": False}} for i, text in enumerate(FILMS)]
     settings = SamplingSettings(max_new_tokens=12)
     readings = found["readings"] = []
 
@@ -108,11 +190,13 @@ def main() -> None:
             return sampler
 
     try:
+        if args.kills:
+            found |= kills(server, out)
+            return
         engine = Noted(server.url, server.start, progress=False, wait=400)
         policies = self_enhance(
-            start, prompts, VaderReward(), out / "run", evolve=2, num_candidates=4, settings=settings, progress=False,
-            sampler=engine, training=dict(learning_rate=5e-5, bf16=False, use_cpu=True, per_device_train_batch_size=4,
-                                          reward_transform="zscore"))
+            start, PROMPTS, VaderReward(), out / "run", evolve=2, num_candidates=4, settings=settings, progress=False,
+            sampler=engine, training=TRAINING)
         found["starts"] = len(server.starts)
         assert found["starts"] == 2, server.starts
         # the server has the policy of round 1, and that of round 2 was made: what is told of them?
