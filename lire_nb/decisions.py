@@ -90,12 +90,19 @@ def sign_power(
     seeds: int,
     level: float = 0.05,
 ) -> float:
-    "The chance that Student's two-sided test sees that a difference is not zero."
+    "The chance that Student's two-sided test sees that a difference is not zero; raises `LireError`."
+    _check_plan(difference, spread, seeds)
     if spread <= 0:
         return float(difference != 0)
     shift = difference * math.sqrt(seeds) / spread
     bounds = special.stdtrit(seeds - 1, 1 - level / 2) * _relative_errors(seeds)
     return float((special.ndtr(shift - bounds) + special.ndtr(-shift - bounds)).mean())
+
+
+def _check_plan(difference: float, spread: float, seeds: int) -> None:
+    require(math.isfinite(difference) and 0 <= spread < math.inf, "no difference to plan for", allowed="finite numbers",
+            field="difference, spread", value=(difference, spread), remedy="estimate them from two seeds or more")
+    require(seeds >= 2, "no spread to be seen", field="seeds", value=seeds, allowed="two or more", remedy="plan for more")
 
 
 def _relative_errors(seeds: int) -> np.ndarray:
@@ -112,7 +119,8 @@ def tie_power(
     margin: float = MARGIN,
     level: float = 0.05,
 ) -> float:
-    "The chance that two one-sided tests see that a difference is smaller than the margin."
+    "The chance that two one-sided tests see that a difference is smaller than the margin; raises `LireError`."
+    _check_plan(difference, spread, seeds)
     if spread <= 0:
         return float(abs(difference) < margin)
     # given the standard error e, the mean must lie within ± (margin − t·e)
@@ -132,9 +140,7 @@ def seeds_needed(
     power: float = 0.8,  # chance of a decision
     most: int = 200,
 ) -> int | None:  # None: more than `most`
-    "How many seeds decide a claim with this chance, by a difference from zero or by a tie."
-    require(math.isfinite(difference) and 0 <= spread < math.inf, "no difference to plan for", allowed="finite numbers",
-            field="difference, spread", value=(difference, spread), remedy="estimate them from two seeds or more")
+    "How many seeds decide a claim with this chance, by a difference from zero or by a tie; raises `LireError`."
 
     def chance(seeds: int) -> float:  # it rises with the seeds
         return max(sign_power(difference, spread, seeds, level), tie_power(difference, spread, seeds, margin, level))

@@ -147,6 +147,17 @@ def test_powers_are_those_of_the_noncentral_t_and_numbers_far_out_too():
     assert seeds_needed(1.0, 0.16) == seeds_needed(0.5, 0.04) == 5
 
 
+@pytest.mark.parametrize("plan", [(0.1, 0.1, 1), (0.1, 0.1, 0), (math.nan, 0.1, 8), (0.1, math.nan, 8), (0.1, -1.0, 8),
+                                  (0.1, math.inf, 8)])
+def test_bad_plans(plan):
+    for power in (sign_power, tie_power):
+        with pytest.raises(LireError, match="plan for|no spread"):
+            power(*plan)
+    if plan[2] > 1:
+        with pytest.raises(LireError, match="no difference"):
+            seeds_needed(*plan[:2])
+
+
 def test_seeds_needed_is_the_first_that_suffices():
     for difference, spread in ((0.3, 0.2), (0.0, 0.2), (0.1, 0.15), (-0.4, 0.6)):
         chance = [max(sign_power(difference, spread, s), tie_power(difference, spread, s)) for s in range(5, 201)]

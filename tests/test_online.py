@@ -101,6 +101,23 @@ def test_prompts_and_texts_are_those_of_sampling(start):
     assert reward.asked == [(PROMPTS[1]["prompt"], " ab"), (PROMPTS[1]["prompt"], "xyz")]
 
 
+def test_rows_without_a_token_are_not_drawn(start, tmp_path, monkeypatch):
+    "A model may have more rows than there are tokens: sampling here leaves them out, and so does TRL's."
+    model, tokenizer = load_policy(start)
+    model.resize_token_embeddings(len(tokenizer) + 40)  # three tokens in ten would be of them
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    drawn, call = [], OnlineReward.__call__
+
+    def noting(self, *args, completion_ids, **columns):
+        drawn.extend(t for ids in completion_ids for t in ids)
+        return call(self, *args, completion_ids=completion_ids, **columns)
+
+    monkeypatch.setattr(OnlineReward, "__call__", noting)
+    train_online(tmp_path / "wide", PROMPTS, Counting(), tmp_path / "run", **RUN)
+    assert len(drawn) > 60 and max(drawn) < len(tokenizer)
+
+
 def test_a_reward_that_fails_names_the_list_and_leaves_nothing(start, tmp_path):
     with pytest.raises(LireError, match="list 'p"):
         train_online(start, PROMPTS, lambda prompts, completions: [float("nan")] * len(completions), tmp_path / "run",

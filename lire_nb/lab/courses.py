@@ -246,14 +246,15 @@ def pilot_power(
     start's gold scores; raises `LireError` before the pilot's rows are there."""
     claims = _pilot_claims(runs, starts)
     require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
-            allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family",
+            allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family, and judges that tell texts apart",
             remedy=f"lire reproduce {runs.attrs['table']} --scale {runs.attrs['scale']}")
-    pooled = {near: float(np.mean([c["values"].var(ddof=1) for c in claims if (c["opponent"] == "best_of_n") == near]))
-              ** 0.5 for near in {c["opponent"] == "best_of_n" for c in claims}}
-    name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
+    name, near = lambda m: NAMES.get(m, m.replace("_", "-")), lambda c: c["opponent"] == "best_of_n"  # noqa: E731
+    spreads = {True: [], False: []}
+    for c in claims:
+        spreads[near(c)].append(c["values"].var(ddof=1))
     rows = {f"{name(c['method'])} minus {name(c['opponent'])}":
             {"read at, nats": c["far"], "pilot": c["values"].mean(), "its spread": c["values"].std(ddof=1),
-             **_chances(c, pooled[c["opponent"] == "best_of_n"], _planned(runs, c["method"], c["opponent"]))}
+             **_chances(c, float(np.mean(spreads[near(c)])) ** 0.5, _planned(runs, c["method"], c["opponent"]))}
             for c in claims}
     return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
 

@@ -26,7 +26,7 @@ from ..base.files import _batches, atomic_folder, _processes, write_json, write_
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
 from ..enhancement import by_id
 from ..identity import check_claim, FORMAT, plain_value, policy_identity, prompts_identity, reward_identity
-from ..models import has_bf16, load_policy, Policy, quiet_transformers
+from ..models import has_bf16, load_policy, Policy, quiet_transformers, text_config
 from ..records import make_record
 from ..rewards import Reward, score_lists
 from ..sampling import never_drawn, SamplingSettings
@@ -157,6 +157,7 @@ def _check_online(config_class, settings: SamplingSettings, training: dict) -> N
 
 # %% ../../nbs/49_trl_online.ipynb #d96c1d42
 def online_settings(
+    model: torch.nn.Module,
     tokenizer,
     steps: int,  # that sample
     num_candidates: int,
@@ -170,7 +171,7 @@ def online_settings(
     parts, each = training.get("gradient_accumulation_steps", 1), lists_per_step * num_candidates
     require(each % parts == 0, "cannot be divided", field="training: gradient_accumulation_steps", value=parts,
             allowed=f"a divisor of {each}", remedy="change it, or lists_per_step")
-    never = never_drawn(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+    never = never_drawn(tokenizer, [tokenizer.eos_token_id], text_config(model).vocab_size)
     same = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0,
             "bf16": has_bf16("cpu" if cpu else None), "use_cpu": cpu,
             "gradient_checkpointing": False, "disable_dropout": True, "logging_steps": 1, "save_strategy": "no",
@@ -237,7 +238,7 @@ def _trainer(method: str, policy, records: list[dict], reward: Reward, max_promp
     encoded = encode_prompts(records, tokenizer, max_prompt_length)
     scored = OnlineReward(reward, records, encoded, tokenizer, told["num_candidates"])
     rows = [{"prompt": render_prompt(r["prompt"], tokenizer), "index": i} for i, r in enumerate(records)]
-    args = config_class(output_dir=folder, **online_settings(tokenizer, **told))
+    args = config_class(output_dir=folder, **online_settings(model, tokenizer, **told))
     args._n_gpu = min(args.n_gpu, 1)
     peft_config = None if Policy.of(policy).adapter else peft_config  # its own adapter is trained further
     with quiet_transformers():
