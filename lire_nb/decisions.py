@@ -102,7 +102,8 @@ def sign_power(
 def _check_plan(difference: float, spread: float, seeds: int) -> None:
     require(math.isfinite(difference) and 0 <= spread < math.inf, "no difference to plan for", allowed="finite numbers",
             field="difference, spread", value=(difference, spread), remedy="estimate them from two seeds or more")
-    require(seeds >= 2, "no spread to be seen", field="seeds", value=seeds, allowed="two or more", remedy="plan for more")
+    require(seeds >= 2, "no spread to be seen", field="seeds", value=seeds, allowed="two or more",
+            remedy="plan for more")
 
 
 def _relative_errors(seeds: int) -> np.ndarray:

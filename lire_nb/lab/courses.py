@@ -246,7 +246,7 @@ def pilot_power(
     start's gold scores; raises `LireError` before the pilot's rows are there."""
     claims = _pilot_claims(runs, starts)
     require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
-            allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family, and judges that tell texts apart",
+            allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family; judges that tell texts apart",
             remedy=f"lire reproduce {runs.attrs['table']} --scale {runs.attrs['scale']}")
     name, near = lambda m: NAMES.get(m, m.replace("_", "-")), lambda c: c["opponent"] == "best_of_n"  # noqa: E731
     spreads = {True: [], False: []}
