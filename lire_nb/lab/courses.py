@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Start', 'starts_by_seed', 'courses_of', 'best_of_n_courses', 'at_common_distance', 'system_courses', 'matched_runs',
-           'all_courses', 'course_table', 'searched_table', 'Asked', 'at_distance', 'along', 'between', 'pilot_power',
-           'reward_table']
+           'all_courses', 'course_table', 'searched_table', 'judged_table', 'Asked', 'at_distance', 'along', 'between',
+           'pilot_power', 'reward_table']
 
 # %% ../../nbs/57_courses.ipynb #co002
 from typing import NamedTuple
@@ -164,6 +164,41 @@ def searched_table(
             "proxy there": f"{choice.proxy:.2f} ± {choice.error:.2f}",
             "on the edge": ", ".join(name.replace("_", " ") for name in choice.edges)}
     return pd.DataFrame(rows).T.rename_axis("method")
+
+# %% ../../nbs/57_courses.ipynb #co051
+def judged_table(
+    runs: pd.DataFrame,  # of a table of the protocol
+) -> pd.DataFrame:  # a row per system: seeds, its gain by every judge, tokens, degenerate
+    "What each judge of a seed says of the last texts of every course, in its own standard deviation within a prompt."
+    start = {run["seed"]: run["result"]["points"][0] for _, run in final_runs(runs, method="start").iterrows()}
+    rows = {}
+    for method in dict.fromkeys(final_runs(runs)["method"]):
+        if method != "start":
+            last = {run["seed"]: run["result"]["points"][-1] for _, run in final_runs(runs, method=method).iterrows()}
+            tokens, broken = (np.mean([np.mean(point[what]) for point in last.values()])
+                              for what in ("tokens", "degenerate"))
+            rows[NAMES.get(method, method)] = {**_told(last, start), "tokens": f"{tokens:.1f}",
+                                               "degenerate": f"{broken:.1%}"}
+    chosen = {seed: {"scores": _best_by_proxy(point["scores"])} for seed, point in start.items()}
+    rows["best of n"] = _told(chosen, start)
+    return pd.DataFrame(rows).T.fillna("").rename_axis("system")
+
+
+def _told(ends: dict[int, dict], start: dict[int, dict]) -> dict:
+    "The number of seeds, and the gain by every judge."
+    gains = {judge: np.array([_gained(end["scores"][judge], start[seed]["scores"][judge])
+                              for seed, end in ends.items()]) for judge in next(iter(start.values()))["scores"]}
+    return {"seeds": len(ends), **{judge: shown(over_seeds(found)) for judge, found in gains.items()}}
+
+
+def _best_by_proxy(scores: dict[str, list]) -> dict[str, list]:
+    best = [int(np.argmax(own)) for own in scores["proxy"]]
+    return {judge: [[own[i]] for own, i in zip(said, best)] for judge, said in scores.items()}
+
+
+def _gained(scores: list, start: list) -> np.ndarray:  # (N,)
+    mean = lambda said: np.array([np.mean(own) for own in said])  # noqa: E731
+    return (mean(scores) - mean(start)) / (within_spread(start) or 1.0)
 
 # %% ../../nbs/57_courses.ipynb #co015
 class Asked(NamedTuple):
