@@ -455,8 +455,11 @@ def sample_text(
     systems: dict[str, pd.DataFrame],
     which: int = 0,  # of the stored examples
 ) -> str:  # Markdown
-    "A completion of every system for one prompt, seed 0."
-    example = lambda runs: runs["result"].iloc[0]["examples"][which]  # noqa: E731
+    "A completion of every system for one prompt, seed 0; of a course, from its last point."
+    def example(runs: pd.DataFrame) -> dict:
+        result = runs["result"].iloc[0]
+        return (result if "examples" in result else result["points"][-1])["examples"][which]
+
     first = example(next(iter(systems.values())))["prompt"]
     texts = {"prompt": first if isinstance(first, str) else first[-1]["content"],
              **{name: example(runs)["completion"] for name, runs in systems.items()}}
