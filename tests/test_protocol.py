@@ -195,7 +195,7 @@ def test_a_claim_waits_for_all_its_seeds(monkeypatch):
     text = "LIRE gains more than DPO at equal distance, dialogue"
     claim = next(c for c in claims.matched_claims() if c.text == text)
     whole = invented_frame({"lire": (0.9, 7.0), "dpo": (0.1, 9.0)}, 8, np.random.default_rng(3))
-    for missing in ("lire7", "dpo7"):
+    for missing in ("lire7", "dpo7", "s7"):
         frame = whole[whole["key"] != missing]
         frame.attrs = whole.attrs
         monkeypatch.setattr(courses, "load_runs", lambda table, results, scale, frame=frame: frame)
@@ -554,3 +554,14 @@ def test_a_pilot_needs_its_rows():
     runs.attrs = {"table": "matched_dialogue", "scale": "evidence"}
     with pytest.raises(LireError, match="no pilot yet"):
         courses.pilot_power(runs, {})
+
+
+def test_a_setting_that_is_a_word_stands_in_the_tables():
+    assert results._tried({"learning_rate": 1e-4, "temperature": "auto"}) == "learning rate 0.0001, temperature auto"
+
+
+def test_a_raised_method_has_the_start_of_each_of_its_seeds(monkeypatch):
+    monkeypatch.setattr(protocol, "_pilot", lambda: {"dialogue": {"lire": 11, "dpo": 40, "sft": 12}})
+    seeds = {m: protocol.seeds_of("dialogue", m, 8) for m in ("lire", "dpo", "sft", "start", "simpo")}
+    assert seeds == {"lire": 11, "dpo": 12, "sft": 8, "start": 12, "simpo": 5}
+    assert protocol.seeds_of("dialogue", "start", 2) == 2 and protocol.seeds_of("summarization", "start", 8) == 8

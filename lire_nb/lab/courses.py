@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from ..base.errors import LireError, require
-from ..decisions import sign_power, tie_power
+from ..decisions import estimate, sign_power, tie_power
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES, SCALES
 from .protocol import chosen_point, PROTOCOL, seeds_of
@@ -97,15 +97,16 @@ def system_courses(runs: pd.DataFrame, starts: dict, method: str) -> dict:
 
 
 def _whole(runs: pd.DataFrame, **where) -> pd.DataFrame:
-    """The final runs with these labels. A claim is decided once, when every seed that the protocol lists has its row,
-    whatever the first rows say: raises `LireError` before."""
+    """The final runs with these labels. A claim is decided once, when every seed that the protocol lists has its row
+    and that of its start, whatever the first rows say: raises `LireError` before."""
     table, seeds = runs.attrs["table"], SCALES[runs.attrs["scale"]]["seeds"]
     wanted = min(seeds, PROTOCOL["seeds"]["few"])
     if where.keys() == {"method"}:
         wanted = seeds_of(table.removeprefix("matched_"), where["method"], seeds)
     found = final_runs(runs, **where)
-    require(found["seed"].nunique() >= wanted, "seeds are still to be run", field=f"table {table}, {where}",
-            value=found["seed"].nunique(), allowed=f"{wanted} seeds", remedy=f"lire reproduce {table}")
+    there = {*found["seed"]} & {*final_runs(runs, method="start")["seed"]} & {*range(wanted)}
+    require(len(there) == wanted, "seeds are still to be run", field=f"table {table}, {where}", value=len(there),
+            allowed=f"{wanted} seeds with their starts", remedy=f"lire reproduce {table}")
     return found
 
 
@@ -168,16 +169,20 @@ def searched_table(
 # %% ../../nbs/57_courses.ipynb #co051
 def judged_table(
     runs: pd.DataFrame,  # of a table of the protocol
+    starts: dict[int, Start],
 ) -> pd.DataFrame:  # a row per system: seeds, its gain by every judge, tokens, degenerate
     "What each judge of a seed says of the last texts of every course, in its own standard deviation within a prompt."
-    start = {run["seed"]: run["result"]["points"][0] for _, run in final_runs(runs, method="start").iterrows()}
-    rows = {}
+    def last(method: str) -> dict[int, dict]:
+        return {run["seed"]: run["result"]["points"][-1] for _, run in final_runs(runs, method=method).iterrows()
+                if run["seed"] in starts and not starts[run["seed"]].fails}
+
+    start, rows = last("start"), {}
     for method in dict.fromkeys(final_runs(runs)["method"]):
         if method != "start":
-            last = {run["seed"]: run["result"]["points"][-1] for _, run in final_runs(runs, method=method).iterrows()}
-            tokens, broken = (np.mean([np.mean(point[what]) for point in last.values()])
+            ends = last(method)
+            tokens, broken = (np.mean([np.mean(point[what]) for point in ends.values()])
                               for what in ("tokens", "degenerate"))
-            rows[NAMES.get(method, method)] = {**_told(last, start), "tokens": f"{tokens:.1f}",
+            rows[NAMES.get(method, method)] = {**_told(ends, start), "tokens": f"{tokens:.1f}",
                                                "degenerate": f"{broken:.1%}"}
     chosen = {seed: {"scores": _best_by_proxy(point["scores"])} for seed, point in start.items()}
     rows["best of n"] = _told(chosen, start)
@@ -198,7 +203,7 @@ def _best_by_proxy(scores: dict[str, list]) -> dict[str, list]:
 
 def _gained(scores: list, start: list) -> np.ndarray:  # (N,)
     mean = lambda said: np.array([np.mean(own) for own in said])  # noqa: E731
-    return (mean(scores) - mean(start)) / (within_spread(start) or 1.0)
+    return (mean(scores) - mean(start)) / (within_spread(start) or np.nan)  # a judge that says one thing has no unit
 
 # %% ../../nbs/57_courses.ipynb #co015
 class Asked(NamedTuple):
@@ -215,7 +220,7 @@ def _asked(name: str, courses: list[dict], starts: dict, difference) -> Asked:
     require(not all(s.fails for s in starts.values()), "no judge of its seeds can tell the start's answers apart",
             field="judges", allowed="one that passes", remedy="teach the judges more")
     gains, far = at_common_distance(courses)
-    gains = gains / _scale(starts)
+    gains = gains / _scales(courses, starts)
     first = [own[seed][0][0] for own in courses for seed in set.intersection(*map(set, courses))]
     most = gains[gains.mean((1, 2)).argmax()]
     return Asked(name, difference(gains), far, most, float(np.mean(far < np.array(first))))
@@ -228,9 +233,10 @@ def at_distance(table: str, method: str, opponent: str, results: Results) -> Ask
                   [system_courses(runs, starts, m) for m in (method, opponent)], starts, lambda g: g[0] - g[1])
 
 
-def _scale(starts: dict[int, Start]) -> float:
-    "The standard deviation that the protocol's margin is a share of, in the unit of the gains; of judges that decide."
-    return float(np.mean([s.margin for s in starts.values() if not s.fails])) / PROTOCOL["rule"]["margin"]
+def _scales(courses: list[dict], starts: dict[int, Start]) -> np.ndarray:  # (S, 1), of the common seeds
+    "The standard deviation that the protocol's margin is a share of, in the unit of the gains; each judge has its own."
+    common = sorted(set.intersection(*map(set, courses)))
+    return np.array([[starts[seed].margin / PROTOCOL["rule"]["margin"]] for seed in common])
 
 # %% ../../nbs/57_courses.ipynb #co031
 def along(table: str, what: str, low: float, high: float, results: Results) -> Asked:
@@ -269,7 +275,7 @@ def _pilot_claims(runs: pd.DataFrame, starts: dict[int, Start]) -> list[dict]:
             if min(map(len, sides)) == pilot:
                 asked = _asked("", sides, some, lambda g: g[0] - g[1])
                 found.append({"method": family["method"], "opponent": opponent, "far": asked.far,
-                              "together": len(family["opponents"]), "values": asked.values.mean(1)})
+                              "together": len(family["opponents"]), "values": asked.values})
     return found
 
 # %% ../../nbs/57_courses.ipynb #co042
@@ -283,26 +289,38 @@ def pilot_power(
     require(claims, "no pilot yet", field="runs", value=f"table {runs.attrs['table']}",
             allowed=f"{PROTOCOL['seeds']['pilot']} seeds of two methods of one family; judges that tell texts apart",
             remedy=f"lire reproduce {runs.attrs['table']} --scale {runs.attrs['scale']}")
-    name, near = lambda m: NAMES.get(m, m.replace("_", "-")), lambda c: c["opponent"] == "best_of_n"  # noqa: E731
-    spreads = {True: [], False: []}
-    for c in claims:
-        spreads[near(c)].append(c["values"].var(ddof=1))
-    rows = {f"{name(c['method'])} minus {name(c['opponent'])}":
-            {"read at, nats": c["far"], "pilot": c["values"].mean(), "its spread": c["values"].std(ddof=1),
-             **_chances(c, float(np.mean(spreads[near(c)])) ** 0.5, _planned(runs, c["method"], c["opponent"]))}
-            for c in claims}
+    name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
+    rows = {}
+    for claim in claims:
+        alike = [c for c in claims if (c["opponent"] == "best_of_n") == (claim["opponent"] == "best_of_n")]
+        spread = float(np.mean([_by_seed(c["values"]).var(ddof=1) for c in alike])) ** 0.5
+        rows[f"{name(claim['method'])} minus {name(claim['opponent'])}"] = {
+            "read at, nats": claim["far"], "pilot": claim["values"].mean(),
+            "its spread": _by_seed(claim["values"]).std(ddof=1),
+            **_chances(claim, spread, _planned(runs, claim["method"], claim["opponent"]))}
     return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
+
+
+def _by_seed(values: np.ndarray) -> np.ndarray:  # (S,) from (S,) or (S, N)
+    return values.reshape(len(values), -1).mean(1)
+
+
+def _of_prompts(values: np.ndarray) -> float:
+    "The part of the squared standard error that more seeds do not lessen."
+    return max(estimate(values).error ** 2 - _by_seed(values).var(ddof=1) / len(values), 0.0)
 
 
 def _chances(claim: dict, spread: float, seeds: int) -> dict:
     "What so many seeds decide about a claim."
-    rule, level = PROTOCOL["rule"], PROTOCOL["rule"]["level"] / claim["together"]
-    sign = lambda d: sign_power(d, spread, seeds, level)  # noqa: E731
-    tie = lambda d: tie_power(d, spread, seeds, rule["margin"], level)  # noqa: E731
-    truths = claim["values"].mean() + spread / len(claim["values"]) ** 0.5 * ndtri((np.arange(20) + 0.5) / 20)
+    rule, level, left = PROTOCOL["rule"], PROTOCOL["rule"]["level"] / claim["together"], _of_prompts(claim["values"])
+    whole = (spread**2 + seeds * left) ** 0.5  # the spread of a seed, were all of the error due to seeds
+    sign = lambda d: sign_power(d, whole, seeds, level)  # noqa: E731
+    tie = lambda d: tie_power(d, whole, seeds, rule["margin"], level)  # noqa: E731
+    error = (spread**2 / len(claim["values"]) + left) ** 0.5
+    truths = claim["values"].mean() + error * ndtri((np.arange(20) + 0.5) / 20)
     seen = next((d / 100 for d in range(1, 1000) if sign(d / 100) >= 0.8), np.inf)
-    return {"shared spread": spread, "seeds": seeds, "tie, if equal": tie(0.0), "seen from": seen,
-            "verdict": np.mean([max(sign(d), tie(d)) for d in truths])}
+    return {"shared spread": spread, "prompts": left**0.5, "seeds": seeds, "tie, if equal": tie(0.0),
+            "seen from": seen, "verdict": np.mean([max(sign(d), tie(d)) for d in truths])}
 
 
 def _planned(runs: pd.DataFrame, *methods: str) -> int:

@@ -70,7 +70,7 @@ def changed_protocol(
     if not others:
         return ""
     names = ", ".join(sorted(set(others)))
-    return (f"data/protocol.toml was changed after {len(others)} rows were made by it ({names}, now "
+    return (f"data/protocol.toml was changed after {len(others)} rows were planned by it ({names}, now "
             f"{protocol_hash()}): take the old file back (git checkout), or say beside every claim that its rule is "
             "younger than its rows")
 
@@ -187,7 +187,8 @@ def _labeled(task: str, made: Experiment, table: str | None = None, **labels) ->
 def seeds_of(task: str, method: str, seeds: int) -> int:
     "How many seeds a method has: all that are asked for if the protocol lists it as `many`, else at most its few."
     most = {} if seeds < PROTOCOL["seeds"]["many"] else _pilot().get(task, {})
-    raised = min(most.get(method, 0), PROTOCOL["seeds"]["most"]) if method in PROTOCOL["seeds"]["raised"] else 0
+    named = [m for m in PROTOCOL["seeds"]["raised"] if method in (m, "start")]  # each needs the start of its seeds
+    raised = min(max((most.get(m, 0) for m in named), default=0), PROTOCOL["seeds"]["most"])
     return max(raised, seeds if method in ("start", *PROTOCOL["methods"]["many"])
                else min(seeds, PROTOCOL["seeds"]["few"]))
 
@@ -207,8 +208,8 @@ def trial_plan(
     """The start, the search and the methods on one task: first what most claims are about, which the pilot may raise,
     then the others with as many seeds, then those with fewer; a group waits until the one before it is done."""
     asked = scale.get("trial", {}).get("methods") or sum((PROTOCOL["methods"][k] for k in ("many", "few")), [])
-    most = max(seeds_of(task, method, seeds) for method in ("start", *asked))
-    runs = [_labeled(task, trial(scale, task, "start", s), stage="final", method="start", seed=s) for s in range(most)]
+    runs = [_labeled(task, trial(scale, task, "start", s), stage="final", method="start", seed=s)
+            for s in range(seeds_of(task, "start", seeds))]
     named, many = PROTOCOL["seeds"]["raised"], PROTOCOL["methods"]["many"]
     for group in (named, [m for m in many if m not in named], PROTOCOL["methods"]["few"]):
         part = _searched_and_final(task, [m for m in asked if m in group], scale, seeds, find)
@@ -379,6 +380,8 @@ def hours_left(
 
 def _sort(config: dict) -> tuple:
     "Runs of one sort take about as long as each other."
-    judge = config.get("judge", {})
-    return (config["kind"], config.get("source", {}).get("task", config.get("task")), judge.get("split"),
-            config.get("method") == "start", config.get("training", {}).get("num_train_epochs"))
+    judge, source = config.get("judge", {}), config.get("source", {})
+    size = (source.get("prompts"), source.get("sampled"), config.get("evolve"), len(config.get("points", ())),
+            len(config.get("elsewhere", ())))
+    return (config["kind"], source.get("task", config.get("task")), judge.get("split"),
+            config.get("method") == "start", config.get("training", {}).get("num_train_epochs"), *size)

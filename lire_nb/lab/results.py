@@ -238,7 +238,7 @@ def _tried(training: dict) -> str:
     "The settings that a search varies, in words."
     found = {k: v for k, v in training.items() if k in ("learning_rate", "beta", "temperature")}
     found |= training.get("loss_kwargs", {})
-    return ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in found.items())
+    return ", ".join(f"{k.replace('_', ' ')} {v if isinstance(v, str) else format(v, 'g')}" for k, v in found.items())
 
 # %% ../../nbs/43_results.ipynb #850a2f42
 def points_of(
