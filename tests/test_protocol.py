@@ -524,7 +524,7 @@ def test_a_search_that_breaks_keeps_its_points_and_a_final_run_does_not():
 @pytest.mark.parametrize("mean, spread", [(0.0, 0.12), (0.5, 0.3), (0.15, 0.1), (0.0, 0.4)])
 def test_the_power_of_a_pilot_is_what_the_rule_then_decides(mean, spread, monkeypatch):
     one = mean + spread * np.array([-1.0, 0.0, 1.0])  # mean and standard deviation of three seeds
-    claim = {"method": "lire", "opponent": "dpo", "far": 4.0, "together": 4, "values": one}
+    claim = {"method": "lire", "opponent": "dpo", "far": 4.0, "together": 4, "values": one, "reach": 0.5}
     monkeypatch.setattr(courses, "_pilot_claims", lambda runs, starts: [claim])
     runs = pd.DataFrame()
     runs.attrs = {"table": "matched_dialogue", "scale": "evidence"}

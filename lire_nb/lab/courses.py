@@ -275,7 +275,8 @@ def _pilot_claims(runs: pd.DataFrame, starts: dict[int, Start]) -> list[dict]:
             if min(map(len, sides)) == pilot:
                 asked = _asked("", sides, some, lambda g: g[0] - g[1])
                 found.append({"method": family["method"], "opponent": opponent, "far": asked.far,
-                              "together": len(family["opponents"]), "values": asked.values})
+                              "reach": asked.reach.mean(), "together": len(family["opponents"]),
+                              "values": asked.values})
     return found
 
 # %% ../../nbs/57_courses.ipynb #co042
@@ -295,7 +296,7 @@ def pilot_power(
         alike = [c for c in claims if (c["opponent"] == "best_of_n") == (claim["opponent"] == "best_of_n")]
         spread = float(np.mean([_by_seed(c["values"]).var(ddof=1) for c in alike])) ** 0.5
         rows[f"{name(claim['method'])} minus {name(claim['opponent'])}"] = {
-            "read at, nats": claim["far"], "pilot": claim["values"].mean(),
+            "read at, nats": claim["far"], "gain there": claim["reach"], "pilot": claim["values"].mean(),
             "its spread": _by_seed(claim["values"]).std(ddof=1),
             **_chances(claim, spread, _planned(runs, claim["method"], claim["opponent"]))}
     return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
