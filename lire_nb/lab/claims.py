@@ -87,8 +87,12 @@ class Claim:
 
     def found(self, results: str | Path | Results | None = None) -> tuple[list[Quantity], str]:
         "The quantities; where there are none, why."
+        store = rows_in(results)
+        return store.once(self, lambda: self._found(store))
+
+    def _found(self, store: Results) -> tuple[list[Quantity], str]:
         try:
-            return self.measure(rows_in(results)), ""
+            return self.measure(store), ""
         except LireError as e:
             return [], e.reason
         except (KeyError, IndexError, NotMeasured):

@@ -20,7 +20,7 @@ from ..decisions import estimate, sign_power, tie_power
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES, SCALES
 from .protocol import chosen_point, PROTOCOL, seeds_of
-from .results import final_runs, load_runs, over_seeds, Results, shown, _tried
+from .results import final_runs, load_runs, over_seeds, Results, rows_in, shown, _tried
 
 # %% ../../nbs/57_courses.ipynb #co007
 class Start(NamedTuple):
@@ -110,14 +110,15 @@ def _whole(runs: pd.DataFrame, **where) -> pd.DataFrame:
     return found
 
 
-def matched_runs(table: str, results: Results) -> tuple[pd.DataFrame, dict[int, Start]]:
+def matched_runs(table: str, results: Results | None) -> tuple[pd.DataFrame, dict[int, Start]]:
     "The runs of a table of the protocol, at the scale that has some, and the start of each seed."
+    store = rows_in(results)
     for scale in ("evidence", "smoke"):
         try:
-            runs = load_runs(table, results, scale)
+            runs = load_runs(table, store, scale)
         except LireError:
             continue
-        return runs, starts_by_seed(runs)
+        return runs, store.once((table, scale, "starts"), lambda: starts_by_seed(runs))
     raise LireError("no rows yet", field="table", value=table, allowed="a table with rows of its start",
                     remedy=f"lire reproduce {table} --scale evidence")
 

@@ -12,14 +12,14 @@ __all__ = ['load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', '
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ..base.errors import data_path, require
+from ..base.errors import data_path, LireError, require
 from .plans import NAMES, Run, TABLES, code_version, config_key, plan
 from ..statistics import Interval, crossed_bootstrap, wilson_interval
 
@@ -31,13 +31,19 @@ def load_runs(
 ) -> pd.DataFrame:  # labels, key, config, result, code, date, machine; `.attrs`: planned and missing runs
     "The stored runs of a table; raises `LireError` when there is none."
     store = rows_in(results)
+    return store.once((table, scale), lambda: _read_runs(table, store, scale)).copy()
+
+
+def _read_runs(table: str, store: "Results", scale: str) -> pd.DataFrame:
     runs = plan(table, scale, find=store.find)
     rows = [{**run.labels, "table": run.table,
              **{k: store.rows[run.key].get(k) for k in ("key", "config", "result", "code", "date", "machine")}}
             for run in runs if run.key in store.rows]
-    require(rows, "no result yet", field="table", value=table,
-            allowed=f"a table with rows in {Path(store.folder).name}/", remedy=f"lire reproduce {table} --scale {scale}"
-            + "".join(f", or scale={s!r}, of which rows are there" for s in _scales_of(table, store)))
+    if not rows:
+        others = "".join(f", or scale={s!r}, of which rows are there" for s in _scales_of(table, store))
+        raise LireError("no result yet", field="table", value=table,
+                        allowed=f"a table with rows in {store.folder.name}/",
+                        remedy=f"lire reproduce {table} --scale {scale}{others}")
     frame = pd.DataFrame(rows)
     keys = {run.key for run in runs}
     frame.attrs = {"table": table, "scale": scale, "planned": len(keys), "missing": len(keys - set(frame["key"])),
@@ -81,10 +87,11 @@ def final_runs(
 ) -> pd.DataFrame:  # one row per seed, in the order of the seeds
     "The judged runs of one system."
     others = ["search"] if "stage" in labels else ["search", "reason"]
-    rows = frame[~frame["stage"].isin(others)] if "stage" in frame else frame
+    kept = ~frame["stage"].isin(others).to_numpy() if "stage" in frame else np.ones(len(frame), bool)
     for name, value in labels.items():
-        rows = rows.loc[np.array([v == value for v in rows[name]], bool)]  # also where no row is left
-    return rows.drop_duplicates("key").sort_values("seed")
+        kept &= np.array([v == value for v in frame[name]], bool)
+    rows = frame[kept]
+    return rows[~rows["key"].duplicated()].sort_values("seed")
 
 # %% ../../nbs/43_results.ipynb #e1da006b
 def systems_of(
@@ -272,6 +279,7 @@ def _stored(folder: Path) -> list[dict]:
             if isinstance(row, dict) and {"key", "code", "result"} <= set(row)]
 
 # %% ../../nbs/43_results.ipynb #6d3e7157
+# long: one class of small methods
 class Results:
     "The rows of a folder of results, found by configuration."
 
@@ -282,6 +290,7 @@ class Results:
         current: bool = False,  # the version of this code counts, for every kind its own
     ):
         self.folder, self.rows, self.others = Path(results_folder() if folder is None else folder), {}, {}
+        self._made = {}
         self.codes, self.current, own = codes and set(codes), current, data_path("results")
         # an installed package brings its rows along
         for place in {own: 0, self.folder: 0} if folder is None else [self.folder]:
@@ -290,6 +299,7 @@ class Results:
 
     def _take(self, row: dict) -> None:
         known = self.rows if self._counts(row) else self.others
+        self._made.clear()
         if row["key"] not in known or row["date"] >= known[row["key"]]["date"]:
             known[row["key"]] = row
 
@@ -301,6 +311,12 @@ class Results:
         "The result of a configuration."
         row = self.rows.get(config_key(config))
         return row and row["result"]
+
+    def once(self, name, make: Callable):  # name: anything hashable
+        "What was made of these rows, until one is added."
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def append(self, run: Run, result: dict, about: dict) -> dict:
         "Write one row at the end of the table's file."
