@@ -89,13 +89,15 @@ def sign_power(
     spread: float,  # standard deviation of one seed's difference
     seeds: int,
     level: float = 0.05,
+    freedom: float | None = None,  # degrees of freedom; default: seeds − 1
 ) -> float:
     "The chance that Student's two-sided test sees that a difference is not zero; raises `LireError`."
     _check_plan(difference, spread, seeds)
     if spread <= 0:
         return float(difference != 0)
     shift = difference * math.sqrt(seeds) / spread
-    bounds = special.stdtrit(seeds - 1, 1 - level / 2) * _relative_errors(seeds)
+    freedom = freedom or seeds - 1
+    bounds = special.stdtrit(freedom, 1 - level / 2) * _relative_errors(freedom)
     return float((special.ndtr(shift - bounds) + special.ndtr(-shift - bounds)).mean())
 
 
@@ -106,11 +108,11 @@ def _check_plan(difference: float, spread: float, seeds: int) -> None:
             remedy="plan for more")
 
 
-def _relative_errors(seeds: int) -> np.ndarray:
-    "Standard errors that so many seeds estimate, beside the true one: quantiles of the root of χ² over its freedom."
+def _relative_errors(freedom: float) -> np.ndarray:
+    "Standard errors as they are estimated, beside the true one: quantiles of the root of χ² over its freedom."
     # not scipy's noncentral t, whose tails are NaN
     q = (np.arange(2000) + 0.5) / 2000
-    return np.sqrt(special.chdtri(seeds - 1, 1 - q) / (seeds - 1))
+    return np.sqrt(special.chdtri(freedom, 1 - q) / freedom)
 
 # %% ../nbs/29_decisions.ipynb #ae7ac9aa
 def tie_power(
@@ -119,14 +121,16 @@ def tie_power(
     seeds: int,
     margin: float = MARGIN,
     level: float = 0.05,
+    freedom: float | None = None,  # degrees of freedom; default: seeds − 1
 ) -> float:
     "The chance that two one-sided tests see that a difference is smaller than the margin; raises `LireError`."
     _check_plan(difference, spread, seeds)
     if spread <= 0:
         return float(abs(difference) < margin)
     # given the standard error e, the mean must lie within ± (margin − t·e)
-    errors = spread / math.sqrt(seeds) * _relative_errors(seeds)
-    room = margin - special.stdtrit(seeds - 1, 1 - level) * errors
+    freedom = freedom or seeds - 1
+    errors = spread / math.sqrt(seeds) * _relative_errors(freedom)
+    room = margin - special.stdtrit(freedom, 1 - level) * errors
     z = math.sqrt(seeds) / spread
     inside = special.ndtr((room - difference) * z) - special.ndtr((-room - difference) * z)
     return float(np.where(room > 0, inside, 0).mean())

@@ -88,7 +88,7 @@ class Claim:
     def found(self, results: str | Path | Results | None = None) -> tuple[list[Quantity], str]:
         "The quantities; where there are none, why."
         store = rows_in(results)
-        return store.once(self, lambda: self._found(store))
+        return store.once((self.text, self.table, self.rule), lambda: self._found(store))
 
     def _found(self, store: Results) -> tuple[list[Quantity], str]:
         try:
@@ -457,12 +457,13 @@ def summary_table(
 # %% ../../nbs/44_claims.ipynb #e158d17b
 def sample_text(
     systems: dict[str, pd.DataFrame],
-    which: int = 0,  # of the stored examples
+    which: int = 0,  # of the stored examples; at most the last
 ) -> str:  # Markdown
     "A completion of every system for one prompt, seed 0; of a course, from its last point."
     def example(runs: pd.DataFrame) -> dict:
         result = runs["result"].iloc[0]
-        return (result if "examples" in result else result["points"][-1])["examples"][which]
+        stored = (result if "examples" in result else result["points"][-1])["examples"]
+        return stored[min(which, len(stored) - 1)]
 
     first = example(next(iter(systems.values())))["prompt"]
     texts = {"prompt": first if isinstance(first, str) else first[-1]["content"],

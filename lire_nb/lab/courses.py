@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 from ..base.errors import LireError, require
-from ..decisions import estimate, sign_power, tie_power
+from ..decisions import estimate, sign_power, tie_power, _relative_errors
 from ..frontiers import best_of_n_course, check_judge, common_distance, gain_at_distance, within_spread
 from .plans import NAMES, SCALES
 from .protocol import chosen_point, PROTOCOL, seeds_of
@@ -174,27 +174,34 @@ def judged_table(
 ) -> pd.DataFrame:  # a row per system: seeds, its gain by every judge, tokens, degenerate
     "What each judge of a seed says of the last texts of every course, in its own standard deviation within a prompt."
     def last(method: str) -> dict[int, dict]:
-        return {run["seed"]: run["result"]["points"][-1] for _, run in final_runs(runs, method=method).iterrows()
+        own = final_runs(runs, method=method)
+        require(own["seed"].is_unique, "two settings of one method", field="method", value=method,
+                allowed="one row of each seed", remedy="choose one setting first")
+        return {run["seed"]: run["result"]["points"][-1] for _, run in own.iterrows()
                 if run["seed"] in starts and not starts[run["seed"]].fails}
 
     start, rows = last("start"), {}
     for method in dict.fromkeys(final_runs(runs)["method"]):
-        if method != "start":
-            ends = last(method)
+        ends = last(method)
+        if method != "start" and ends:
             tokens, broken = (np.mean([np.mean(point[what]) for point in ends.values()])
                               for what in ("tokens", "degenerate"))
             rows[NAMES.get(method, method)] = {**_told(ends, start), "tokens": f"{tokens:.1f}",
                                                "degenerate": f"{broken:.1%}"}
-    chosen = {seed: {"scores": _best_by_proxy(point["scores"])} for seed, point in start.items()}
-    rows["best of n"] = _told(chosen, start)
+    if start:
+        chosen = {seed: {"scores": _best_by_proxy(point["scores"])} for seed, point in start.items()}
+        rows["best of n"] = _told(chosen, start)
     return pd.DataFrame(rows).T.fillna("").rename_axis("system")
 
 
 def _told(ends: dict[int, dict], start: dict[int, dict]) -> dict:
     "The number of seeds, and the gain by every judge."
-    gains = {judge: np.array([_gained(end["scores"][judge], start[seed]["scores"][judge])
-                              for seed, end in ends.items()]) for judge in next(iter(start.values()))["scores"]}
-    return {"seeds": len(ends), **{judge: shown(over_seeds(found)) for judge, found in gains.items()}}
+    told = {"seeds": len(ends)}
+    for judge in next(iter(start.values()))["scores"]:
+        gains = np.array([_gained(end["scores"][judge], start[seed]["scores"][judge]) for seed, end in ends.items()])
+        gains = gains[np.isfinite(gains).all(1)]  # a judge that says one thing of all answers has no unit
+        told[judge] = shown(over_seeds(gains)) if len(gains) else ""
+    return told
 
 
 def _best_by_proxy(scores: dict[str, list]) -> dict[str, list]:
@@ -204,7 +211,7 @@ def _best_by_proxy(scores: dict[str, list]) -> dict[str, list]:
 
 def _gained(scores: list, start: list) -> np.ndarray:  # (N,)
     mean = lambda said: np.array([np.mean(own) for own in said])  # noqa: E731
-    return (mean(scores) - mean(start)) / (within_spread(start) or np.nan)  # a judge that says one thing has no unit
+    return (mean(scores) - mean(start)) / (within_spread(start) or np.nan)
 
 # %% ../../nbs/57_courses.ipynb #co015
 class Asked(NamedTuple):
@@ -276,7 +283,7 @@ def _pilot_claims(runs: pd.DataFrame, starts: dict[int, Start]) -> list[dict]:
             if min(map(len, sides)) == pilot:
                 asked = _asked("", sides, some, lambda g: g[0] - g[1])
                 found.append({"method": family["method"], "opponent": opponent, "far": asked.far,
-                              "reach": asked.reach.mean(), "together": len(family["opponents"]),
+                              "reach": asked.reach, "together": len(family["opponents"]),
                               "values": asked.values})
     return found
 
@@ -297,7 +304,7 @@ def pilot_power(
         alike = [c for c in claims if (c["opponent"] == "best_of_n") == (claim["opponent"] == "best_of_n")]
         spread = float(np.mean([_by_seed(c["values"]).var(ddof=1) for c in alike])) ** 0.5
         rows[f"{name(claim['method'])} minus {name(claim['opponent'])}"] = {
-            "read at, nats": claim["far"], "gain there": claim["reach"], "pilot": claim["values"].mean(),
+            "read at, nats": claim["far"], "gain there": claim["reach"].mean(), "pilot": claim["values"].mean(),
             "its spread": _by_seed(claim["values"]).std(ddof=1),
             **_chances(claim, spread, _planned(runs, claim["method"], claim["opponent"]))}
     return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
@@ -307,22 +314,47 @@ def _by_seed(values: np.ndarray) -> np.ndarray:  # (S,) from (S,) or (S, N)
     return values.reshape(len(values), -1).mean(1)
 
 
-def _of_prompts(values: np.ndarray) -> float:
-    "The part of the squared standard error that more seeds do not lessen."
-    return max(estimate(values).error ** 2 - _by_seed(values).var(ddof=1) / len(values), 0.0)
+class _Error(NamedTuple):
+    "The standard error that the rule will find with some number of seeds."
+    whole: float
+    prompts: float  # the part that more seeds do not lessen
+    freedom: float
+
+
+def _planned_error(values: np.ndarray, seeds: int, spread: float) -> _Error:
+    own, left = spread**2 / seeds, 0.0
+    if values.ndim > 1:
+        left = max(estimate(values).error ** 2 - _by_seed(values).var(ddof=1) / len(values), 0.0)
+    parts = own**2 / (seeds - 1) + left**2 / max(values.size / len(values) - 1, 1)
+    return _Error((own + left) ** 0.5, left**0.5, (own + left) ** 2 / parts if parts else seeds - 1)
 
 
 def _chances(claim: dict, spread: float, seeds: int) -> dict:
-    "What so many seeds decide about a claim."
-    rule, level, left = PROTOCOL["rule"], PROTOCOL["rule"]["level"] / claim["together"], _of_prompts(claim["values"])
-    whole = (spread**2 + seeds * left) ** 0.5  # the spread of a seed, were all of the error due to seeds
-    sign = lambda d: sign_power(d, whole, seeds, level)  # noqa: E731
-    tie = lambda d: tie_power(d, whole, seeds, rule["margin"], level)  # noqa: E731
-    error = (spread**2 / len(claim["values"]) + left) ** 0.5
-    truths = claim["values"].mean() + error * ndtri((np.arange(20) + 0.5) / 20)
-    seen = next((d / 100 for d in range(1, 1000) if sign(d / 100) >= 0.8), np.inf)
-    return {"shared spread": spread, "prompts": left**0.5, "seeds": seeds, "tie, if equal": tie(0.0),
-            "seen from": seen, "verdict": np.mean([max(sign(d), tie(d)) for d in truths])}
+    "What so many seeds decide about a claim, the pilot's among them."
+    margin, level = PROTOCOL["rule"]["margin"], PROTOCOL["rule"]["level"] / claim["together"]
+    error = _planned_error(claim["values"], seeds, spread)
+    of_one = error.whole * seeds**0.5
+    seen = next((d / 100 for d in range(1, 1000) if sign_power(d / 100, of_one, seeds, level, error.freedom) >= 0.8),
+                np.inf)
+    told = _tells_a_tie(claim, seeds)
+    tie = tie_power(0.0, of_one, seeds, margin, level, error.freedom) if told else 0.0
+    means = claim["values"].mean() + spread * (1 / len(claim["values"]) - 1 / seeds) ** 0.5 * ndtri(_MANY)
+    errors = error.whole * _relative_errors(error.freedom)
+    sign = np.abs(means)[:, None] > stdtrit(error.freedom, 1 - level / 2) * errors
+    ties = np.abs(means)[:, None] + stdtrit(error.freedom, 1 - level) * errors < margin
+    return {"shared spread": spread, "prompts": error.prompts, "seeds": seeds, "tie, if equal": tie,
+            "seen from": seen, "verdict": (sign | ties if told else sign).mean()}
+
+
+_MANY = (np.arange(100) + 0.5) / 100  # quantiles
+
+
+def _tells_a_tie(claim: dict, seeds: int) -> bool:
+    "Whether the better one has surely gained more than the margin there, if the pilot's mean holds."
+    rule, reach = PROTOCOL["rule"], claim["reach"]
+    error = _planned_error(reach, seeds, float(_by_seed(reach).std(ddof=1)))
+    bound = stdtrit(error.freedom, 1 - rule["level"]) * error.whole
+    return claim["far"] >= rule["near"] * rule["cap"] and reach.mean() - bound > rule["margin"]
 
 
 def _planned(runs: pd.DataFrame, *methods: str) -> int:

@@ -380,8 +380,8 @@ def hours_left(
 
 def _sort(config: dict) -> tuple:
     "Runs of one sort take about as long as each other."
-    judge, source = config.get("judge", {}), config.get("source", {})
-    size = (source.get("prompts"), source.get("sampled"), config.get("evolve"), len(config.get("points", ())),
-            len(config.get("elsewhere", ())))
+    judge, source, take = (config.get(name) or {} for name in ("judge", "source", "take"))
+    size = (source.get("prompts"), source.get("sampled"), take.get("prompts"), take.get("sampled"),
+            config.get("evolve"), len(config.get("points") or ()), len(config.get("elsewhere") or ()))
     return (config["kind"], source.get("task", config.get("task")), judge.get("split"),
             config.get("method") == "start", config.get("training", {}).get("num_train_epochs"), *size)
