@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
 
 from lire_nb.base.errors import LireError
 from lire_nb.decisions import decide
@@ -525,7 +524,7 @@ def test_a_search_that_breaks_keeps_its_points_and_a_final_run_does_not():
                                                    (0.3, 0.05, 0.9), (0.05, 0.03, 0.3)])
 def test_the_power_of_a_pilot_is_what_the_rule_then_decides(mean, spread, prompts, monkeypatch):
     """`prompts` is the standard deviation of a difference over 60 prompts, the same for every seed."""
-    draw, level, N = np.random.default_rng(0), RULE["level"] / 4, 60
+    draw, N = np.random.default_rng(0), 60
     means = mean + spread * np.array([-1.0, 0.0, 1.0])  # mean and standard deviation of three seeds
     of_prompt = draw.normal(0, 1, N)
     of_prompt = prompts * (of_prompt - of_prompt.mean()) / of_prompt.std(ddof=1)

@@ -193,7 +193,7 @@ def judged_table(
         rows["best of n"] = _told(chosen, start)
     return pd.DataFrame(rows).T.fillna("").rename_axis("system")
 
-
+# %% ../../nbs/57_courses.ipynb #co053
 def _told(ends: dict[int, dict], start: dict[int, dict]) -> dict:
     "The number of seeds, and the gain by every judge."
     told = {"seeds": len(ends)}
@@ -309,7 +309,7 @@ def pilot_power(
             **_chances(claim, spread, _planned(runs, claim["method"], claim["opponent"]))}
     return pd.DataFrame(rows).T.round(2).astype({"seeds": int}).rename_axis("claim")
 
-
+# %% ../../nbs/57_courses.ipynb #co044
 def _by_seed(values: np.ndarray) -> np.ndarray:  # (S,) from (S,) or (S, N)
     return values.reshape(len(values), -1).mean(1)
 
@@ -328,7 +328,7 @@ def _planned_error(values: np.ndarray, seeds: int, spread: float) -> _Error:
     parts = own**2 / (seeds - 1) + left**2 / max(values.size / len(values) - 1, 1)
     return _Error((own + left) ** 0.5, left**0.5, (own + left) ** 2 / parts if parts else seeds - 1)
 
-
+# %% ../../nbs/57_courses.ipynb #co045
 def _chances(claim: dict, spread: float, seeds: int) -> dict:
     "What so many seeds decide about a claim, the pilot's among them."
     margin, level = PROTOCOL["rule"]["margin"], PROTOCOL["rule"]["level"] / claim["together"]
