@@ -474,8 +474,9 @@ def plot_claims(
     *,
     slim: bool = False,  # for a phone: claims in two lines, so that letters stay readable on 470 pixels
 ) -> Figure:
-    "A forest plot: a row for every claim; fewer than five seeds are dots."
-    width, row, letters = (4.7, 0.31, 29) if slim else (8.6, 0.25, 62)
+    "A forest plot: a row for every claim that has rows; fewer than five seeds are dots."
+    found = {claim: measured for claim, measured in found.items() if measured.quantities} or found
+    width, row, letters = (4.7, 0.31, 29) if slim else (8.6, 0.26, 62)
     deciding = {claim: [q for q in m.quantities if q.decides][:1] for claim, m in found.items()}
     with figure_style():
         figure = Figure(figsize=(width, 1.2 + row * len(found)), layout="constrained")
