@@ -56,6 +56,7 @@ from .memory import lora_config, memory_plan
 from .own_lists import check_numbers, look_at_lists, same_text, split_by_prompt
 from .plans import GRIDS
 from .report import _html, _PAGE, MARKDOWN, markdown_table, pick_samples, samples_text
+from .results import in_words
 from ..lists import as_lists, prompt_facts
 from ..models import has_bf16, load_policy, Policy, unwrap
 from ..preferences import preferences
@@ -714,9 +715,8 @@ def results_of(found: Found) -> pd.DataFrame:
         bounds = "" if math.isnan(v["low"]) else f" [{v['low']:+.2f}, {v['high']:+.2f}]"
         gain = "not compared" if math.isnan(v["value"]) else f"{v['value']:+.2f}{bounds}"
         won = np.mean([share([r["scores"]["judge"] for r in one], old).mean() for one in last])
-        settings = found.chosen[v["new"]].settings
         rows[found.labels[v["new"]]] = {
-            "setting": ", ".join(f"{k} {x:g}" if isinstance(x, float) else f"{k} {x}" for k, x in settings.items()),
+            "setting": in_words(found.chosen[v["new"]].settings),
             "gain over the start, sd": gain, "read at, nats": f"{v['kl']:.1f}",
             "end: win probability" if found.judge["logits"] else "end: share won": f"{won:.0%}",
             "end: KL, nats": f"{np.mean([kl_of(r) for one in last for r in one]):.1f}",
@@ -994,5 +994,5 @@ class _Work:
 
 
 def _short(job: Job) -> str:
-    own = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in job.settings.items())
-    return f"{'search' if job.part == 'validation' else 'seed ' + job.name.rpartition('-')[2]}: {own}"
+    part = "search" if job.part == "validation" else f"seed {job.name.rpartition('-')[2]}"
+    return f"{part}: {in_words(job.settings)}"

@@ -472,18 +472,21 @@ def plot_win_matrix(run: str | Path | dict[str, list[dict]], judge: str | None =
 def plot_claims(
     found: dict,  # claim -> `claims.Measured`
     *,
-    slim: bool = False,  # for a phone: claims in two lines, so that letters stay readable on 470 pixels
+    slim: bool = False,  # for a phone: claims in more lines, so that letters stay readable on 470 pixels
 ) -> Figure:
     "A forest plot: a row for every claim that has rows; fewer than five seeds are dots."
     found = {claim: measured for claim, measured in found.items() if measured.quantities} or found
-    width, row, letters = (4.7, 0.31, 29) if slim else (8.6, 0.26, 62)
+    width, letters = (4.7, 29) if slim else (8.6, 62)
+    labels = [textwrap.fill(in_figure(claim), letters) for claim in found]
+    heights = np.array([0.12 + 0.14 * len(label.splitlines()) for label in labels])  # inches
+    places = heights.cumsum() - heights / 2
     deciding = {claim: [q for q in m.quantities if q.decides][:1] for claim, m in found.items()}
     with figure_style():
-        figure = Figure(figsize=(width, 1.2 + row * len(found)), layout="constrained")
+        figure = Figure(figsize=(width, 1.2 + heights.sum()), layout="constrained")
         axes = figure.subplots()
         axes.axvspan(-0.2, 0.2, color="0.93", zorder=0)
         axes.axvline(0, color="0.6", lw=1)
-        for place, (claim, own) in enumerate(deciding.items()):
+        for place, (claim, own) in zip(places, deciding.items()):
             color = VERDICT_COLORS[found[claim].verdict]
             for q in own:
                 means = q.values if q.values.ndim == 1 else q.values.mean(1)
@@ -493,9 +496,8 @@ def plot_claims(
         for verdict in dict.fromkeys(m.verdict for m in found.values()):
             axes.plot([], [], "o", ms=5, color=VERDICT_COLORS[verdict], label=verdict)
         xlabel = textwrap.fill("difference; the unit is that of the claim's page", 30 if slim else 62)
-        axes.set(xlabel=xlabel, xlim=(-1.3, 1.3),
-                 ylim=(len(found) - 0.5, -0.5))
-        axes.set_yticks(range(len(found)), [textwrap.fill(in_figure(claim), letters) for claim in found], fontsize=8)
+        axes.set(xlabel=xlabel, xlim=(-1.3, 1.3), ylim=(heights.sum(), 0))
+        axes.set_yticks(places, labels, fontsize=8)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2 if slim else 3,
                       fontsize=9)
     return figure

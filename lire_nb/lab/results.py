@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['load_runs', 'about_runs', 'final_runs', 'systems_of', 'values_of', 'over_seeds', 'difference', 'spread_of',
            'gain_values', 'gain', 'wins', 'distance', 'start_perplexity', 'shown', 'system_table', 'search_table',
-           'points_of', 'code_of', 'results_folder', 'Results', 'rows_in', 'read_metrics', 'read_systems', 'Records',
-           'read_records']
+           'in_words', 'points_of', 'code_of', 'results_folder', 'Results', 'rows_in', 'read_metrics', 'read_systems',
+           'Records', 'read_records']
 
 # %% ../../nbs/43_results.ipynb #c0eb3153
 import hashlib
@@ -244,8 +244,12 @@ def search_table(
 def _tried(training: dict) -> str:
     "The settings that a search varies, in words."
     found = {k: v for k, v in training.items() if k in ("learning_rate", "beta", "temperature")}
-    found |= training.get("loss_kwargs", {})
-    return ", ".join(f"{k.replace('_', ' ')} {v if isinstance(v, str) else format(v, 'g')}" for k, v in found.items())
+    return in_words({k.replace("_", " "): v for k, v in (found | training.get("loss_kwargs", {})).items()})
+
+
+def in_words(settings: dict) -> str:
+    "Names and values of settings, as they stand in tables."
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
 # %% ../../nbs/43_results.ipynb #850a2f42
 def points_of(
