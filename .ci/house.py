@@ -54,6 +54,7 @@ VERBS = {
     "texts": "judge_texts",
     "courses": "at_common_distance",
     "published": "paper_table",
+    "again": "run_again",
     "compare": "compare",
     "answers": "answer_of",
     "own_lists": "split_by_prompt|look_at_lists",
@@ -87,7 +88,7 @@ LAYERS = {
     "lab": ("lab.memory", "lab.trl_online", "lab.plans", "lab.experiments", "lab.results", "lab.runner",
             "lab.claims", "lab.figures", "lab.report", "lab.bench", "lab.neighbors", "lab.extend",
             "lab.protocol", "lab.trials", "lab.texts", "lab.courses", "lab.published", "lab.own_lists",
-            "lab.answers", "lab.compare"),
+            "lab.answers", "lab.compare", "lab.again"),
     "cli": ("cli", "options"),
 }
 

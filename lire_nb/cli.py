@@ -800,6 +800,8 @@ _REPRODUCE = (
     option("--work", default=None, help="folder for lists and policies in between; default: runs/reproduce/SCALE"),
     option("--accept", default=None, metavar="CODE",
            help="let rows of this other code version count; several with commas"),
+    option("--again", default=None, metavar="WHICH",
+           help="run so many stored rows again, drawn at random, or those with these keys, and say how far they are"),
     option("--most", type=at_least(0), default=None, help="stop after so many experiments"),
     option("--policy", default=None, help="folder or hub id, in the place of the scale's own"),
     option("--loss", default=None, metavar="MODULE:FUNCTION", help="your loss in LIRE's place; also FILE.py:FUNCTION"),
@@ -818,16 +820,15 @@ def reproduce_command(args) -> None:
 
     about = machine()
     about = {"date": about.pop("date"), "machine": about}
-    for name, value in (("--policy", args.policy), ("--reward", args.reward), ("--loss", args.loss),
-                        ("--task", args.task)):
-        require(not (value and (args.list or args.dry_run)), "is not used by --list and --dry-run", field=name,
-                value=value, allowed="nothing", remedy=f"leave {name} out, or --list and --dry-run")
+    _check_looks(args)
     if args.list:
-        return _list_tables(runner.progress_rows(args.results, args.scale, args.seeds))
+        return print(*runner.progress_lines(args.results, args.scale, args.seeds, args.accept), sep="\n")
     require(args.name, "missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]),
             remedy="lire reproduce --list shows what each one is")
     require(args.name != "cost", "is made by another command", field="NAME", value="cost",
             allowed=", ".join(plans.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
+    if args.again is not None:
+        return _again(args, about)
     every = [name for name, table in plans.TABLES.items() if args.scale in table.scales]
     every = every if args.scale != "paper" and not args.dry_run else runner.RECIPES
     names = list(every) if args.name == "all" else [args.name]
@@ -848,17 +849,25 @@ def reproduce_command(args) -> None:
     _say(f"{count} experiments run, rows in {results}{'' if args.scale != 'laptop' else kept}")
 
 # %% ../nbs/60_cli.ipynb #0bad1eb5
-def _list_tables(rows: list[dict]) -> None:
-    for row in rows:
-        other = f"   ({row['other']} rows of other code: --accept {','.join(row['codes'])})" if row["other"] else ""
-        print(f"{row['table']:17} {row['done']:3} of {row['planned']:3}{'+' if row['more'] else ' '} runs  "
-              f"{row['minutes']:4} min{_left(row['hours'])}   nbs/{row['notebook']}.ipynb   {row['claim']}{other}")
-    print("cost              made by lire bench --peers --out data/results/cost.jsonl   nbs/97_cost.ipynb")
+def _check_looks(args) -> None:
+    "--list, --again and --dry-run look at what is there, with nothing in its place; one of them at a time."
+    asked = [name for name in ("list", "again", "dry_run") if getattr(args, name) not in (None, False)]
+    written = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+    require(len(asked) < 2, "exclude each other", field=written, allowed="one of them", remedy="give one command each")
+    for name in ("policy", "reward", "loss", "task"):
+        value = getattr(args, name)
+        require(not (value and asked), f"is not used by {written}", field=f"--{name}", value=value,
+                allowed="nothing", remedy=f"leave --{name} out, or {written}")
 
 
-def _left(hours: float) -> str:
-    "What is still to be done, in hours of one core; nothing where nothing is, and where it is not known."
-    return f", about {hours:.1f} h of a core left" if hours > 0 else ""
+def _again(args, about: dict) -> None:
+    from lire_nb.lab.again import run_again
+    from lire_nb.lab.results import results_folder
+
+    lines = run_again(args.name, args.again, args.scale, seeds=args.seeds, results=args.results, work=args.work,
+                      jobs=args.jobs, about=about, say=_say)
+    same = sum(not line["other"] and not line["texts"] for line in lines)
+    _say(f"{same} of {len(lines)} rows came out the same; {args.results or results_folder(args.scale)}/again.jsonl")
 
 
 def _show_dry_run(names: list[str], dry_run) -> None:

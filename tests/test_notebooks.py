@@ -24,7 +24,7 @@ EXPECTED = [
     "40_experiments", "41_plans", "42_runner", "43_results", "44_claims", "45_figures", "46_report", "47_bench",
     "48_memory", "49_trl_online",
     "50_verdicts", "51_chat", "52_sheets", "53_linear_judge", "54_stored_texts", "55_protocol", "56_trials",
-    "57_courses", "58_published",
+    "57_courses", "58_published", "59_again",
     "60_cli", "61_compare", "62_cards", "63_extend", "64_own_lists", "65_options", "66_answers",
     "70_long_lists", "71_launch", "72_many_lists", "73_handover", "74_ranks",
     "80_exploration", "81_demonstrations", "82_selection", "83_multi_turn", "84_guided_sampling",

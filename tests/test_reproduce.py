@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import warm
 from yardstick import import_seconds
@@ -18,7 +20,7 @@ from yardstick import import_seconds
 from lire_nb import statistics
 from lire_nb.base.errors import LireError
 from lire_nb.cli import main
-from lire_nb.lab import claims, plans, protocol, results, runner
+from lire_nb.lab import again, claims, plans, protocol, results, runner
 from lire_nb.lab.experiments import run_experiment
 from lire_nb.lab.plans import code_version
 
@@ -82,6 +84,37 @@ def test_two_numbers_come_out_again_in_an_empty_folder(smoke, tmp_path):
     stored = [row for row in rows_of(smoke[0] / "results") if row["config"]["kind"] in ("train", "enhance")]
     for row in random.Random(0).sample(stored, 2):
         assert plain(run_experiment(row["config"], tmp_path / "work")) == plain(row["result"])
+
+
+def test_stored_rows_are_run_again_by_a_command(smoke, tmp_path, capsys):
+    """Rows with texts and rows without come out the same in an empty folder; a row that somebody changed does not, and
+    what is said of it is what was changed."""
+    rows = [row for row in rows_of(smoke[0] / "results") if row["table"] == "matched_sentiment"]
+    first, second = random.Random(0).sample([row for row in rows if row["config"]["kind"] == "trial"], 2)
+    shutil.copytree(smoke[0] / "results", tmp_path / "results")
+    path = tmp_path / "results" / "matched_sentiment.jsonl"
+    changed = json.loads(json.dumps(second))
+    changed["result"]["points"][-1]["scores"]["gold"][0][0] += 2.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(r for r in rows if r != second), changed]))
+    texts = tmp_path / "results" / "texts" / f"{second['key']}.parquet"
+    frame = pd.read_parquet(texts)
+    frame.loc[0, "completion"] += " and more"
+    frame.to_parquet(texts)
+    command = ["reproduce", "matched_sentiment", "--scale", "smoke", "--results", str(tmp_path / "results")]
+    assert main([*command, "--again", f"{first['key']}, {second['key']}", "--jobs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "the same, all" in said and "1 of 2 rows came out the same" in said and "of the texts; no judge's" in said
+    same, other = again.again_table(tmp_path / "results").to_dict("records")
+    scores = np.array(changed["result"]["points"][-1]["scores"]["gold"])
+    assert (same["other"], same["other texts"], other["other"]) == (0, 0, 1)
+    assert other["means apart"] == pytest.approx(2.0 / scores.size / scores.std())
+    assert other["other texts"] == pytest.approx(1 / len(frame))
+    before = files_of(tmp_path / "results")
+    for asked, expected in ((["--again", "0"], "1 to "), (["--again", "x1"], "no stored row has this key"),
+                            (["--again", "1", "--list"], "exclude each other"),
+                            (["--again", "1", "--policy", "smollm2"], "is not used by --again")):
+        assert main([*command, *asked]) == 2 and expected in capsys.readouterr().err
+    assert before == files_of(tmp_path / "results")  # lines of again.jsonl are no rows, and nothing was begun
 
 
 def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path, capsys):
@@ -148,6 +181,10 @@ def test_results_of_other_code_do_not_count_unless_accepted(smoke, tmp_path, cap
     assert "0ld0ld0" in said and "--accept 0ld0ld0" in said
     assert main(["reproduce", "--list", "--scale", "smoke", "--results", str(tmp_path / "results")]) == 0
     assert "rows of other code: --accept 0ld0ld0" in capsys.readouterr().out
+    assert main(["reproduce", "--list", "--scale", "smoke", "--accept", "0ld0ld0", "--results",
+                 str(tmp_path / "results")]) == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sentiment ")]
+    assert len(listed) == 1 and re.search(r" (\d+) of +\1  runs", listed[0]) and "other code" not in listed[0]
     path = tmp_path / "results" / "sentiment.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # one is missing
     assert main([*common, "--accept", "0ld0ld0"]) == 0
@@ -431,7 +468,7 @@ def test_a_table_is_drawn_without_the_trainer():
     """What the tables import, and what drawing them loads: rows, plans, statistics and base; no model, no torch."""
     code = """
 import json, sys
-from lire_nb.lab import claims, results
+from lire_nb.lab import again, claims, results
 def loaded(): return {n: m.__file__ for n, m in sys.modules.items() if n.startswith("lire_nb.") and m.__file__}
 first = loaded()
 claims.verdict_table(), results.system_table(results.systems_of(results.load_runs("dialogue")))
@@ -450,7 +487,7 @@ print(json.dumps([first, loaded(), sorted({"torch", "transformers", "datasets"} 
 
 def test_a_figure_is_drawn_from_rows_alone():
     """Tables and figures together import no torch; how many lines of this package, test_house holds."""
-    code = "import sys; from lire_nb.lab import claims, figures; print('torch' in sys.modules)"
+    code = "import sys; from lire_nb.lab import again, claims, figures; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split()[-1] == "False", done.stderr
 
