@@ -37,6 +37,6 @@ def beside_paper(
     ours = {name: {"ours: gold gain": "" if name == "start" else shown(gain(runs, systems["start"])),
                    "ours: gold win rate": "" if name == "start" else shown(wins(runs, systems["start"]), ".0%"),
                    "ours: perplexity": f"{start_perplexity(runs).value:.1f}"} for name, runs in systems.items()}
-    theirs = paper_table(table, path).add_prefix("paper: ")
+    theirs = paper_table(table, path).add_prefix("published: ")
     order = [*theirs.index, *(n for n in systems if n not in theirs.index)]
     return theirs.join(pd.DataFrame(ours).T, how="outer").reindex(order).fillna("").rename_axis("system")
