@@ -858,14 +858,17 @@ def _check_looks(args) -> None:
         value = getattr(args, name)
         require(not (value and asked), f"is not used by {written}", field=f"--{name}", value=value,
                 allowed="nothing", remedy=f"leave --{name} out, or {written}")
+    for name in ("work", "accept", "most") if args.again is not None else ():  # an empty folder, all codes, all rows
+        require(getattr(args, name) is None, "is not used by --again", field=f"--{name}", value=getattr(args, name),
+                allowed="nothing", remedy=f"leave --{name} out")
 
 
 def _again(args, about: dict) -> None:
     from lire_nb.lab.again import run_again
     from lire_nb.lab.results import results_folder
 
-    lines = run_again(args.name, args.again, args.scale, seeds=args.seeds, results=args.results, work=args.work,
-                      jobs=args.jobs, about=about, say=_say)
+    lines = run_again(args.name, args.again, args.scale, seeds=args.seeds, results=args.results, jobs=args.jobs,
+                      about=about, say=_say)
     same = sum(not line["other"] and not line["texts"] for line in lines)
     _say(f"{same} of {len(lines)} rows came out the same; {args.results or results_folder(args.scale)}/again.jsonl")
 

@@ -90,16 +90,24 @@ class Choice(NamedTuple):
 def choose_under_cap(
     points: Sequence[Mapping],  # each with "settings", "proxy" and "kl"; the two are means, or one value per prompt
     cap: float,  # nats per completion
+    within: float = 0.0,  # standard errors below the best, paired over prompts, for the sake of distance
 ) -> Choice:
-    """The settings that the proxy likes best among those at most `cap` away, the nearer of two equals; raises
-    `LireError` for points without a finite proxy and distance."""
+    """The settings that the proxy likes best among those at most `cap` away, the nearer of two equals; with `within`,
+    the furthest of those that are no further below the best (the one-standard-error rule of model selection, for
+    distance in the place of simplicity). Raises `LireError` for points without a finite proxy and distance."""
     require(len(points) and isinstance(cap, (int, float)) and cap > 0, "nothing to choose from", field="points, cap",
             value=(len(points), cap), allowed="one point or more, and a cap above 0", remedy="search first")
+    require(isinstance(within, (int, float)) and 0 <= within < math.inf, "not a number of standard errors",
+            field="within", value=within, allowed="0 or more", remedy="leave it out for the best alone")
     proxies = [_column(p, i, "proxy") for i, p in enumerate(points)]
     kls = [float(_column(p, i, "kl").mean()) for i, p in enumerate(points)]
     means = [float(v.mean()) for v in proxies]
     under = [i for i, kl in enumerate(kls) if kl <= cap]
     index = max(under, key=lambda i: (means[i], -kls[i])) if under else int(np.argmin(kls))
+    if under and within:
+        best = proxies[index]
+        index = max((i for i in under if i == index or _error_of_pairs(best, proxies[i]) * within
+                     >= means[index] - means[i]), key=lambda i: (kls[i], means[i]))
     own = proxies[index]
     error = float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else math.nan
     settings = [_flat(p["settings"]) for p in points]
@@ -133,13 +141,15 @@ def _edges(tried: list[dict], own: dict) -> dict:
     return {k: own[k] for k, found in values.items() if len(found) > 1 and own[k] in (found[0], found[-1])}
 
 
+def _error_of_pairs(a: np.ndarray, b: np.ndarray) -> float:
+    "The standard error of the mean difference; NaN where the two do not have the same prompts."
+    return float((a - b).std(ddof=1) / math.sqrt(len(a))) if len(a) == len(b) and len(a) > 1 else math.nan
+
+
 def _told_apart(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> bool:
     "Whether the same prompts see a difference, by a paired t."
-    if len(a) != len(b) or len(a) < 2:
-        return False
-    d = a - b
-    bound = stdtrit(len(d) - 1, (1 + confidence) / 2) * d.std(ddof=1) / math.sqrt(len(d))
-    return bool(abs(d.mean()) > bound)
+    error = _error_of_pairs(a, b)
+    return not math.isnan(error) and bool(abs((a - b).mean()) > stdtrit(len(a) - 1, (1 + confidence) / 2) * error)
 
 # %% ../nbs/87_frontiers.ipynb #fr026
 def best_of_n_weights(

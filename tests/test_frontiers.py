@@ -143,6 +143,30 @@ def test_noise_of_a_choice_is_that_of_scipy():
     assert math.isclose(found.error, stats.sem(tried[found.index]))
 
 
+def test_of_equals_within_an_error_the_furthest_is_taken():
+    """By scipy's paired t statistic, drawn many times; the best itself is always allowed, and nothing beyond the cap."""
+    from scipy import stats
+
+    draw, moved = np.random.default_rng(5), 0
+    for _ in range(200):
+        base = draw.normal(size=32)
+        tried = [base + draw.normal(0, 0.2, 32) + draw.normal(0, 0.05) for _ in range(9)]
+        kls = draw.uniform(0.1, 12, 9)
+        points = [point(v, float(kl), i=float(i)) for i, (v, kl) in enumerate(zip(tried, kls))]
+        under = [i for i in range(9) if kls[i] <= 8]
+        best = max(under, key=lambda i: tried[i].mean())
+        equals = [i for i in under if i == best or stats.ttest_rel(tried[best], tried[i]).statistic <= 1.0]
+        found = choose_under_cap(points, 8.0, within=1.0)
+        assert found.index == max(equals, key=lambda i: kls[i]) and choose_under_cap(points, 8.0).index == best
+        moved += found.index != best
+    assert 20 < moved < 180
+    alone = [point(0.9, 1.0, i=1.0), point(0.8, 5.0, i=2.0)]  # means without prompts: nothing is as good as the best
+    assert choose_under_cap(alone, 8.0, within=3.0).index == 0
+    for wrong in (-1, math.nan, math.inf, "1"):
+        with pytest.raises(LireError, match="standard errors"):
+            choose_under_cap(alone, 8.0, within=wrong)
+
+
 @pytest.mark.parametrize("points, cap", [([], 8.0), ([point(0.1, 1.0)], 0), ([point(0.1, 1.0)], math.nan),
                                          ([point([], 1.0)], 8), ([point(0.1, None)], 8), ([{"settings": {}}], 8)])
 def test_bad_searches(points, cap):

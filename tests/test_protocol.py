@@ -105,6 +105,26 @@ def test_a_changed_protocol_is_said_in_one_line():
     said = protocol.changed_protocol(rows)
     assert "after 1 rows" in said and "0123abcd" in said and "git checkout" in said and "\n" not in said
     assert protocol.changed_protocol(rows[1:]) == ""
+    old, tables = next(iter(protocol.PROTOCOL["amended"].items()))
+    kept = [{"table": tables[0], "labels": {"protocol": old}}, {"table": "matched_dialogue", "labels": {"protocol": old}}]
+    assert protocol.changed_protocol(kept[:1]) == "" and "after 1 rows" in protocol.changed_protocol(kept)
+
+
+def test_the_tasks_that_came_later_search_by_a_rule_of_their_own():
+    """More answers to a prompt, and the furthest of those within an error of the best; film reviews as before."""
+    draw = np.random.default_rng(0).normal(size=(32, 1))
+    course = lambda values, kl: {"points": [{"scores": {"proxy": values.tolist()}, "logps": [[kl]] * 32,  # noqa: E731
+                                             "start_logps": [[0.0]] * 32}]}
+    best, other = draw + 0.02, draw + np.random.default_rng(1).normal(0, 0.2, (32, 1))
+    results, settings = [course(best, 2.0), course(other, 6.0)], [{"learning_rate": 1.0}, {"learning_rate": 2.0}]
+    assert best.mean() > other.mean()
+    scale, known = plans.SCALES["evidence"], {"sentiment": (0, 1), "dialogue": (1, 4), "summarization": (1, 4)}
+    for task, (taken, samples) in known.items():
+        assert protocol.chosen_point(results, settings, task)[0] == taken
+        searched, _ = protocol.trial_search(task, "dpo", scale, lambda config: None)
+        assert {run.config["judge"]["samples"] for run in searched} == {samples}
+        final = protocol.trial(scale, task, "dpo", 0, {"learning_rate": 1.0})
+        assert final.config()["judge"]["samples"] == 1
 
 
 def test_hours_are_the_median_of_rows_of_the_same_sort():

@@ -106,15 +106,70 @@ def test_stored_rows_are_run_again_by_a_command(smoke, tmp_path, capsys):
     assert "the same, all" in said and "1 of 2 rows came out the same" in said and "of the texts; no judge's" in said
     same, other = again.again_table(tmp_path / "results").to_dict("records")
     scores = np.array(changed["result"]["points"][-1]["scores"]["gold"])
-    assert (same["other"], same["other texts"], other["other"]) == (0, 0, 1)
+    assert (same["other"], same["other texts"], other["other"]) == (0, 0, 1) and not same["drawn"]
     assert other["means apart"] == pytest.approx(2.0 / scores.size / scores.std())
     assert other["other texts"] == pytest.approx(1 / len(frame))
     before = files_of(tmp_path / "results")
     for asked, expected in ((["--again", "0"], "1 to "), (["--again", "x1"], "no stored row has this key"),
                             (["--again", "1", "--list"], "exclude each other"),
-                            (["--again", "1", "--policy", "smollm2"], "is not used by --again")):
+                            (["--again", "1", "--policy", "smollm2"], "is not used by --again"),
+                            (["--again", "1", "--most", "0"], "--most: is not used by --again"),
+                            (["--again", "1", "--work", "w"], "--work: is not used by --again")):
         assert main([*command, *asked]) == 2 and expected in capsys.readouterr().err
+    texts.write_bytes(b"no parquet")
+    assert main([*command, "--again", second["key"]]) == 2 and "restore the file" in capsys.readouterr().err
+    texts.write_bytes(before[texts])
     assert before == files_of(tmp_path / "results")  # lines of again.jsonl are no rows, and nothing was begun
+
+
+def test_what_stops_or_fails_on_the_second_way_is_said(smoke, tmp_path, monkeypatch, capsys):
+    shutil.copytree(smoke[0] / "results", tmp_path / "results")
+    rows = [row for row in rows_of(tmp_path / "results") if row["table"] == "sentiment"][:3]
+    ways = iter([lambda row: row["result"], lambda row: 1 / 0, lambda row: row["result"]])
+    stored = {json.dumps(row["config"], sort_keys=True): row for row in rows}
+    monkeypatch.setattr(runner, "run_experiment", lambda config, *rest: next(ways)(
+        stored[json.dumps(config, sort_keys=True)]))
+    keys = [row["key"] for row in rows]
+    command = ["reproduce", "sentiment", "--scale", "smoke", "--jobs", "1", "--results", str(tmp_path / "results")]
+    assert main([*command, "--again", ",".join(keys)]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("the same") == 2 and f"then --again {keys[1]}" in said.err
+    lines = rows_of_file(tmp_path / "results" / "again.jsonl")
+    assert [line["key"] for line in lines] == [keys[0], keys[2], keys[1]]  # what failed is told at the end
+    assert "ZeroDivisionError" in lines[2]["failed"]
+    assert again.again_table(tmp_path / "results")["values"].isna().tolist() == [False, False, True]
+    monkeypatch.setattr(runner, "run_experiment", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*command, "--again", ",".join(keys[:2])]) == 130
+    assert f"0 of 2 rows were compared; --again {','.join(keys[:2])} runs the rest" in capsys.readouterr().err
+
+
+def rows_of_file(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stored,now,other", [
+    ({"a": [[1, 2], [3]]}, {"a": [[1], [2, 3]]}, 3), ({"a": [1, 2]}, {"a": [1, 2]}, 0), ({"a": [True]}, {"a": [1]}, 1),
+    ({"a": [float("nan")]}, {"a": [float("nan")]}, 0), ({"a": 1}, {"a": [1]}, 2), ({}, {"a": {}}, 1), ({}, {}, 0),
+    ({"a": []}, {}, 1), ({"seconds": {"total": 3}}, {"seconds": {"total": 4}}, 0), ({"a": {"seconds": 1}}, {"a": {}}, 2),
+    ({"p": [{"x": [1]}, {"x": [2]}]}, {"p": [{"x": [1]}]}, 1), ({"a": 1.0}, {"a": None}, 1)])
+def test_unlike_results_are_told_apart(stored, now, other):
+    assert again.differences(stored, now)["other"].sum() == other
+
+
+def test_the_scale_of_the_paper_is_not_run_again(tmp_path):
+    with pytest.raises(LireError, match="is not run again"):
+        again.run_again("dialogue", scale="paper", results=tmp_path)
+
+
+def test_a_mean_that_cannot_be_compared_is_named():
+    stored = {"scores": {"gold": [[1.0], [1.0]], "proxy": [[0.0], [2.0]], "linear": [[1.0], [3.0]]}}
+    now = {"scores": {"gold": [[50.0], [60.0]], "proxy": [[0.0], [3.0]]}}
+    found = again._compared({**stored}, None, now)
+    assert found["apart"] == pytest.approx(0.5) and found["not_comparable"] == ["scores.gold", "scores.linear"]
+    kept = {(1, "p", 0): ("\"p\"", "a b", [1, 2]), (1, "p", 1): ("\"p\"", "c", [3])}
+    point = {"step": 1, "ids": ["p"], "prompts": ["p"], "completions": [["a b"]], "token_ids": [[[1, 2]]]}
+    for points, share in (([point], 0.5), ([{**point, "token_ids": [[[1, 9]]]}], 1.0), (None, 1.0)):
+        assert again._other_texts(kept, points) == share
 
 
 def test_a_killed_command_goes_on_with_what_is_left(smoke, tmp_path, capsys):

@@ -6,6 +6,7 @@
 __all__ = ['differences', 'run_again', 'again_table']
 
 # %% ../../nbs/59_again.ipynb #ag003
+import json
 import os
 import random
 import tempfile
@@ -16,29 +17,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.errors import require
+from ..base.errors import LireError, require
 from ..base.files import append_jsonl, read_jsonl, _is_main
 from .plans import Run
 from .results import Results, code_of, results_folder
-from .runner import _check_packages, _checked, _distinct, _one_by_one, _planned, _say_failed, _Workers
+from .runner import _check_packages, _checked, _distinct, _one_by_one, _planned, _Workers
 from .texts import read_texts
 
 # %% ../../nbs/59_again.ipynb #ag008
 _ASIDE = ("seconds", "texts")  # what no machine repeats, and what is compared by itself
 
 
-def _leaves(value) -> list:
-    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, list) else [value]
+def _values(part, where: tuple = ()) -> dict[tuple, object]:
+    "Every value of nested lists under its indices; an empty list is a value."
+    if isinstance(part, list) and part:
+        return {k: v for i, inner in enumerate(part) for k, v in _values(inner, (*where, i)).items()}
+    return {where: part}
 
 
-def _parts(result, where: str = "") -> dict[str, list]:
+def _parts(result, where: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict]:
     "The values of a result, list by list, under the place of each."
-    if isinstance(result, dict):
-        named = [(f"{where}.{k}" if where else k, v) for k, v in result.items() if k not in _ASIDE]
+    if isinstance(result, dict) and result:
+        named = [((*where, str(k)), v) for k, v in result.items() if where or k not in _ASIDE]
     elif isinstance(result, list) and any(isinstance(v, dict) for v in result):
-        named = [(f"{where}[{i}]", v) for i, v in enumerate(result)]
+        named = [((*where, f"[{i}]"), v) for i, v in enumerate(result)]
     else:
-        return {where: _leaves(result)}
+        return {where: _values(result)} if where else {}
     return {k: v for place, part in named for k, v in _parts(part, place).items()}
 
 # %% ../../nbs/59_again.ipynb #ag010
@@ -51,117 +55,164 @@ def differences(
     stored: dict,  # a result, as a row has it
     again: dict,
 ) -> pd.DataFrame:  # by place: values, other (how many differ), stored and again (means), apart (in sd of the stored)
-    "How far two results are from each other, list by list; times and texts are left aside."
+    """How far two results are from each other, list by list; times and texts are left aside. `apart` is NaN where means
+    cannot be compared: not numbers, a list that only one has, or one without spread whose mean moved."""
     before, now, rows = _parts(stored), _parts(again), []
     for place in dict.fromkeys([*before, *now]):
-        a, b = before.get(place, []), now.get(place, [])
-        other = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
-        means = _mean(a), _mean(b)
-        spread = float(np.std(a)) if len(a) > 1 and np.isfinite(means[0]) else 0.0
-        apart = 0.0 if other == 0 else abs(means[1] - means[0]) / spread if spread else float("nan")
-        rows.append({"place": place, "values": max(len(a), len(b)), "other": other, "stored": means[0],
-                     "again": means[1], "apart": apart})
-    return pd.DataFrame(rows).set_index("place")
+        a, b = before.get(place, {}), now.get(place, {})
+        same = sum(k in b and json.dumps(v) == json.dumps(b[k]) for k, v in a.items())  # True is not 1, NaN is NaN
+        total = len(a.keys() | b.keys())
+        means = _mean([*a.values()]), _mean([*b.values()])
+        spread = float(np.std([*a.values()])) if np.isfinite(means[0]) else 0.0
+        moved = abs(means[1] - means[0])
+        rows.append({"place": ".".join(place).replace(".[", "["), "values": total, "other": total - same,
+                     "stored": means[0], "again": means[1],
+                     "apart": 0.0 if same == total or moved == 0 else moved / spread if spread else float("nan")})
+    return pd.DataFrame(rows, columns=["place", "values", "other", "stored", "again", "apart"]).set_index("place")
 
 # %% ../../nbs/59_again.ipynb #ag014
-def _other_texts(folder: Path, key: str, points: list[dict] | None) -> float | None:
-    "The share of stored texts that came out another way; None where none are kept."
-    if not points or not (folder / "texts" / f"{key}.parquet").is_file():
+def _kept_texts(folder: Path, key: str) -> dict | None:
+    "The texts of a row by step, prompt and sample; None where none are kept, as in an installed package."
+    if not (path := folder / "texts" / f"{key}.parquet").is_file():
         return None
-    kept = read_texts(folder, [key])
-    before = dict(zip(zip(kept["step"], kept["id"], kept["sample"]), kept["completion"]))
-    now = {(p["step"], id, k): text for p in points for id, texts in zip(p["ids"], p["completions"], strict=True)
-           for k, text in enumerate(texts)}
-    return sum(now.get(place) != text for place, text in before.items()) / len(before)
+    try:
+        kept = read_texts(folder, [key])
+    except (OSError, ValueError, KeyError, TypeError) as e:  # pyarrow's errors are among them
+        raise LireError("cannot be read", file=path, value=str(e)[:80], allowed="the texts of this row",
+                        remedy="restore the file, or take it away: the row is then compared without its texts") from e
+    return {(step, id, k): (json.dumps(prompt), text, list(map(int, ids))) for step, id, k, prompt, text, ids in zip(
+        kept["step"], kept["id"], kept["sample"], kept["prompt"], kept["completion"], kept["token_ids"], strict=True)}
 
 
-def _compared(folder: Path, row: dict, result: dict) -> dict:
-    "What is said of one row: values, other ones, the largest shift of a mean score, texts."
-    found = differences(row["result"], result)
-    scores = found[found.index.str.contains(r"(?:^|\.)scores\.") & (found["values"] > 1)]["apart"].dropna()
+def _other_texts(kept: dict | None, points: list[dict] | None) -> float | None:
+    "The share of texts that came out another way, those that only one side has among them."
+    if kept is None:
+        return None
+    now = {(p["step"], id, k): (json.dumps(prompt), text, list(ids)) for p in points or []
+           for id, prompt, texts, rows in zip(p["ids"], p["prompts"], p["completions"], p["token_ids"], strict=True)
+           for k, (text, ids) in enumerate(zip(texts, rows, strict=True))}
+    places = kept.keys() | now.keys()
+    return sum(kept.get(place) != now.get(place) for place in places) / max(1, len(places))
+
+
+def _compared(stored: dict, kept: dict | None, result: dict) -> dict:
+    "What is said of one row: values, other ones, the largest shift of a mean score, judges without one, texts."
+    found = differences(stored, result)
+    scores = found[found.index.str.contains(r"(?:^|\.)scores\.")]
     return {"values": int(found["values"].sum()), "other": int(found["other"].sum()),
-            "apart": float(scores.max()) if len(scores) else None,
-            "texts": _other_texts(folder, row["key"], result.get("texts"))}
+            "apart": float(scores["apart"].max()) if scores["apart"].notna().any() else None,
+            "not_comparable": scores.index[scores["apart"].isna()].tolist(),
+            "texts": _other_texts(kept, result.get("texts"))}
 
 # %% ../../nbs/59_again.ipynb #ag016
-def _drawn(runs: dict[str, Run], which: str, name: str, folder: Path) -> list[Run]:
+def _drawn(runs: dict[str, Run], which: str, name: str, scale: str, folder: Path) -> list[Run]:
     "The rows that are run again: so many, or those with these keys."
-    require(runs, "no stored row", field="NAME", value=name, file=folder, allowed="a table with rows",
-            remedy=f"lire reproduce {name} makes them")
-    if which.isdecimal() and len(which) < 12:  # a key has 12 digits
-        require(1 <= int(which) <= len(runs), "so many rows are not there", field="--again", value=which,
-                allowed=f"1 to {len(runs)}", remedy="draw fewer")
-        return random.SystemRandom().sample(list(runs.values()), int(which))
-    keys = [key.strip() for key in which.split(",")]
+    require(runs, "no stored row", field="NAME", value=name, file=folder, allowed="a table with rows of this scale",
+            remedy=f"lire reproduce {name} --scale {scale} makes them")
+    keys = [key for key in (key.strip().lower() for key in which.split(",")) if key]
+    if len(keys) == 1 and keys[0].isdecimal() and len(keys[0]) < 12:  # a key has 12 digits
+        require(1 <= int(keys[0]) <= len(runs), "so many rows are not there", field="--again", value=which,
+                allowed=f"1 to {len(runs)}", remedy="give a number of these")
+        return random.SystemRandom().sample(list(runs.values()), int(keys[0]))
     lost = [key for key in keys if key not in runs]
-    require(not lost, "no stored row has this key", field="--again", value=", ".join(lost), file=folder,
-            allowed="a number, or keys of this table's rows with commas", remedy="look it up in the table's file")
+    require(keys and not lost, "no stored row has this key", field="--again", value=", ".join(lost) or which,
+            file=folder, allowed="a number, or keys of this table's rows with commas",
+            remedy="look it up in the table's file; rows of further seeds need --seeds")
     return [runs[key] for key in dict.fromkeys(keys)]
 
 # %% ../../nbs/59_again.ipynb #ag017
+# long: what one row goes through, and what is kept when the command stops in the middle
 def run_again(
     name: str,  # of `TABLES`
-    which: str = "2",  # how many stored rows, drawn at random; or their keys, with commas
+    which: int | str = 2,  # how many stored rows, drawn at random; or their keys, with commas
     scale: str = "laptop",
     *,
     seeds: int | None = None,  # default: the scale's
     results: str | Path | None = None,  # folder of the rows; default: `results_folder(scale)`
-    work: str | Path | None = None,  # default: an empty folder that goes afterwards
     jobs: int | None = None,  # processes; default: as many as there are cores for
     about: dict | None = None,  # machine and date, written into every line
     say: Callable[[str], None] = print,
-) -> list[dict]:  # key, table, labels, stored and again (code, date, machine of each), values, other, apart, texts
-    """Run stored rows again and say how far they are from what is stored; appends to again.jsonl beside the rows.
-    Raises `LireError` before anything runs for what is not there, and at the end where runs failed."""
+) -> list[dict]:  # key, table, labels, drawn, stored and again (code, date, machine), values, other, apart, texts
+    """Run stored rows again, in an empty folder, and say how far they are from what is stored; appends to again.jsonl
+    beside the rows. Raises `LireError` before the first run for what cannot be done, at the end where runs failed."""
+    require(scale != "paper", "is not run again", field="--scale", value=scale, allowed="the other scales",
+            remedy="lire reproduce --scale paper runs it, on hardware for it")
     _checked([name], scale, seeds, jobs, None, None, None)
     folder = Path(results_folder(scale) if results is None else results)
     store, lines = Results(results if results is not None or scale != "smoke" else folder), []
     runs = _distinct(_planned(name, scale, seeds, store.find))
-    drawn = _drawn({key: run for key, run in runs.items() if key in store.rows}, which, name, folder)
+    drawn = _drawn({key: run for key, run in runs.items() if key in store.rows}, str(which), name, scale, folder)
     _check_packages(drawn)
-    threads = drawn[0].config.get("threads")
+    kept = {run.key: _kept_texts(store.folder, run.key) for run in drawn}
+    keys, by_chance = ",".join(kept), not set(kept) & set(str(which).replace(" ", "").lower().split(","))
+    append_jsonl(_file_beside(folder), [])  # before hours of work
+    say(f"{name}: {len(drawn)} of {len(store.rows.keys() & runs.keys())} rows"
+        f"{', drawn at random' if by_chance else ''}: --again {keys}")
+    threads, failed = drawn[0].config.get("threads"), {}
     jobs = min(len(drawn), jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1))
 
-    def done(run: Run, result: dict) -> None:
+    def line_of(run: Run, found: dict) -> None:
         row = store.rows[run.key]
-        now = {"code": code_of(run.config), **(about or {"date": time.strftime("%Y-%m-%d")})}
-        lines.append({"key": run.key, "table": run.table, "labels": run.labels, "again": now,
+        lines.append({"key": run.key, "table": run.table, "labels": run.labels, "drawn": by_chance,
                       "stored": {k: row[k] for k in ("code", "date", "machine") if k in row},
-                      **_compared(store.folder, row, result)})
+                      "again": {"code": code_of(run.config), **(about or {"date": time.strftime("%Y-%m-%d")})},
+                      **found})
         if _is_main():
-            folder.mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
-            append_jsonl(folder / "again.jsonl", lines[-1:])
+            append_jsonl(_file_beside(folder), lines[-1:])
         say(_in_a_line(lines[-1]))
 
-    with tempfile.TemporaryDirectory() as empty:
-        work = Path(work or empty)
-        work.mkdir(parents=True, exist_ok=True)
-        run_all = _Workers(jobs, threads, work / "workers.log").map if jobs > 1 else _one_by_one
-        failed = {run.key: why for run, why in run_all(drawn, work, done)}
-    _say_failed(failed, runs, len(lines), say)
+    log = Path("runs", "reproduce", scale, "again.log")  # outlives the empty folder
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            run_all = _Workers(jobs, threads, log).map if jobs > 1 else _one_by_one
+            for run, why in run_all(drawn, Path(empty), lambda run, result: line_of(
+                    run, _compared(store.rows[run.key]["result"], kept[run.key], result))):
+                failed[run.key] = why
+                line_of(run, {"failed": why})
+    except KeyboardInterrupt as e:
+        left = ",".join(key for key in kept if key not in {line["key"] for line in lines})
+        e.message = f"stopped by Ctrl-C; {len(lines)} of {len(drawn)} rows were compared; --again {left} runs the rest"
+        raise
+    require(not failed, f"{len(failed)} runs failed; {len(lines) - len(failed)} were compared", field="--again",
+            value=next(iter(failed.values()), ""), remedy=f"mend the cause, then --again {','.join(failed)}")
     return lines
+
+
+def _file_beside(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
+    require(os.access(folder, os.W_OK), "cannot be written to", field="--results", file=folder,
+            allowed="a folder for again.jsonl", remedy="copy the rows to a folder of your own")
+    return folder / "again.jsonl"
 
 # %% ../../nbs/59_again.ipynb #ag018
 def _in_a_line(line: dict) -> str:
     labels = " ".join(f"{k}={v}" for k, v in line["labels"].items() if k != "protocol" and v not in (None, ""))
     what = f"{line['table']} {labels} ({line['key']})"
+    if "failed" in line:
+        return f"{what}: failed: {line['failed']}"
+    compared = "" if line["texts"] is None else " and all texts"
     if not line["other"] and not line["texts"]:
-        return f"{what}: the same, all {line['values']:,} values"
+        return f"{what}: the same, all {line['values']:,} values{compared}"
     texts = "" if line["texts"] is None else f", {line['texts']:.1%} of the texts"
     means = "" if line["apart"] is None else f"; no judge's mean moved more than {line['apart']:.3f} sd of its scores"
-    return f"{what}: {line['other']:,} of {line['values']:,} values are others{texts}{means}"
+    lost = f"; not comparable: {', '.join(line['not_comparable'])}" if line["not_comparable"] else ""
+    return f"{what}: {line['other']:,} of {line['values']:,} values differ{texts}{means}{lost}"
 
 # %% ../../nbs/59_again.ipynb #ag024
 def again_table(
     results: str | Path | None = None,  # a folder; default: `results_folder()`
 ) -> pd.DataFrame:  # a line for each time a row was run again
-    "What came out when stored rows were run again."
+    "What came out when stored rows were run again; a failed run has empty cells."
     path = Path(results_folder() if results is None else results) / "again.jsonl"
-    lines = read_jsonl(path) if path.is_file() else []
-    processor = lambda made: made.get("machine", {}).get("processor", "")  # noqa: E731
-    return pd.DataFrame([{
-        "table": line["table"], "method": line["labels"].get("method", ""), "seed": line["labels"].get("seed", ""),
-        "code": line["stored"]["code"], "again by": line["again"]["code"], "made on": processor(line["stored"]),
-        "again on": processor(line["again"]), "values": line["values"], "other": line["other"],
-        "other texts": line["texts"], "means apart": line["apart"]} for line in lines],
-        index=pd.Index([line["key"] for line in lines], name="row"))
+    lines = [line for line in (read_jsonl(path) if path.is_file() else [])
+             if isinstance(line, dict) and {"key", "table", "labels", "stored", "again"} <= set(line)]
+    processor = lambda made: (made.get("machine") or {}).get("processor", "")  # noqa: E731
+    columns = {"table": lambda line: line["table"], "method": lambda line: line["labels"].get("method", ""),
+               "seed": lambda line: line["labels"].get("seed", ""), "drawn": lambda line: line.get("drawn"),
+               "code": lambda line: line["stored"].get("code"), "again by": lambda line: line["again"].get("code"),
+               "made on": lambda line: processor(line["stored"]), "again on": lambda line: processor(line["again"]),
+               "values": lambda line: line.get("values"), "other": lambda line: line.get("other"),
+               "other texts": lambda line: line.get("texts"), "means apart": lambda line: line.get("apart")}
+    return pd.DataFrame({name: [of(line) for line in lines] for name, of in columns.items()},
+                        index=pd.Index([line["key"] for line in lines], name="row"))

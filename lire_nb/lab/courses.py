@@ -160,7 +160,7 @@ def searched_table(
     rows = {}
     for method, part in runs[runs["stage"] == "search"].drop_duplicates("key").groupby("method", sort=False):
         results, settings = list(part["result"]), [config["training"] for config in part["config"]]
-        number, choice = chosen_point(results, settings)
+        number, choice = chosen_point(results, settings, part["config"].iloc[0]["source"]["task"])
         rows[NAMES.get(method, method)] = {
             "tried": len(results), "settings taken": _tried(settings[number]), "KL there": f"{choice.kl:.1f}",
             "proxy there": f"{choice.proxy:.2f} ± {choice.error:.2f}",

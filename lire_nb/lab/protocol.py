@@ -21,7 +21,8 @@ from .plans import experiment, Experiment, Find, NAMES, read_settings, Run, Tabl
 _PARTS = {  # of data/protocol.toml, with the names in each where they are fixed
     "rule": "cap margin level near points weak_proxy long_points precision",
     "seeds": "many few family search pilot most raised", "methods": "many few family",
-    "best_of_n": "samples counts", "grids": "", "families": "", "trends": "", "pairs": "",
+    "search": "tasks samples within", "amended": "", "best_of_n": "samples counts", "grids": "",
+    "families": "", "trends": "", "pairs": "",
     "judges": "proxies golds share rank layers rate cycle least most checked least_spread others"}
 _ENTRIES = {  # the names of one claim, and those that it may leave out
     "families": ({"name", "method", "opponents", "said_by"}, set()),
@@ -65,8 +66,9 @@ def changed_protocol(
     rows: Iterable[dict],  # stored
 ) -> str:  # empty where nothing was changed
     "One line where rows were planned by another protocol file, with what can be done."
-    others = [r["labels"]["protocol"] for r in rows if r.get("labels", {}).get("protocol", protocol_hash())
-              != protocol_hash()]
+    same = lambda r, name: name == protocol_hash() or r.get("table") in PROTOCOL["amended"].get(name, ())  # noqa: E731
+    others = [r["labels"]["protocol"] for r in rows
+              if not same(r, r.get("labels", {}).get("protocol", protocol_hash()))]
     if not others:
         return ""
     names = ", ".join(sorted(set(others)))
@@ -97,7 +99,9 @@ def trial(
             "elsewhere": {t: {"prompts": scale["tasks"][t]["test"], "tokens": scale["tasks"][t]["tokens"]}
                           for t in elsewhere}}
     made = experiment(scale, task, method, seed, settings, split=split, take=take, kind="trial", **more)
-    samples = _said(scale, "samples", "best_of_n") if method == "start" else 1
+    own = PROTOCOL["search"]
+    samples = (_said(scale, "samples", "best_of_n") if method == "start" else
+               own["samples"] if search and task in own["tasks"] else 1)
     return replace(made, judge=replace(made.judge, samples=samples, judges=judges),
                    rewards={t: _rewards(scale, t, weak) for t in sorted({task, *more["elsewhere"]})})
 
@@ -162,13 +166,16 @@ def trial_search(task: str, method: str, scale: dict, find: Find) -> tuple[list[
 def _choice(tried: list[Run], settings: list[dict], find: Find) -> dict | None:
     "The settings of the best point under the cap; None where a result is missing, or all broke before a point."
     found = [find(run.config) for run in tried]
-    return None if None in found or not any(r["points"] for r in found) else settings[chosen_point(found, settings)[0]]
+    if None in found or not any(r["points"] for r in found):
+        return None
+    return settings[chosen_point(found, settings, tried[0].config["source"]["task"])[0]]
 
 # %% ../../nbs/55_protocol.ipynb #pr018
 def chosen_point(
     results: list[dict],  # of a search
     settings: list[dict],  # of each
-) -> tuple:  # which of the results holds the best point under the cap, and its `frontiers.Choice`
+    task: str,  # what it was searched on: the rule of the choice is the task's
+) -> tuple:  # which of the results holds the point that was taken, and its `frontiers.Choice`
     "What a search took."
     from lire_nb.frontiers import choose_under_cap
 
@@ -176,7 +183,8 @@ def chosen_point(
     points = [{"settings": settings[i], "proxy": [np.mean(s) for s in p["scores"]["proxy"]],
                "kl": [np.mean(np.subtract(a, b)) for a, b in zip(p["logps"], p["start_logps"])]}
               for i, r in enumerate(results) for p in r["points"]]
-    choice = choose_under_cap(points, PROTOCOL["rule"]["cap"])
+    own = PROTOCOL["search"]
+    choice = choose_under_cap(points, PROTOCOL["rule"]["cap"], own["within"] if task in own["tasks"] else 0.0)
     return where[choice.index], choice
 
 

@@ -280,7 +280,7 @@ def _stored(folder: Path) -> list[dict]:
     from lire_nb.base.files import read_jsonl
 
     return [row for path in sorted(folder.glob("*.jsonl")) for row in read_jsonl(path, skip=True)
-            if isinstance(row, dict) and {"key", "code", "result"} <= set(row)]
+            if isinstance(row, dict) and {"key", "code", "config", "date", "result"} <= set(row)]
 
 # %% ../../nbs/43_results.ipynb #6d3e7157
 # long: one class of small methods
