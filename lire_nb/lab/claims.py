@@ -134,13 +134,17 @@ def _family(claim: Claim) -> tuple:
 
 
 def _unless_near(decision, quantity: Quantity, together: int, margin: float = 0.0, level: float = 0.05) -> tuple:
-    "A decision with its reason; near the start nothing is one, and what gained less than the margin ties by nature."
+    """A decision with its reason; near the start nothing is one, and what gained less than the margin ties by nature:
+    there the sign alone is told, where it is sure."""
     from lire_nb.decisions import estimate
 
     doubt = quantity.doubt
     if not doubt and decision.verdict == "tie" and quantity.reach is not None:
-        doubt = ("neither has surely gained more than what matters at that distance: a tie would say nothing"
-                 if estimate(quantity.reach).beyond(margin) > level else "")
+        if estimate(quantity.reach).beyond(margin) > level:
+            doubt = "neither has surely gained more than what matters at that distance: a tie would say nothing"
+            if decision.p <= level:
+                decision = decision._replace(verdict="supported" if decision.value > 0 else "contradicted")
+                return decision, f"{_reason(decision, together)}, though by less than what matters"
     if doubt and decision.verdict != "too few seeds":
         return decision._replace(verdict="undecided", needed=None), doubt
     return decision, _reason(decision, together)
