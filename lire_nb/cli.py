@@ -870,7 +870,7 @@ def _again(args, about: dict) -> None:
     lines = run_again(args.name, args.again, args.scale, seeds=args.seeds, results=args.results, jobs=args.jobs,
                       about=about, say=_say)
     same = sum(not line["other"] and not line["texts"] for line in lines)
-    _say(f"{same} of {len(lines)} rows came out the same; {args.results or results_folder(args.scale)}/again.jsonl")
+    _say(f"{same} of {len(lines)} rows came out the same; {args.results or results_folder(args.scale)}/again")
 
 
 def _show_dry_run(names: list[str], dry_run) -> None:

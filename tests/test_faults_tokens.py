@@ -18,7 +18,7 @@ from lire_nb.base.errors import LireError  # noqa: E402
 from lire_nb.conversations import end_token, list_table, render_prompt, tokenizer_fingerprint  # noqa: E402
 from lire_nb.lab.trl_online import encode_prompts  # noqa: E402
 from lire_nb.lists import load_lists, to_rrhf  # noqa: E402
-from lire_nb.models import load_tokenizer  # noqa: E402
+from lire_nb.models import in_float32, load_tokenizer  # noqa: E402
 from lire_nb.records import make_record  # noqa: E402
 from lire_nb.rewards import RewardModel, ScalarHeadModel, score_lists, train_reward_model  # noqa: E402
 from lire_nb.sampling import _completion, LocalSampler, SamplingSettings  # noqa: E402
@@ -219,6 +219,7 @@ CLOSING = ("{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content
 
 @pytest.mark.parametrize("kind", ["bytes_bos", "bytes_bos_eos"])
 @pytest.mark.parametrize("own", ["none", "eos", "another", "beyond"])
+@in_float32()  # the oracle is, also where bfloat16 is fast
 def test_05_a_decoder_reads_the_token_that_it_reads_for_one_row(kind, own, tmp_path):
     """The model of transformers, asked about one text at a time, is the oracle: what fills a batch is no matter of it."""
     from transformers import AutoModelForSequenceClassification, LlamaConfig

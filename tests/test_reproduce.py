@@ -119,7 +119,7 @@ def test_stored_rows_are_run_again_by_a_command(smoke, tmp_path, capsys):
     texts.write_bytes(b"no parquet")
     assert main([*command, "--again", second["key"]]) == 2 and "restore the file" in capsys.readouterr().err
     texts.write_bytes(before[texts])
-    assert before == files_of(tmp_path / "results")  # lines of again.jsonl are no rows, and nothing was begun
+    assert before == files_of(tmp_path / "results")  # what was run again is no row, and nothing was begun
 
 
 def test_what_stops_or_fails_on_the_second_way_is_said(smoke, tmp_path, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def test_what_stops_or_fails_on_the_second_way_is_said(smoke, tmp_path, monkeypa
     assert main([*command, "--again", ",".join(keys)]) == 2
     said = capsys.readouterr()
     assert said.out.count("the same") == 2 and f"then --again {keys[1]}" in said.err
-    lines = rows_of_file(tmp_path / "results" / "again.jsonl")
+    lines = rows_of_file(tmp_path / "results" / "again" / "sentiment.jsonl")
     assert [line["key"] for line in lines] == [keys[0], keys[2], keys[1]]  # what failed is told at the end
     assert "ZeroDivisionError" in lines[2]["failed"]
     assert again.again_table(tmp_path / "results")["values"].isna().tolist() == [False, False, True]
@@ -523,7 +523,7 @@ def test_a_table_is_drawn_without_the_trainer():
     """What the tables import, and what drawing them loads: rows, plans, statistics and base; no model, no torch."""
     code = """
 import json, sys
-from lire_nb.lab import again, claims, results
+from lire_nb.lab import claims, results
 def loaded(): return {n: m.__file__ for n, m in sys.modules.items() if n.startswith("lire_nb.") and m.__file__}
 first = loaded()
 claims.verdict_table(), results.system_table(results.systems_of(results.load_runs("dialogue")))
@@ -542,7 +542,7 @@ print(json.dumps([first, loaded(), sorted({"torch", "transformers", "datasets"} 
 
 def test_a_figure_is_drawn_from_rows_alone():
     """Tables and figures together import no torch; how many lines of this package, test_house holds."""
-    code = "import sys; from lire_nb.lab import again, claims, figures; print('torch' in sys.modules)"
+    code = "import sys; from lire_nb.lab import claims, figures; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split()[-1] == "False", done.stderr
 

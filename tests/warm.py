@@ -6,6 +6,7 @@ does (exit code, signal, traceback, functions at exit); what it imports of `lire
 As a script: read one request a line from stdin, fork, say how the fork ended.
 """
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -94,7 +95,8 @@ class Fork:
 
     def send_signal(self, sign: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, sign)
+            with contextlib.suppress(ProcessLookupError):  # it may end between the look and the signal
+                os.kill(self.pid, sign)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -133,8 +133,9 @@ def run_again(
     about: dict | None = None,  # machine and date, written into every line
     say: Callable[[str], None] = print,
 ) -> list[dict]:  # key, table, labels, drawn, stored and again (code, date, machine), values, other, apart, texts
-    """Run stored rows again, in an empty folder, and say how far they are from what is stored; appends to again.jsonl
-    beside the rows. Raises `LireError` before the first run for what cannot be done, at the end where runs failed."""
+    """Run stored rows again, in an empty folder, and say how far they are from what is stored; appends to a file
+    in the folder `again` beside the rows. Raises `LireError` before the first run for what cannot be done, and at the
+    end where runs failed."""
     require(scale != "paper", "is not run again", field="--scale", value=scale, allowed="the other scales",
             remedy="lire reproduce --scale paper runs it, on hardware for it")
     _checked([name], scale, seeds, jobs, None, None, None)
@@ -145,7 +146,7 @@ def run_again(
     _check_packages(drawn)
     kept = {run.key: _kept_texts(store.folder, run.key) for run in drawn}
     keys, by_chance = ",".join(kept), not set(kept) & set(str(which).replace(" ", "").lower().split(","))
-    append_jsonl(_file_beside(folder), [])  # before hours of work
+    append_jsonl(_file_beside(folder, name), [])  # before hours of work
     say(f"{name}: {len(drawn)} of {len(store.rows.keys() & runs.keys())} rows"
         f"{', drawn at random' if by_chance else ''}: --again {keys}")
     threads, failed = drawn[0].config.get("threads"), {}
@@ -158,7 +159,7 @@ def run_again(
                       "again": {"code": code_of(run.config), **(about or {"date": time.strftime("%Y-%m-%d")})},
                       **found})
         if _is_main():
-            append_jsonl(_file_beside(folder), lines[-1:])
+            append_jsonl(_file_beside(folder, name), lines[-1:])
         say(_in_a_line(lines[-1]))
 
     log = Path("runs", "reproduce", scale, "again.log")  # outlives the empty folder
@@ -179,11 +180,14 @@ def run_again(
     return lines
 
 
-def _file_beside(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
-    require(os.access(folder, os.W_OK), "cannot be written to", field="--results", file=folder,
-            allowed="a folder for again.jsonl", remedy="copy the rows to a folder of your own")
-    return folder / "again.jsonl"
+def _file_beside(folder: Path, name: str) -> Path:
+    try:
+        (folder / "again").mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
+    except PermissionError:
+        pass
+    require(os.access(folder / "again", os.W_OK), "cannot be written to", field="--results", file=folder / "again",
+            allowed="a folder for what is run again", remedy="copy the rows to a folder of your own")
+    return folder / "again" / f"{name}.jsonl"
 
 # %% ../../nbs/59_again.ipynb #ag018
 def _in_a_line(line: dict) -> str:
@@ -204,8 +208,8 @@ def again_table(
     results: str | Path | None = None,  # a folder; default: `results_folder()`
 ) -> pd.DataFrame:  # a line for each time a row was run again
     "What came out when stored rows were run again; a failed run has empty cells."
-    path = Path(results_folder() if results is None else results) / "again.jsonl"
-    lines = [line for line in (read_jsonl(path) if path.is_file() else [])
+    home = Path(results_folder() if results is None else results) / "again"
+    lines = [line for path in sorted(home.glob("*.jsonl")) for line in read_jsonl(path)
              if isinstance(line, dict) and {"key", "table", "labels", "stored", "again"} <= set(line)]
     processor = lambda made: (made.get("machine") or {}).get("processor", "")  # noqa: E731
     columns = {"table": lambda line: line["table"], "method": lambda line: line["labels"].get("method", ""),
