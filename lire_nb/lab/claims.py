@@ -134,8 +134,7 @@ def _family(claim: Claim) -> tuple:
 
 
 def _unless_near(decision, quantity: Quantity, together: int, margin: float = 0.0, level: float = 0.05) -> tuple:
-    """A decision with its reason; near the start nothing is one, and what gained less than the margin ties by nature:
-    there the sign alone is told, where it is sure."""
+    "A decision with its reason; near the start none is; where less than the margin was gained, only a sure sign is."
     from lire_nb.decisions import estimate
 
     doubt = quantity.doubt
@@ -143,8 +142,8 @@ def _unless_near(decision, quantity: Quantity, together: int, margin: float = 0.
         if estimate(quantity.reach).beyond(margin) > level:
             doubt = "neither has surely gained more than what matters at that distance: a tie would say nothing"
             if decision.p <= level:
-                decision = decision._replace(verdict="supported" if decision.value > 0 else "contradicted")
-                return decision, f"{_reason(decision, together)}, though by less than what matters"
+                signed = decision._replace(verdict="supported" if decision.value > 0 else "contradicted")
+                return signed, f"{_reason(signed, together)}, though by less than what matters"
     if doubt and decision.verdict != "too few seeds":
         return decision._replace(verdict="undecided", needed=None), doubt
     return decision, _reason(decision, together)
