@@ -601,8 +601,8 @@ def test_200_candidates_survive_a_killed_client_and_a_killed_server(tmp_path, mo
         assert len(asked) == sum(asked.values()) == 200 - len(first)  # what the killed client had is not asked again
         assert [len(r["completions"]) for r in lists] == [4] * 50 and [r["prompt"] for r in lists] == prompts
         assert {reason for r in lists for reason in r["meta"]["finish_reasons"]} <= {"stop", "length"}
-        # it samples: the server's own default would be greedy, four times the same
-        assert sum(len(set(r["completions"])) == 1 for r in lists) == 0
+        # it samples: the server's own default would be greedy, four times the same in all fifty; few tokens are so by chance
+        assert sum(len(set(r["completions"])) == 1 for r in lists) < 5
         asked.clear()
         again = sample_lists(address, prompts, 4, settings=settings, journal=journal, progress=False)
         assert not asked and again[:] == lists[:]
