@@ -822,7 +822,7 @@ def reproduce_command(args) -> None:
     about = {"date": about.pop("date"), "machine": about}
     _check_looks(args)
     if args.list:
-        return print(*runner.progress_lines(args.results, args.scale, args.seeds, args.accept), sep="\n")
+        return print(*runner.progress_as_lines(args.results, args.scale, args.seeds, args.accept), sep="\n")
     require(args.name, "missing", field="NAME", allowed=", ".join([*plans.TABLES, "cost", "all"]),
             remedy="lire reproduce --list shows what each one is")
     require(args.name != "cost", "is made by another command", field="NAME", value="cost",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_SEEDS', 'MARGIN', 'Estimate', 'estimate', 'sign_power', 'tie_power', 'seeds_needed', 'holm', 'Decision',
-           'decide', 'trend']
+           'decide', 'unless_empty', 'trend']
 
 # %% ../nbs/29_decisions.ipynb #983ce335
 import bisect
@@ -220,6 +220,19 @@ def _decision(e: Estimate, p: float, p_tie: float, margin: float, level: float) 
 
 def _needed(e: Estimate, margin: float, level: float) -> int | None:
     return seeds_needed(e.value, e.error * math.sqrt(e.seeds), margin=margin, level=level)
+
+# %% ../nbs/29_decisions.ipynb #detie2
+def unless_empty(
+    decision: Decision,
+    reach: Sequence,  # (S,) or (S, N): what the better one has gained over what both began with
+    margin: float = MARGIN,
+    level: float = 0.05,
+) -> Decision:
+    "The decision, but for a tie where nobody has surely gained more than what matters: there all are alike."
+    if decision.verdict != "tie" or estimate(reach).beyond(margin) <= level:
+        return decision
+    sign = "supported" if decision.value > 0 else "contradicted"
+    return decision._replace(verdict=sign if decision.p <= level else "undecided")
 
 # %% ../nbs/29_decisions.ipynb #6a9d9b68
 def trend(

@@ -105,9 +105,8 @@ def choose_under_cap(
     under = [i for i, kl in enumerate(kls) if kl <= cap]
     index = max(under, key=lambda i: (means[i], -kls[i])) if under else int(np.argmin(kls))
     if under and within:
-        best = proxies[index]
-        index = max((i for i in under if i == index or _error_of_pairs(best, proxies[i]) * within
-                     >= means[index] - means[i]), key=lambda i: (kls[i], means[i]))
+        close = lambda i: means[index] - means[i] <= within * _error_of_pairs(proxies[index], proxies[i])  # noqa: E731
+        index = max((i for i in under if i == index or close(i)), key=lambda i: (kls[i], means[i]))
     own = proxies[index]
     error = float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else math.nan
     settings = [_flat(p["settings"]) for p in points]

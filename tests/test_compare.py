@@ -19,7 +19,7 @@ from lire_nb.base.errors import LireError
 from lire_nb.frontiers import choose_under_cap
 from lire_nb.lab.compare import (
     compare, first_line, judge_check, Question, read_found, read_method, Room, search_points, training_of, work_of,
-    write_report,
+    write_report, verdicts_of,
 )
 from lire_nb.lab.own_lists import same_text, split_by_prompt
 from lire_nb.models import Policy
@@ -326,3 +326,15 @@ def test_no_answer_says_what_would_give_one(tmp_path):
     assert "system: be brief user: q0" in page and "'role'" not in page and "count&#95;e, a function" in page
     stored = json.loads((tmp_path / "judge.jsonl").read_text(encoding="utf-8"))
     assert stored["name"] == "count_e" and set(stored) == {"accuracy", "lists", "logits", "name", "spread"}
+
+
+@pytest.mark.parametrize("ahead, gained, verdict", [
+    (0.0, 0.1, "undecided"), (0.1, 0.1, "contradicted"), (0.0, 1.0, "tie"), (0.1, 1.0, "tie"), (0.5, 0.1, "contradicted")])
+def test_losses_that_gained_nothing_yet_do_not_tie(ahead, gained, verdict):
+    """Eight seeds, two losses, read at 2 of 8 nats: alike there is no answer, unless one had gained what matters."""
+    draw = np.random.default_rng(0)
+    rows = lambda mean: [[(kl, mean * kl / 2 + np.repeat(draw.normal(0, 0.02, 1), 30))  # noqa: E731
+                          for kl in (0.7, 1.3, 2.0)] for _ in range(8)]
+    found = {(v["new"], v["old"]): v for v in verdicts_of({"LIRE": rows(gained), "DPO": rows(gained + ahead)}, 8.0)}
+    assert found["LIRE", "DPO"]["verdict"] == verdict
+    assert found["LIRE", None]["verdict"] in ("tie", "supported")  # against the start a tie is what it says

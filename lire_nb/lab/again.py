@@ -7,7 +7,6 @@ __all__ = ['differences', 'run_again', 'again_table']
 
 # %% ../../nbs/59_again.ipynb #ag003
 import json
-import os
 import random
 import tempfile
 import time
@@ -21,7 +20,7 @@ from ..base.errors import LireError, require
 from ..base.files import append_jsonl, read_jsonl, _is_main
 from .plans import Run
 from .results import Results, code_of, results_folder
-from .runner import _check_packages, _checked, _distinct, _one_by_one, _planned, _Workers
+from .runner import _check_packages, _checked, _distinct, _jobs, _planned, _ways
 from .texts import read_texts
 
 # %% ../../nbs/59_again.ipynb #ag008
@@ -105,23 +104,22 @@ def _compared(stored: dict, kept: dict | None, result: dict) -> dict:
             "texts": _other_texts(kept, result.get("texts"))}
 
 # %% ../../nbs/59_again.ipynb #ag016
-def _drawn(runs: dict[str, Run], which: str, name: str, scale: str, folder: Path) -> list[Run]:
-    "The rows that are run again: so many, or those with these keys."
+def _drawn(runs: dict[str, Run], which: str, name: str, scale: str, folder: Path) -> tuple[list[Run], bool]:
+    "The rows that are run again, so many or those with these keys, and whether they were drawn."
     require(runs, "no stored row", field="NAME", value=name, file=folder, allowed="a table with rows of this scale",
             remedy=f"lire reproduce {name} --scale {scale} makes them")
     keys = [key for key in (key.strip().lower() for key in which.split(",")) if key]
     if len(keys) == 1 and keys[0].isdecimal() and len(keys[0]) < 12:  # a key has 12 digits
         require(1 <= int(keys[0]) <= len(runs), "so many rows are not there", field="--again", value=which,
                 allowed=f"1 to {len(runs)}", remedy="give a number of these")
-        return random.SystemRandom().sample(list(runs.values()), int(keys[0]))
+        return random.SystemRandom().sample(list(runs.values()), int(keys[0])), True
     lost = [key for key in keys if key not in runs]
     require(keys and not lost, "no stored row has this key", field="--again", value=", ".join(lost) or which,
             file=folder, allowed="a number, or keys of this table's rows with commas",
             remedy="look it up in the table's file; rows of further seeds need --seeds")
-    return [runs[key] for key in dict.fromkeys(keys)]
+    return [runs[key] for key in dict.fromkeys(keys)], False
 
 # %% ../../nbs/59_again.ipynb #ag017
-# long: what one row goes through, and what is kept when the command stops in the middle
 def run_again(
     name: str,  # of `TABLES`
     which: int | str = 2,  # how many stored rows, drawn at random; or their keys, with commas
@@ -140,54 +138,60 @@ def run_again(
             remedy="lire reproduce --scale paper runs it, on hardware for it")
     _checked([name], scale, seeds, jobs, None, None, None)
     folder = Path(results_folder(scale) if results is None else results)
-    store, lines = Results(results if results is not None or scale != "smoke" else folder), []
-    runs = _distinct(_planned(name, scale, seeds, store.find))
-    drawn = _drawn({key: run for key, run in runs.items() if key in store.rows}, str(which), name, scale, folder)
+    store = Results(results if results is not None or scale != "smoke" else folder)
+    runs = {k: r for k, r in _distinct(_planned(name, scale, seeds, store.find)).items() if k in store.rows}
+    drawn, by_chance = _drawn(runs, str(which), name, scale, folder)
     _check_packages(drawn)
-    kept = {run.key: _kept_texts(store.folder, run.key) for run in drawn}
-    keys, by_chance = ",".join(kept), not set(kept) & set(str(which).replace(" ", "").lower().split(","))
-    append_jsonl(_file_beside(folder, name), [])  # before hours of work
-    say(f"{name}: {len(drawn)} of {len(store.rows.keys() & runs.keys())} rows"
-        f"{', drawn at random' if by_chance else ''}: --again {keys}")
-    threads, failed = drawn[0].config.get("threads"), {}
-    jobs = min(len(drawn), jobs or max(1, (os.cpu_count() or 1) // threads if threads else 1))
+    kept, lines, path = {run.key: _kept_texts(store.folder, run.key) for run in drawn}, [], _file_beside(folder, name)
+    say(f"{name}: {len(drawn)} of {len(runs)} rows{', drawn at random' if by_chance else ''}: --again {','.join(kept)}")
 
-    def line_of(run: Run, found: dict) -> None:
-        row = store.rows[run.key]
-        lines.append({"key": run.key, "table": run.table, "labels": run.labels, "drawn": by_chance,
-                      "stored": {k: row[k] for k in ("code", "date", "machine") if k in row},
-                      "again": {"code": code_of(run.config), **(about or {"date": time.strftime("%Y-%m-%d")})},
-                      **found})
+    def keep(run: Run, found: dict) -> None:
+        now = {"code": code_of(run.config), **(about or {"date": time.strftime("%Y-%m-%d")})}
+        row = {k: v for k, v in store.rows[run.key].items() if k in ("code", "date", "machine")}
+        lines.append({"key": run.key, "table": name, "labels": run.labels, "drawn": by_chance, "stored": row,
+                      "again": now, **found})
         if _is_main():
-            append_jsonl(_file_beside(folder, name), lines[-1:])
+            append_jsonl(path, lines[-1:])
         say(_in_a_line(lines[-1]))
 
-    log = Path("runs", "reproduce", scale, "again.log")  # outlives the empty folder
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory() as empty:
-            run_all = _Workers(jobs, threads, log).map if jobs > 1 else _one_by_one
-            for run, why in run_all(drawn, Path(empty), lambda run, result: line_of(
-                    run, _compared(store.rows[run.key]["result"], kept[run.key], result))):
-                failed[run.key] = why
-                line_of(run, {"failed": why})
-    except KeyboardInterrupt as e:
-        left = ",".join(key for key in kept if key not in {line["key"] for line in lines})
-        e.message = f"stopped by Ctrl-C; {len(lines)} of {len(drawn)} rows were compared; --again {left} runs the rest"
-        raise
-    require(not failed, f"{len(failed)} runs failed; {len(lines) - len(failed)} were compared", field="--again",
-            value=next(iter(failed.values()), ""), remedy=f"mend the cause, then --again {','.join(failed)}")
+    _run_anew(drawn, scale, jobs, lambda run, result: _compared(store.rows[run.key]["result"], kept[run.key], result),
+              keep)
     return lines
 
+# %% ../../nbs/59_again.ipynb #ag028
+def _run_anew(drawn: list[Run], scale: str, jobs: int | None, compared: Callable, keep: Callable) -> None:
+    "Every run in an empty folder; what was found of each is kept as it comes, what failed at the end."
+    threads, left = drawn[0].config.get("threads"), {run.key: "" for run in drawn}
+    log = Path("runs", "reproduce", scale, "again.log")  # outlives the empty folder
+    log.parent.mkdir(parents=True, exist_ok=True)
 
-def _file_beside(folder: Path, name: str) -> Path:
+    def done(run: Run, result: dict) -> None:
+        keep(run, compared(run, result))
+        del left[run.key]
+
     try:
-        (folder / "again").mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
-    except PermissionError:
-        pass
-    require(os.access(folder / "again", os.W_OK), "cannot be written to", field="--results", file=folder / "again",
-            allowed="a folder for what is run again", remedy="copy the rows to a folder of your own")
-    return folder / "again" / f"{name}.jsonl"
+        with tempfile.TemporaryDirectory() as empty:
+            failed = _ways(min(len(drawn), _jobs(jobs, threads)), threads, log)(drawn, Path(empty), done)
+    except KeyboardInterrupt as e:
+        e.message = (f"stopped by Ctrl-C; {len(drawn) - len(left)} of {len(drawn)} rows were compared; --again "
+                     f"{','.join(left)} runs the rest")
+        raise
+    for run, why in failed:
+        keep(run, {"failed": why})
+    require(not failed, f"{len(failed)} runs failed; {len(drawn) - len(failed)} were compared", field="--again",
+            value="; ".join(why for _, why in failed)[:200], remedy=f"mend the cause, then --again {','.join(left)}")
+
+# %% ../../nbs/59_again.ipynb #ag029
+def _file_beside(folder: Path, name: str) -> Path:
+    "Where lines are written; looked at before hours of work."
+    home = folder / "again"
+    try:
+        home.mkdir(parents=True, exist_ok=True)  # an installed package has its rows elsewhere
+        append_jsonl(home / f"{name}.jsonl", [])
+    except OSError as e:
+        raise LireError("cannot be written to", field="--results", file=home, value=e.strerror,
+                        allowed="a folder for what is run again", remedy="copy the rows to a folder of your own") from e
+    return home / f"{name}.jsonl"
 
 # %% ../../nbs/59_again.ipynb #ag018
 def _in_a_line(line: dict) -> str:

@@ -135,18 +135,15 @@ def _family(claim: Claim) -> tuple:
 
 def _unless_near(decision, quantity: Quantity, together: int, margin: float = 0.0, level: float = 0.05) -> tuple:
     "A decision with its reason; near the start none is; where less than the margin was gained, only a sure sign is."
-    from lire_nb.decisions import estimate
+    from lire_nb.decisions import unless_empty
 
-    doubt = quantity.doubt
-    if not doubt and decision.verdict == "tie" and quantity.reach is not None:
-        if estimate(quantity.reach).beyond(margin) > level:
-            doubt = "neither has surely gained more than what matters at that distance: a tie would say nothing"
-            if decision.p <= level:
-                signed = decision._replace(verdict="supported" if decision.value > 0 else "contradicted")
-                return signed, f"{_reason(signed, together)}, though by less than what matters"
-    if doubt and decision.verdict != "too few seeds":
-        return decision._replace(verdict="undecided", needed=None), doubt
-    return decision, _reason(decision, together)
+    if quantity.doubt and decision.verdict != "too few seeds":
+        return decision._replace(verdict="undecided", needed=None), quantity.doubt
+    told = decision if quantity.reach is None else unless_empty(decision, quantity.reach, margin, level)
+    if told.verdict == "undecided" != decision.verdict:
+        return told, "neither has surely gained more than what matters at that distance: a tie would say nothing"
+    small = "" if told.verdict == decision.verdict else ", though by less than what matters"
+    return told, f"{_reason(told, together)}{small}"
 
 
 def _said(claim: Claim, quantities: list[Quantity], decision, reason: str) -> Measured:

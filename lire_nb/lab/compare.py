@@ -35,7 +35,7 @@ from lire_nb.base.files import (
     atomic_folder, atomic_write, one_writer, read_jsonl, slug, sweep_drafts, write_json, write_jsonl,
 )
 from ..conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, render_prompt
-from ..decisions import decide, Decision, LEAST_SEEDS, MARGIN
+from ..decisions import decide, Decision, LEAST_SEEDS, MARGIN, unless_empty
 from ..enhancement import check_options, check_settings, settings_identity, train_policy
 from ..evaluation import judge_policy
 from lire_nb.frontiers import (
@@ -528,15 +528,17 @@ def verdicts_of(
     margin: float = MARGIN,
 ) -> list[dict]:  # new, old, kl, and the fields of a `Decision`
     """Every loss against every other, and against the start policy (old: None), each at a common distance; below a
-    twentieth of `max_kl` the verdict is "not compared"."""
-    claims, places = {}, {}
+    twentieth of `max_kl` the verdict is "not compared", and two losses that gained nothing yet are no tie."""
+    claims, places, reach = {}, {}, {}
     for new, old in [*combinations(courses, 2), *((name, None) for name in courses)]:
         both = [courses[name] for name in (new, old) if name]
         kl = places[new, old] = common_distance([course for one in both for course in one], max_kl)
         if kl >= NEAR * max_kl:
             gains = [np.stack([gain_at_distance(course, kl).gain for course in one]) for one in both]
             claims[new, old] = gains[0] - (gains[1] if old else 0)
-    decided = decide(claims, margin=margin)
+            reach[new, old] = max(gains, key=np.mean)
+    decided = {pair: unless_empty(d, reach[pair], margin) if pair[1] else d
+               for pair, d in decide(claims, margin=margin).items()}
     return [{"new": new, "old": old, "kl": kl, **_decided(decided.get((new, old)), courses[new])}
             for (new, old), kl in places.items()]
 
