@@ -381,8 +381,8 @@ def enhance_command(args) -> None:
     prompts = _with_demonstrations(read_prompts(args.prompts, args.limit, **_chat(args)), args)
     refit = _refit_of(args)
     with one_writer(args.out, "another lire enhance"):  # said before a reward model is loaded
-        _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × {args.iterate} passes on {len(prompts)} "
-             f"prompts into {args.out}")
+        _say(f"self-enhancement of {args.policy}: {args.evolve} rounds × "
+             f"{training.get('num_train_epochs', args.iterate):g} passes on {len(prompts)} prompts into {args.out}")
         training, stop = _with_limit(training, args), _stop_rule(args)
         reward = args.reward and scored_by(read_reward(args.reward), scorers.get("reward"), args.out)
         policies = self_enhance(

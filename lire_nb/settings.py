@@ -139,8 +139,14 @@ def parse_settings(
             near = " or ".join(near or ["loss_type", "temperature", "learning_rate"])
             raise LireError("unknown setting", field=name, allowed=f"a field of {config.__name__}",
                             remedy=f"did you mean {near}?")
-    return {name: value if isinstance(value, str) and value == defaults[name]  # such as the text "none"
+    return {name: value if isinstance(value, str) and (value == defaults[name] or _is_word(name, value, kinds[name]))
             else parse_value(name, value, kinds[name]) for name, value in settings.items()}
+
+
+def _is_word(name: str, value: str, kinds: tuple) -> bool:
+    "Whether the text none is meant as it stands: a loss has a word of that name, or says that it has not."
+    of_a_loss = not {int, float} & set(kinds) and any(spec.takes(name) for spec in LOSSES.values())
+    return str in kinds and of_a_loss and value.strip().lower() == "none"
 
 # %% ../nbs/26_settings.ipynb #546ad4de
 _DECIDED = {"output_dir": "the place is the folder of the policy", "seed": "seed= or --seed sets the seed"}

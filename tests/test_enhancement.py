@@ -380,3 +380,16 @@ def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, start, monk
         with told:
             train_policy(start, lists, tmp_path / "policy", save_steps=1, **training)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith("policy")] == ["policy"] * (not refused)
+
+
+@pytest.mark.parametrize("passes", [1, 2.0, 4])
+def test_two_numbers_of_passes_are_refused(start, tmp_path, passes):
+    """Neither is silently not used; as many by both names, and one of them alone, are one number."""
+    asked = {**OPTIONS, "training": {**OPTIONS["training"], "num_train_epochs": passes}}
+    with pytest.raises(LireError, match="iterate: two numbers of passes"):
+        self_enhance(start, PROMPTS, short, tmp_path / "run", evolve=1, iterate=3, **asked)
+    assert not (tmp_path / "run").exists()
+    for name, iterate in (("same", int(passes)), ("alone", 1)):
+        self_enhance(start, PROMPTS, short, tmp_path / name, evolve=1, iterate=iterate, **asked)
+        logged = [json.loads(line) for line in open(tmp_path / name / "round-1" / "policy" / "training.jsonl")]
+        assert max(row["step"] for row in logged) == int(passes) * len(PROMPTS) // 2

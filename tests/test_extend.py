@@ -433,3 +433,22 @@ def test_a_broken_protocol_is_said_with_its_file(old, new, says, monkeypatch, tm
     with pytest.raises(LireError, match=says) as caught:
         protocol._read_protocol()
     assert "protocol.toml" in str(caught.value)
+
+
+def test_a_loss_that_was_edited_is_read_anew(tmp_path, monkeypatch):
+    """In one process, as in a notebook: what the file says now counts, also under its whole path."""
+    from lire_nb.options import settings_of
+    from lire_nb.rivals import LOSSES
+
+    monkeypatch.chdir(tmp_path)
+    names = ("edited.py:loss", str(tmp_path / "edited.py:loss"))
+    for sign in ("-", "+", "-"):
+        Path("edited.py").write_text("def loss(logps, rewards, mask=None):\n"
+                                     f"    return {sign}(logps * rewards).where(mask, 0).sum(-1)\n")
+        for name in names:
+            assert settings_of([f"loss_type={name}"])["loss_type"] == name
+            logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+            LOSSES[name].fn(logps, torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)).sum().backward()
+            assert logps.grad.tolist() == [[float(f"{sign}1"), float(f"{sign}3")]]
+    for name in names:
+        del LOSSES[name]

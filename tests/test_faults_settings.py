@@ -1,5 +1,6 @@
 """Settings take effect or are refused in one line, and a training that would learn nothing says so before its first
 step."""
+import json
 import logging
 import math
 import os
@@ -175,6 +176,31 @@ def test_23_loss_kwargs_are_read_by_the_types_of_the_loss(loss, name, text, valu
     for found in (config.loss_settings(), config.loss_kwargs, LIREConfig(**ARGS, loss_type=loss, loss_kwargs={
             name: value}).loss_settings()):
         assert found.get(name) == value and type(found.get(name)) is type(value)
+
+
+@pytest.mark.parametrize("given", [{"reward_transform": "none"}, {"loss_kwargs": {"reward_transform": "none"}},
+                                   {"loss_kwargs": '{"reward_transform": "none"}'}, "--set", "saved"])
+def test_23_none_is_a_word_where_a_loss_has_it(place, tmp_path, given):
+    """The paper's own equation, on its rewards as they are: the first loss is -sum P R by plain arithmetic."""
+    values = [5.0, -3.0, 1.0]
+    lists = [make_record("film 1 was", ["good", "bad news", "a day"], values)]
+    given = settings_of(["reward_transform=none"]) if given == "--set" else given
+    if given == "saved":  # as a trainer keeps it
+        told = LIREConfig(**ARGS, reward_transform="none").to_json_string()
+        given = {"reward_transform": json.loads(told)["reward_transform"]}
+    one = trainer(place / "start", tmp_path / "out", lists, temperature=20.0, max_steps=1, logging_steps=1, **given)
+    logps = dataset_logps(one.model, one.processing_class, lists)[0][0]
+    weights = [math.exp(x / 20.0) for x in logps]
+    right = -sum(w * value for w, value in zip(weights, values)) / sum(weights)
+    assert one.args.loss_settings()["reward_transform"] == "none"
+    assert logs(one)[0]["loss"] == pytest.approx(right, abs=1e-3)
+    assert abs(right) > 0.3, "z-scores would give less"
+
+
+def test_23_none_is_nothing_where_a_loss_has_no_such_word():
+    assert LIREConfig(**ARGS, temperature="none", run_name="None").loss_settings()["temperature"] == "auto"
+    refused(lambda: LIREConfig(**ARGS, score="none"), "score", "ratio")
+    refused(lambda: LIREConfig(**ARGS, reward_transform="None"), "reward_transform", "zscore")
 
 
 def test_23_loss_kwargs_that_do_not_fit_are_refused():

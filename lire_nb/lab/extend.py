@@ -105,8 +105,8 @@ def own_loss(
     name: str,  # of `LOSSES`, module:function or file.py:function
     field: str = "--loss",  # for the message
 ) -> LossSpec:
-    "A loss by name, known from now on under that name; raises `LireError` for what is none."
-    if name not in LOSSES:
+    "A loss by name, known from now on under it, a file as it is now; raises `LireError` for what is none."
+    if name not in LOSSES or ":" in name:  # read anew each time: its file may have been edited since
         LOSSES[name] = check_loss(replace(get_loss(named_function(name, field)), name=name))
     return LOSSES[name]
 
