@@ -6,7 +6,8 @@
 __all__ = ['logger', 'MODEL_ASSETS', 'DTYPES', 'ATTENTIONS', 'Policy', 'ModelError', 'resolve_model', 'cache_dir', 'file_hash',
            'digest', 'load_tokenizer', 'load_policy', 'quiet_transformers', 'import_peft', 'load_reward_backbone',
            'default_device', 'in_float32', 'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content',
-           'model_fingerprint', 'unwrap', 'causal_lm', 'text_config', 'check_trainable', 'context_of', 'common_context']
+           'model_fingerprint', 'unwrap', 'causal_lm', 'text_config', 'check_trainable', 'check_apart', 'context_of',
+           'common_context']
 
 # %% ../nbs/35_models.ipynb #c0006481
 import hashlib
@@ -563,6 +564,24 @@ def check_trainable(
     require(apart or not halves, "weights in float16 cannot be trained: the steps of AdamW divide by zero",
             field="model", value=halves[:1], allowed="float32, or bfloat16",
             remedy="load it in float32 and set fp16=True, which computes in float16")
+
+# %% ../nbs/35_models.ipynb #35ap0002
+def check_apart(
+    model: torch.nn.Module,  # the one that is trained
+    other: torch.nn.Module | None,  # the one that must stay as it is; None: nothing is checked
+    field: str,  # the argument that gave it
+) -> None:
+    "Raises `LireError` for a model that would be trained along: the same object, or one with some of its weights."
+    if other is None:
+        return
+    places = lambda p: {id(p)} | ({p.data_ptr()} - {0} if type(p.data) is torch.Tensor else set())  # noqa: E731
+    kept = set().union(*map(places, other.parameters()))
+    own = next((name for name, p in model.named_parameters() if p.requires_grad and places(p) & kept), None)
+    same = causal_lm(model) is causal_lm(other)
+    require(own is None and not same, "holds the weights that are trained, so it would move along with the policy",
+            field=field, value="the model itself" if same else f"{own} of the model",
+            allowed="a model of its own, such as load_policy(folder) or copy.deepcopy(model) before training",
+            remedy=f"give a copy, or leave {field} out: a policy with an adapter is compared with its own start")
 
 # %% ../nbs/35_models.ipynb #ec4ab582
 _CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")  # who calls it what

@@ -42,7 +42,7 @@ from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_
 from .losses import list_metrics, pair_metrics, pair_rewards, SATURATED, scored_mask
 from .many_lists import content_key, table_on_disk, MANY, with_column
 from lire_nb.models import (
-    causal_lm, check_trainable, common_context, file_hash, has_bf16, load_policy, unwrap,
+    causal_lm, check_apart, check_trainable, common_context, file_hash, has_bf16, load_policy, unwrap,
 )
 from .path_check import to_device, verified
 from .records import best_and_worst, keep_best_and_worst
@@ -538,6 +538,7 @@ class LIRETrainer(ListTrainer):
         _check_model(model, processing_class, bool(peft_config or args.deepspeed_plugin))
         if isinstance(ref_model, (str, os.PathLike)):
             ref_model, _ = load_policy(ref_model, device=args.device)
+        check_apart(model, ref_model, "ref_model")
         model = put_adapter(model, peft_config, args.seed)
         remember_start(model)
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel cannot split ragged lists; GPUs go through accelerate launch

@@ -22,7 +22,7 @@ from .base.ranks import sharing
 from .conversations import end_tokens, MAX_PROMPT_LENGTH, tokenizer_fingerprint
 from .evaluation import _anywhere, _estimate, MeanReward, _sampling, text_kl
 from .logprobs import measure_candidates, remember_start, without_ends
-from .models import load_policy, unwrap
+from .models import check_apart, load_policy, unwrap
 from .preferences import _is_plain
 from .rewards import Reward, score_lists
 from .sampling import sample_lists, SamplingSettings
@@ -218,7 +218,9 @@ def _start_model(start, policy: torch.nn.Module, tokenizer, max_kl: float | None
                         allowed="the policy that training starts from",
                         remedy="give that one: a KL needs the same tokens on both sides")
     if start is not None:
-        return (start[0] if isinstance(start, tuple) else start).to(next(policy.parameters()).device)
+        start = start[0] if isinstance(start, tuple) else start
+        check_apart(unwrap(policy), start, "start")
+        return start.to(next(policy.parameters()).device)
     if not hasattr(unwrap(policy), "disable_adapter"):
         require(max_kl is None, "no start policy to measure the KL to", field="start", value=None,
                 allowed="a model, where the policy has no adapter",

@@ -302,3 +302,55 @@ def test_13_a_peft_model_in_memory_with_a_trained_adapter(place):
     with trainer.model.disable_adapter():
         assert max(abs(a - b)
                    for a, b in zip(logps((trainer.model, tokenizer), LATE), logps(place / "r1", LATE))) > 1e-3
+
+
+def _related(place, how):
+    """(the trained model, one that would move along with it)"""
+    model = load_policy(place / ("base" if how in ("itself", "its layers", "its values") else "r1"), device="cpu")[0]
+    if how == "the base inside":  # its layers hold the adapter
+        return model, model.get_base_model()
+    if how == "its layers":
+        other = load_policy(place / "base", device="cpu")[0]
+        other.model.layers = model.model.layers
+        return model, other
+    if how == "its values":  # other parameters in one place of memory
+        other = load_policy(place / "base", device="cpu")[0]
+        other.load_state_dict(model.state_dict(), assign=True)
+        return model, other
+    return model, model
+
+
+@pytest.mark.parametrize("how", ["itself", "itself with an adapter", "the base inside", "its layers", "its values"])
+def test_a_reference_that_is_trained_along_is_refused(place, how):
+    from lire_nb.watching import EvaluationCallback
+
+    model, other = _related(place, how)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(LireError, match="ref_model.*would move along"):
+        dpo(model, place, ref_model=other)
+    scored = []
+    watch = EvaluationCallback([{"id": str(i), "prompt": f"film {i} was", "meta": {}} for i in range(2)],
+                               {"length": lambda p, c: scored.append(0) or [float(len(x)) for x in c]},
+                               settings=SamplingSettings(max_new_tokens=4), start=other, max_kl=0.5)
+    trainer = dpo(model, place, callbacks=[watch])
+    with pytest.raises(LireError, match="start.*would move along"):
+        trainer.train()
+    assert not scored and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_full_model_that_would_get_the_adapter_is_no_reference(place):
+    model = load_policy(place / "base", device="cpu")[0]
+    with pytest.raises(LireError, match="ref_model.*would move along"):
+        dpo(model, place, ref_model=model, peft_config=lora())
+    assert not any("lora" in name for name, _ in model.named_modules())  # refused before the adapter was put in
+
+
+def test_a_reference_may_share_what_is_not_trained(place):
+    model, other = (load_policy(place / "base", device="cpu")[0] for _ in range(2))
+    other.model.embed_tokens = model.model.embed_tokens.requires_grad_(False)
+    trainer = dpo(model, place, ref_model=other, args={"learning_rate": 5e-2, "num_train_epochs": 2.0})
+    trainer.train()
+    policy, tokenizer = trainer.model.eval(), load_policy(place / "base")[1]
+    (new, bad), (old, old_bad) = logps((policy, tokenizer), LATE), logps(place / "base", LATE)
+    margin = trainer.args.loss_settings()["beta"] * ((new - bad) - (old - old_bad))
+    assert trainer.evaluate(LATE)["eval_loss"] == pytest.approx(math.log1p(math.exp(-margin)), abs=1e-5)
