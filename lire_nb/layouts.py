@@ -771,6 +771,9 @@ _LONG = {
 }
 _GOOD, _BAD = ("true", "yes", "good", "desirable", "chosen"), ("false", "no", "bad", "undesirable", "rejected")
 _LABELS = dict.fromkeys(_GOOD, 1.0) | dict.fromkeys(_BAD, 0.0)
+_ONE_ANSWER = {"allowed": "one column for the answers of a file",
+               "remedy": "drop the other columns, or name the one, with prompt and reward: --map completion=output "
+                         "--map prompt=question --map reward=score"}
 _COLUMN = "\0column"  # where a candidate's reward stood; no column is called this
 
 # %% ../nbs/32_layouts.ipynb #39291e18
@@ -778,6 +781,19 @@ def _long_names(row: dict) -> dict[str, str | None]:
     """The column of each field."""
     return {field: _first(row, options, _is_unscored if field == "reward" else _is_null)
             for field, options in _LONG.items()}
+
+
+def _answer_columns(row: dict) -> tuple[list[str], list[str]]:
+    """The columns of a long row that hold an answer, and those that could but are null."""
+    there = [name for name in _LONG["completion"] if name in row]
+    return [name for name in there if not _is_null(row[name])], [name for name in there if _is_null(row[name])]
+
+
+def _check_one_answer(row: dict) -> None:
+    """Two answers in one row, such as a model's and the right one: nothing says to which the reward belongs."""
+    said, _ = _answer_columns(row)
+    require(all(row[name] == row[said[0]] for name in said), "two columns that may be the answer", error=ListError,
+            field=" and ".join(said), value=[row[name] for name in said], **_ONE_ANSWER)
 
 
 def _is_long(row: dict) -> bool:
@@ -817,32 +833,6 @@ def _read_long(row: dict, notes: Notes) -> dict:
     meta |= {} if end is None else {"finish_reasons": [end]}
     return make_record(prompt, texts, [reward], "unknown" if source is None else [source], id=_row_id(row), meta=meta)
 
-# %% ../nbs/32_layouts.ipynb #3940aa16
-def _group(rows: list[dict]) -> dict:
-    """One record from the records (M = 1) of one prompt."""
-    prompt, ids = rows[0]["prompt"], [row["id"] for row in rows]
-    rewards = [row["rewards"][0] for row in rows]
-    columns = {row["meta"][_COLUMN] for row in rows if _COLUMN in row["meta"]}
-    require(len(columns) < 2, "candidates of one prompt are judged in different columns", error=ListError,
-            field=" and ".join(sorted(columns)), value=prompt, allowed="one column for all candidates of a prompt",
-            remedy="drop the other columns, or name the one: --map reward=score or --map rank=rank, with prompt and "
-                   "completion")
-    rewards = rank_rewards(rewards) if columns == {"rank"} else rewards
-    ends = [row["meta"].get("finish_reasons") for row in rows]
-    known = any(ends) and all(end is None or isinstance(end, list) and len(end) == 1 for end in ends)
-    apart = (_COLUMN, "finish_reasons") if known else (_COLUMN,)
-    metas = [{k: v for k, v in row["meta"].items() if k not in apart} for row in rows]
-    if len(set(ids)) > 1:
-        metas = [meta | {"row_id": row_id} for meta, row_id in zip(metas, ids)]
-    meta = {}
-    for name in dict.fromkeys(itertools.chain(*metas)):
-        values = [each.get(name) for each in metas]
-        column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for a column
-        meta[name] = values[0] if all(value == values[0] for value in values) and not column else values
-    meta |= {"finish_reasons": [end and end[0] for end in ends]} if known else {}
-    completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
-    return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
-
 # %% ../nbs/32_layouts.ipynb #7c1a4cf6
 def _has(*names: str | tuple[str, ...]) -> Callable[[dict], bool]:
     "Whether a row has these columns; of a tuple any one."
@@ -860,10 +850,6 @@ def _is_ranked(row: dict) -> bool:
 # %% ../nbs/32_layouts.ipynb #9975abf2
 def _is_outputs(row: dict) -> bool:
     return _has("output_1", "output_2", "preference")(row) or _has("output_A", "output_B")(row)
-
-
-
-
 
 def _is_hh(row: dict) -> bool:
     texts = any(isinstance(row.get(name), str) for name in ("chosen", "rejected"))
@@ -993,6 +979,8 @@ def adapt_row(
         row = _mapped(row, mapping, _turn_options(roles, keys))
     row = _with_turns(row, roles, keys)
     if layout := next((layout for layout in LAYOUTS if layout.matches(row)), None):
+        if layout.read is _read_long:
+            _check_one_answer(row)
         return layout, layout.read(row, [] if notes is None else notes)
     raise ListError("unknown layout", field="columns", value=list(row),
                     allowed="; ".join(f"{layout.name} ({layout.columns})" for layout in LAYOUTS),

@@ -30,14 +30,14 @@ from lire_nb.base.files import (
     atomic_write, _batches, BLANK, _chosen, _json, json_digest, _open, _plain_rows, read_rows, Row, _sorted_json,
 )
 from lire_nb.layouts import (
-    adapt_row, _ANSWER_LISTS, _ANSWERS, _as_query, _check_mapping, _check_parts, _COLUMN, _group, _is_empty, LAYOUTS,
-    Notes, _PAIRED, _PARTS, _read_long, _row_id, _row_prompt, spaced, _TEXT_PARTS, _transcript_prompt, _turn_keys,
-    unspaced, with_tools, without_tools, _with_turns,
+    adapt_row, _answer_columns, _ANSWER_LISTS, _ANSWERS, _as_query, _check_mapping, _check_parts, _COLUMN, _is_empty,
+    LAYOUTS, Notes, _ONE_ANSWER, _PAIRED, _PARTS, rank_rewards, _read_long, _RENAMING, _row_id, _row_prompt, spaced,
+    _TEXT_PARTS, _transcript_prompt, _turn_keys, unspaced, with_tools, without_tools, _with_turns,
 )
 from .many_lists import OnDisk
 from lire_nb.records import (
-    as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, prompt_id, _to_dataset, _to_table,
-    uses_tools, _validated,
+    as_chat, best_and_worst, candidate_columns, _check_meta, _check_prompt, FEATURES, make_record, prompt_id,
+    _to_dataset, _to_table, uses_tools, _validated,
 )
 
 # %% ../nbs/33_lists.ipynb #085262ab
@@ -147,6 +147,7 @@ def _records(
 ) -> Iterator[dict]:
     """The validated records of `source`, one after the other."""
     groups: dict[str, list] = {}
+    named, answered = bool(set(mapping or ()) - {*_RENAMING}), set()
     for row in read_rows(source):
         if row.value is BLANK:
             report.blank_lines += 1
@@ -156,6 +157,7 @@ def _records(
         try:
             if isinstance(row.value, ListError):
                 raise row.value
+            answered.update(_answer_columns(row.value)[0] if isinstance(row.value, dict) and not named else ())
             layout, record = adapt_row(row.value, mapping, notes)
             record = as_chat(record, _instructs(row.value, record) if chat is None else chat)
         except ListError as error:
@@ -167,6 +169,8 @@ def _records(
             yield record
     for rows, records in (zip(*members) for members in groups.values()):
         try:
+            if not named:  # a mapping says which column is the answer
+                _check_answers([row.value for row in rows], answered)
             record = _group(records)
         except ListError as error:
             for row in rows:
@@ -174,6 +178,41 @@ def _records(
             continue
         if _admitted(record, rows, "long rows", [], errors, report, seen):
             yield record
+
+# %% ../nbs/33_lists.ipynb #3940aa16
+def _group(rows: list[dict]) -> dict:
+    """One record from the records (M = 1) of one prompt."""
+    prompt, ids = rows[0]["prompt"], [row["id"] for row in rows]
+    rewards = [row["rewards"][0] for row in rows]
+    columns = {row["meta"][_COLUMN] for row in rows if _COLUMN in row["meta"]}
+    require(len(columns) < 2, "candidates of one prompt are judged in different columns", error=ListError,
+            field=" and ".join(sorted(columns)), value=prompt, allowed="one column for all candidates of a prompt",
+            remedy="drop the other columns, or name the one: --map reward=score or --map rank=rank, with prompt and "
+                   "completion")
+    rewards = rank_rewards(rewards) if columns == {"rank"} else rewards
+    ends = [row["meta"].get("finish_reasons") for row in rows]
+    known = any(ends) and all(end is None or isinstance(end, list) and len(end) == 1 for end in ends)
+    apart = (_COLUMN, "finish_reasons") if known else (_COLUMN,)
+    metas = [{k: v for k, v in row["meta"].items() if k not in apart} for row in rows]
+    if len(set(ids)) > 1:
+        metas = [meta | {"row_id": row_id} for meta, row_id in zip(metas, ids)]
+    meta = {}
+    for name in dict.fromkeys(itertools.chain(*metas)):
+        values = [each.get(name) for each in metas]
+        column = isinstance(values[0], list) and len(values[0]) == len(rows)  # would be taken for a column
+        meta[name] = values[0] if all(value == values[0] for value in values) and not column else values
+    meta |= {"finish_reasons": [end and end[0] for end in ends]} if known else {}
+    completions, sources = [row["completions"][0] for row in rows], [row["sources"][0] for row in rows]
+    return make_record(prompt, completions, rewards, sources, ids[0] if len(set(ids)) == 1 else None, meta)
+
+# %% ../nbs/33_lists.ipynb #lng00002
+def _check_answers(rows: list[dict], answered: set[str]) -> None:
+    """The answers of one list stand in one column. answered: those with an answer in any row of the file; where such a
+    one is null, another must not step in."""
+    said, null = zip(*map(_answer_columns, rows))
+    names = {name for there, gone in zip(said, null) if there for name in (there[0], *answered.intersection(gone))}
+    require(len(names) < 2, "answers in different columns", error=ListError, field=" and ".join(sorted(names)),
+            value=[row[there[0]] for row, there in zip(rows, said) if there], **_ONE_ANSWER)
 
 # %% ../nbs/33_lists.ipynb #58d1ca1a
 def _instructs(row: dict, record: dict) -> bool | None:
@@ -477,8 +516,8 @@ def _prompt_parts(row: Any) -> dict:
     answers = [row[name] for name in (*_ANSWERS, *_PAIRED, *_ANSWER_LISTS) if name in row]
     needed = ("chosen" in row or "prompt" not in row or {"query", "responses", "scores"} <= row.keys()
               or any(map(_holds_turns, answers)))
-    if needed and any(layout.matches(row) for layout in LAYOUTS):
-        record = adapt_row(row)[1]
+    if needed and (layout := next((layout for layout in LAYOUTS if layout.matches(row)), None)):
+        record = layout.read(row, [])
         meta = {name: value for name, value in prompt_facts(record).items() if name != _COLUMN}
         return {"id": record["id"], "prompt": record["prompt"], "meta": meta}
     prompt, used = (row["prompt"], {"prompt"}) if row.keys() == FEATURES.keys() else _row_prompt(row)

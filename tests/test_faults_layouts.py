@@ -1117,3 +1117,39 @@ def test_how_an_answer_ended_is_read_from_every_layout(reasons):
 def test_one_source_of_two_is_kept():
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "source_chosen": "gpt", "source_rejected": None}
     assert one(row)["sources"] == ["gpt", "unknown"]
+
+
+@pytest.mark.parametrize("names", [("answer", "output"), ("answer", "generation"), ("response", "answer"),
+                                   ("completion", "output")])
+def test_two_answers_in_a_row_are_not_chosen_from(names):
+    gold, own = names
+    rows = [{"question": "2+2?", gold: "4 (gold)", own: text, "score": score}
+            for text, score in (("five", 0.0), ("4", 1.0))]
+    with pytest.raises(ListError, match="two columns that may be the answer.*--map completion="):
+        load_lists(rows)
+    mapped = one(rows, {"prompt": "question", "completion": own, "reward": "score"})
+    assert (mapped["completions"], mapped["rewards"]) == (["five", "4"], [0.0, 1.0])
+    with pytest.raises(ListError, match="two columns that may be the answer"):  # an empty one is an answer, too
+        load_lists([rows[0] | {own: ""}])
+    assert one([rows[0] | {gold: "five"}, rows[1] | {gold: "4"}])["completions"] == ["five", "4"]  # the same twice
+    assert [p["prompt"] for p in lists.checked_prompts(rows)] == ["2+2?"] * 2  # prompts need no answer
+
+
+def test_another_column_does_not_step_in_for_an_empty_answer(tmp_path):
+    table = "question,response,answer,score\n2+2?,,4 (gold),0\n2+2?,4!,4 (gold),1\n2+2?,5,4 (gold),-1\n"
+    (tmp_path / "x.csv").write_text(table)
+    with pytest.raises(ListError, match="answers? in different columns|may be the answer"):
+        load_lists(tmp_path / "x.csv")
+    data, report = load_lists(tmp_path / "x.csv", on_error="quarantine", return_report=True)
+    assert (len(data), report.quarantined_rows) == (0, 3)
+    lone = {"question": "2+2?", "response": None, "answer": "4 (gold)", "score": 0}
+    assert one([lone])["completions"] == ["4 (gold)"]  # nothing in the file answers in the other column
+    for other in ({"question": "3+3?", "response": "6", "answer": None, "score": 1},
+                  {"question": "3+3?", "response": "6", "score": 1}):
+        for rows in ([lone, other], [other, lone]):
+            with pytest.raises(ListError, match="answers in different columns"):
+                load_lists(rows)
+    apart = [{"prompt": p, name: name, "score": 1} for p, name in zip("qq", ("completion", "response"))]
+    with pytest.raises(ListError, match="completion and response: answers in different columns"):
+        load_lists(apart)
+    assert len(load_lists([apart[0], apart[1] | {"prompt": "r"}])) == 2  # two kinds of rows, nothing null
