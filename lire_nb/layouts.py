@@ -12,13 +12,14 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from .base.errors import ListError, require, _shown
 from .base.files import _CellDict, _CellList, _check_text, _written
 from lire_nb.records import (
-    _check_message, _check_prompt, _check_reward, FEATURES, FIELDS, _listed, make_record, prompt_id, _REWARD, ROLES,
-    uses_tools,
+    _check_message, _check_prompt, _check_reward, FEATURES, FIELDS, _is_null, _is_unscored, _jsonable, _listed,
+    make_record, _number, prompt_id, ROLES, _text_or_none, uses_tools, _with_ends,
 )
 
 # %% ../nbs/32_layouts.ipynb #7640c021
@@ -99,51 +100,11 @@ def _row_id(row: dict) -> str | None:
 def _id_column(row: dict) -> str | None:
     return next((name for name in ("id", "prompt_id") if row.get(name) is not None), None)
 
-# %% ../nbs/32_layouts.ipynb #8bc49968
-def _jsonable(value: Any) -> Any:
-    """What JSON cannot hold, in a column that only goes into meta: missing numbers as null, the rest as text."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    if value is None or isinstance(value, (str, bool, float)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
-        return value
-    return _shown(value) if isinstance(value, (int, bytes)) else str(value)
-
-# %% ../nbs/32_layouts.ipynb #e22ac52e
-_UNSCORED = ("", "n/a", "none", "null")
-
-
-def _number(value: Any, field: str) -> Any:
-    """A number that may stand in a string. "", "N/A" and "None" mean not scored; anything else is left to the check."""
-    if not isinstance(value, str):
-        return value
-    if value.strip().lower() in _UNSCORED:
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        raise ListError("not a number", field=field, value=value, **_REWARD) from None
-
 # %% ../nbs/32_layouts.ipynb #9b0a0a9c
 def _numbers(values: Any, field: str) -> Any:
     """A list of such numbers; the list itself may stand in a string, "[9.0, 7.0]"."""
     values = _as_list(values)
     return [_number(value, f"{field}[{i}]") for i, value in enumerate(values)] if isinstance(values, list) else values
-
-
-def _is_null(value: Any) -> bool:
-    """null, NaN, or a list of nothing else."""
-    values = value if isinstance(value, list) else [value]
-    return bool(values) and all(one is None or (isinstance(one, float) and math.isnan(one)) for one in values)
-
-
-def _is_unscored(value: Any) -> bool:
-    """The same, or a word for it; not for texts, which may say "None"."""
-    values = value if isinstance(value, list) else [value]
-    return _is_null([None if isinstance(one, str) and one.strip().lower() in _UNSCORED else one for one in values])
 
 
 def _first(row: dict, names: Iterable[str], null: Callable[[Any], bool] = _is_null) -> str | None:
@@ -466,6 +427,16 @@ def rank_rewards(ranks: list[float | None]) -> list[float | None]:
     place = {rank: known.index(rank) + (1 + known.count(rank)) / 2 for rank in set(known)}
     return [None if rank is None else (len(known) - place[rank]) / (len(known) - 1) for rank in ranks]
 
+
+def _check_ranks(ranks: list, rewards: Any, name: str) -> None:
+    """Where both are there, no candidate may have the better rank and the lower reward of two."""
+    rewards = rewards if isinstance(rewards, list) else []  # the reader says what else it is
+    both = [pair for pair in zip(rank_rewards(ranks), (_check_reward(r, name) for r in rewards)) if None not in pair]
+    require(all((a - b) * (x - y) >= 0 for (a, x), (b, y) in itertools.combinations(both, 2)),
+            "ranks that contradict the rewards", error=ListError, field=f"ranks and {name}",
+            value=f"{_shown(ranks)} and {_shown(rewards)}", allowed="rank 1 = best, and the highest reward",
+            remedy=f"drop the wrong column, or name the right one: --map rewards={name}, with prompt and completions")
+
 # %% ../nbs/32_layouts.ipynb #45715a52
 def _read_list(
     row: dict, prompts: tuple, answers: str, rewards: str | None, sources: str | None, /, **fixed: Any
@@ -480,12 +451,13 @@ def _read_list(
         prompt, texts = _split_answers(prompt, texts, [f"{answers}[{i}]" for i in range(len(texts))])
     named = {name: _as_list(row.get(column)) for name, column in (("rewards", rewards), ("sources", sources))}
     meta = _left_over(row, {*used, answers, rewards, sources})
-    ends = meta.get("finish_reason")
-    if isinstance(ends, list) and isinstance(texts, list) and len(ends) == len(texts) and "finish_reasons" not in meta:
-        meta["finish_reasons"] = meta.pop("finish_reason")
+    meta = _with_ends(meta, len(texts)) if isinstance(texts, list) else meta
     return make_record(**{"prompt": prompt, "completions": texts, "id": _row_id(row), "meta": meta} | named | fixed)
 
 # %% ../nbs/32_layouts.ipynb #c76c626e
+_JUDGED = ("rewards", "scores", "ratings")
+
+
 def _read_own(row: dict, notes: Notes) -> dict:
     if not isinstance(row.get("meta") or {}, dict):
         raise ListError("not a dict", field="meta", value=row["meta"], allowed="a dict",
@@ -493,7 +465,7 @@ def _read_own(row: dict, notes: Notes) -> dict:
     if row.keys() == FEATURES.keys():  # our own file: taken as it is
         return make_record(*(row[name] for name in ("prompt", "completions", "rewards", "sources")), _row_id(row),
                            _rest(row, FIELDS))
-    rewards = _first(row, ("rewards", "scores", "ratings"), _is_unscored)
+    rewards = _first(row, _JUDGED, _is_unscored)
     fixed = {} if rewards in (None, "rewards") else {"rewards": _numbers(row[rewards], rewards)}
     return _read_list(row, ("prompt",), "completions", rewards, "sources", **fixed)
 
@@ -502,6 +474,10 @@ def _read_ranks(row: dict, notes: Notes) -> dict:
     ranks = _numbers(row["ranks"], "ranks")
     require(isinstance(ranks, list), "not a list", error=ListError, field="ranks", value=ranks,
             allowed="one rank per completion, 1 = best", remedy="repair the row")
+    judged = _first(row, _JUDGED, _is_unscored)
+    if judged and not _is_unscored(row[judged]):  # rewards say more than places
+        _check_ranks(ranks, _numbers(row[judged], judged), judged)
+        return _read_own(row, notes)
     return _read_list(row, ("prompt",), "completions", "ranks", "sources", rewards=rank_rewards(ranks))
 
 # %% ../nbs/32_layouts.ipynb #8a5cb58e
@@ -548,10 +524,6 @@ def _read_distilabel(row: dict, notes: Notes) -> dict:
     return _read_list(row, _ASKED, "generations", ratings, models, rewards=rewards)
 
 # %% ../nbs/32_layouts.ipynb #5f197dab
-def _text_or_none(value: Any, field: str) -> str | None:
-    return None if _is_unscored(value) else _check_text(value, field)
-
-
 def _read_dicts(row: dict, answer: str, prompts: tuple, used: tuple) -> tuple[Any, list, list[str], dict]:
     """Prompt, texts, the candidates' names for errors, and meta, from completions that are dicts."""
     candidates = row["completions"]
@@ -609,6 +581,9 @@ def _read_ranked(row: dict, notes: Notes) -> dict:
     key = _first(columns, ("rank", "score", "reward", "rating"), _is_unscored) or "rank"
     prompt, texts, names, meta = _read_dicts(row, "completion", ("context", *_PROMPTS), (key,))
     rewards = [_number(candidate.get(key), f"{name}.{key}") for candidate, name in zip(candidates, names)]
+    also = _first(columns, ("score", "reward", "rating"), _is_unscored)
+    if key == "rank" and also:
+        _check_ranks(rewards, _numbers(columns[also], also), also)
     return make_record(prompt, texts, rank_rewards(rewards) if key == "rank" else rewards, id=_row_id(row), meta=meta)
 
 # %% ../nbs/32_layouts.ipynb #1f3f87c1
@@ -677,8 +652,11 @@ def _asks(answer: Any) -> bool:
 # %% ../nbs/32_layouts.ipynb #651d02c9
 def _two_names(word: str) -> list[tuple[str, str]]:
     """How columns are called that say `word` about the two answers: score_chosen, chosen_score, chosen-score …"""
-    return [(form.format("chosen", word), form.format("rejected", word))
-            for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}", "{1}-{0}")]
+    return list(zip(_names_for("chosen", word), _names_for("rejected", word)))
+
+
+def _names_for(column: str, word: str) -> list[str]:
+    return [form.format(column, word) for form in ("{1}_{0}", "{0}_{1}", "{0}-{1}", "{1}-{0}")]
 
 
 _WORDS = [f"{how}{word}{s}" for how in ("", "avg_", "average_", "mean_", "overall_")
@@ -716,6 +694,7 @@ def _scored(read: Callable[[dict, Notes], dict]) -> Callable[[dict, Notes], dict
             _note_order(*record["rewards"], notes)
         if sources:
             record["sources"] = [_text_or_none(row.get(name), name) or "unknown" for name in sources]
+        record["meta"] = _with_ends(record["meta"], 2)
         if ends:  # a reason that is not known hides no other
             record["meta"]["finish_reasons"] = [_text_or_none(row.get(name), name) for name in ends]
         return record
@@ -875,7 +854,9 @@ LAYOUTS = [
 ]
 
 # %% ../nbs/32_layouts.ipynb #8bb1f41b
-_MAPPABLE = (*FIELDS, "ranks", "completion", "reward", "rank", "source", "chosen", "rejected", "system", "history")
+_FINISHED = ("finish_reason", "finish_reasons", "finish_reason_chosen", "finish_reason_rejected")
+_MAPPABLE = (*FIELDS, "ranks", "completion", "reward", "rank", "source", "chosen", "rejected", "system", "history",
+             *_FINISHED)
 _RENAMING = ("roles", "keys")
 
 # %% ../nbs/32_layouts.ipynb #79d3baf9
@@ -909,14 +890,44 @@ def _picked(row: dict, name: str, path: str | list[str], options: tuple) -> Any:
     return "\n\n".join(_check_text(part, name) for part in parts)
 
 # %% ../nbs/32_layouts.ipynb #38ddbf7d
+def _end_of(row: dict, path: str | list[str], names: Iterable[str] = ()) -> Any:
+    """How the answers at a path ended: what stands beside them, in a column named after theirs, or in one of `names`;
+    None where nothing says."""
+    if not isinstance(path, str):
+        ends = [_end_of(row, one) for one in path]
+        return _end_of(row, "", names) if _is_null(ends) else ends
+    if "." in path and path not in row:
+        with suppress(ListError):  # a name with a dot in it
+            holder = _pick(row, path.rpartition(".")[0])
+            ends = [one.get("finish_reason") for one in _as_list(holder if isinstance(holder, list) else [holder])]
+            if not _is_unscored(ends):
+                return ends if isinstance(holder, list) else ends[0]
+    names = [name for name in (*_names_for(path, "finish_reason"), *names) if not _is_unscored(row.get(name))]
+    return row[names[0]] if names else None
+
+
+def _mapped_ends(row: dict, mapping: dict) -> dict:
+    """How the mapped answers ended, under the names that the readers know, where the mapping does not say it: behind an
+    answer that was cut, no end may be trained."""
+    if any(name in _FINISHED for name in mapping):
+        return {}
+    ends = {f"finish_reason_{name}": _end_of(row, mapping[name], () if name in row else _names_for(name, _FINISHED[0]))
+            for name in ("chosen", "rejected") if name in mapping}
+    ends |= {_FINISHED[0]: _end_of(row, mapping[name], _FINISHED[:2])
+             for name in ("completion", "completions") if name in mapping}
+    return {name: value for name, value in ends.items() if value is not None}
+
+
 def _mapped(row: dict, mapping: dict, options: tuple) -> dict:
     """The row under our field names."""
     mapping = {name: path for name, path in mapping.items() if name not in _RENAMING}
-    new = {name: _picked(row, name, path, options) for name, path in mapping.items() if name != "meta"}
+    ends = _mapped_ends(row, mapping)
+    new = ends | {name: _picked(row, name, path, options) for name, path in mapping.items() if name != "meta"}
     new |= {name: _numbers(new[name], name) for name in ("rewards", "ranks") if name in new}
     asked = mapping.get("meta")
     if asked is None:
         whole = {p for path in mapping.values() for p in ([path] if isinstance(path, str) else path)}
+        whole |= ends.keys() | ({*_FINISHED[:2]} if _FINISHED[0] in ends else set())
         return new | {"meta": _rest(row, whole)}
     return new | {
         "meta": _pick(row, asked) if isinstance(asked, str) else _jsonable({name: _pick(row, name) for name in asked})

@@ -21,7 +21,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 
-from .base.errors import ListError, require
+from .base.errors import ListError, require, _shown
 from .base.files import _batches, _CellList, _check_text, _json, json_digest, _plain_rows, _sorted_json
 from .many_lists import whole_table
 
@@ -108,6 +108,37 @@ def _check_prompt(prompt: Any) -> str | list[dict]:
 # %% ../nbs/12_records.ipynb #c9543791
 _REWARD = {"allowed": "a finite number, or null for not yet scored", "remedy": "write null, or drop the candidate"}
 
+# %% ../nbs/12_records.ipynb #e22ac52e
+_UNSCORED = ("", "n/a", "none", "null")
+
+
+def _number(value: Any, field: str) -> Any:
+    """A number that may stand in a string. "", "N/A" and "None" mean not scored; anything else is left to the check."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in _UNSCORED:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ListError("not a number", field=field, value=value, **_REWARD) from None
+
+
+def _is_null(value: Any) -> bool:
+    """null, NaN, or a list of nothing else."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(one is None or (isinstance(one, float) and math.isnan(one)) for one in values)
+
+
+def _is_unscored(value: Any) -> bool:
+    """The same, or a word for it; not for texts, which may say "None"."""
+    values = value if isinstance(value, list) else [value]
+    return _is_null([None if isinstance(one, str) and one.strip().lower() in _UNSCORED else one for one in values])
+
+
+def _text_or_none(value: Any, field: str) -> str | None:
+    return None if _is_unscored(value) else _check_text(value, field)
+
 # %% ../nbs/12_records.ipynb #76e8e344
 def _check_reward(value: Any, field: str) -> float | None:
     """A finite float, or None."""
@@ -144,6 +175,19 @@ def _check_meta(value: Any, field: str = "meta", depth: int = 0) -> Any:
                 "them",
         remedy="turn it into text or leave it out",
     )
+
+# %% ../nbs/12_records.ipynb #8bc49968
+def _jsonable(value: Any) -> Any:
+    """What JSON cannot hold, in a column that only goes into meta: missing numbers as null, the rest as text."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if value is None or isinstance(value, (str, bool, float)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
+        return value
+    return _shown(value) if isinstance(value, (int, bytes)) else str(value)
 
 # %% ../nbs/12_records.ipynb #rc-end02
 _TOOLS = "tool_calls", "tool_use", "function_call"
@@ -184,6 +228,14 @@ def _check_endings(meta: dict, count: int) -> dict:
     if not isinstance(reasons, list) or len(reasons) != count:  # not one for each: `candidate_columns` says so
         return meta
     return meta | {"finish_reasons": [ending(r, f"meta.finish_reasons[{j}]") for j, r in enumerate(reasons)]}
+
+
+def _with_ends(meta: dict, count: int) -> dict:
+    """Meta with a list "finish_reason", one for each candidate, under our name."""
+    ends = meta.get("finish_reason")
+    if not isinstance(ends, list) or len(ends) != count or "finish_reasons" in meta:
+        return meta
+    return {k: v for k, v in meta.items() if k != "finish_reason"} | {"finish_reasons": ends}
 
 # %% ../nbs/12_records.ipynb #ea860c1e
 def turns_text(

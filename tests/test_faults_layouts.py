@@ -9,11 +9,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizer_kinds
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lire_nb import cli, lists, records
 from lire_nb.base import files
 from lire_nb.base.errors import LireError, ListError
+from lire_nb.conversations import completion_ids
 from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
 from lire_nb.records import make_record, merge_lists
 
@@ -1153,3 +1155,69 @@ def test_another_column_does_not_step_in_for_an_empty_answer(tmp_path):
     with pytest.raises(ListError, match="completion and response: answers in different columns"):
         load_lists(apart)
     assert len(load_lists([apart[0], apart[1] | {"prompt": "r"}])) == 2  # two kinds of rows, nothing null
+
+
+def test_rewards_beside_ranks_are_taken_or_refused():
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [0.9, 0.85, -3.0], "ranks": [1, 2, 3]}
+    assert one(row)["rewards"] == [0.9, 0.85, -3.0] and one(row)["meta"] == {"ranks": [1, 2, 3]}
+    renamed = {("scores" if k == "rewards" else k): v for k, v in row.items()}
+    assert one(renamed)["rewards"] == [0.9, 0.85, -3.0]
+    assert one(row | {"ranks": [1, 1, 2]})["rewards"] == one(row | {"ranks": ["1", None, "2"]})["rewards"] == [
+        0.9, 0.85, -3.0]  # a tie on either side contradicts nothing
+    assert one(row | {"rewards": [0, 0, 0]})["rewards"] == [0, 0, 0]
+    assert one(row | {"rewards": None})["rewards"] == one(row | {"rewards": [None] * 3})["rewards"] == [1.0, 0.5, 0.0]
+    for wrong in (row | {"ranks": [3, 2, 1]}, renamed | {"ranks": [0, 2, 1]},
+                  row | {"rewards": [0.1, None, 3.0], "ranks": [0, 1, 2]}):
+        with pytest.raises(ListError, match="ranks that contradict the rewards.*--map rewards="):
+            load_lists([wrong])
+    best_highest = {"prompt": "prompt", "completions": "completions", "rewards": "rewards"}
+    assert one(row | {"ranks": [3, 2, 1]}, best_highest)["rewards"] == [0.9, 0.85, -3.0]
+    dicts = [{"completion": c, "rank": rank, "reward": reward} for c, rank, reward in (("a", 0, 9), ("b", 1, -9))]
+    assert one({"prompt": "p", "completions": dicts})["rewards"] == [1.0, 0.0]
+    with pytest.raises(ListError, match="ranks that contradict"):
+        load_lists([{"prompt": "p", "completions": [dicts[0] | {"rank": 1}, dicts[1] | {"rank": 0}]}])
+
+
+ENDED = ["length", "stop"]
+
+
+@pytest.mark.parametrize("rows, mapping", [
+    ([{"q": "q", "a": c, "s": s, "finish_reason": e} for c, s, e in zip("ab", (1, 0), ENDED)],
+     {"prompt": "q", "completion": "a", "reward": "s"}),
+    ([{"q": "q", "a": c, "s": s, "why": e, "year": 3} for c, s, e in zip("ab", (1, 0), ENDED)],
+     {"prompt": "q", "completion": "a", "reward": "s", "finish_reason": "why", "meta": ["year"]}),
+    ([{"q": "q", "a": {"text": c, "finish_reason": e}, "s": s} for c, s, e in zip("ab", (1, 0), ENDED)],
+     {"prompt": "q", "completion": "a.text", "reward": "s"}),
+    ({"q": "q", "good": "a", "bad": "b", "finish_reason_chosen": "length", "finish_reason_rejected": "stop"},
+     {"prompt": "q", "chosen": "good", "rejected": "bad"}),
+    ({"q": "q", "good": "a", "bad": "b", "good_finish_reason": "length", "bad_finish_reason": "stop"},
+     {"prompt": "q", "chosen": "good", "rejected": "bad"}),
+    ({"q": "q", "chosen": "b", "rejected": "a", "finish_reason_chosen": "stop", "finish_reason_rejected": "length"},
+     {"prompt": "q", "chosen": "rejected", "rejected": "chosen"}),  # each follows its own column
+    ({"q": "q", "good": "a", "bad": "b", "e1": "length", "e2": "stop"},
+     {"prompt": "q", "chosen": "good", "rejected": "bad", "finish_reason_chosen": "e1", "finish_reason_rejected": "e2"}),
+    ({"q": "q", "good": "a", "bad": "b", "e": ENDED}, {"prompt": "q", "chosen": "good", "rejected": "bad",
+                                                       "finish_reason": "e"}),
+    ({"q": "q", "answers": [{"text": c, "finish_reason": e} for c, e in zip("ab", ENDED)]},
+     {"prompt": "q", "completions": "answers.text"}),
+    ({"q": "q", "x": "a", "y": "b", "finish_reason_x": "length", "finish_reason_y": "stop"},
+     {"prompt": "q", "completions": ["x", "y"]}),
+    ({"q": "q", "c": ["a", "b"], "finish_reason": ENDED}, {"prompt": "q", "completions": "c", "meta": []}),
+    ({"q": "q", "c": ["a", "b"], "finish_reasons": ENDED}, {"prompt": "q", "completions": "c"}),
+    ({"q": "q", "c": ["a", "b"], "why": ENDED}, {"prompt": "q", "completions": "c", "finish_reasons": "why"}),
+])
+def test_how_an_answer_ended_travels_with_a_mapping(rows, mapping):
+    if mapping.get("meta") == []:
+        mapping = mapping | {"meta": ["q"]}
+    record = one(rows, mapping)
+    assert record["completions"] == ["a", "b"] and record["meta"]["finish_reasons"] == ENDED
+    tokenizer = tokenizer_kinds.letters()
+    ids, _ = completion_ids(record | {"completions": ["abc", "abd"]}, tokenizer)
+    assert [answer[-1] == tokenizer.eos_token_id for answer in ids] == [False, True]
+
+
+def test_an_ending_of_another_column_is_not_taken():
+    row = {"q": "q", "chosen": "x", "good": "a", "bad": "b", "finish_reason_chosen": "length"}
+    record = one(row, {"prompt": "q", "chosen": "good", "rejected": "bad"})
+    assert "finish_reasons" not in record["meta"] and record["meta"]["finish_reason_chosen"] == "length"
+    assert "finish_reasons" not in one({"q": "q", "c": ["a"]}, {"prompt": "q", "completions": "c"})["meta"]
