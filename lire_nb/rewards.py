@@ -38,7 +38,7 @@ from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
     context_of, default_device, has_bf16, load_reward_backbone, model_fingerprint, ModelError, quiet_transformers,
 )
-from .records import lists_dataset, read_as_answers
+from .records import differing_lists, lists_dataset, read_as_answers
 from .servers import check_address, Journal, NoAnswer, progress_bar, run_requests, TryLater
 from .tasks import text_hash
 
@@ -443,10 +443,7 @@ def train_reward_model(
 ) -> RewardModel:  # its `history` holds the loss of every step
     "Train a scalar reward from graded lists; raises `LireError` when no list holds an ordered pair."
     _check_noise(label_smoothing, latent, latent_weight)
-    lists = [r for r in lists if len({grade for grade in r["rewards"] if grade is not None}) > 1]
-    require(lists, "no list holds two different rewards", field="lists",
-            allowed="lists with at least two different rewards",
-            remedy="score the lists, or give preferences as rewards 1 and 0")
+    lists = differing_lists(lists)
     devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MUTE', 'LARGEST', 'ROUND', 'MOST', 'why_mute', 'mute_lists', 'needs_difference', 'largest_weights', 'temperature_for',
-           'spread_out', 'suggest_temperature', 'lost_updates']
+           'one_hot_line', 'spread_out', 'suggest_temperature', 'lost_updates']
 
 # %% ../nbs/24_temperature.ipynb #b8a36934
 from collections import Counter
@@ -16,8 +16,9 @@ import torch
 from .base.errors import LireError
 from .lists import as_lists
 from .logprobs import dataset_logps
-from .losses import list_probs
+from .losses import list_probs, SATURATED
 from .models import load_policy
+from .records import trained_rewards
 from .rivals import LossSpec
 
 # %% ../nbs/24_temperature.ipynb #281fdde8
@@ -25,19 +26,22 @@ MUTE = {
     "one": "with one candidate",
     "unscored": "with fewer than two scored candidates",
     "tied": "tied in all rewards",
+    "blurred": "whose rewards differ by less than float32 can tell (subtract their mean, or rescale them)",
 }
 
 # %% ../nbs/24_temperature.ipynb #4552ab1b
 def why_mute(
     rewards: Sequence[float | None],  # (M,) of one list
-) -> str | None:  # "one", "unscored" or "tied"; None: the list can teach
+) -> str | None:  # "one", "unscored", "tied" or "blurred"; None: it can teach
     "Why no candidate of a list is better than another."
     scored = [r for r in rewards if r is not None]
     if len(rewards) < 2:
         return "one"
     if len(scored) < 2:
         return "unscored"
-    return "tied" if len(set(scored)) == 1 else None
+    if len(set(trained_rewards(scored))) > 1:
+        return None
+    return "tied" if len(set(scored)) == 1 else "blurred"
 
 # %% ../nbs/24_temperature.ipynb #5c74fe53
 def mute_lists(
@@ -46,7 +50,8 @@ def mute_lists(
 ) -> tuple[int, str]:  # how many cannot teach, and why, in words
     "Count the lists that cannot teach."
     counts = Counter(filter(None, map(why_mute, rewards)))
-    counts["tied"] *= not ties
+    for why in ("tied", "blurred"):
+        counts[why] *= not ties
     return sum(counts.values()), ", ".join(f"{counts[why]} {words}" for why, words in MUTE.items() if counts[why])
 
 # %% ../nbs/24_temperature.ipynb #8fea3592
@@ -80,6 +85,20 @@ def temperature_for(
                         allowed="a list with two scored candidates whose rewards differ",
                         remedy="score the lists, or sample more candidates for each prompt")
     return next((T for T in ROUND if median(largest_weights(logps, T)) < largest), ROUND[-1])
+
+# %% ../nbs/24_temperature.ipynb #onehot02
+def one_hot_line(
+    logps: Sequence[Sequence[float]],  # (M,) log-probs of each list that can teach, in nats
+    temperature: float,  # T > 0
+) -> str | None:  # None: at most a quarter of them are
+    "One line where P is one-hot on more than a quarter of the lists."
+    lost = sum(p > SATURATED for p in largest_weights(logps, temperature))
+    if lost <= len(logps) / 4:
+        return None
+    better = temperature_for(logps)
+    return (f"P is one-hot on {lost} of {len(logps)} lists at T = {temperature:g}, where the gradient is zero; "
+            f"T ≈ {better:g} gives a median largest P of {median(largest_weights(logps, better)):.2f}: "
+            f"set temperature={better:g}, or ask lire_nb.suggest_temperature")
 
 # %% ../nbs/24_temperature.ipynb #4faf76a6
 MOST = 64  # lists that are looked at

@@ -39,13 +39,13 @@ from .launch import asked_engine, check_engine, needs_search, shared_out
 from .lists import as_lists, _is_prepared
 from .logprobs import in_table, IMPLS, list_logps, policy_at_start, reference_logps, remember_start
 from .long_lists import candidates_that_fit, check_at_once, largest_lists, list_logps_in_parts
-from .losses import list_metrics, pair_metrics, pair_rewards, SATURATED, scored_mask
+from .losses import list_metrics, pair_metrics, pair_rewards, scored_mask
 from .many_lists import content_key, table_on_disk, MANY, with_column
 from lire_nb.models import (
     causal_lm, check_apart, check_trainable, common_context, file_hash, has_bf16, load_policy, unwrap,
 )
 from .path_check import to_device, verified
-from .records import best_and_worst, keep_best_and_worst
+from .records import best_and_worst, BLURRED, is_blurred, keep_best_and_worst
 from .resume import ExactTrainer, read_manifest
 from .rivals import get_loss, LOSSES, LossSpec
 from .sampling import derive_seed
@@ -57,7 +57,7 @@ from lire_nb.shared_prompt import (
     at_hand, AtHand, for_a_while, _lay_packed, _lay_padded, ListCollator, predicted_lengths, tokenize_list, with_tables,
 )
 from lire_nb.temperature import (
-    largest_weights, lost_updates, median, mute_lists, needs_difference, spread_out, temperature_for, why_mute,
+    lost_updates, mute_lists, needs_difference, one_hot_line, spread_out, why_mute,
 )
 
 # %% ../nbs/18_training.ipynb #93c6b358
@@ -836,15 +836,20 @@ def check_teaching(
     "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
     loss, lists = get_loss(args.loss_type), () if lists is None else lists
     shown = taught_by_example(args.terms(), lists, needed=True)
+    differs, blurred = needs_difference(loss, args.loss_settings()) and not loss.ties, 0
 
     def rewards():  # of the lists that no demonstration teaches, a few in memory
+        nonlocal blurred
         for some in _batches(zip(_few(lists, "id", "rewards"), shown), 512):
             rows = [(record["id"], _check_rewards(record, by)) for record, by in some]
             if isinstance(args.loss_type, str):
                 _check_fit(loss, args.loss_settings(), [one for one in rows if any(r is not None for r in one[1])])
+            blurred += sum(is_blurred(row) and not (differs and why_mute(row)) for _, row in rows)
             yield from (row for (_, row), (_, by) in zip(rows, some) if not by)
 
     mute, why = mute_lists(rewards(), loss.ties)
+    if blurred and warn and args.process_index == 0:
+        logger.warning(BLURRED, blurred, len(lists))
     if not mute or not needs_difference(loss, args.loss_settings()):
         return
     # what a function of one's own learns from, only it knows
@@ -924,19 +929,8 @@ def first_look(trainer: LIRETrainer) -> None:
     fixed = isinstance(settings.get("temperature"), (int, float)) and look_logger.isEnabledFor(logging.WARNING)
     if fixed and not str(settings.get("score")).endswith("ratio") and trainer.train_dataset is not None:
         rows = _first_logps(trainer)
-        if trainer.is_world_process_zero() and (line := _saturated(rows, settings["temperature"])):
+        if trainer.is_world_process_zero() and (line := one_hot_line(rows, settings["temperature"])):
             look_logger.warning(line)
-
-# %% ../nbs/18_training.ipynb #b1f31e05
-def _saturated(rows: list[list[float]], T: float) -> str | None:
-    "One line where P is one-hot on more than a quarter of the lists."
-    lost = sum(p > SATURATED for p in largest_weights(rows, T))
-    if lost <= len(rows) / 4:
-        return None
-    better = temperature_for(rows)
-    return (f"P is one-hot on {lost} of {len(rows)} lists at T = {T:g}, where the gradient is zero; "
-            f"T ≈ {better:g} gives a median largest P of {median(largest_weights(rows, better)):.2f}: "
-            f"set temperature={better:g}, or ask lire_nb.suggest_temperature")
 
 # %% ../nbs/18_training.ipynb #99fa727e
 def _first_logps(trainer: LIRETrainer) -> list[list[float]]:

@@ -22,7 +22,9 @@ from .base.errors import LireError, require
 from .base.files import _plain_rows, write_json
 from .identity import reward_identity
 from .losses import transform_rewards
-from .records import _validated, candidate_columns, lists_dataset, prompt_id, read_as_answers
+from lire_nb.records import (
+    _validated, candidate_columns, differing_lists, lists_dataset, prompt_id, read_as_answers,
+)
 from .rewards import Reward, reward_name, RewardError, RewardModel, train_reward_model
 
 # %% ../nbs/86_uncertain_rewards.ipynb #c418d68c
@@ -183,7 +185,7 @@ def train_reward_ensemble(
     _check_doubt(k)
     require(not by_confidence or settings.get("latent"), "members would not say how sure they are",
             field="by_confidence", value=by_confidence, allowed="True with latent=", remedy="train them with latent=8")
-    lists = _ordered(lists)
+    lists = differing_lists(lists)
     models = []
     for n in range(members):
         draw = np.random.default_rng([seed, n])
@@ -191,15 +193,6 @@ def train_reward_ensemble(
         models.append(train_reward_model(own, backbone, seed=seed + n, name=f"{name}-{n}", **settings))
     ensemble = RewardEnsemble(models, k, by_confidence=by_confidence, name=name)
     return ensemble.calibrate(lists) if calibrate else ensemble
-
-# %% ../nbs/86_uncertain_rewards.ipynb #f8ab504c
-def _ordered(lists: Iterable[dict]) -> list[dict]:
-    "The lists that teach an order."
-    kept = [r for r in lists if len({grade for grade in r["rewards"] if grade is not None}) > 1]
-    require(kept, "no list holds two different rewards", field="lists",
-            allowed="lists with at least two different rewards",
-            remedy="score the lists, or give preferences as rewards 1 and 0")
-    return kept
 
 # %% ../nbs/86_uncertain_rewards.ipynb #2d235d61
 HOW = ("zscore", "rank", "softmax", "none", "targets")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import warm
@@ -26,8 +27,11 @@ from lire_nb.losses import lire_loss
 from lire_nb.models import load_policy
 from lire_nb.records import make_record
 from lire_nb.resume import last_checkpoint
+from lire_nb.rewards import train_reward_model
 from lire_nb.rivals import LOSSES
+from lire_nb.temperature import suggest_temperature
 from lire_nb.training import LIREConfig, LIRETrainer
+from lire_nb.uncertain_rewards import train_reward_ensemble
 
 HERE = Path(__file__).parent
 WORDS = [" good", " bad", " dull and long", " fine", " odd"]
@@ -817,3 +821,41 @@ def test_rewards_that_a_loss_refuses_are_said_before_the_policy_is_loaded(place,
         refused(lambda: train_policy(place / "start", lists, tmp_path / "out", **{**BASE, "loss_type": "lipo"}),
                 lists[3]["id"], "[0, 1]", "minmax")
     refused(lambda: trainer(place / "start", tmp_path, lists, loss_type="lipo"), lists[3]["id"], "[0, 1]")
+
+
+# Rewards that differ by less than float32 can tell.
+
+
+def graded(*rows):
+    return [make_record(f"film {n} was", WORDS[: len(row)], rewards=list(row), id=f"g{n}") for n, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("row", [(1e9 + 2, 1e9, 1e9 + 1), (1 - 1e-9, 1 - 2e-8, 1 - 1e-8), (2.0**24 + 1, 2.0**24)])
+def test_rewards_that_float32_does_not_tell_apart_are_refused_as_ties_are(place, tmp_path, row):
+    assert len(set(np.float32(row))) == 1 < len(set(row))
+    for call in (lambda: trainer(place / "start", tmp_path, graded(row, row)),
+                 lambda: trainer(place / "start", tmp_path, graded(row, (1.0, 1.0)), loss_type="dpo"),
+                 lambda: train_reward_model(graded(row, row), place / "start", progress=False),
+                 lambda: train_reward_ensemble(graded(row, row), place / "start", progress=False),
+                 lambda: suggest_temperature(graded(row, row), place / "start")):
+        with pytest.raises(LireError, match="float32 can tell|no list can teach"):
+            call()
+    with pytest.raises(LireError, match="no list can teach: 2 whose rewards differ by less than float32 can tell.*mean"):
+        trainer(place / "start", tmp_path, graded(row, row))
+    with pytest.raises(LireError, match="no list holds two different rewards, as far as float32 can tell.*mean"):
+        train_reward_model(graded(row, row), place / "start", progress=False)
+
+
+def test_it_is_said_once_in_how_many_lists_rewards_count_as_equal(place, tmp_path, caplog):
+    sums = (0.1 + 0.2, 0.3, 1.0)  # the rounding of a sum is no opinion
+    rows = [(2.0**24 + 1, 2.0**24, 0.0), (1.0, 0.0), sums, (1 - 1e-9, 1 - 2e-8)]
+    count = lambda said: [s for s in said if "count as equal" in s]  # noqa: E731
+    for settings, number in (({}, 1), ({"loss_type": "sft"}, 2), ({"loss_type": "rrhf"}, 2)):
+        said = count(warnings_of(caplog, lambda s=settings: trainer(place / "start", tmp_path, graded(*rows), **s)))
+        assert len(said) == 1 and f"{number} of 4 lists hold different rewards" in said[0] and "rescale" in said[0]
+    said = count(warnings_of(caplog, lambda: train_reward_model(graded(*rows), place / "start", progress=False)))
+    assert len(said) == 1 and "2 of 4 lists" in said[0]
+    fine = graded((1.0, 0.0, 0.5), sums, (1e9, 2e9))
+    for call in (lambda: trainer(place / "start", tmp_path, fine, loss_type="sft"),
+                 lambda: train_reward_model(fine, place / "start", progress=False)):
+        assert not count(warnings_of(caplog, call))
