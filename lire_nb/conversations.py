@@ -6,7 +6,8 @@
 __all__ = ['logger', 'MAX_PROMPT_LENGTH', 'MAX_COMPLETION_LENGTH', 'render_prompt', 'render_conversation', 'answer_text',
            'encode_prompt', 'check_limit', 'end_token', 'end_tokens', 'encode_completion', 'completion_text',
            'turn_ids', 'tokenizer_fingerprint', 'drawn_tokens', 'agent_lengths', 'candidate_tokens', 'completion_ids',
-           'encode_conversation', 'warn_text_prompts', 'list_table', 'describe_lists', 'plot_lists']
+           'encode_conversation', 'warn_text_prompts', 'same_tokens', 'check_same_tokens', 'list_table',
+           'describe_lists', 'plot_lists']
 
 # %% ../nbs/13_conversations.ipynb #7f0bd77e
 import hashlib
@@ -24,10 +25,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .base.errors import LireError, ListError, require
-from .base.files import _plain_rows
+from .base.files import _is_main, _plain_rows
 from .layouts import join_transcript, spaced, unspaced
 from lire_nb.records import (
-    candidate_turns, ending, turn_messages, _check_message, _check_prompt, _listed, split_tools, uses_tools, _validated,
+    candidate_turns, ending, trained_rewards, turn_messages, _check_message, _check_prompt, _listed, split_tools,
+    uses_tools, _validated,
 )
 
 # %% ../nbs/13_conversations.ipynb #b67af5a8
@@ -667,6 +669,39 @@ def warn_text_prompts(
                        "chat=True makes each one user turn, chat=False says that plain text is meant", sum(plain),
                        len(plain))
     return sum(plain)
+
+# %% ../nbs/13_conversations.ipynb #same0002
+def same_tokens(
+    rows: list[list[int]],  # M answers, as ids
+    rewards: list[float | None],  # M
+) -> int:  # 0: none; 1: some; 2: all that are scored
+    """Whether answers of a list have the same ids, and different rewards. Where others differ, a difference that
+    bfloat16 rounds away is none: a reward model may give it to one text in two batches."""
+    ids, seen = [tuple(row) for row, reward in zip(rows, rewards, strict=True) if reward is not None], {}
+    if len(set(ids)) == len(ids):
+        return 0
+    for row, reward in zip(ids, known := trained_rewards(rewards)):
+        seen.setdefault(row, []).append(reward)
+    apart = max(max(some) - min(some) for some in seen.values())
+    return 2 * (apart > 0) if len(seen) == 1 else int(apart > max(map(abs, known)) / 256)
+
+
+def check_same_tokens(
+    found: list[int],  # of each list, by `same_tokens`
+    others: int | None,  # how many lists cannot teach for other reasons; None: no list has to teach
+) -> None:
+    "Say in how many lists; raises `LireError` where no list is left that can teach."
+    lists, lost = sum(map(bool, found)), found.count(2)
+    if not lists:
+        return
+    remedy = ("take a tokenizer that knows their letters, raise the length limit where they were cut, or join them "
+              "(merge_lists)")
+    require(not lost or others is None or lost + others < len(found),
+            "no list can teach: answers with different rewards have the same token ids", field="lists",
+            value=f"{lost} lists", allowed="a list whose scored answers differ in ids and rewards", remedy=remedy)
+    if _is_main():
+        logger.warning("in %d of %d lists, answers with different rewards have the same token ids, so nothing tells "
+                       "them apart: %s", lists, len(found), remedy)
 
 # %% ../nbs/13_conversations.ipynb #2865e406
 def _lengths(record: dict, tokenizer) -> tuple[int, list[int]]:

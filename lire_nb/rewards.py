@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .base.errors import LireError, needed, require
 from .base.files import _batches, _is_main, json_digest
 from .base.ranks import even_batches, is_sharing, is_splitting, my_share, on_main, split_rows, sum_over_ranks
-from .conversations import encode_conversation
+from .conversations import check_same_tokens, encode_conversation, same_tokens
 from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
     context_of, default_device, has_bf16, load_reward_backbone, model_fingerprint, ModelError, quiet_transformers,
@@ -454,9 +454,10 @@ def train_reward_model(
         reward = RewardModel(model, tokenizer, max_length=limit, name=name)
         if latent is not None:
             _put_latent(reward.model, latent)
-        for r in lists:  # a template that refuses a conversation does so before the first step
-            for said in read_as_answers(r):
-                reward._row(*said, id=r["id"])
+        # a template that refuses a conversation does so before the first step
+        same = [same_tokens([reward._row(*said, id=r["id"]) for said in read_as_answers(r)], r["rewards"])
+                for r in lists]
+        check_same_tokens(same, others=0)
         reward.tell_cuts(sum(len(r["completions"]) for r in lists))
         steps = [b for _ in range(epochs) for b in torch.randperm(len(lists)).split(batch_size)]
         with nullcontext(()) if upper_layers is None else _frozen_below(reward, upper_layers) as frozen:

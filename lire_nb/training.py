@@ -31,7 +31,7 @@ from .base.errors import LireError, moved, require
 from .base.files import _batches, _plain_rows
 from .base.ranks import sharing
 from .cards import courses, deciding, kept_step, lists_facts, public_name, TrainingFacts, write_card
-from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, warn_text_prompts
+from .conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, same_tokens, warn_text_prompts
 from .demonstrations import FORMS, needed_columns, taught_by_example, term_values
 from .exploration import term_beta
 from .identity import tokenizer_identity
@@ -57,7 +57,7 @@ from lire_nb.shared_prompt import (
     at_hand, AtHand, for_a_while, _lay_packed, _lay_padded, ListCollator, predicted_lengths, tokenize_list, with_tables,
 )
 from lire_nb.temperature import (
-    lost_updates, mute_lists, needs_difference, one_hot_line, spread_out, why_mute,
+    check_ids, learns_from_differences, lost_updates, mute_lists, needs_difference, one_hot_line, spread_out, why_mute,
 )
 
 # %% ../nbs/18_training.ipynb #93c6b358
@@ -70,7 +70,8 @@ TERMS = ("optimism", "demo_weight", "demo_form")  # settings that are written do
 IMPLICIT = ("dpo", "plackett_luce_dpo", "infonca", "nca", "regression", "lipo", "simpo", "odpo", "qrpo", "swepo", "kto",
             "apo")
 # of prepared lists
-COUNTS = ("cut_prompts", "cut_completions", "retokenized")  # what was changed; prepared lists are without them
+# what was changed, and `same_tokens`; prepared lists are without them
+COUNTS = ("cut_prompts", "cut_completions", "retokenized", "same_tokens")
 COLUMNS = ("id", "prompt_ids", "completion_ids", "rewards", "ref_logps", "own", "demos", "filler", "cut", "agent",
            *COUNTS)
 
@@ -312,6 +313,7 @@ def prepare_lists(
     args: LIREConfig,
     ref_model=False,  # a model to compute reference log-probs with
     context: int | None = None,  # tokens that the policy can read at most
+    teach: bool = False,  # to train on them, so that one list at least has to teach
 ) -> datasets.Dataset | None:
     "Token ids, rewards and, where asked for, reference log-probs of every list; raises `LireError`."
     if lists is None:
@@ -325,6 +327,9 @@ def prepare_lists(
     require(len(lists), "empty", field="lists", allowed="at least one list",
             remedy="check the file or split they come from")
     tokenized = _tokenized(lists, tokenizer, args, {"context": context, **limits}, many)
+    loss, refuse = get_loss(args.loss_type), teach and args.on_mute_lists == "refuse" and not args.terms()
+    refuse = refuse and loss.name in LOSSES and learns_from_differences(loss, args.loss_settings())
+    check_ids(_numbers(tokenized, "same_tokens"), lambda: _numbers(tokenized, "rewards") if refuse else None)
     if ref_model:
         known = reference_logps(ref_model, tokenizer, lists, args.reference_cache, context=context,
                                 autocast=torch.bfloat16 if args.bf16 else None, **limits)
@@ -345,7 +350,8 @@ def _tokenized(lists, tokenizer, args: LIREConfig, limits: dict, many: bool) -> 
     def rows():
         for record in _plain_rows(lists):
             one = tokenize_list(record, tokenizer, **limits)
-            counts = dict(zip(COUNTS, (*one.pop("cut"), one.pop("retokenized"))))
+            same = same_tokens(one["completion_ids"], one["rewards"])
+            counts = dict(zip(COUNTS, (*one.pop("cut"), one.pop("retokenized"), same)))
             length = len(one["prompt_ids"]) + sum(map(len, one["completion_ids"]))
             # the length is for train_sampling_strategy="group_by_length"
             yield {**one, **{name: read(record) for name, read in needed.items()}, args.length_column_name: length,
@@ -373,7 +379,7 @@ def _features(needed, length: str) -> datasets.Features:
 
 def _without_counts(tokenized: datasets.Dataset) -> datasets.Dataset:
     "Say what was cut and tokenized anew, and leave the counts out."
-    prompts, completions, again = (sum(_numbers(tokenized, name)) for name in COUNTS)
+    prompts, completions, again = (sum(_numbers(tokenized, name)) for name in COUNTS[:3])
     if again:
         logger.warning("%d candidates were drawn as other tokens than this tokenizer reads (another tokenizer, or an "
                        "edited text): their text is tokenized anew", again)
@@ -384,7 +390,7 @@ def _without_counts(tokenized: datasets.Dataset) -> datasets.Dataset:
     return tokenized.remove_columns([*COUNTS, *empty])
 
 
-def _numbers(tokenized: datasets.Dataset, name: str) -> list[int]:
+def _numbers(tokenized: datasets.Dataset, name: str) -> list:
     return tokenized.data.column(name).to_pylist()
 
 # %% ../nbs/18_training.ipynb #ee46b413
@@ -547,8 +553,8 @@ class LIRETrainer(ListTrainer):
             logger.info("reference_cache is not read: the loss %s needs no reference", self.loss.name)
         _check_paths(model, args, ref_model)
         reference, context = self.needs_ref and (ref_model or model), common_context(model, ref_model)
-        prepare = lambda lists: _prepared(lists, processing_class, args, reference, context)  # noqa: E731
-        train_dataset, eval_dataset = prepare(train_dataset), prepare(eval_dataset)
+        prepare = partial(_prepared, tokenizer=processing_class, args=args, reference=reference, context=context)
+        train_dataset, eval_dataset = prepare(train_dataset, teach=True), prepare(eval_dataset)
         with _searched(model, args):
             super().__init__(
                 model=model, args=args, processing_class=processing_class, callbacks=callbacks,
@@ -746,13 +752,13 @@ def _scored_losses(trainer: LIRETrainer, tables: dict) -> tuple[torch.Tensor, di
     return losses, _metrics(trainer.args, tables["logps"].detach(), tables["lengths"], tables, mask)
 
 # %% ../nbs/18_training.ipynb #a668882b
-def _prepared(lists, tokenizer, args: LIREConfig, reference, context):
+def _prepared(lists, tokenizer, args: LIREConfig, reference, context, teach: bool = False):
     "Lists, a dict of them, or what is prepared already."
     if isinstance(lists, dict):
         return {name: _prepared(part, tokenizer, args, reference, context) for name, part in lists.items()}
     if not _is_prepared(lists):
         with sharing() if reference else nullcontext():  # each process computes a share of the log-probs
-            return prepare_lists(lists, tokenizer, args, reference, context)
+            return prepare_lists(lists, tokenizer, args, reference, context, teach)
     needed = [*needed_columns(args.terms()), *["ref_logps"] * bool(reference)]
     missing = [name for name in needed if name not in getattr(lists, "column_names", (name,))]
     require(not missing, f"prepared without {' and '.join(missing)}", field="lists", value=list(args.terms()),
@@ -836,7 +842,7 @@ def check_teaching(
     "Say how many lists cannot teach; raises `LireError` for a file without a single one that can."
     loss, lists = get_loss(args.loss_type), () if lists is None else lists
     shown = taught_by_example(args.terms(), lists, needed=True)
-    differs, blurred = needs_difference(loss, args.loss_settings()) and not loss.ties, 0
+    differs, blurred = learns_from_differences(loss, args.loss_settings()), 0
 
     def rewards():  # of the lists that no demonstration teaches, a few in memory
         nonlocal blurred

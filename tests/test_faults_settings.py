@@ -25,7 +25,7 @@ from lire_nb.lists import save_lists
 from lire_nb.logprobs import dataset_logps
 from lire_nb.losses import lire_loss
 from lire_nb.models import load_policy
-from lire_nb.records import make_record
+from lire_nb.records import lists_dataset, make_record
 from lire_nb.resume import last_checkpoint
 from lire_nb.rewards import train_reward_model
 from lire_nb.rivals import LOSSES
@@ -859,3 +859,46 @@ def test_it_is_said_once_in_how_many_lists_rewards_count_as_equal(place, tmp_pat
     for call in (lambda: trainer(place / "start", tmp_path, fine, loss_type="sft"),
                  lambda: train_reward_model(fine, place / "start", progress=False)):
         assert not count(warnings_of(caplog, call))
+
+
+# Answers that are the same token ids, with different rewards.
+
+SAME = [make_record(f"film {n} was", ["é", "ü"], [1.0, 0.0], id=f"s{n}") for n in range(3)]  # ASCII letters know neither
+
+
+def same_ids(said):
+    return [s for s in said if "the same token ids" in s]
+
+
+@pytest.mark.parametrize("loss", ["lire", "dpo", "simpo"])
+def test_answers_that_are_the_same_ids_teach_nothing_and_are_refused(place, tmp_path, caplog, loss):
+    tied = make_record("play was", [" ok", " fine"], [1.0, 1.0], id="tied")
+    for lists in (SAME, [*SAME, tied]):
+        refused(lambda lists=lists: trainer(place / "start", tmp_path, lists, loss_type=loss), "no list can teach",
+                "same token ids", "3 lists", "tokenizer", "merge_lists")
+    with pytest.raises(LireError, match="the same token ids"):
+        train_policy(place / "start", SAME, tmp_path / "out", **{**BASE, "loss_type": loss})
+    with pytest.raises(LireError, match="the same token ids"):
+        train_reward_model(SAME, place / "start", progress=False)
+    seen = warnings_of(caplog, lambda: trainer(place / "start", tmp_path, SAME, loss_type=loss, on_mute_lists="warn"))
+    assert len(same_ids(seen)) == 1 and "in 3 of 3 lists" in seen[-1]
+
+
+def test_some_lists_of_the_same_ids_are_told_once(place, tmp_path, caplog, monkeypatch):
+    many = [*SAME, make_record("book was", ["ö", "good", "ß"], [1.0, 0.5, 0.0], id="some"), *LISTS]
+    calls = {"lire": lambda: trainer(place / "start", tmp_path, many),
+             "sft": lambda: trainer(place / "start", tmp_path, many, loss_type="sft"),
+             "reward model": lambda: train_reward_model(many, place / "start", progress=False),
+             "on the disk": lambda: trainer(place / "start", tmp_path, lists_dataset(many))}
+    for name, call in calls.items():
+        with monkeypatch.context() as patch:
+            patch.setattr("lire_nb.training.MANY", 1)
+            said = same_ids(warnings_of(caplog, call))
+        assert len(said) == 1 and "in 4 of 12 lists" in said[0] and "tokenizer" in said[0], name
+    one = make_record("film was", [" good", " good", " bad"], [0.5, 0.5 + 2**-10, 0.0], id="noise")  # of bfloat16
+    cut = make_record("film was", [" good and a", " good and b"], [1.0, 0.0], id="cut")
+    assert not same_ids(warnings_of(caplog, lambda: trainer(place / "start", tmp_path, [*LISTS, one, cut])))
+    short = lambda: trainer(place / "start", tmp_path, [*LISTS, cut], max_completion_length=9)  # noqa: E731
+    assert "in 1 of 9 lists" in same_ids(warnings_of(caplog, short))[0]
+    held = lambda: trainer(place / "start", tmp_path, LISTS, SAME, eval_strategy="epoch")  # noqa: E731
+    assert "in 3 of 3 lists" in same_ids(warnings_of(caplog, held))[0]  # held-out lists need not teach
