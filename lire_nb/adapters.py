@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MERGED', 'put_adapter', 'keep_gradients', 'check_peft_config', 'with_adapter', 'check_same_adapter', 'check_adapter',
-           'check_matrices', 'merged_policy', 'name_base', 'merge_adapter']
+           'check_matrices', 'merged_policy', 'remember_base', 'name_base', 'merge_adapter']
 
 # %% ../nbs/27_adapters.ipynb #22e21150
 import copy
 import json
 import os
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from .base.errors import LireError, require
 from .base.files import atomic_folder, write_json
 from .cards import read_card, write_card
 from .identity import differences
-from .models import causal_lm, config_content, import_peft, MODEL_ASSETS, Policy, quiet_transformers
+from lire_nb.models import (
+    BASE_NOTE, cache_dir, causal_lm, check_base, check_first_weights, config_content, import_peft, MODEL_ASSETS, Policy,
+    quiet_transformers, unwrap, weights_fingerprint,
+)
 
 # %% ../nbs/27_adapters.ipynb #45f5f034
 def put_adapter(
@@ -35,17 +39,23 @@ def put_adapter(
     require(not has or hasattr(model, "disable_adapter"), "an adapter inside a model that does not know it",
             field="model", value=type(model).__name__, allowed="a full model or a peft.PeftModel",
             remedy="load it with load_policy(folder)")
+    require(not has or list(has) == ["default"], "several adapters, or one of another name: it would be saved where no "
+            "load looks", field="model", value=", ".join(has or ()), allowed="one adapter, whose name is default",
+            remedy="save the one to be trained, model.save_pretrained(folder, selected_adapters=[name]), and give "
+                   "load_policy(folder/name)")
     require(not has or any(p.requires_grad for p in model.parameters()), "nothing to train: all weights are frozen",
             field="model", value=type(model).__name__, allowed="an adapter that may be trained",
             remedy="load it with load_policy(folder)")
     keep_gradients(model)
-    if peft_config is None:
-        return model
     if has:
+        check_peft_config(has["default"])
+    if has and peft_config is not None:
         check_same_adapter(has[model.active_adapter], peft_config, causal_lm(model).config)
-        return model
-    set_seed(seed)
-    return with_adapter(model, peft_config)
+    elif peft_config is not None:
+        set_seed(seed)
+        model = with_adapter(model, peft_config)
+    remember_base(model)
+    return model
 
 # %% ../nbs/27_adapters.ipynb #90b49682
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -62,6 +72,8 @@ def check_peft_config(peft_config) -> None:
     require(peft_config is None or isinstance(peft_config, dict) or hasattr(peft_config, "peft_type"),
             "not a configuration of an adapter", field="peft_config", value=peft_config,
             allowed="a peft configuration such as LoraConfig, or a dict of its settings", remedy="for example {'r': 8}")
+    told = peft_config.get if isinstance(peft_config, dict) else lambda name: getattr(peft_config, name, None)
+    check_first_weights(told("init_lora_weights"), field="peft_config")
 
 
 def _learns_a_prompt(peft_config) -> str | None:
@@ -140,18 +152,19 @@ def check_adapter(
     no folder of a policy can hold; nothing is loaded."""
     policy = Policy.of(policy)
     there, kind = policy.adapter, _learns_a_prompt(peft_config)
+    check_peft_config(peft_config)
     require(kind is None, "learns a prompt, which cannot be loaded to be trained again", field="peft_config",
             value=kind, allowed="an adapter of the weights, such as LoraConfig", remedy="for example {'r': 8}")
     require(there is not None or not merge, "has no adapter to merge", field="merge_adapter", value=policy.name,
             allowed="the folder of an adapter", remedy="leave merge_adapter out")
     if there is None or merge:
         return
-    base = policy.base  # it must be there
+    check_base(policy)  # it must be there
     require(peft_config is not None, "is an adapter, and full training of it is not defined", field="policy",
             value=policy.name, allowed="the adapter trained further, or merged into its base first",
             remedy=f"--lora-rank {there.get('r')} trains it further, --merge-adapter merges it "
                    "(peft_config=, merge_adapter=True)")
-    check_same_adapter(there, peft_config, base.config)
+    check_same_adapter(there, peft_config, policy.config)
 
 # %% ../nbs/27_adapters.ipynb #ecbffada
 def check_matrices(
@@ -180,27 +193,50 @@ def merged_policy(
     full = model.merge_and_unload()
     if hasattr(full, "peft_config"):
         del full.peft_config
+    full.name_or_path = ""  # it lies nowhere: an adapter on it must not name the base that was
     return full.requires_grad_(True)
+
+# %% ../nbs/27_adapters.ipynb #27ba0001
+_BASES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> where its base lay, and what it was
+
+
+def remember_base(
+    model: torch.nn.Module,  # before it is trained; nothing happens without an adapter, or with a base from nowhere
+) -> None:
+    "Keep what `name_base` writes down later: the base that was loaded, wherever one stands then and whatever it is."
+    model, place = unwrap(model), Path(getattr(causal_lm(model), "name_or_path", None) or "no folder")
+    if not hasattr(model, "disable_adapter") or not place.is_dir():
+        return
+    place = place.resolve()
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(place)
+    asset = [n for n in MODEL_ASSETS if place.parent == cache_dir().resolve() and place.name.startswith(f"{n}-")]
+    _BASES[model] = {"name": asset[0]} if asset else {"name": str(place), "weights": weights_fingerprint(place)}
+
 
 # %% ../nbs/27_adapters.ipynb #571bd2c2
 def name_base(
-    draft: Path,  # a folder that was just written; nothing happens where it holds no adapter
-    policy: Policy,  # where its training began
-    merged: bool = False,  # the policy's own adapter was merged first
+    folder: str | os.PathLike,  # that was just written; nothing happens where it holds no adapter
+    model: torch.nn.Module,  # that was saved there
+    merged: Policy | None = None,  # the policy whose own adapter was merged first
 ) -> None:
-    "Write down where an adapter's base is; a merged one was nowhere before, and lies in the adapter's folder."
-    path = draft / "adapter_config.json"
+    """Write down where an adapter's base is, and what it was; a merged one was nowhere before, and lies in the
+    adapter's folder."""
+    path, note = Path(folder) / "adapter_config.json", Path(folder) / BASE_NOTE
+    note.unlink(missing_ok=True)  # of what was here before
     if not path.exists():
         return
-    base = (policy.base or policy).name
-    if merged:
-        base, (model, tokenizer) = "base", policy.load(device="cpu")
+    said = _BASES.get(unwrap(model), {})
+    if merged is not None:
+        full, tokenizer = merged.load(device="cpu")
         with quiet_transformers():
-            merged_policy(model).save_pretrained(draft / base)
-            tokenizer.save_pretrained(draft / base)
-    elif Path(base).is_dir() and base not in MODEL_ASSETS:
-        base = str(Path(base).resolve())
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": base})
+            merged_policy(full).save_pretrained(path.parent / "base")
+            tokenizer.save_pretrained(path.parent / "base")
+        said = {"name": "base", "weights": weights_fingerprint(path.parent / "base")}
+    if "name" in said:
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": said["name"]})
+    if "weights" in said:
+        write_json(note, {"weights": said["weights"]})
 
 # %% ../nbs/27_adapters.ipynb #e2a6d0c8
 MERGED = 1e-3  # of the largest logit: how far a merged model may be from its adapter

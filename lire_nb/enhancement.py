@@ -835,7 +835,8 @@ def _train(policy: Policy, lists, args, partial: Path, folder: Path, resume, sig
     if trainer.is_world_process_zero():
         _add_records(draft, trainer)
         _keep_trackers(partial, draft)
-        name_base(draft, policy, merge_adapter)
+        if merge_adapter:
+            name_base(draft, trainer.model, merged=policy)
         draft.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import conversations, shared_prompt
-from .adapters import check_peft_config, put_adapter
+from .adapters import check_peft_config, name_base, put_adapter
 from .base.errors import LireError, moved, require
 from .base.files import _batches, _plain_rows
 from .base.ranks import sharing
@@ -462,8 +462,10 @@ class ListTrainer(GuardedTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            write_card(output_dir or self.args.output_dir, facts_of(self))
+        if self.is_world_process_zero():
+            name_base(output_dir or self.args.output_dir, self.model)
+            if not _internal_call:
+                write_card(output_dir or self.args.output_dir, facts_of(self))
 
     def create_model_card(self, *args, **kwargs):  # asked for by push_to_hub
         if self.is_world_process_zero():

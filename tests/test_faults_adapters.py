@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from tiny_policy import make_start
 
+from lire_nb.adapters import merge_adapter, merged_policy, put_adapter
 from lire_nb.base.errors import LireError
 from lire_nb.cli import main
 from lire_nb.enhancement import self_enhance, train_policy
@@ -189,16 +190,14 @@ def test_12_an_adapter_is_told_apart_by_alpha_and_by_its_base(place, tmp_path):
 
 
 def test_a_policy_is_one_value_at_every_door(place, tmp_path, monkeypatch):
-    """Made once, it stands where a name or a folder stands; its content is hashed once."""
+    """Made once, it stands where a name or a folder stands."""
     policy, calls = Policy.of(place / "r1"), []
     assert Policy.of(policy) is policy and Policy.of(str(place / "r1")) == policy
     assert Path(policy.base.folder) == place / "base" and policy.base.adapter is None and policy.base.base is None
     monkeypatch.setattr("lire_nb.models._content_hash", lambda path: calls.append(path.name) or path.name)
     assert policy.fingerprint == policy_identity(policy) and len(set(calls)) < len(calls) < 20  # and that of the base
-    hashed = len(calls)
-    assert policy.fingerprint and len(calls) == hashed
     monkeypatch.undo()
-    assert policy_identity(policy) != policy_identity(place / "r1") == Policy.of(place / "r1").fingerprint
+    assert policy_identity(policy) == policy_identity(place / "r1") == Policy.of(place / "r1").fingerprint
     assert logps(policy.load(device="cpu")) == logps(place / "r1") and load_policy(pair := policy.load()) is pair
     settings = SamplingSettings(max_new_tokens=3)
     drawn = [sample_lists(one, ["film"], 2, settings=settings, progress=False)["completions"]
@@ -354,3 +353,288 @@ def test_a_reference_may_share_what_is_not_trained(place):
     (new, bad), (old, old_bad) = logps((policy, tokenizer), LATE), logps(place / "base", LATE)
     margin = trainer.args.loss_settings()["beta"] * ((new - bad) - (old - old_bad))
     assert trainer.evaluate(LATE)["eval_loss"] == pytest.approx(math.log1p(math.exp(-margin)), abs=1e-5)
+
+
+# where an adapter's base lies, and whether it is still the one that was trained on
+
+def by_hand(base: Path, adapter: Path, ids=((5, 6, 7),)) -> torch.Tensor:
+    """Logits of a base with a LoRA adapter of scale 1 added to its weights by hand, from the files alone."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model, parts = AutoModelForCausalLM.from_pretrained(base), load_file(adapter / "adapter_model.safetensors")
+    for key in parts:
+        if "lora_A" in key:
+            name = key.removeprefix("base_model.model.").replace(".lora_A.weight", "")
+            model.get_submodule(name).weight.data += parts[key.replace("lora_A", "lora_B")] @ parts[key]
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids)).logits
+
+
+def logits(policy, ids=((5, 6, 7),)) -> torch.Tensor:
+    with torch.no_grad():
+        return load_policy(policy, device="cpu")[0](torch.tensor(ids)).logits
+
+
+def base_of(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def randomly(folder: Path, seed: int = 9) -> Path:
+    """An adapter that does something, in the place of one without effect."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    parts = {name: 0.3 * torch.randn(t.shape, generator=generator)
+             for name, t in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(parts, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def saved(base, folder: Path, **options) -> Path:
+    """What a trainer of the notebooks saves, with no step taken, and then with parts that do something."""
+    args = LIREConfig(output_dir=str(folder.parent / "out"), report_to="none", **STILL)
+    LIRETrainer(base, args, LISTS, peft_config=lora(**options)).save_model(str(folder))
+    return randomly(folder)
+
+
+def test_a_folder_of_the_same_name_where_one_stands_is_not_the_base(place, tmp_path, monkeypatch):
+    """The base of an adapter on a merged one lies in its own folder, under the name `base`."""
+    train_policy(place / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora(2)}, merge_adapter=True,
+                 **STILL)
+    randomly(tmp_path / "r2")
+    assert base_of(tmp_path / "r2") == "base"
+    monkeypatch.chdir(place)  # here lies another ./base
+    assert Path(Policy.of(tmp_path / "r2").base.folder) == tmp_path / "r2" / "base"
+    torch.testing.assert_close(logits(tmp_path / "r2"), by_hand(tmp_path / "r2" / "base", tmp_path / "r2"), rtol=1e-4,
+                               atol=1e-4)
+    assert (logits(tmp_path / "r2") - by_hand(place / "base", tmp_path / "r2")).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("named", ["base", "./base", "models/base", ""])
+def test_a_relative_base_is_looked_up_in_the_adapters_folder_alone(place, tmp_path, monkeypatch, named):
+    folder = shutil.copytree(place / "r1", tmp_path / "elsewhere" / "r1")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+    make_start(tmp_path / "here" / "base", seed=5), make_start(tmp_path / "here" / "models" / "base", seed=5)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(LireError, match="base of this adapter cannot be had.*whole path"):
+        load_policy(folder)
+    if named:
+        shutil.copytree(place / "base", folder / named)
+        assert logps(folder) == logps(place / "r1")
+
+
+def test_a_trainer_saves_the_whole_path_of_a_base_named_from_here(place, tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 5)):
+        make_start(tmp_path / name / "start", dropout=0.0, seed=seed)
+    monkeypatch.chdir(tmp_path / "a")
+    folder = saved("start", tmp_path / "a" / "pol")
+    assert base_of(folder) == str((tmp_path / "a" / "start").resolve())
+    monkeypatch.chdir(tmp_path / "b")
+    torch.testing.assert_close(logits(folder), by_hand(tmp_path / "a" / "start", folder), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_and_an_adapter_trained_further_name_the_same_base(place, tmp_path, monkeypatch):
+    """The base inside an adapter's folder is named from there; saved elsewhere it is the same one."""
+    train_policy(place / "r1", LISTS, tmp_path / "r2", trainer_options={"peft_config": lora(2)}, merge_adapter=True,
+                 **STILL)
+    monkeypatch.chdir(tmp_path)
+    args = LIREConfig(output_dir="out", report_to="none", save_strategy="steps", save_steps=1, max_steps=1, **STILL)
+    trainer = LIRETrainer("r2", args, LISTS, peft_config=lora(2))
+    trainer.train()
+    trainer.save_model("r3")
+    for folder in (tmp_path / "r3", tmp_path / "out" / "checkpoint-1"):
+        assert base_of(folder) == str((tmp_path / "r2" / "base").resolve())
+        assert logps(folder) == logps(tmp_path / "r2")
+
+
+def test_an_adapter_on_a_model_merged_in_memory_names_no_base(place, tmp_path):
+    """The folder that the merged model came from holds other weights."""
+    model, tokenizer = load_policy(place / "r1", device="cpu")
+    put_adapter(merged_policy(model), lora()).save_pretrained(tmp_path / "r2")
+    tokenizer.save_pretrained(tmp_path / "r2")
+    assert base_of(tmp_path / "r2") is None
+    with pytest.raises(LireError, match="base_model_name_or_path"):
+        load_policy(tmp_path / "r2")
+
+
+def test_an_adapter_whose_base_was_trained_anew_is_refused(place, tmp_path, capfd):
+    make_start(tmp_path / "p1", dropout=0.0)
+    folder, policy = saved(tmp_path / "p1", tmp_path / "r1"), str(tmp_path / "r1")
+    before = logits(folder)
+    (tmp_path / "prompts.txt").write_text("film 1 was\nbook 2 was\n")
+    shutil.copytree(tmp_path / "p1", tmp_path / "kept")
+    make_start(tmp_path / "p1", dropout=0.0, seed=5)
+    says = "another model than it was trained on.*put them back, or train the adapter again"
+    for use in (load_policy, lambda p: merge_adapter(p, tmp_path / "full"), lambda p: train_policy(
+            p, LISTS, tmp_path / "no", trainer_options={"peft_config": lora()}, **STILL)):
+        with pytest.raises(LireError, match=says):
+            use(policy)
+    for command in (["evaluate", "--prompts", str(tmp_path / "prompts.txt"), "--system", f"start={tmp_path / 'kept'}",
+                     "--system", f"r1={policy}", "--judge", "len=length", "--out", str(tmp_path / "ev")],
+                    ["merge", "--policy", policy, "--out", str(tmp_path / "full")]):
+        assert main(command) == 2 and "another model than it was trained on" in capfd.readouterr().err
+    assert not (tmp_path / "full").exists() and not (tmp_path / "no").exists()
+    shutil.rmtree(tmp_path / "p1")
+    (tmp_path / "kept").rename(tmp_path / "p1")  # put back: other times and inodes, the same weights
+    assert torch.equal(logits(folder), before)
+    (tmp_path / "p1" / "chat_template.jinja").write_text("{{ messages[0].content }}")  # not of the base's weights
+    assert torch.equal(logits(folder), before)
+    (folder / "lire_base.json").unlink()  # of another program, or of an older version
+    make_start(tmp_path / "p1", dropout=0.0, seed=5)
+    assert not torch.equal(logits(folder), before)
+    (folder / "lire_base.json").write_text("[]")
+    with pytest.raises(LireError, match="lire_base.json.*cannot be read"):
+        load_policy(folder)
+
+
+def test_a_base_that_is_trained_anew_while_its_adapter_is_trained_is_noticed(place, tmp_path):
+    make_start(tmp_path / "p1", dropout=0.0)
+    args = LIREConfig(output_dir=str(tmp_path / "out"), report_to="none", **STILL)
+    trainer = LIRETrainer(tmp_path / "p1", args, LISTS, peft_config=lora())
+    make_start(tmp_path / "p1", dropout=0.0, seed=5)
+    trainer.save_model(str(tmp_path / "r1"))
+    with pytest.raises(LireError, match="another model than it was trained on"):
+        load_policy(tmp_path / "r1")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_on_a_base_of_other_layers_is_refused(place, tmp_path, layers):
+    """Also one that another program saved: tensors without a place are as wrong as places without a tensor."""
+    from transformers import AutoModelForCausalLM
+
+    folder, model = shutil.copytree(place / "r1", tmp_path / "r1"), load_policy(place / "base")[0]
+    (folder / "lire_base.json").unlink()
+    model.config.num_hidden_layers = layers
+    model.config.layer_types = None
+    AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path / "other")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config,
+                                                            "base_model_name_or_path": str(tmp_path / "other")}))
+    with pytest.raises(LireError, match="cannot be put on its base.*" + ("no place" if layers == 1 else "missing")):
+        load_policy(folder)
+
+
+def test_an_adapter_on_an_asset_names_the_asset_and_not_its_cache(place, tmp_path, monkeypatch):
+    from lire_nb.adapters import name_base
+
+    monkeypatch.setenv("LIRE_NB_CACHE", str(tmp_path / "cache"))
+    make_start(tmp_path / "cache" / "smollm2-0123456789ab", dropout=0.0)
+    model = put_adapter(load_policy(tmp_path / "cache" / "smollm2-0123456789ab", device="cpu")[0], lora())
+    model.save_pretrained(tmp_path / "r1")
+    name_base(tmp_path / "r1", model)
+    assert base_of(tmp_path / "r1") == "smollm2" and not (tmp_path / "r1" / "lire_base.json").exists()
+
+
+# adapters that would not come back, said before they are trained
+
+@pytest.mark.parametrize("first", ["pissa_niter_1", "pissa_niter_16", "corda", "lora_ga"])
+def test_first_weights_that_no_load_repeats_are_refused_before_training(place, tmp_path, first):
+    from lire_nb.adapters import check_adapter
+
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": first}
+    args = LIREConfig(output_dir=str(tmp_path / "t"), report_to="none", **STILL)
+    asked = settings if first != "pissa_niter_1" else lora(init_lora_weights=first)
+    for use in (lambda: train_policy(place / "base", LISTS, tmp_path / "no", trainer_options={"peft_config": asked}),
+                lambda: LIRETrainer(place / "base", args, LISTS, peft_config=asked),
+                lambda: check_adapter(place / "base", asked)):
+        with pytest.raises(LireError, match=f"what loads back is not what was trained.*{first}.*exact"):
+            use()
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_adapter_of_random_first_weights_is_not_trained_further(place, tmp_path):
+    from peft import get_peft_model
+
+    model, tokenizer = load_policy(place / "base", device="cpu")
+    model = get_peft_model(model, lora(init_lora_weights="pissa_niter_4"))
+    with pytest.raises(LireError, match="what loads back is not what was trained"):
+        put_adapter(model)
+    model.save_pretrained(tmp_path / "r1"), tokenizer.save_pretrained(tmp_path / "r1")
+    for use in (load_policy, lambda f: train_policy(f, LISTS, tmp_path / "no",
+                                                    trainer_options={"peft_config": lora()}, **STILL)):
+        with pytest.raises(LireError, match="what loads back is not what was trained"):
+            use(tmp_path / "r1")
+
+
+@pytest.mark.parametrize("first", [True, "gaussian", "orthogonal", "olora", "pissa", "mica"])
+def test_first_weights_that_are_allowed_load_back(place, tmp_path, first):
+    """Trained as in `LIRETrainer`, and loaded by peft itself, twice, with other random numbers around."""
+    from transformers import AutoModelForCausalLM
+
+    keep, ids = {}, torch.tensor([[5, 6, 7, 8]])
+    model = put_adapter(load_policy(place / "base", device="cpu")[0], lora(init_lora_weights=first))
+    for name, weight in model.named_parameters():
+        weight.data += 0.1 * weight.requires_grad
+    with torch.no_grad():
+        keep = model.eval()(ids).logits
+        model.save_pretrained(tmp_path / "r1")
+        for seed in (5, 6):
+            torch.manual_seed(seed)
+            plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "base"), tmp_path / "r1")
+            assert torch.equal(plain.eval()(ids).logits, keep)
+
+
+@pytest.mark.parametrize("names, active", [(["default", "two"], "two"), (["default", "two"], "default"),
+                                           (["two"], "two")])
+def test_a_model_of_several_adapters_or_of_a_named_one_is_refused_before_training(place, tmp_path, names, active):
+    """Only `default` is saved where it loads back; the one that was asked for loads from a folder of its own."""
+    from peft import get_peft_model
+
+    base, tokenizer = load_policy(place / "base", device="cpu")
+    model = get_peft_model(base, lora(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora(init_lora_weights=False))
+    model.set_adapter(active)
+    args = LIREConfig(output_dir=str(tmp_path / "t"), report_to="none", **STILL)
+    with pytest.raises(LireError, match="several adapters, or one of another name.*selected_adapters"):
+        LIRETrainer(model, args, LISTS, processing_class=tokenizer)
+    model.save_pretrained(tmp_path / "out", selected_adapters=[active])  # the remedy
+    folder = tmp_path / "out" / ("" if active == "default" else active)
+    assert logps(folder) == logps((model.eval(), tokenizer))
+    LIRETrainer(folder, args, LISTS)
+
+
+# a policy is what its folder holds now
+
+def test_a_policy_made_before_its_folder_was_trained_anew_is_the_new_one(place, tmp_path):
+    from lire_nb.evaluation import evaluate_systems
+
+    make_start(tmp_path / "start", dropout=0.0)
+    make_start(tmp_path / "p1", dropout=0.0, seed=3)
+    policy, prompts = Policy.of(tmp_path / "p1"), [{"prompt": f"film {i} was"} for i in range(3)]
+    judge = {"ord": lambda p, c: [float(sum(map(ord, x))) for x in c]}
+
+    def rows(folder, system):
+        found = evaluate_systems(tmp_path / folder, {"start": str(tmp_path / "start"), "new": system}, prompts, judge,
+                                 settings=SamplingSettings(max_new_tokens=4), progress=False)
+        return [(row["system"], row["metric"], row["value"]) for row in found]
+
+    before, first = policy.fingerprint, rows("run", policy)
+    make_start(tmp_path / "p1", dropout=0.0, seed=8)
+    assert policy.fingerprint == policy_identity(tmp_path / "p1") != before
+    with pytest.raises(LireError, match="another configuration"):
+        rows("run", policy)
+    assert rows("new", policy) == rows("named", str(tmp_path / "p1")) != first
+
+
+def test_a_policy_whose_folder_became_an_adapter_is_one(place, tmp_path):
+    policy = Policy.of(make_start(tmp_path / "p1", dropout=0.0))
+    assert policy.adapter is None and policy.base is None
+    shutil.rmtree(tmp_path / "p1"), shutil.copytree(place / "r1", tmp_path / "p1")
+    assert logps(policy.load(device="cpu")) == logps(place / "r1") and policy.base == Policy.of(place / "base")
+    with pytest.raises(LireError, match="is an adapter"):
+        train_policy(policy, LISTS, tmp_path / "no", **STILL)
+
+
+def test_a_folder_that_is_gone_is_what_it_was_and_a_hub_is_asked_once(place, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lire_nb.models._hub_file", lambda name, file: asked.append(file))
+    policy = Policy.of("nobody/nothing")
+    assert [policy.adapter, policy.fingerprint, policy.adapter, policy.fingerprint] == [None, "nobody/nothing"] * 2
+    assert len(asked) == len({*asked}) + 1  # one of the two files is asked for by both questions
+    policy = Policy.of(shutil.copytree(place / "base", tmp_path / "base"))
+    before = policy.fingerprint
+    shutil.rmtree(tmp_path / "base")
+    assert policy.fingerprint == before == policy_identity(place / "base")

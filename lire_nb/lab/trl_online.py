@@ -20,7 +20,7 @@ import datasets
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
-from ..adapters import check_adapter
+from ..adapters import check_adapter, name_base, remember_base
 from ..base.errors import LireError, needed, require
 from ..base.files import _batches, atomic_folder, _processes, write_json, write_jsonl
 from ..conversations import completion_text, encode_prompt, MAX_PROMPT_LENGTH, render_prompt
@@ -244,6 +244,7 @@ def _trainer(method: str, policy, records: list[dict], reward: Reward, max_promp
     with quiet_transformers():
         trainer = _reading(trainer_class, encoded)(model, scored, args, datasets.Dataset.from_list(rows),
                                                    processing_class=tokenizer, peft_config=peft_config)
+    remember_base(trainer.model)
     return trainer, scored
 
 # %% ../../nbs/49_trl_online.ipynb #49a2e17a
@@ -256,6 +257,7 @@ def _run(trainer, draft: Path, progress: bool) -> list[dict]:
     with quiet_transformers():
         trainer.train()
         trainer.save_model(str(draft))
+    name_base(draft, trainer.model)
     (draft / "training_args.bin").unlink(missing_ok=True)  # a pickle; online.json says the same
     names = {"reward": "reward", "reward_std": "reward_std", "kl": "kl", "loss": "loss", "grad_norm": "grad_norm",
              "learning_rate": "learning_rate", "completions/mean_length": "tokens", "step_time": "seconds"}
