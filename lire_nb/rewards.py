@@ -91,7 +91,10 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     field = f"reward {reward_name(reward)!r}"
     try:
         read = {id(r): read_as_answers(r) for r, _ in todo}
-        scores = list(reward(*map(list, zip(*(read[id(r)][j] for r, j in todo)))))
+        found = reward(*map(list, zip(*(read[id(r)][j] for r, j in todo))))
+        if isinstance(found, (str, bytes, dict, set, frozenset)):  # whose letters and keys would pass for scores
+            raise TypeError(f"a {type(found).__name__} has no score for each completion in turn")
+        scores = list(found)
     except LireError:
         raise
     except Exception as e:

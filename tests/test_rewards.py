@@ -48,6 +48,9 @@ def raises_at(text):
         # only the whole is wrong
         (lambda p, c: [0.0] * (len(c) - (len(c) > 3)), ["3 lists from 'zero' to 'two'", "got 5", "allowed: 6"]),
         (lambda p, c: None, ["list 'zero'", "raised TypeError"]),
+        # what could be read as numbers in some order
+        (lambda p, c: dict(enumerate(c)), ["list 'zero'", "raised TypeError", "a dict has no score for each"]),
+        (lambda p, c: "1" * len(c), ["list 'zero'", "raised TypeError", "a str has no score for each"]),
         (lambda p, c: [float("inf") if x == "ff" else 0.0 for x in c],
          ["candidate 1 of list 'two'", "not finite", "got inf"]),
         (lambda p, c: [None if x == "dddd" else 0.0 for x in c],
