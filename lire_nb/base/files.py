@@ -503,16 +503,24 @@ def _decoded(table: pa.Table) -> list:
 
 # %% ../../nbs/31_files.ipynb #0fd16095
 def _plain_rows(rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows of a `datasets.Dataset`, or of any iterable, as plain Python values."""
+    """The rows of a data set of datasets, streamed or not, or of any iterable, as plain Python values."""
     if isinstance(rows, dict):
         raise ListError("not one data set", value=list(rows), allowed="a Dataset or an iterable of dicts",
                         remedy='choose a split: data["train"]')
     datasets = sys.modules.get("datasets")  # whoever has a Dataset has imported it
     pandas = sys.modules.get("pandas")  # and so with a table of pandas
     if datasets is not None and isinstance(rows, datasets.Dataset):
+        if rows.format["type"] == "custom":
+            raise ListError("rows that a function changes when they are looked at", field="set_transform",
+                            allowed="rows as they are stored",
+                            remedy="write the change into them: ds.map(...), or take it off: ds.reset_format()")
         classes = _class_names(rows.features.to_dict())
         for table in rows.with_format("arrow").iter(batch_size=1_000):
             yield from _table_rows(table, classes)
+    elif datasets is not None and isinstance(rows, datasets.IterableDataset):
+        classes = _class_names(rows.features.to_dict()) if rows.features else {}  # a map may have lost them
+        for row in rows.with_format(None):
+            yield row | {name: _class_name(row[name], names) for name, names in classes.items() if name in row}
     elif pandas is not None and isinstance(rows, pandas.DataFrame):
         yield from _frame_rows(rows, pandas)
     else:
