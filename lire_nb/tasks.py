@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PROMPT_LENGTHS', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'ASSETS', 'REVIEW_HEADER', 'TASKS',
-           'Task', 'text_hash', 'split_of', 'prompt_text', 'split_lists', 'Asset', 'asset_path', 'load_task']
+           'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'split_lists', 'Asset', 'asset_path',
+           'load_task']
 
 # %% ../nbs/34_tasks.ipynb #ba1258c7
 import csv
@@ -15,6 +16,7 @@ import inspect
 import logging
 import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,8 +56,8 @@ def text_hash(
     text: str,
     salt: str = "",  # two decisions about the same text need two salts, or the first decides the second
 ) -> float:  # in [0, 1), uniform
-    "A number that depends on the text's words only, not on spacing or case."
-    words = " ".join(text.lower().split())
+    "A number that depends on the text's words only, not on spacing, case, or whether an accent is a sign of its own."
+    words = " ".join(unicodedata.normalize("NFC", text).lower().split())
     return int.from_bytes(hashlib.sha256(f"{salt}\n{words}".encode()).digest()[:8], "big") / 2**64
 
 # %% ../nbs/34_tasks.ipynb #fad7b4b2
@@ -85,23 +87,40 @@ def prompt_text(
     "What decides the split of a prompt."
     return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
 
+# %% ../nbs/34_tasks.ipynb #2d9c76cc
+def same_text(
+    prompt: str | list[dict],
+) -> str:
+    "What two prompts have in common when they are the same but for case, punctuation and spacing."
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+    words = [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for _, text in turns]
+    said = [f"{role}: {text}" for (role, _), text in zip(turns, words)]
+    return "\n".join(said) if any(words) else repr(prompt)  # a prompt of signs alone is itself
+
 # %% ../nbs/34_tasks.ipynb #907fbb89
 def split_lists(
     parts: dict[str, list[dict]],  # "test" -> records of a source's own test split; "" -> records without a split
 ) -> tuple[dict[str, list[dict]], int]:  # split -> records, and how many training records were taken out
     "Splits by prompt, without leakage; the source's own test records stay test records."
-    own = {text_hash(prompt_text(r["prompt"])) for r in parts.get("test", [])}
-    shares = _LIST_SHARES if not own else {"train": 0.95, "validation": 0.05}
-    result, removed = {"train": [], "validation": [], "test": list(parts.get("test", []))}, 0
+    result = {"train": [], "validation": [], "test": list(parts.get("test", []))}
+    shares = _LIST_SHARES if not result["test"] else {"train": 0.95, "validation": 0.05}
     for record in parts.get("", []):
-        text = prompt_text(record["prompt"])
-        if text_hash(text) in own:
-            removed += 1
-        else:
-            result[split_of(text, shares, salt="split")].append(record)
-    return result, removed
+        result[split_of(prompt_text(record["prompt"]), shares, salt="split")].append(record)
+    tested, count = {same_text(r["prompt"]) for r in result["test"]}, sum(map(len, result.values()))
+    for split in ("train", "validation"):
+        result[split] = [r for r in result[split] if same_text(r["prompt"]) not in tested]
+    return result, count - sum(map(len, result.values()))
 
 # %% ../nbs/34_tasks.ipynb #a8171200
+_SPLIT_NAME = re.compile(r"(test)|(training|train|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+
+
+def _is_test(path: Path) -> bool:
+    "Whether a file holds test records, by its own name (test.jsonl), else by the nearest folder's (test/data.jsonl)."
+    said = (_SPLIT_NAME.match(name) for name in reversed(path.parts))
+    return bool((found := next(filter(None, said), None)) and found[1])
+
+
 def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) -> tuple[dict[str, list[dict]], dict]:
     """Records of a file, folder or hub id, its own test records apart; and counts. Damaged rows are left out and
     counted."""
@@ -113,8 +132,8 @@ def _read_source(name: str, path: str | Path | None, tranches: tuple[str, ...]) 
         files = [p for p in files if p.parent.name not in HH_TRANCHES or p.parent.name in tranches]
         require(files, "no file of lists in this folder", file=path, field=f"task {name}",
                 allowed="*.jsonl, *.jsonl.gz or *.parquet", remedy="check the folder")
-        return _loaded({"test": [p for p in files if p.name.startswith("test")],
-                        "": [p for p in files if not p.name.startswith("test")]})
+        tests = [p for p in files if _is_test(p.relative_to(path))]
+        return _loaded({"test": tests, "": [p for p in files if p not in tests]})
     require(str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")), "no such file or folder",
             field=f"task {name}", value=str(path), allowed="a file, a folder or a hub id owner/name",
             remedy=f'leave path out to use data/{name}.jsonl, or give a file: load_task("{name}", '

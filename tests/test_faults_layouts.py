@@ -1,8 +1,10 @@
 """Faults of reading, merging and exporting lists, one test for each line, and their relatives."""
 
 import csv
+import hashlib
 import json
 import logging
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -10,14 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizer_kinds
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from lire_nb import cli, lists, records
 from lire_nb.base import files
 from lire_nb.base.errors import LireError, ListError
 from lire_nb.conversations import completion_ids
+from lire_nb.lab import own_lists
 from lire_nb.lists import iter_lists, load_lists, save_lists, to_rrhf, to_trl_pairs
 from lire_nb.records import make_record, merge_lists
+from lire_nb.tasks import load_task, same_text, text_hash
 
 logging.getLogger("lire_nb.lists").setLevel(logging.ERROR)
 
@@ -1221,3 +1225,76 @@ def test_an_ending_of_another_column_is_not_taken():
     record = one(row, {"prompt": "q", "chosen": "good", "rejected": "bad"})
     assert "finish_reasons" not in record["meta"] and record["meta"]["finish_reason_chosen"] == "length"
     assert "finish_reasons" not in one({"q": "q", "c": ["a"]}, {"prompt": "q", "completions": "c"})["meta"]
+
+
+@pytest.mark.parametrize("names", [["desirable", "undesirable"], ["undesirable", "desirable"]])
+def test_the_names_of_a_label_decide_in_a_stream(names):
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)})
+    data = Dataset.from_dict({"prompt": ["q", "q", "r"], "completion": ["a", "b", "c"], "label": [0, 1, -1]},
+                             features=features)
+    stream = data.to_iterable_dataset()
+    wanted = [[float(name == "desirable") for name in names], [None]]
+    for source in (data, stream, stream.with_format("torch"), stream.with_format("arrow"), stream.take(3),
+                   data.to_iterable_dataset(num_shards=2), stream.filter(lambda row: row["completion"] != "x")):
+        assert [record["rewards"] for record in load_lists(source)] == wanted
+    plain = Dataset.from_dict({"prompt": ["q"], "completions": [["a", "b"]], "rewards": [[1.0, 0.0]]})
+    assert list(load_lists(plain.to_iterable_dataset())) == list(load_lists(plain))
+    assert list(load_lists(load_lists(plain).to_iterable_dataset())) == list(load_lists(plain))  # our own columns
+
+
+def test_a_function_that_only_changes_what_is_shown_is_refused(tmp_path):
+    stored = Dataset.from_dict({"prompt": ["q"], "completions": [["a", "b"]], "rewards": [[1.0, 0.0]]})
+    turned = lambda rows: {**rows, "rewards": [[-x for x in r] for r in rows["rewards"]]}  # noqa: E731
+    shown = stored.with_transform(turned)
+    assert shown[0]["rewards"] == [-1.0, 0.0]
+    splits = DatasetDict(train=stored).with_transform(turned)
+    own = load_lists(stored).with_transform(turned)
+    for read in (lambda: load_lists(shown), lambda: load_lists(splits["train"]), lambda: list(iter_lists(shown)),
+                 lambda: lists.as_lists(dict(splits), "eval_dataset"), lambda: lists.as_lists(own),
+                 lambda: lists.checked_prompts(shown), lambda: save_lists(own, tmp_path / "x.jsonl")):
+        with pytest.raises(LireError, match="changes when they are looked at.*ds.map.*ds.reset_format"):
+            read()
+    assert load_lists(stored.map(turned, batched=True))[0]["rewards"] == [-1.0, 0.0]
+    shown.reset_format()
+    assert load_lists(shown)[0]["rewards"] == load_lists(stored.with_format("torch"))[0]["rewards"] == [1.0, 0.0]
+
+
+def split_in(folder):
+    """The first words of the prompts in each split of a task, from files in a folder."""
+    task = load_task("dialogue", path=folder)
+    return {split: {r["prompt"][0]["content"].split(" ")[0] for r in found} for split, found in task.prompts.items()}
+
+
+@pytest.mark.parametrize("train, test", [
+    ("train/data.jsonl", "test/data.jsonl"), ("train.jsonl", "test.jsonl"),
+    ("data/train/part-0.jsonl", "data/Test/part-0.jsonl"),
+    ("tests-of-ours/train.jsonl", "tests-of-ours/test.jsonl"), ("a/train/device.jsonl", "a/test/device.jsonl"),
+    ("train-00000-of-00001.jsonl", "Test-00000-of-00001.jsonl"), ("validation/x.jsonl", "test_prefs/x.jsonl"),
+])
+def test_the_name_of_a_folder_tells_the_split(tmp_path, train, test):
+    for name, word in ((train, "Old"), (test, "New")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_lists([make_record([U(f"{word} {i}")], ["a", "b"], [1, 0]) for i in range(12)], tmp_path / name)
+    found = split_in(tmp_path)
+    assert found["test"] == {"New"} and found["train"] | found["validation"] == {"Old"}
+
+
+@pytest.mark.parametrize("here, there", [
+    ("\u00e9t\u00e9 {}", "e\u0301te\u0301 {}"), ("What is it {}?", "what is  it, {}"), ("Na\u00efve {}", "NAI\u0308VE {}!"),
+    ("ﬁne {}", "fine {}"), ("Straße {}", "STRASSE {}"),
+])
+def test_a_test_prompt_in_another_spelling_is_not_trained_on(tmp_path, here, there):
+    for name, text, count in (("train", here, 12), ("test", there, 5)):
+        save_lists([make_record([U(text.format(i))], ["a", "b"], [1, 0]) for i in range(count)],
+                   tmp_path / f"{name}.jsonl")
+    task = load_task("dialogue", path=tmp_path)
+    kept = {r["prompt"][0]["content"] for name in ("train", "validation") for r in task.prompts[name]}
+    assert kept == {here.format(i) for i in range(5, 12)} and task.notes["also in test, taken out"] == 5
+    assert same_text is own_lists.same_text
+
+
+@pytest.mark.parametrize("text", ["Why is the  sky BLUE?", "\u00c9t\u00e9", "e\u0301te\u0301", "ﬁne …", "दिल्ली", "ΐ"])
+def test_the_hash_of_a_text_is_that_of_its_composed_form(text):
+    composed = unicodedata.normalize("NFC", text)
+    digest = hashlib.sha256(b"s\n" + " ".join(composed.lower().split()).encode()).hexdigest()[:16]
+    assert text_hash(text, "s") == text_hash(unicodedata.normalize("NFD", text), "s") == int(digest, 16) / 2**64
