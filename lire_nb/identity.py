@@ -11,9 +11,13 @@ __all__ = ['logger', 'FORMAT', 'reward_identity', 'lists_identity', 'source_iden
 import ast
 import builtins
 import copyreg
+import dis
 import functools
 import hashlib
+import importlib
+import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -348,11 +352,11 @@ _KINDS = [  # the first that fits
     ((set, frozenset), lambda v,
      seen: ["set", *sorted((describe(x, seen) for x in v), key=lambda x: json.dumps(x, sort_keys=True))]),
     ((list, tuple), lambda v, seen: [type(v).__name__, *(describe(x, seen) for x in v)]),
-    (os.PathLike, lambda v, seen: ["file", file_hash(v)] if Path(v).is_file() else str(Path(v))),
+    (os.PathLike, lambda v, seen: _path(v)),
     (functools.partial, lambda v, seen: ["partial", *(describe(x, seen) for x in (v.func, v.args, v.keywords))]),
     (types.MethodType, _method),
     (types.FunctionType, lambda v, seen: _function(v, seen)),
-    (types.ModuleType, lambda v, seen: v.__name__),
+    (types.ModuleType, lambda v, seen: _whole(v, seen)),
     (logging.Logger, lambda v, seen: v.name),
     (torch.device, lambda v, seen: "device"),  # where it is computed
     ((bytearray, memoryview), lambda v, seen: repr(bytes(v))),
@@ -448,8 +452,15 @@ def _function(value, seen):
     if own:
         made["attributes"] = describe(own, seen)
     if origin == "user":
-        made["globals"] = {name: first(name, v) if name in written else _global(v, names, seen)
-                           for name, v, names in _globals_of(value) if written.get(name, True)}
+        found, codes = _globals_of(value), _codes(value.__code__)
+        made["globals"] = {name: first(name, v) if name in written else _global(v, names, seen, code=codes, name=name)
+                           for name, v, names in found if written.get(name, True)}
+        imports = {name: _global(v, v_names, seen, code=codes, name=bound)
+                   for name, bound, v, v_names in _imports_of(value, codes)}
+        values = [*(v for _, v, _ in found), *held.values(), *(value.__defaults__ or ()),
+                  *(value.__kwdefaults__ or {}).values()]
+        files = _files_of_code(codes, [*values, *[os.path.dirname(v) for name, v, _ in found if name == "__file__"]])
+        made |= {k: v for k, v in (("imports", imports), ("files", files)) if v}
     return made
 
 # %% ../nbs/36_identity.ipynb #ad5fefcb
@@ -463,11 +474,194 @@ def _globals_of(function):
     return [(name, function.__globals__[name], names) for name in dict.fromkeys(names) if name in function.__globals__]
 
 # %% ../nbs/36_identity.ipynb #934302cc
-def _global(value, names, seen):
-    "A global value; of the user's own modules what the code names there."
-    if isinstance(value, types.ModuleType) and _origin(value) == "user":
-        return {name: describe(vars(value)[name], seen) for name in dict.fromkeys(names) if name in vars(value)}
-    return describe(value, seen)
+def _global(value, names, seen, *, code=(), name: str = "", within: tuple = ()):
+    """A global value; of the user's own modules what the code names there, and in modules that these hold; all of one
+    that is used as a value, as by getattr."""
+    if not isinstance(value, types.ModuleType) or _origin(value) != "user":
+        return _held(value, name, code, seen)
+    if any(value is one for one in within):
+        return value.__name__
+    found = {k: _global(vars(value)[k], names, seen, code=code, name=k, within=(*within, value))
+             for k in dict.fromkeys(names) if k in vars(value)}
+    return {"named": found, "all": describe(value, seen)} if _is_value(name, code, bool(within)) else found
+
+
+def _held(value, name: str, code, seen):
+    "A value that code keeps under a name; a folder that the code writes to is its path."
+    notes = isinstance(value, Path) and any(name in _writes(c) for c in code) and value.is_dir()
+    return str(value) if notes else describe(value, seen)
+
+# %% ../nbs/36_identity.ipynb #36fi0002
+def _codes(code) -> list[types.CodeType]:
+    "A code object and those inside it."
+    return [code, *(inner for c in code.co_consts if isinstance(c, types.CodeType) for inner in _codes(c))]
+
+
+def _codes_of(kind: type) -> list[types.CodeType]:
+    "The code of all methods that the user wrote for a class and its bases."
+    parts = [_unbound(p) for owner in kind.__mro__ if _origin(owner) != "library" for p in vars(owner).values()]
+    flat = [p for part in parts for p in (part if isinstance(part, list) else [part])]
+    return [c for f in flat if isinstance(f, types.FunctionType) and _origin(f) == "user" for c in _codes(f.__code__)]
+
+# %% ../nbs/36_identity.ipynb #36fi0003
+def _steps(code) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+
+
+def _is_value(name: str | None, codes: Iterable[types.CodeType], attribute: bool = False) -> bool:
+    "Whether code takes what a name, or an attribute, holds as a whole, and not only an attribute of it."
+    parts, other = ("LOAD_ATTR", "LOAD_METHOD"), ("LOAD_CONST", "LOAD_CLOSURE")
+    for code in codes:
+        steps = _steps(code)
+        for step, then in zip(steps, steps[1:]):
+            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            loads = step.opname in parts if attribute else step.opname.startswith("LOAD_") and step.opname not in parts
+            if loads and step.opname not in other and name in names:
+                if name in names[:-1] or then.opname not in parts:
+                    return True
+    return name is None
+
+
+def _whole(module, seen):
+    "A module by its name; of the user's own also its file, and what its functions and classes read."
+    if _origin(module) != "user":
+        return module.__name__
+    file = getattr(module, "__file__", None)
+    if file is None or not os.path.isfile(file):
+        _warn_unknown(module.__name__, "a module without a file, as a value")
+        file = None
+    parts = {name: describe(v, seen) for name, v in sorted(vars(module).items())
+             if isinstance(v, (types.FunctionType, type)) and _origin(v) == "user"}
+    return {"module": module.__name__, "file": file and file_hash(file), "parts": parts}
+
+# %% ../nbs/36_identity.ipynb #36fi0004
+def _imports_of(function, codes: list[types.CodeType]) -> list[tuple]:
+    "(what is imported, the name it gets, its value, all names of the code) of the user's modules, for imports inside."
+    names, found = [n for c in codes for n in c.co_names], []
+    for code in codes:
+        steps = _steps(code)
+        for k, step in enumerate(steps):
+            if step.opname != "IMPORT_NAME":
+                continue
+            level, parts = steps[k - 2].argval, steps[k - 1].argval or ()
+            stored = [s.argval for s in steps[k + 1 :] if s.opname.startswith("STORE_")]
+            asked = [f"{step.argval}.{part}" if step.argval else part for part in parts] or [
+                step.argval[: m.start()] for m in re.finditer(r"\.|$", step.argval)]
+            bound = dict(zip(asked, stored)) if parts else dict.fromkeys(asked, stored[0])
+            values = {one: _imported("." * level + one, function.__globals__.get("__package__")) for one in asked}
+            found += [(one, bound[one], v, names) for one, v in values.items() if v is not None]
+    if {"import_module", "__import__"} & set(names):
+        called = {t: _imported(t, None) for c in codes for t in _texts(c) if t.replace(".", "a").isidentifier()}
+        found += [(t, None, v, names) for t, v in called.items() if isinstance(v, types.ModuleType)]
+    return found
+
+# %% ../nbs/36_identity.ipynb #36fi0005
+def _imported(name: str, package: str | None):
+    "A module of the user's own, or what one holds under a name; None for what is of a library, or not there."
+    try:
+        name = importlib.util.resolve_name(name, package or "")
+        spec = importlib.util.find_spec(name.partition(".")[0])
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin or ""]
+        if not any(map(os.path.exists, places)) or any(_is_installed(p) for p in places if os.path.exists(p)):
+            return None
+    except (ImportError, ValueError, AttributeError):
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as e:  # the module is the user's: it may do anything
+        owner, _, part = name.rpartition(".")
+        held = sys.modules.get(owner)
+        if held is not None and part in vars(held):
+            return vars(held)[part]
+        _warn_unknown(name, e)
+        return None
+
+# %% ../nbs/36_identity.ipynb #36fi0007
+def _texts(code) -> list[str]:
+    "Texts among the constants of a code object that could be a path."
+    flat = [part for c in code.co_consts for part in (c if isinstance(c, (tuple, frozenset)) else [c])]
+    return [t for t in flat if isinstance(t, str) and 0 < len(t) < 1000 and not {"\n", "\0"} & set(t)]
+
+
+@functools.lru_cache(maxsize=None)
+def _writes(code) -> frozenset[str]:
+    "Texts and names in what a piece of code opens to write, or makes."
+    said = lambda node: {getattr(n, "value", None) if isinstance(n, ast.Constant) else getattr(n, "attr", None)  # noqa
+                         or getattr(n, "id", None) for n in ast.walk(node)} - {None}
+    found = set()
+    for node in (node for node in _nodes(code) if isinstance(node, ast.Call)):
+        name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+        method, named = isinstance(node.func, ast.Attribute), {k.arg: k.value for k in node.keywords}
+        modes = node.args[1:2] or (node.args[:1] if method else []) + [v for k, v in named.items() if k == "mode"]
+        opened = name == "open" and any(re.fullmatch("[rbt]?[wax][bt+]*|[rbt]+[+][bt]?", str(getattr(m, "value", "")))
+                                        for m in modes)
+        if opened or name in _WRITERS:
+            places = [node.func, *(node.args[:1] if name not in ("write_text", "write_bytes") else []),
+                      *(v for k, v in named.items() if k in ("file", "filename", "path", "name"))]
+            found |= set().union(*map(said, places))
+    for node in _nodes(code):
+        if isinstance(node, ast.Assign) and any(said(t) & found for t in node.targets if isinstance(t, ast.Name)):
+            found |= said(node.value)
+    return frozenset(part for part in found if isinstance(part, str))
+
+# %% ../nbs/36_identity.ipynb #36fi0008
+_WRITERS = {"write_text", "write_bytes", "touch", "mkdir", "makedirs", "mkdtemp", "unlink", "rmtree", "savez", "to_csv",
+            "to_json", "save_pretrained", "FileHandler", "RotatingFileHandler", "basicConfig"}
+_NOTES = re.compile(r"(^|[\W_])(cache|logs?|out|outputs?|te?mp|runs?|results?)($|[\W_])", re.IGNORECASE)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf", ".npz")
+_MOST_FILES, _MOST_BYTES = 2000, 2**34  # of a folder that counts with its files
+
+
+def _path(value):
+    "What a file holds, or a folder; else the path."
+    if os.path.isfile(value):
+        return ["file", file_hash(value)]
+    content = _folder(value) if isinstance(value, Path) and value.is_dir() else None
+    return str(Path(value)) if content is None else ["folder", content]
+
+
+def _folder(path) -> str | None:
+    "What the files of a folder hold; None where results may go there, where it is empty, and, said once, too large."
+    root, here = Path(path).resolve(), Path.cwd().resolve()
+    if root == here or root in here.parents or _NOTES.search(root.name):
+        return None
+    own = (p for p in root.rglob("*") if not any(n[0] == "." or n == "__pycache__" for n in p.relative_to(root).parts))
+    files = sorted(itertools.islice((p for p in own if p.is_file()), _MOST_FILES + 1))
+    if len(files) > _MOST_FILES or sum(p.stat().st_size for p in files) > _MOST_BYTES:
+        _warn_unknown(f"the folder {root.name}", "too large")
+        return None
+    return digest({p.relative_to(root).as_posix(): file_hash(p) for p in files}) if files else None
+
+# %% ../nbs/36_identity.ipynb #36fi0009
+def _files_of_code(codes: list[types.CodeType], values: Iterable) -> list:
+    "[name, content] of the files that texts of the code lead to, also below folders among the values that it reads."
+    written = frozenset().union(*map(_writes, codes))
+    if not codes:
+        return []
+    texts = [t for t in dict.fromkeys(t for c in codes for t in _texts(c)) if t not in written]
+    own = [str(v) for v in values if isinstance(v, (str, Path)) and 0 < len(str(v)) < 1000 and os.path.isdir(v)]
+    folders = list(dict.fromkeys(["", *own]))
+    found = [[os.path.basename(f), content] for f in folders[1:] if _has_weights(f)
+             and (content := _folder(f))]
+    for folder in folders:  # grows
+        for path in (os.path.normpath(os.path.join(folder, t.lstrip("/") if folder else t)) for t in texts):
+            if os.path.isfile(path):
+                found.append([os.path.basename(path), _content(path)])
+            elif len(folders) < 50 and path not in folders and os.path.isdir(path):
+                folders.append(path)
+    return sorted(map(list, set(map(tuple, found))))
+
+
+def _has_weights(folder: str) -> bool:
+    return any(name.endswith(_WEIGHTS) for name in os.listdir(folder))
+
+
+def _content(path: str) -> str:
+    try:
+        return file_hash(path)
+    except OSError as e:
+        _warn_unknown(path, e)
+        return "unknown"
 
 # %% ../nbs/36_identity.ipynb #62a23c27
 _OF_PYTHON = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__",
@@ -505,10 +699,13 @@ def _object(value, seen):
         return describe(value.__wrapped__, seen)
     if origin == "library":
         return _library_object(value, seen)
-    written = _written_by(kind, seen.methods)
+    written, codes = _written_by(kind, seen.methods), _codes_of(kind) if origin == "user" else []
     made = {"class": _class(kind, seen),
-            "state": {k: _first(value, k, v, seen) if k in written else describe(v, seen)
+            "state": {k: _first(value, k, v, seen) if k in written else _held(v, k, codes, seen)
                       for k, v in sorted(_state(value).items()) if written.get(k, True) and not _is_secret(k, v)}}
+    held = [v for part in (_state(value), *map(vars, kind.__mro__)) for v in part.values()]
+    if files := _files_of_code(codes, held):
+        made["files"] = files
     if any(_origin(owner) == "library" for owner in kind.__mro__[:-1] if owner.__module__ not in ("abc", "typing")):
         made["of its base"] = _reduced(value, seen, state=False)
     return made

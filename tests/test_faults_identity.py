@@ -885,3 +885,116 @@ def test_the_command_refuses_a_reward_that_was_edited(tmp_path, monkeypatch, cap
     Path("evaluate.py").write_text(OWN.replace("SCALE *", "-SCALE *"))
     code, line = lire(capfd, *command)
     assert code != 0 and "reward" in line
+
+
+# what a reward reads where it runs: modules that it imports there, modules as values, files that its code names
+READS = {
+    "imported": "def reward(p, c):\n    import own_help\n    return [own_help.points(x) for x in c]",
+    "imported_from": "def reward(p, c):\n    from own_help import points\n    return [points(x) for x in c]",
+    "imported_below": "def reward(p, c):\n    import own_pack.deep\n    return [own_pack.deep.points(x) for x in c]",
+    "imported_by_name": "def reward(p, c):\n    import importlib\n    m = importlib.import_module('own_help')\n"
+                        "    return [getattr(m, 'po' + 'ints')(x) for x in c]",
+    "imported_by_a_method": "class R:\n    def __call__(self, p, c):\n        import own_help as h\n"
+                            "        return [h.points(x) for x in c]\nreward = R()",
+    "by_getattr": "import own_help\ndef reward(p, c): return [getattr(own_help, 'po' + 'ints')(x) for x in c]",
+    "as_an_attribute": "import own_help\nclass R:\n    def __init__(self): self.m = own_help\n"
+                       "    def __call__(self, p, c): return [self.m.points(x) for x in c]\nreward = R()",
+    "dotted": "import own_pack.deep\ndef reward(p, c): return [own_pack.deep.points(x) for x in c]",
+    "constant": "import json\ndef reward(p, c): return [json.load(open('w.json')) * len(x) for x in c]",
+    "joined": "import json, os\ndef reward(p, c):\n    w = json.load(open(os.path.join('gold', 'deep', 'w.json')))\n"
+              "    return [w * len(x) for x in c]",
+    "divided": "import json\nfrom pathlib import Path\ndef reward(p, c):\n"
+               "    return [json.loads((Path('gold') / 'deep' / 'w.json').read_text()) * len(x) for x in c]",
+    "beside": "import json, os\nHERE = os.path.dirname(os.path.abspath(__file__))\ndef reward(p, c):\n"
+              "    return [json.load(open(f'{HERE}/w.json')) * len(x) for x in c]",
+    "kept_as_text": "import json\nclass R:\n    def __init__(self, at): self.at = at\n    def __call__(self, p, c):\n"
+                    "        return [json.load(open(self.at + '/w.json')) * len(x) for x in c]\nreward = R('gold/deep')",
+    "kept_as_a_path": "import json\nfrom pathlib import Path\nclass R:\n    def __init__(self): self.at = Path('gold')\n"
+                      "    def __call__(self, p, c):\n        file, = self.at.rglob('*.json')\n"
+                      "        return [json.loads(file.read_text()) * len(x) for x in c]\nreward = R()",
+    "weights": "class R:\n    at = 'kept'\n    def __call__(self, p, c):\n        import glob\n"
+               "        return [float(open(glob.glob(self.at + '/*')[0]).read()) * len(x) for x in c]\nreward = R()",
+}
+
+
+def _set(factor):
+    """Everything that the rewards above read, with another factor."""
+    for folder in ("own_pack", "gold/deep", "kept"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    Path("own_pack/__init__.py").touch()
+    for name in ("own_help.py", "own_pack/deep.py"):
+        Path(name).write_text(f"def points(x): return {factor} * len(x)\n")
+    for name in ("w.json", "gold/deep/w.json", "kept/w.safetensors"):
+        Path(name).write_text(str(factor))
+
+
+def _read_anew(place):
+    """(the identity, a score) as another process would find them."""
+    from lire_nb.lab.extend import named_function
+
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    reward = named_function(f"{place / 'reads.py'}:reward")
+    before = value_identity(reward)
+    score = reward(["q"], ["abc"])[0]
+    assert value_identity(reward) == before  # also after it has imported and read
+    return before, score
+
+
+@pytest.fixture
+def reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("own_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("how", READS)
+def test_what_a_reward_reads_where_it_runs_counts(reads, how):
+    (reads / "reads.py").write_text(READS[how] + "\n")
+    found = []
+    for factor in (1, 22, 1):
+        _set(factor)
+        found.append(_read_anew(reads))
+    assert found[0] == found[2] and [score for _, score in found] == [3, 66, 3]
+    assert found[0][0] != found[1][0]
+
+
+NOTES = ["open('log.txt', 'a').write('x')", "open(os.path.join('gold', 'log.txt'), mode='w').write('x' * len(c[0]))",
+         "at = Path('log.txt'); at.write_text(str(time.time()))", "(NOTED / 'n.txt').open('a').write('x')",
+         "[json.dumps(x) for x in c]", "import statistics, torch, numpy.random"]
+
+
+@pytest.mark.parametrize("line", NOTES)
+def test_what_a_reward_writes_down_leaves_it_the_same(reads, line):
+    """As it was before such files were looked at: the text counts, and not what is in the file."""
+    _set(1)
+    Path("noted").mkdir()
+    Path("noted/n.txt").write_text("first")
+    (reads / "reads.py").write_text("import json, os, time\nfrom pathlib import Path\nNOTED = Path('noted')\n"
+                                    f"def reward(p, c):\n    {line}\n    return [len(x) for x in c]\n")
+    Path("log.txt").touch(), Path("gold/log.txt").touch()
+    first = _read_anew(reads)
+    assert _read_anew(reads) == first
+    if "NOTED" not in line:
+        Path("noted/n.txt").write_text("second")
+        assert _read_anew(reads) == first
+
+
+def test_a_folder_in_which_the_work_happens_is_its_path(reads, monkeypatch, caplog):
+    from lire_nb import identity
+
+    Path("many").mkdir()
+    for k in range(3):
+        Path(f"many/{k}").write_text("x")
+    before = value_identity(reads), value_identity(reads.parent)
+    inside = value_identity(Path("many"))
+    Path("many/3").write_text("y")
+    assert (value_identity(reads), value_identity(reads.parent)) == before and value_identity(Path("many")) != inside
+    monkeypatch.setattr(identity, "_MOST_FILES", 3)
+    large = value_identity(Path("many"))
+    Path("many/3").write_text("z")
+    assert value_identity(Path("many")) == large and "the folder many" in caplog.text
