@@ -93,9 +93,21 @@ def same_text(
 ) -> str:
     "What two prompts have in common when they are the same but for case, punctuation and spacing."
     turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
-    words = [" ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())) for _, text in turns]
+    words = [_words(text) for _, text in turns]
     said = [f"{role}: {text}" for (role, _), text in zip(turns, words)]
     return "\n".join(said) if any(words) else repr(prompt)  # a prompt of signs alone is itself
+
+
+_KINDS = {"L", "N", "M", "Sm", "Sc", "So"}  # letters, digits, vowel marks; signs of sums, money and others such as emoji
+
+
+def _words(text: str) -> str:
+    "Without punctuation, but for that between digits: 3.5 is not 35, and 7 - 3 is not 73."
+    text = re.sub(r"(?<=\d)\s*([^\w\s])\s*(?=\d)", r"\1", unicodedata.normalize("NFKC", text).casefold())
+    inner = {m.start() for m in re.finditer(r"(?<=\d)[^\w\s](?=\d)", text)}
+    kinds = map(unicodedata.category, text)
+    return " ".join("".join(c if i in inner or c == "_" or {kind, kind[0]} & _KINDS else " "
+                            for i, (c, kind) in enumerate(zip(text, kinds))).split())
 
 # %% ../nbs/34_tasks.ipynb #907fbb89
 def split_lists(

@@ -1298,3 +1298,12 @@ def test_the_hash_of_a_text_is_that_of_its_composed_form(text):
     composed = unicodedata.normalize("NFC", text)
     digest = hashlib.sha256(b"s\n" + " ".join(composed.lower().split()).encode()).hexdigest()[:16]
     assert text_hash(text, "s") == text_hash(unicodedata.normalize("NFD", text), "s") == int(digest, 16) / 2**64
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("What is 7+3?", "what is 7 + 3", True), ("What is 7+3?", "What is 7-3?", False), ("7 - 3", "7 3", False),
+    ("3.5 stars", "35 stars", False), ("Costs $5.", "Costs 5.", False), ("film 1.", "Film 1", True),
+    ("a `word`, (so)", "a word so", True), ("\u0915\u093f", "\u0915\u0941", False), ("C++", "C", False),
+    ("caf\u00e9 \uff01", "cafe\u0301", True), ("so\r\n  what", "so what", True), ("x_1", "x 1", False)])
+def test_signs_that_are_part_of_what_is_asked_tell_prompts_apart(one, other, same):
+    assert (same_text(one) == same_text(other)) == same
