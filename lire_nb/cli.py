@@ -99,8 +99,9 @@ def _kept(args) -> str:
     if args.command in kept:
         return f"{kept[args.command]} are kept, the same command goes on after them"
     if args.command == "sample" and Path(f"{args.out}.journal.jsonl").exists():
-        return (f"the answers that came are kept in {Path(args.out).name}.journal.jsonl, the same command asks for the "
-                "others")
+        return f"the answers that came are kept in {args.out}.journal.jsonl, the same command asks for the others"
+    if args.command in ("sample", "score") and any(Path(f"{args.out}.parts").glob("rank-*.jsonl")):
+        return "batches that are finished are kept, the same command goes on after them"
     if args.command == "train" and any(Path(f"{args.out}.partial").glob("checkpoint-*/manifest.json")):
         return "the last checkpoint is kept, the same command goes on from it"
     return "nothing was saved yet, the same command starts from the beginning"
@@ -184,7 +185,7 @@ def sample_command(args) -> None:
     else:
         options = limit = {"max_prompt_length": limit_of(args.prompts, args.max_prompt_length)}
     with _claim(args.out, journal, policy=args.policy, fingerprint=lambda: identity.policy_identity(args.policy),
-                prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
+                keeps=True, prompts=identity.prompts_identity(prompts), num_candidates=args.num_candidates,
                 sampling=asdict(settings), seed=args.seed, **limit, **chosen,
                 **(search | {"guide": identity.reward_identity(guide)} if search else {})) as todo:
         if todo or journal.exists():  # a journal that is still there belongs to an output with gaps
@@ -215,13 +216,12 @@ def score_command(args) -> None:
     require(args.select is None or args.num_candidates is not None, "missing", field="--num-candidates",
             allowed="how many candidates to keep", remedy="give it beside --select")
     reward, chosen, reading = read_reward(args.reward), _selection(args), _reading(args)
-    with _claim(args.out, lists=_hash(args.lists, reading), reward=identity.reward_identity(reward),
+    with _claim(args.out, keeps=True, lists=_hash(args.lists, reading), reward=identity.reward_identity(reward),
                 about={"lists": args.lists}, **reading, **chosen) as todo:
         if todo:
             _say(f"scoring {args.lists} with {args.reward} into {args.out}")
-            lists = rewards.score_lists(load_lists(args.lists, **reading), reward)
+            lists = rewards.score_lists(load_lists(args.lists, **reading), reward, texts_at_once=256)
             on_main(lambda: save_lists(_selected(lists, args) if chosen else lists, args.out))
-
 
 # %% ../nbs/60_cli.ipynb #ddfcc7c6
 @command("train", LISTS, POLICY, LOSS, SETTINGS, *LORA,

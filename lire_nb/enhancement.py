@@ -10,7 +10,6 @@ __all__ = ['logger', 'TRAINING_DEFAULTS', 'Rounds', 'self_enhance', 'by_id', 'se
 # %% ../nbs/19_enhancement.ipynb #3efc1f88
 # long: imports
 import gc
-import importlib.metadata
 import json
 import logging
 import math
@@ -37,8 +36,8 @@ from .conversations import encode_prompt, MAX_PROMPT_LENGTH
 from .demonstrations import demonstration_pairs
 from .handover import Engine, EngineSampler
 from lire_nb.identity import (
-    check_claim, claim_folder, differences, is_ours, lists_identity, named_identity, plain_value, policy_identity,
-    prompts_identity, reward_identity,
+    check_claim, claim_folder, differences, is_ours, library_versions, lists_identity, named_identity, plain_value,
+    policy_identity, prompts_identity, reward_identity,
 )
 from .launch import check_checkpoint, check_engine, launched_as, sharded_loading
 from .lists import as_lists, checked_prompts, load_lists, prompt_facts, save_lists
@@ -442,7 +441,7 @@ def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampl
     "Make a file of lists where it is missing, each process a share of it, and note it in the manifest."
     if on_main(result.exists):
         return on_main(lambda: drop_kept(result))
-    with sharing(), kept_rows(result, {**sampled, **made_from, "versions": _versions()}):
+    with sharing(), kept_rows(result, {**sampled, **made_from, "versions": library_versions()}):
         made = make()
         on_main(lambda: save_lists(made, result))
 
@@ -458,15 +457,11 @@ def _stage(folder: Path, result: Path, make: Callable[[], Iterable[dict]], sampl
     on_main(note)
 
 # %% ../nbs/19_enhancement.ipynb #fe2b58b4
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
-
-
 def _write_round(folder: Path, sampled: dict) -> None:
     files = [p.relative_to(folder).as_posix() for p in [*folder.glob("*.json*"), *folder.glob("policy/**/*"),
                                                           *folder.glob("reward/**/*")]
              if p.is_file() and p.name[0] != "." and p.name != "manifest.json"]
-    write_manifest(folder, files, sampled_by=sampled, versions=_versions())
+    write_manifest(folder, files, sampled_by=sampled, versions=library_versions())
 
 # %% ../nbs/19_enhancement.ipynb #0acd2d63
 def _check_round(folder: Path, sampled: dict) -> None:

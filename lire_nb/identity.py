@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'FORMAT', 'reward_identity', 'lists_identity', 'source_identity', 'prompts_identity', 'policy_identity',
-           'tokenizer_identity', 'plain_address', 'differences', 'claim_folder', 'check_claim', 'value_identity',
-           'named_identity', 'plain_value', 'Seen', 'describe', 'is_ours']
+           'tokenizer_identity', 'plain_address', 'library_versions', 'differences', 'claim_folder', 'check_claim',
+           'value_identity', 'named_identity', 'plain_value', 'Seen', 'describe', 'is_ours']
 
 # %% ../nbs/36_identity.ipynb #82589c47
 import ast
@@ -15,6 +15,7 @@ import dis
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -111,6 +112,11 @@ def plain_address(
     return public_address(address)
 
 # %% ../nbs/36_identity.ipynb #edc0d3e0
+def library_versions() -> dict[str, str]:
+    "Of what decides numbers beside code and data of one's own."
+    return {name: importlib.metadata.version(name) for name in ("lire_nb", "torch", "transformers")}
+
+
 def differences(
     there,  # JSON
     now,  # JSON

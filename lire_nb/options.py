@@ -12,12 +12,12 @@ __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDI
 import argparse
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .base.errors import did_you_mean, in_terminal, LireError, needed, public_address, require
 from .base.files import _is_main, one_writer
-from .base.ranks import on_main, sharing
+from .base.ranks import drop_kept, kept_rows, on_main, sharing
 from .conversations import MAX_PROMPT_LENGTH
 from .lists import checked_prompts, is_hub_id, load_prompts, prompt_row_of, row_of
 from .tasks import load_task, PROMPT_LENGTHS
@@ -288,31 +288,37 @@ def _loaded() -> dict:
 
 # %% ../nbs/65_options.ipynb #bfc5e259
 @contextmanager
-def _claim(out: str, journal: Path | None = None, about: dict | None = None, **config):
+def _claim(out: str, journal: Path | None = None, about: dict | None = None, keeps: bool = False, **config):
     """Write the configuration beside the output; True when there is something to do. An output made from something else
-    is an error."""
-    from lire_nb.identity import claim_folder
+    is an error. keeps: finished rows of `split_rows` are kept in <out>.parts, so that a killed command goes on."""
+    from lire_nb.identity import claim_folder, library_versions
 
-    path, name = Path(out), f"{Path(out).name}.config.json"
+    path, name, made_from = Path(out), f"{Path(out).name}.config.json", {}
+    rows = Path(f"{out}.rows")  # the name by which `kept_rows` finds <out>.parts: out.jsonl is not out.parquet
 
     def claim() -> bool:
         require(not path.exists() or path.with_name(name).exists(), "is there already and was not made by this command",
                 field="--out", value=out, allowed="a new name", remedy="move it away or choose another name")
-        made_from = {name: value() if callable(value) else value for name, value in config.items()}
-        claim_folder(path.parent, {"output": path.name, **made_from, **_loaded()}, name,
+        given = {name: value() if callable(value) else value for name, value in config.items()}
+        made_from.update({"output": path.name, **given, **_loaded()})
+        claim_folder(path.parent, made_from, name,
                      f"give another --out, or delete {path.name} to make it again",
                      # of an attempt that left no output nothing counts
                      made=[path.name, *([journal.name] if journal else [])], about=about)
         if path.exists():
             _say(f"{out} is there already, made with the same settings")
+            if keeps:
+                drop_kept(rows)
         return not path.exists()
 
     with sharing(), one_writer(path, "another command", inside=False):
         todo = on_main(claim)
         try:
-            yield todo
+            with kept_rows(rows, made_from | {"versions": library_versions()}) if keeps and todo else nullcontext():
+                yield todo
         except BaseException:
-            if _is_main() and not any(p.exists() for p in (path, Path(f"{out}.partial"), journal or path)):
+            left = (path, Path(f"{out}.partial"), Path(f"{out}.parts"), journal or path)
+            if _is_main() and not any(p.exists() for p in left):
                 path.with_name(name).unlink(missing_ok=True)  # nothing was made from it
             raise
 

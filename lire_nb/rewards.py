@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .base.errors import LireError, needed, require
-from .base.files import _batches, _is_main, json_digest
+from .base.files import _batches, _is_main, json_digest, _whole_batches
 from .base.ranks import even_batches, is_sharing, is_splitting, my_share, on_main, split_rows, sum_over_ranks
 from .conversations import check_same_tokens, encode_conversation, same_tokens
 from .identity import plain_address, tokenizer_identity
@@ -59,21 +59,22 @@ def score_lists(
     reward: Reward,
     *,
     only_missing: bool = False,  # keep the rewards that are there
+    texts_at_once: int | None = None,  # that a reward is asked about inside `kept_rows`, in whole lists; None: all
 ) -> datasets.Dataset:  # the same lists with rewards
     """Score every candidate, 4,096 lists at a time; of a conversation the reward reads the agent's last turn as the
     answer to all that came before. Raises `LireError`, with the names of reward and list, when the reward raises,
     returns the wrong count or a number that is not finite."""
-    return lists_dataset(_scored_lists(lists, reward, only_missing))
+    return lists_dataset(_scored_lists(lists, reward, only_missing, texts_at_once))
 
 
 _LISTS = 4096  # that a reward is asked about at once, so that memory does not grow with their number
 
 
-def _scored_lists(lists: Iterable[dict], reward: Reward, only_missing: bool) -> Iterator[dict]:
+def _scored_lists(lists: Iterable[dict], reward: Reward, only_missing: bool, at_once: int | None) -> Iterator[dict]:
     for records in _batches((r | {"rewards": list(r["rewards"])} for r in map(dict, lists)), _LISTS):
         todo = [(r, j) for r in records for j in range(len(r["completions"]))
                 if not (only_missing and r["rewards"][j] is not None)]
-        scores = _asked_by_all(reward, todo) if is_splitting() else _checked_scores(reward, todo)
+        scores = _asked_by_all(reward, todo, at_once) if is_splitting() else _checked_scores(reward, todo)
         for (record, j), score in zip(todo, scores):
             record["rewards"][j] = score
         yield from records
@@ -548,7 +549,7 @@ def longer_wins(prompts: list, completions: list[str]) -> list[float]:
     return [float(len(c)) for c in completions]
 
 # %% ../nbs/15_rewards.ipynb #63b43171
-def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]]) -> list:
+def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]], at_once: int | None = None) -> list:
     "The scores of all texts, each process asking for a share; what cannot be split is asked by the first process."
     if type(reward).__call__ is RewardModel.__call__:
         reward.cuts.clear()
@@ -557,9 +558,13 @@ def _asked_by_all(reward: Reward, todo: list[tuple[dict, int]]) -> list:
         order, size = sorted(range(len(todo)), key=sizes.__getitem__), reward.batch_size
         exact = not has_bf16(reward.model.device.type)
     elif getattr(reward, "per_text", False) or reward is longer_wins or type(reward) in (VaderReward, RandomReward):
-        order, size, exact, sizes = range(len(todo)), max(1, len(todo)), True, [1] * len(todo)
-    else:
+        order, size, exact, sizes = range(len(todo)), max(1, at_once or len(todo)), True, [1] * len(todo)
+    elif is_sharing() or at_once is None or getattr(reward, "per_text", None) is False:
         return on_main(lambda: _checked_scores(reward, todo))
+    else:
+        parts = _whole_batches((some for _, some in groupby(todo, key=lambda one: id(one[0]))), at_once)
+        found = split_rows([[n] for n in range(len(parts))], lambda one: [_checked_scores(reward, parts[one[0]])])
+        return [score for part in found for score in part[0]]
     batches = even_batches(order, size, exact)
     found = split_rows(batches, lambda batch: _checked_scores(reward, [todo[i] for i in batch]),
                        weight=lambda batch: len(batch) * max(sizes[i] for i in batch))

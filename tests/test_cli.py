@@ -2,6 +2,7 @@
 Python of its own once; the rest are forks, see warm.py."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import warm
+from tiny_policy import make_start
+
+from lire_nb.base.ranks import kept_rows
+from lire_nb.lists import save_lists
+from lire_nb.records import make_record
+from lire_nb.rewards import score_lists
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
@@ -223,3 +230,106 @@ def test_a_reward_that_was_never_trained(tmp_path):
     one_line(lire("score", "--lists", path, "--reward", "minilm", "--out", "o.jsonl", cwd=tmp_path),
              "no trained reward head")
     assert files(tmp_path) == {"l.jsonl"}
+
+
+# A killed sampling or scoring goes on after its finished batches.
+
+
+REWARD = """import os
+import signal
+from pathlib import Path
+
+
+def score(prompts, completions):
+    with open("asked.txt", "a") as file:
+        file.writelines(c + "\\n" for c in completions)
+    if Path("die").exists() and any(p.startswith("film 7") for p in prompts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(c)) + 0.1 for c in completions]
+"""
+SAMPLE = """import os
+import signal
+from pathlib import Path
+from lire_nb.sampling import LocalSampler
+rows, count = LocalSampler._rows, []
+
+
+def drawing(self, prompts, *rest):
+    count.append(1)
+    if Path("die").exists() and len(count) > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open("asked.txt", "a") as file:
+        file.writelines(p + "\\n" for p in prompts)
+    return rows(self, prompts, *rest)
+
+
+LocalSampler._rows = drawing
+"""
+
+
+def killed_and_again(folder: Path, command: tuple, code: str = "") -> tuple[list[str], list[str]]:
+    "What is asked in a run that is killed, and in the one after it, which ends in the bytes of an undisturbed run."
+    (folder / "run.py").write_text(f"{code}\nimport sys\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+
+    def run(out):
+        (folder / "asked.txt").write_text("")
+        done = warm.run(folder / "run.py", *command, "--out", out, cwd=folder, env=ENV)
+        return done, (folder / "asked.txt").read_text().splitlines()
+
+    whole, _ = run("whole.jsonl")
+    assert whole.returncode == 0, whole.stderr
+    (folder / "die").touch()
+    killed, before = run("out.jsonl")
+    assert killed.returncode == -signal.SIGKILL and not (folder / "out.jsonl").exists()
+    assert (folder / "out.jsonl.parts" / "rank-0.jsonl").exists()
+    (folder / "die").unlink()
+    done, after = run("out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    assert not list(folder.glob("*.parts"))
+    return before, after
+
+
+def test_a_killed_scoring_goes_on_after_what_was_answered(tmp_path):
+    (tmp_path / "r.py").write_text(REWARD)
+    lists = [make_record(f"film {n} was", [f" a{n}-{j}" for j in range(100)], id=f"{n}") for n in range(10)]
+    save_lists(lists, tmp_path / "l.jsonl")
+    before, after = killed_and_again(tmp_path, ("score", "--lists", "l.jsonl", "--reward", "r.py:score"))
+    assert len(before) == 900 and len(after) == 400 and set(after) == {f" a{n}-{j}" for n in range(6, 10) for j in range(100)}
+    # with another reward nothing of the first counts
+    (tmp_path / "die").touch()
+    warm.run("lire_nb.cli", "score", "--lists", "l.jsonl", "--reward", "r.py:score", "--out", "new.jsonl", cwd=tmp_path,
+             env=ENV)
+    assert (tmp_path / "new.jsonl.parts").exists()
+    done = warm.run("lire_nb.cli", "score", "--lists", "l.jsonl", "--reward", "length", "--out", "new.jsonl", cwd=tmp_path,
+                    env=ENV)
+    assert done.returncode == 0 and json.loads((tmp_path / "new.jsonl").read_text().splitlines()[0])["rewards"][0] == 5.0
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_killed_sampling_goes_on_after_the_batches_that_were_drawn(tmp_path):
+    make_start(tmp_path / "start")
+    (tmp_path / "p.txt").write_text("".join(f"film {n:02} was\n" for n in range(10)))
+    command = ("sample", "--prompts", "p.txt", "--policy", "start", "--num-candidates", "2", "--max-new-tokens", "5",
+               "--sampling-batch", "4", "--dtype", "float32")
+    before, after = killed_and_again(tmp_path, command, SAMPLE)
+    assert len(before) == 4 and len(after) == 6 and not set(before) & set(after)
+
+
+def test_a_reward_is_asked_in_parts_only_where_they_are_kept(tmp_path):
+    sizes = []
+
+    def reward(prompts, completions):
+        sizes.append(len(completions))
+        return [float(len(c)) for c in completions]
+
+    lists = [make_record(f"film {n} was", ["a", "bb", "ccc"], id=f"{n}") for n in range(5)]
+    scored = []
+    for texts, per_text in ((None, None), (4, None), (4, False), (4, True)):
+        if per_text is not None:
+            reward.per_text = per_text
+        with kept_rows(tmp_path / "scored.jsonl", {}):
+            scored.append([r["rewards"] for r in score_lists(lists, reward, texts_at_once=texts)])
+    assert scored == [[[1.0, 2.0, 3.0]] * 5] * 4
+    assert sizes == [15] + [6, 6, 3] + [15] + [4, 4, 4, 3]  # whole lists, unless each text stands for itself
+    assert not list(tmp_path.iterdir())

@@ -704,6 +704,16 @@ def _batches(items: Iterable, size: int = _BATCH) -> Iterator[list]:
     while batch := list(itertools.islice(items, size)):
         yield batch
 
+
+def _whole_batches(groups: Iterable[Iterable], size: int) -> list[list]:
+    "Batches of `size` items or a few more, none of which ends inside a group."
+    batches = []
+    for group in groups:
+        if not batches or len(batches[-1]) >= size:
+            batches.append([])
+        batches[-1] += group
+    return batches
+
 # %% ../../nbs/31_files.ipynb #1195ae9b
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 # for meta: equal dicts, equal bytes

@@ -314,7 +314,8 @@ def split_rows(
     for number in my_share([weight(batch) for batch in todo]):
         if is_sharing():
             block.link.look()
-        made |= (fresh := dict(zip(todo[number], _for_each(work, todo[number]))))
+        with _inside(replace(block, kept=None)):  # what `work` splits is no row of this block
+            made |= (fresh := dict(zip(todo[number], _for_each(work, todo[number]))))
         if block.kept:
             block.kept.add({i: pack(value) for i, value in fresh.items()})
     made = {i: value for part in everyones(made) for i, value in part.items()}
