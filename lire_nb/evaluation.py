@@ -455,10 +455,10 @@ def _engine_sampler(engine: Engine | None, policy, systems: dict, prompts: list[
                         journal=path.with_suffix(".journal"))
 
 
-def _date_of(policy) -> dict:
-    "A chat template that writes the date makes other prompts of the same messages tomorrow."
-    tokenizer = policy[1] if isinstance(policy, (tuple, list)) else load_tokenizer(policy)
-    dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+def _date_of(policies: Iterable) -> dict:
+    "A chat template of any of these policies that writes the date makes other prompts of the same messages tomorrow."
+    tokenizers = (p[1] if isinstance(p, (tuple, list)) else load_tokenizer(p) for p in policies)
+    dated = any("strftime_now" in str(getattr(one, "chat_template", None)) for one in tokenizers)
     return {"date in the chat template": time.strftime("%Y-%m-%d")} if dated else {}
 
 
@@ -472,10 +472,11 @@ def _made_from(systems: dict, prompts: list[dict], judges: dict, seed: int, opti
               for k, v in (limits | {k: v for k, v in options.items() if k != "progress"}).items()}
     same = {"prompts": prompts_identity(prompts),
             "judges": {name: reward_identity(judge) for name, judge in judges.items()}, "seed": seed,
-            "options": plain_value(limits), **_date_of(next(iter(systems.values()))), **loaded_as()}
-    found = {name: policy_identity(policy) for name, policy in systems.items()}
+            "options": plain_value(limits), **loaded_as()}
+    found, start = {name: policy_identity(one) for name, one in systems.items()}, next(iter(systems.values()))
     return {name: {"policy": found[name], "start": next(iter(found.values())), **same,
-                   **({"sampler": "server"} if name in engines else {})} for name in systems}
+                   **_date_of([start, policy]), **({"sampler": "server"} if name in engines else {})}
+            for name, policy in systems.items()}
 
 # %% ../nbs/22_evaluation.ipynb #633ebfa1
 def _sweep_served(path: Path) -> None:

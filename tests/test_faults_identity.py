@@ -802,6 +802,31 @@ def test_11_a_template_that_writes_the_date_makes_other_prompts_tomorrow(tmp_pat
             evaluate_systems(run, systems, asked, {"l": short}, settings=SHORT, num_samples=1, progress=False)
 
 
+@pytest.mark.parametrize("dated", ["start", "second", "third"])
+def test_a_template_of_any_system_may_write_the_date(tmp_path, start, monkeypatch, dated):
+    """Its rows are of one day; those of systems that do not read it, and are not compared with it, stay."""
+    from lire_nb import evaluation
+
+    model, tokenizer = load_policy(start)
+    asked = [{**p, "prompt": [{"role": "user", "content": p["prompt"]}]} for p in PROMPTS[:2]]
+    systems = {}
+    for name in ("start", "second", "third"):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = "{{ strftime_now('%d') }}" * (name == dated) + "{{ messages[0].content }}"
+        systems[name] = model, tokenizer
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(strftime=lambda form: "2026-01-01"))
+    run = functools.partial(evaluate_systems, tmp_path / "run", prompts=asked, judges={"l": short}, settings=SHORT, num_samples=1,
+                  progress=False)
+    run(systems=systems)
+    run(systems=systems)
+    told = {path.name.partition(".")[0] for path in (tmp_path / "run" / "evaluation").glob("*.config.json")
+            if "2026-01-01" in path.read_text()}
+    assert told == ({"start", "second", "third"} if dated == "start" else {dated})
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(strftime=lambda form: "2026-01-02"))
+    with pytest.raises(LireError, match="date in the chat template"):
+        run(systems=systems)
+
+
 if __name__ == "__main__":  # the whole trial: python tests/test_faults_identity.py 10
     import tempfile
 
