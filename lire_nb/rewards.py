@@ -87,22 +87,19 @@ def reward_name(reward: Reward) -> str:
 # %% ../nbs/15_rewards.ipynb #26b06c0f
 def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     "As many scores as completions, or a `RewardError`; nobody is asked about nothing."
-    if not todo:
-        return []
     field = f"reward {reward_name(reward)!r}"
     try:
         read = {id(r): read_as_answers(r) for r, _ in todo}
-        found = reward(*map(list, zip(*(read[id(r)][j] for r, j in todo))))
+        found = reward(*map(list, zip(*(read[id(r)][j] for r, j in todo)))) if todo else []
         if isinstance(found, (str, bytes, dict, set, frozenset)):  # whose letters and keys would pass for scores
             raise TypeError(f"a {type(found).__name__} has no score for each completion in turn")
-        scores = list(found)
+        return _one_each(list(found), len(todo), field)
     except LireError:
         raise
     except Exception as e:
         raise RewardError(f"raised {type(e).__name__}", field=field, value=str(e),
                           allowed="one number for each completion",
                           remedy="look at this list; return a number for every text") from e
-    return _one_each(scores, len(todo), field)
 
 
 def _one_each(scores: list, count: int, field: str) -> list:

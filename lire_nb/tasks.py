@@ -98,7 +98,7 @@ def same_text(
     return "\n".join(said) if any(words) else repr(prompt)  # a prompt of signs alone is itself
 
 
-_KINDS = {"L", "N", "M", "Sm", "Sc", "So"}  # letters, digits, vowel marks; signs of sums, money and others such as emoji
+_KINDS = {"L", "N", "M", "Sm", "Sc", "So"}  # letters, digits, vowel marks; signs of sums, of money, emoji
 
 
 def _words(text: str) -> str:
