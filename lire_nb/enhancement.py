@@ -57,6 +57,7 @@ from .rivals import LOSSES
 from .sampling import derive_seed, sample_lists, SamplingSettings
 from .selection import learn_categories, select as select_from, WAYS
 from .settings import parse_settings, refuse_decided
+from .tasks import same_text
 from lire_nb.training import (
     check_call, check_teaching, facts_of, LIREConfig, LIRETrainer, prepare_lists, use_training_bar,
 )
@@ -119,7 +120,7 @@ class Rounds:
         "What the identity only hashes and a report reads: rewards that the prompts brought, prompts of the rule."
         given = sum(x is not None for r in _given_lists(self.prompts) for x in r.get("rewards") or ())
         rule = self.stop if isinstance(self.stop, StopRule) else None
-        watched = sorted({json_digest(p["prompt"]) for p in rule.prompts}) if rule else None
+        watched = sorted({json_digest(same_text(p["prompt"])) for p in rule.prompts}) if rule else None
         return {"rewards given": given, **({"watched": watched} if rule else {})}
 
     def demonstrations(self) -> dict[str, list[bool]]:

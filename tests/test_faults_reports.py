@@ -604,7 +604,26 @@ def test_38_a_self_enhancement_notes_what_its_rule_watched(tmp_path, monkeypatch
     enhancement.self_enhance(make_start(tmp_path / "start"), prompts, lambda p, c: [0.0 for _ in c], tmp_path / "run",
                              evolve=1, stop=rule)
     about = json.loads((tmp_path / "run" / "enhancement.json").read_text())["about"]
-    assert about["watched"] == [json_digest("held out")] and about["rewards given"] == 1
+    assert about["watched"] == [json_digest(tasks.same_text("held out"))] and about["rewards given"] == 1
+
+
+@pytest.mark.parametrize("other", [
+    "Question  {}!", "question {} ", "QUESTION\u00a0{}", "\uff51uestion {}", [{"role": "user", "content": "question {}"}]])
+def test_a_prompt_in_another_form_is_no_held_out_prompt(judged, tmp_path, other):
+    """Whichever side has the other form; also where a stop rule watched it. Another prompt is held out still."""
+    chat = isinstance(other, list)
+    forms = [[{**other[0], "content": p}] if chat else other.format(p.partition(" ")[2]) for p in PROMPTS]
+    same, none = {"seen": (forms, PROMPTS), "judged": (PROMPTS, forms)}, [f"answer {i}" for i in range(24)]
+    for name, (before, asked) in same.items():
+        home = trained(tmp_path / name, before[:5], "smollm2", "a", rounds=1)
+        watch = trained(tmp_path / f"{name} watched", none, "smollm2", "a", rounds=1, stop={"gold": "b"}, about={
+            "watched": [json_digest(tasks.same_text(p)) for p in before[:7]]})
+        systems = {"start": "smollm2", "one": str(home / "round-1" / "policy"), "two": str(watch / "round-1" / "policy")}
+        run = judged(asked, {"systems": systems, "judges": {"proxy": "a"}}, names=tuple(systems))
+        assert results.read_records(run).seen == {"one": 5, "two": 7}
+        said = report.findings(results.read_metrics(run), results.read_records(run))[-1]
+        assert "7 of which training saw" in said and "held-out" not in said
+        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize("config",

@@ -127,7 +127,8 @@ def _known(metrics: pd.DataFrame, records: Records) -> str:
     kind, aside = "prompts", ""
     if trained and all(system in records.seen for system in trained):
         seen = max(records.seen.values())
-        kind, aside = ("held-out prompts", "") if not seen else ("prompts", f", {seen} of which training saw")
+        told = f", {seen} of which training saw, case, spacing and punctuation aside"
+        kind, aside = ("prompts", told) if seen else ("held-out prompts", "")
     used = set(metrics["method"].dropna()) if "method" in metrics else {"bootstrap"}
     how = " and ".join(name for method, name in _METHODS.items() if method in used)
     text = f"{prompts} {kind}{aside}" + (f", 95 % {how} intervals over prompts, paired." if how else ".")

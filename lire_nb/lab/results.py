@@ -404,7 +404,7 @@ def read_records(run: str | Path) -> Records:
         rounds.setdefault(str(home), {0: first})[number] = [name]
         past = _Past(_training_prompts(home, made, number) or set(), {"proxy"}) if whole else _past(Path(policy), start)
         if past.prompts is not None:
-            found.seen[name] = sum(_prompt_key(r["prompt"]) in past.prompts for r in _judged(run, name))
+            found.seen[name] = sum(not past.prompts.isdisjoint(_prompt_keys(r["prompt"])) for r in _judged(run, name))
         judges = {"proxy": "proxy"} if whole else _object(config.get("judges"))
         if own := [judge for judge, identity in judges.items() if past.rewards == {identity}]:
             found.rewards[name] = own[0]
@@ -426,19 +426,26 @@ def _object(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 # %% ../../nbs/43_results.ipynb #7ff732fd
-def _prompt_key(prompt) -> str:
+def _prompt_keys(prompt) -> set[str]:
+    "Of the same text in another spelling or form, and of exactly this prompt, as older records note it."
     from lire_nb.base.files import json_digest
+    from lire_nb.tasks import same_text
 
-    return json_digest(prompt)
+    try:
+        return {json_digest(same_text(prompt)), json_digest(prompt)}
+    except (TypeError, KeyError):  # a record that was changed by hand
+        return {json_digest(prompt)}
 
 
 def _training_prompts(home: Path, made: dict, rounds: int) -> set[str] | None:
     "The prompts of a self-enhancement, from its record or its lists; None where neither is there."
     pairs = made.get("prompts")
     if isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        return {_prompt_key(prompt) for _, prompt in pairs}
+        return set().union(*(_prompt_keys(prompt) for _, prompt in pairs))
     files = [home / f"round-{k}" / "lists.jsonl" for k in range(1, rounds + 1)]
-    return {_prompt_key(r["prompt"]) for f in files for r in _rows(f)} if all(f.is_file() for f in files) else None
+    if not all(f.is_file() for f in files):
+        return None
+    return set().union(*(_prompt_keys(r["prompt"]) for f in files for r in _rows(f)))
 
 # %% ../../nbs/43_results.ipynb #fa11f130
 class _Past(NamedTuple):
