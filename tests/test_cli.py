@@ -237,26 +237,24 @@ def test_a_reward_that_was_never_trained(tmp_path):
 
 REWARD = """import os
 import signal
-from pathlib import Path
 
 
 def score(prompts, completions):
     with open("asked.txt", "a") as file:
         file.writelines(c + "\\n" for c in completions)
-    if Path("die").exists() and any(p.startswith("film 7") for p in prompts):
+    if "DIE" in os.environ and any(p.startswith("film 7") for p in prompts):
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(len(c)) + 0.1 for c in completions]
 """
 SAMPLE = """import os
 import signal
-from pathlib import Path
 from lire_nb.sampling import LocalSampler
 rows, count = LocalSampler._rows, []
 
 
 def drawing(self, prompts, *rest):
     count.append(1)
-    if Path("die").exists() and len(count) > 2:
+    if "DIE" in os.environ and len(count) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
     with open("asked.txt", "a") as file:
         file.writelines(p + "\\n" for p in prompts)
@@ -271,18 +269,16 @@ def killed_and_again(folder: Path, command: tuple, code: str = "") -> tuple[list
     "What is asked in a run that is killed, and in the one after it, which ends in the bytes of an undisturbed run."
     (folder / "run.py").write_text(f"{code}\nimport sys\nfrom lire_nb.cli import main\nsys.exit(main(sys.argv[1:]))\n")
 
-    def run(out):
+    def run(out, **env):
         (folder / "asked.txt").write_text("")
-        done = warm.run(folder / "run.py", *command, "--out", out, cwd=folder, env=ENV)
+        done = warm.run(folder / "run.py", *command, "--out", out, cwd=folder, env=ENV | env)
         return done, (folder / "asked.txt").read_text().splitlines()
 
     whole, _ = run("whole.jsonl")
     assert whole.returncode == 0, whole.stderr
-    (folder / "die").touch()
-    killed, before = run("out.jsonl")
+    killed, before = run("out.jsonl", DIE="1")
     assert killed.returncode == -signal.SIGKILL and not (folder / "out.jsonl").exists()
     assert (folder / "out.jsonl.parts" / "rank-0.jsonl").exists()
-    (folder / "die").unlink()
     done, after = run("out.jsonl")
     assert done.returncode == 0, done.stderr
     assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
@@ -297,9 +293,8 @@ def test_a_killed_scoring_goes_on_after_what_was_answered(tmp_path):
     before, after = killed_and_again(tmp_path, ("score", "--lists", "l.jsonl", "--reward", "r.py:score"))
     assert len(before) == 900 and len(after) == 400 and set(after) == {f" a{n}-{j}" for n in range(6, 10) for j in range(100)}
     # with another reward nothing of the first counts
-    (tmp_path / "die").touch()
     warm.run("lire_nb.cli", "score", "--lists", "l.jsonl", "--reward", "r.py:score", "--out", "new.jsonl", cwd=tmp_path,
-             env=ENV)
+             env=ENV | {"DIE": "1"})
     assert (tmp_path / "new.jsonl.parts").exists()
     done = warm.run("lire_nb.cli", "score", "--lists", "l.jsonl", "--reward", "length", "--out", "new.jsonl", cwd=tmp_path,
                     env=ENV)
