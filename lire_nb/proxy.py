@@ -58,9 +58,12 @@ def parting_point(
 
 # %% ../nbs/28_proxy.ipynb #74744d66
 def independent_judge(systems: dict[str, list[dict]]) -> str:
-    "The judge to look at: gold if there is one, else the first that is not the proxy, else the only one."
+    """The judge to look at: gold if there is one, else the first that is not the proxy, else the only one. A judge that
+    gave the proxy's score to every answer is the proxy under another name."""
     judges = list(next(iter(systems.values()))[0]["scores"])
-    return "gold" if "gold" in judges else next((j for j in judges if j != "proxy"), judges[0])
+    scores = lambda judge: [row["scores"][judge] for rows in systems.values() for row in rows]  # noqa: E731
+    others = [j for j in judges if j != "proxy" and not ("proxy" in judges and scores(j) == scores("proxy"))]
+    return "gold" if "gold" in others else others[0] if others else "proxy"
 
 # %% ../nbs/28_proxy.ipynb #635ab0af
 def prompt_means(rows: list[dict], judge: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 from tiny_policy import make_start
 
-from lire_nb import evaluation, preferences, statistics, tasks
+from lire_nb import evaluation, preferences, proxy, statistics, tasks
 from lire_nb.base import errors as lists
 from lire_nb.base import files
 from lire_nb.base.errors import LireError
@@ -587,9 +587,9 @@ def test_38_the_ancestors_of_a_policy_count(judged, tmp_path):
     run = judged(PROMPTS, {"systems": {"start": identity["start"], "new": "n"}, "about": {"systems": {
         "start": str(start), "new": str(last / "round-1" / "policy")}},
         "judges": {"proxy": "vader-1", "gold": "gold-1"}}, names=("start", "new"))
-    assert results.read_records(run)[1:] == ({"new": len(PROMPTS)}, {})
+    assert results.read_records(run)[1:3] == ({"new": len(PROMPTS)}, {})
     make_start(between, seed=2)
-    assert results.read_records(run)[1:] == ({}, {})
+    assert results.read_records(run)[1:3] == ({}, {})
 
 
 def test_38_a_self_enhancement_notes_what_its_rule_watched(tmp_path, monkeypatch):
@@ -624,6 +624,35 @@ def test_a_prompt_in_another_form_is_no_held_out_prompt(judged, tmp_path, other)
         said = report.findings(results.read_metrics(run), results.read_records(run))[-1]
         assert "7 of which training saw" in said and "held-out" not in said
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("names, identities, noisy, apart", [
+    (("proxy", "gold"), ("a-1", "a-1"), False, None), (("gold", "proxy"), ("a-1", "a-1"), False, None),
+    (("proxy", "gold"), ("a-1", "a-1"), True, None), (("proxy", "gold"), ("a-1", "b-1"), False, "gold"),
+    (("proxy", "gold", "vader"), ("a-1", "a-1", "v-1"), False, "vader"), (("mine",), ("a-1",), False, None),
+    (("mine", "again"), ("a-1", "a-1"), False, None)])
+def test_one_reward_under_two_names_checks_nothing(judged, tmp_path, names, identities, noisy, apart):
+    """By the identities, and by the scores where a judge is asked once; `noisy`: it answers otherwise when asked again."""
+    home = trained(tmp_path / "train", ["other"], "smollm2", "a-1", rounds=1)
+    systems = {"start": "smollm2", "new": str(home / "round-1" / "policy")}
+    run = judged(PROMPTS, {"systems": systems, "judges": dict(zip(names, identities))}, names=tuple(systems))
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(systems):
+        path = run / "evaluation" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            given = {one: [float(rng.normal() + k)] for one in sorted(set(identities))}
+            row["scores"] = {j: given[i] if not noisy else [float(rng.normal() + k)] for j, i in zip(names, identities)}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        systems[name] = rows
+    files.write_jsonl(run / "metrics.jsonl", evaluation.compare_systems(systems))
+    page, twins = page_of(run), [n for n, i in zip(names, identities) if i == "a-1"]
+    assert ("one reward under several names" in page) == (len(twins) > 1)
+    assert ("the independent judge's reward" in page) == (apart is not None)
+    assert ("no independent judge" in page) == (apart is None)
+    assert ("Over-optimization" in page) == (apart is not None)
+    if apart:
+        assert proxy.independent_judge(results.read_systems(run)) == apart
 
 
 @pytest.mark.parametrize("config",

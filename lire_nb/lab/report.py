@@ -138,7 +138,9 @@ def _known(metrics: pd.DataFrame, records: Records) -> str:
         text += f" Below {FEW} prompts bootstrap intervals are too narrow: evaluate again for others."
     rewards = {records.rewards.get(system) for system in trained}
     one = len(rewards) == 1 and None not in rewards
-    return text + (f" Training saw the {rewards.pop()} reward only." if one else "")
+    text += f" Training saw the {rewards.pop()} reward only." if one else ""
+    return text + "".join(f" {' and '.join(group)} are one reward under several names: none of them checks another."
+                          for group in records.same)
 
 # %% ../../nbs/46_report.ipynb #b46u0002
 def in_spreads(
@@ -388,13 +390,21 @@ def _figures(run: Path, systems: dict[str, list[dict]]):
         yield f"calibration-{slug(name)}", plot_calibration(rows, name)
 
 # %% ../../nbs/46_report.ipynb #e6477e25
+def _looked_at(run: Path, systems: dict[str, list[dict]]) -> tuple[str, bool]:
+    "The judge to look at, and whether it is independent: no reward of the training, by whichever name."
+    judge, records = independent_judge(systems), read_records(run)
+    known = {"proxy", *records.rewards.values()}
+    return judge, judge not in known.union(*(group for group in records.same if known & set(group)))
+
+
 def _courses(run: Path, systems: dict[str, list[dict]]) -> dict[str, pd.DataFrame]:
     """Figure -> table of over-optimization, of every recorded course that begins at the start policy, where a proxy and
     another judge saw it."""
     start, scores = next(iter(systems)), next(iter(systems.values()))[0]["scores"]
     courses = [c for c in read_records(run).courses if c[0] == start and len(c) > 1]
+    apart = _looked_at(run, systems)[1]
     return {f"overoptimization{f'-{k}' * (k > 1)}": overoptimization({name: systems[name] for name in c})
-            for k, c in enumerate(courses, 1) if "proxy" in scores and len(scores) > 1}
+            for k, c in enumerate(courses, 1) if "proxy" in scores and apart}
 
 
 def read_held_out(run: str | Path) -> dict[str, list[dict]]:
@@ -404,12 +414,14 @@ def read_held_out(run: str | Path) -> dict[str, list[dict]]:
 # %% ../../nbs/46_report.ipynb #43d7234e
 def _first_parts(run: Path, metrics: pd.DataFrame, systems: dict[str, list[dict]], samples: pd.DataFrame):
     "What was run, what was found, and what the texts are like."
+    judge, apart = _looked_at(run, systems)
+    whose = "the independent judge's reward" if apart else f"the reward {judge}, with no independent judge to look at"
     return [("h1", "LIRE: what this run found"), ("table", run_facts(run)),
             ("h2", "What was found"), ("list", findings(in_spreads(metrics, systems), read_records(run), "sd")),
             ("p", f"Gains are in standard deviations (sd) {_of_start(systems)}"),
             ("h2", "Samples"),
-            ("p", "The prompts with the largest gain, the median and the largest loss of the independent judge's "
-                  "reward; the first sample of each system, with that judge's score."),
+            ("p", f"The prompts with the largest gain, the median and the largest loss of {whose}; the first sample of "
+                  "each system, with that judge's score."),
             ("samples", samples)]
 
 

@@ -383,6 +383,7 @@ class Records(NamedTuple):
     # trained system -> how many of the judged prompts it was trained on since the start, or a stop rule watched
     seen: dict[str, int]
     rewards: dict[str, str]  # trained system -> the judge that is the only reward of its training since the start
+    same: tuple[tuple[str, ...], ...] = ()  # judges that are one reward under several names
 
 # %% ../../nbs/43_results.ipynb #7f788058
 def read_records(run: str | Path) -> Records:
@@ -408,6 +409,10 @@ def read_records(run: str | Path) -> Records:
         judges = {"proxy": "proxy"} if whole else _object(config.get("judges"))
         if own := [judge for judge, identity in judges.items() if past.rewards == {identity}]:
             found.rewards[name] = own[0]
+    named = {}
+    for judge, identity in _object(config.get("judges")).items():
+        named.setdefault(str(identity), []).append(judge)
+    found = found._replace(same=tuple(tuple(judges) for judges in named.values() if len(judges) > 1))
     found.courses.extend([system for _, group in sorted(course.items()) for system in group]
                          for course in rounds.values())
     return found
