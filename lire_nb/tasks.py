@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PROMPT_LENGTHS', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'ASSETS', 'REVIEW_HEADER', 'TASKS',
-           'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'split_lists', 'Asset', 'asset_path',
-           'load_task']
+           'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'prompt_keys', 'split_lists', 'Asset',
+           'asset_path', 'load_task']
 
 # %% ../nbs/34_tasks.ipynb #ba1258c7
 import csv
@@ -25,6 +25,7 @@ from pathlib import Path
 import datasets
 
 from .base.errors import data_path, LireError, moved, require
+from .base.files import json_digest
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
 from .records import as_chat, lists_dataset, make_record, prompt_id
@@ -108,6 +109,16 @@ def _words(text: str) -> str:
     kinds = map(unicodedata.category, text)
     return " ".join("".join(c if i in inner or c == "_" or {kind, kind[0]} & _KINDS else " "
                             for i, (c, kind) in enumerate(zip(text, kinds))).split())
+
+# %% ../nbs/34_tasks.ipynb #pk0c76cc
+def prompt_keys(
+    prompt: str | list[dict],
+) -> set[str]:
+    "Digests of what a prompt has in common with itself in another form, and of exactly this one."
+    try:
+        return {json_digest(same_text(prompt)), json_digest(prompt)}
+    except (TypeError, KeyError):  # of a record that was changed by hand
+        return {json_digest(prompt)}
 
 # %% ../nbs/34_tasks.ipynb #907fbb89
 def split_lists(

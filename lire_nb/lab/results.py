@@ -405,17 +405,14 @@ def read_records(run: str | Path) -> Records:
         rounds.setdefault(str(home), {0: first})[number] = [name]
         past = _Past(_training_prompts(home, made, number) or set(), {"proxy"}) if whole else _past(Path(policy), start)
         if past.prompts is not None:
-            found.seen[name] = sum(not past.prompts.isdisjoint(_prompt_keys(r["prompt"])) for r in _judged(run, name))
+            found.seen[name] = sum(not past.prompts.isdisjoint(_keys([r["prompt"]])) for r in _judged(run, name))
         judges = {"proxy": "proxy"} if whole else _object(config.get("judges"))
         if own := [judge for judge, identity in judges.items() if past.rewards == {identity}]:
             found.rewards[name] = own[0]
-    named = {}
-    for judge, identity in _object(config.get("judges")).items():
-        named.setdefault(str(identity), []).append(judge)
-    found = found._replace(same=tuple(tuple(judges) for judges in named.values() if len(judges) > 1))
     found.courses.extend([system for _, group in sorted(course.items()) for system in group]
                          for course in rounds.values())
-    return found
+    named = pd.Series({judge: str(identity) for judge, identity in _object(config.get("judges")).items()}, dtype=str)
+    return found._replace(same=tuple(tuple(one.index) for _, one in named.groupby(named, sort=False) if len(one) > 1))
 
 # %% ../../nbs/43_results.ipynb #a99d17b4
 def _json(path: Path):
@@ -431,26 +428,19 @@ def _object(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 # %% ../../nbs/43_results.ipynb #7ff732fd
-def _prompt_keys(prompt) -> set[str]:
-    "Of the same text in another spelling or form, and of exactly this prompt, as older records note it."
-    from lire_nb.base.files import json_digest
-    from lire_nb.tasks import same_text
+def _keys(prompts: Iterable) -> set[str]:
+    from lire_nb.tasks import prompt_keys
 
-    try:
-        return {json_digest(same_text(prompt)), json_digest(prompt)}
-    except (TypeError, KeyError):  # a record that was changed by hand
-        return {json_digest(prompt)}
+    return set().union(*map(prompt_keys, prompts))
 
 
 def _training_prompts(home: Path, made: dict, rounds: int) -> set[str] | None:
     "The prompts of a self-enhancement, from its record or its lists; None where neither is there."
     pairs = made.get("prompts")
     if isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        return set().union(*(_prompt_keys(prompt) for _, prompt in pairs))
+        return _keys(prompt for _, prompt in pairs)
     files = [home / f"round-{k}" / "lists.jsonl" for k in range(1, rounds + 1)]
-    if not all(f.is_file() for f in files):
-        return None
-    return set().union(*(_prompt_keys(r["prompt"]) for f in files for r in _rows(f)))
+    return _keys(r["prompt"] for f in files for r in _rows(f)) if all(f.is_file() for f in files) else None
 
 # %% ../../nbs/43_results.ipynb #fa11f130
 class _Past(NamedTuple):
