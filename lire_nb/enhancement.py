@@ -46,9 +46,7 @@ from .many_lists import in_order, MANY, with_column
 from lire_nb.models import (
     common_context, compute_dtype, digest, file_hash, load_policy, loaded_as, Policy, quiet_transformers,
 )
-from lire_nb.records import (
-    demonstrated, keep_best_and_worst, make_record, merge_candidates, select_candidates, trained_rewards,
-)
+from .records import demonstrated, keep_best_and_worst, make_record, merge_candidates, select_candidates
 from lire_nb.resume import (
     changed_files, checkpoints, Interrupted, last_checkpoint, on_sigterm, read_manifest, write_manifest,
 )
@@ -58,6 +56,7 @@ from .sampling import derive_seed, sample_lists, SamplingSettings
 from .selection import learn_categories, select as select_from, WAYS
 from .settings import parse_settings, refuse_decided
 from .tasks import same_text
+from .temperature import why_mute
 from lire_nb.training import (
     check_call, check_teaching, facts_of, LIREConfig, LIRETrainer, prepare_lists, use_training_bar,
 )
@@ -203,7 +202,7 @@ def _check_refit(asked: Rounds) -> None:
             allowed="Refit(lists, backbone)", remedy="for example Refit()")
     require(asked.reward is None, "the fitted reward model scores the rounds, so it would have no effect",
             field="reward", value=asked.reward, allowed="None beside refit", remedy="give None, or leave refit out")
-    ordered = any(len(set(trained_rewards(r["rewards"]))) > 1 for r in refit.lists)
+    ordered = any(why_mute(r["rewards"]) is None for r in refit.lists)
     require(ordered or any(map(any, asked.demonstrations().values())), "nothing to fit a reward model on",
             field="refit", value="no demonstration, no graded list",
             allowed='prompts with completions of source "human" and no reward, or graded lists',

@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 
 from .base.errors import data_path, LireError, moved, require
-from .base.files import json_digest
+from .base.files import json_digest, _sorted_json
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
 from .records import as_chat, lists_dataset, make_record, prompt_id
@@ -86,16 +86,18 @@ def prompt_text(
     prompt: str | list[dict],
 ) -> str:  # the words of a text or of all messages
     "What decides the split of a prompt."
-    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(m.get("content") or "" for m in prompt)
 
 # %% ../nbs/34_tasks.ipynb #2d9c76cc
 def same_text(
     prompt: str | list[dict],
 ) -> str:
     "What two prompts have in common when they are the same but for case, punctuation and spacing."
-    turns = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
-    words = [_words(text) for _, text in turns]
-    said = [f"{role}: {text}" for (role, _), text in zip(turns, words)]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    words = [_words(m.get("content") or "") for m in turns]
+    rest = [{k: v for k, v in m.items() if k not in ("role", "content") and v is not None} for m in turns]
+    said = [f"{m['role']}: {text}" + (_sorted_json(of_tools) if of_tools else "")
+            for m, text, of_tools in zip(turns, words, rest)]
     return "\n".join(said) if any(words) else repr(prompt)  # a prompt of signs alone is itself
 
 

@@ -1307,3 +1307,15 @@ def test_the_hash_of_a_text_is_that_of_its_composed_form(text):
     ("caf\u00e9 \uff01", "cafe\u0301", True), ("so\r\n  what", "so what", True), ("x_1", "x 1", False)])
 def test_signs_that_are_part_of_what_is_asked_tell_prompts_apart(one, other, same):
     assert (same_text(one) == same_text(other)) == same
+
+
+def test_tools_tell_prompts_of_the_same_words_apart():
+    """Of a call, which may say nothing itself, and of the list of tools; plain chats are the same as ever."""
+    def asked(city, tool="weather"):
+        call = {"type": "function", "function": {"name": tool, "arguments": {"city": city}}}
+        return [{"role": "user", "content": "Warm?", "tools": [{"name": tool}]},
+                {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "5"}]
+
+    assert same_text(asked("Bern")) == same_text(make_record(asked("Bern"), ["a", "b"])["prompt"])
+    assert len({same_text(asked(*one)) for one in (["Bern"], ["Rome"], ["Bern", "climate"])}) == 3
+    assert same_text([{"role": "user", "content": "Warm?", "tools": None}]) == same_text("warm")

@@ -28,9 +28,9 @@ from .courses import course_table, starts_by_seed
 from .results import Results, system_table, systems_of
 from ..lists import load_lists
 from ..models import file_hash, Policy
-from ..records import trained_rewards
 from ..rivals import get_loss, LOSSES, LossSpec
 from ..tasks import _from_lists, load_task, Task, TASKS
+from ..temperature import why_mute
 from ..training import LIREConfig
 
 # %% ../../nbs/63_extend.ipynb #9e387458
@@ -300,7 +300,7 @@ def _checked_task(given: Given, runs: list[Run]) -> Task:
                                 allowed=f"more lists; these give {e.allowed}",
                                 remedy="add lists, or take a smaller scale") from e
     for name in ("proxy", "gold"):
-        able = sum(len(set(trained_rewards(r["rewards"]))) > 1 for r in reward_lists(task, name)[0])
+        able = sum(why_mute(r["rewards"]) is None for r in reward_lists(task, name)[0])
         require(able >= 2, f"teaches the {name} reward model nothing", field="--task", value=given.task,
                 allowed="lists whose answers have different grades, some in every split", remedy="add graded lists")
     return task
