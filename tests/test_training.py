@@ -3,6 +3,7 @@ touched."""
 import copy
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -335,6 +336,95 @@ def test_half_written_and_damaged_checkpoints_are_never_taken(place, tmp_path):
     with pytest.raises(LireError, match="no whole checkpoint"):
         trainer(place / "start", tmp_path,
                 **settings | {"output_dir": str(tmp_path / "nothing")}).train(resume_from_checkpoint=True)
+
+# A checkpoint goes on as it was begun, or not at all.
+
+STEPS = dict(save_strategy="steps", save_steps=1, max_steps=3, temperature=5.0)
+
+
+@pytest.fixture(scope="module")
+def begun(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun")
+    trainer(place / "start", folder / "lire", **STEPS).train()
+    trainer(place / "start", folder / "dpo", **STEPS | {"temperature": None, "loss_type": "dpo"}).train()
+    return folder
+
+
+def goes_on(place, begun, tmp_path, name="lire", start="start", **changed):
+    settings = STEPS | ({"temperature": None, "loss_type": "dpo"} if name == "dpo" else {})
+    one = trainer(place / start, tmp_path, **settings | changed)
+    one.train(resume_from_checkpoint=str(begun / name / "checkpoint-1"))
+    return one.state.global_step
+
+
+def graded(value):
+    return [make_record(r["prompt"], r["completions"], rewards=[value, *r["rewards"][1:]], id=r["id"]) for r in LISTS]
+
+
+OTHERWISE = {
+    "learning rate": (dict(learning_rate=1e-3), "learning_rate: 0.005 there, 0.001 now"),
+    "temperature": (dict(temperature=6.0), "temperature: 5.0 there, 6.0 now"),
+    "loss": (dict(temperature=None, loss_type="rrhf"), "loss_type: 'lire' there, 'rrhf' now"),
+    "schedule": (dict(lr_scheduler_type="linear"), "lr_scheduler_type: 'cosine' there, 'linear' now"),
+    "optimizer": (dict(weight_decay=0.1), "weight_decay: 0.0 there, 0.1 now"),
+    "seed": (dict(seed=7), "seed: 42 there, 7 now"),
+    "a term beside the loss": (dict(sft_weight=0.5), "sft_weight: 0.0 there, 0.5 now"),
+    "candidates": (dict(num_candidates=2), "num_candidates: nothing there, 2 now"),
+    "fewer lists": (dict(lists=LISTS[:-1]), "other lists"),
+    "another order": (dict(lists=LISTS[::-1]), "other lists"),
+    "other rewards": (dict(lists=graded(0.9)), "other lists"),
+    "shorter answers": (dict(max_completion_length=2), "other lists"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_another_training_does_not_go_on_from_a_checkpoint(place, begun, tmp_path, name):
+    changed, said = OTHERWISE[name]
+    with pytest.raises(LireError, match="another training would go on from here") as e:
+        goes_on(place, begun, tmp_path, **changed)
+    assert said in str(e.value) and "resume_from_checkpoint" in str(e.value)
+
+
+def test_what_does_not_decide_the_steps_may_change(place, begun, tmp_path):
+    assert goes_on(place, begun, tmp_path, max_steps=4, logging_steps=2, candidates_at_once=1, save_steps=2) == 4
+
+
+def test_a_loss_with_a_reference_goes_on_with_its_start_alone(place, begun, tmp_path):
+    """The common slip: the checkpoint itself is given as the model, and becomes its own reference."""
+    assert goes_on(place, begun, tmp_path, "dpo") == 3
+    moved = begun / "dpo" / "checkpoint-3"
+    with pytest.raises(LireError, match="the reference log-probs have a mean of"):
+        goes_on(place, begun, tmp_path, "dpo", start=moved)
+
+
+def test_a_loss_of_ones_own_goes_on_with_its_code_alone(place, tmp_path, begun):
+    def own(weight):
+        def loss(logps, rewards, mask=None):
+            seen.append(float(logps.detach().sum()))
+            return -weight * ((logps.masked_fill(~mask, -1e9) / 5).softmax(-1) * rewards.masked_fill(~mask, 0)).sum(-1)
+
+        seen = []
+        return loss
+
+    settings = STEPS | {"temperature": None}
+    trainer(place / "start", tmp_path, **settings, loss_type=own(1.0)).train()
+    there = str(tmp_path / "checkpoint-1")
+    again = trainer(place / "start", tmp_path / "again", **settings, loss_type=own(1.0))
+    again.train(resume_from_checkpoint=there)
+    assert again.state.global_step == 3
+    checked = json.loads((tmp_path / "checkpoint-1" / "manifest.json").read_text())["decided"]["settings"]["loss_type"]
+    assert checked.startswith("loss-")
+    with pytest.raises(LireError, match="loss_type"):
+        trainer(place / "start", tmp_path / "other", **settings, loss_type=own(2.0)).train(resume_from_checkpoint=there)
+
+
+def test_a_checkpoint_of_an_older_version_still_goes_on(place, begun, tmp_path):
+    shutil.copytree(begun / "lire" / "checkpoint-1", tmp_path / "old" / "checkpoint-1")
+    path = tmp_path / "old" / "checkpoint-1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("decided")
+    path.write_text(json.dumps(manifest))
+    assert goes_on(place, tmp_path, tmp_path / "new", name="old", learning_rate=1e-3) == 3
 
 
 def test_the_older_checkpoint_stays_until_the_newer_is_whole(place, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from lire_nb.base.files import (
 )
 from ..conversations import MAX_COMPLETION_LENGTH, MAX_PROMPT_LENGTH, render_prompt
 from ..decisions import decide, Decision, LEAST_SEEDS, MARGIN, unless_empty
-from ..enhancement import check_options, check_settings, settings_identity, train_policy
+from ..enhancement import check_options, check_settings, train_policy
 from ..evaluation import judge_policy
 from lire_nb.frontiers import (
     best_of_n_course, check_judge, choose_under_cap, common_distance, gain_at_distance, LEAST_SPREAD, spread_gains,
@@ -60,7 +60,7 @@ from .results import in_words
 from ..lists import as_lists, prompt_facts
 from ..models import has_bf16, load_policy, Policy, unwrap
 from ..preferences import preferences
-from ..resume import on_sigterm
+from ..resume import on_sigterm, settings_identity
 from ..rewards import pair_accuracy, Reward, reward_name, RewardModel, score_lists, train_reward_model
 from ..rivals import get_loss, LOSSES
 from ..sampling import derive_seed, sample_lists, SamplingSettings
