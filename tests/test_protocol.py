@@ -21,6 +21,14 @@ def course(kl_at_end: float, gain_per_root: float = 1.0) -> dict:
     return {"points": [{"scores": {"proxy": [[gain_per_root * k**0.5]] * 4}, "logps": [[k]] * 4,
                         "start_logps": [[0.0]] * 4} for k in kls]}
 
+READ_PILOT = protocol._pilot.__wrapped__
+
+
+@pytest.fixture(autouse=True)
+def no_pilot(monkeypatch):
+    "What a pilot raised since is no part of the rules."
+    monkeypatch.setattr(protocol, "_pilot", lambda: {})
+
 
 def test_every_method_has_a_grid_of_six_and_its_place():
     methods = sum((protocol.PROTOCOL["methods"][k] for k in ("many", "few")), [])
@@ -614,6 +622,17 @@ def test_a_raised_method_has_the_start_of_each_of_its_seeds(monkeypatch):
     seeds = {m: protocol.seeds_of("dialogue", m, 8) for m in ("lire", "dpo", "sft", "start", "simpo")}
     assert seeds == {"lire": 11, "dpo": 12, "sft": 8, "start": 12, "simpo": 5}
     assert protocol.seeds_of("dialogue", "start", 2) == 2 and protocol.seeds_of("summarization", "start", 8) == 8
+
+
+@pytest.mark.parametrize("said", [
+    {"dialog": {"lire": 12}}, {"sentiment": {"lire": 12}}, {"dialogue": 12}, {"dialogue": {"sft": 12}},
+    {"dialogue": {"lire": 13}}, {"dialogue": {"lire": 8}}, {"dialogue": {"lire": 12.0}}])
+def test_a_pilot_raises_what_the_protocol_allows_and_nothing_else(monkeypatch, said):
+    monkeypatch.setattr(protocol, "read_settings", lambda name: {"dialogue": {"dpo": 9}})
+    assert READ_PILOT() == {"dialogue": {"dpo": 9}}
+    monkeypatch.setattr(protocol, "read_settings", lambda name: said)
+    with pytest.raises(LireError, match="pilot.toml"):
+        READ_PILOT()
 
 
 def test_each_seed_is_told_in_the_unit_of_its_own_judge():

@@ -203,8 +203,20 @@ def seeds_of(task: str, method: str, seeds: int) -> int:
 
 @cache
 def _pilot() -> dict:
-    "What the pilot raised: task -> method -> seeds; nothing before it was written."
-    return read_settings("pilot.toml") if data_path("pilot.toml").is_file() else {}
+    "What the pilot raised: task -> method -> seeds; nothing before it was written. Raises `LireError`."
+    from lire_nb.base.errors import require
+
+    found = read_settings("pilot.toml") if data_path("pilot.toml").is_file() else {}
+    own, tasks, remedy = PROTOCOL["seeds"], PROTOCOL["search"]["tasks"], "git checkout data/pilot.toml"
+    for task, methods in found.items():
+        require(task in tasks and isinstance(methods, dict), "no task whose seeds the pilot may raise",
+                file="pilot.toml", field=task, allowed=", ".join(tasks), remedy=remedy)
+        for method, seeds in methods.items():
+            right = method in own["raised"] and type(seeds) is int and own["many"] < seeds <= own["most"]
+            require(right, "not what the protocol lets a pilot raise", file="pilot.toml", field=f"{task}.{method}",
+                    value=seeds, allowed=f"{', '.join(own['raised'])}; {own['many'] + 1} to {own['most']} seeds",
+                    remedy=remedy)
+    return found
 
 # %% ../../nbs/55_protocol.ipynb #pr023
 def trial_plan(
@@ -352,7 +364,7 @@ TABLES.update({
 # its seed, a search, a training that is judged at three points
 COSTS: dict[tuple[str, str], float] = {
     ("sentiment", "start"): 330, ("sentiment", "search"): 70, ("sentiment", "final"): 125,
-    ("dialogue", "start"): 480, ("dialogue", "search"): 120, ("dialogue", "final"): 170,
+    ("dialogue", "start"): 600, ("dialogue", "search"): 250, ("dialogue", "final"): 270,
     ("summarization", "start"): 900, ("summarization", "search"): 200, ("summarization", "final"): 320,
 }
 
