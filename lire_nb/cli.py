@@ -829,7 +829,7 @@ def reproduce_command(args) -> None:
             allowed=", ".join(plans.TABLES), remedy="lire bench --peers --out data/results/cost.jsonl")
     if args.again is not None:
         return _again(args, about)
-    every = [name for name, table in plans.TABLES.items() if args.scale in table.scales]
+    every = [name for name, table in plans.TABLES.items() if args.scale in table.scales and not table.by_name]
     every = every if args.scale != "paper" and not args.dry_run else runner.RECIPES
     names = list(every) if args.name == "all" else [args.name]
     if args.dry_run:

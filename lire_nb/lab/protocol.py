@@ -356,7 +356,8 @@ TABLES.update({
     "matched_rounds": Table("rounds of self-enhancement, pool replaced or kept", "94_rounds", rounds_plan, _WHERE),
     "matched_overoptimization": Table("long trainings by a weak proxy", "95_overoptimization", overoptimization_plan,
                                       _WHERE),
-    "matched_family": Table("does the order carry over to another family", "90_methods", family_plan, ("evidence",)),
+    "matched_family": Table("does the order carry over to another family", "90_methods", family_plan, ("evidence",),
+                            by_name=True),
 })
 
 # %% ../../nbs/55_protocol.ipynb #pr035

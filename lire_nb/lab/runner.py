@@ -37,6 +37,7 @@ from lire_nb.lab.plans import (
 from .results import Results, code_of, results_folder
 from ..models import load_policy, load_tokenizer, quiet_transformers
 from ..rewards import ScalarHead
+from ..tasks import asset_files, ASSETS
 from ..training import LIREConfig, LIRETrainer
 
 # %% ../../nbs/42_runner.ipynb #5a4bbc6b
@@ -135,6 +136,9 @@ def _check_packages(runs: Iterable[Run]) -> None:
     for kind, names in _PACKAGES.items():
         if kind in tables:
             needed(*names, field="NAME", value=tables[kind])
+    policies = {(run.config.get("source") or {}).get("policy") for run in runs}
+    for name in sorted(policies & ASSETS.keys()):
+        asset_files(name)
 
 
 def _run_missing(plan_of, threads, folder, work, jobs, accept, about, say, most) -> int:
