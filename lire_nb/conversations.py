@@ -327,6 +327,16 @@ def _shortened(prompt: str | list[dict], fits: Callable) -> list[dict] | None:
     return None
 
 # %% ../nbs/13_conversations.ipynb #79d2680b
+def _header(text: str, prompt: list[dict], tokenizer) -> str:
+    "What a template writes before the first word that was said: what stays where something else is said there."
+    first = next((k for k, m in enumerate(prompt) if m["content"].strip()), None)
+    if first is None:
+        return ""
+    other = "x" if prompt[first]["content"].strip()[0] != "x" else "y"
+    turns = [*prompt[:first], {**prompt[first], "content": other}, *prompt[first + 1 :]]
+    return os.path.commonprefix([text, render_prompt(turns, tokenizer)])
+
+
 def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list[int]:
     "Start tokens and the template's header, then as much of the end as there is room for."
     if not isinstance(prompt, str) and (kept := _behind_header(ids, prompt, tokenizer, limit)):
@@ -335,8 +345,7 @@ def _ends_only(text: str, ids: list[int], prompt, tokenizer, limit: int) -> list
         start = _frame(tokenizer)[0]
         head = len(start) if ids[: len(start)] == start else 0
     else:
-        said = next((m["content"].strip() for m in prompt if m["content"].strip()), "")
-        head = _common(_text_ids(text[: max(0, text.find(said))], prompt, tokenizer), ids)
+        head = _common(_text_ids(_header(text, prompt, tokenizer), prompt, tokenizer), ids)
     head = head if head < limit else limit // 2
     return ids[:head] + ids[len(ids) - (limit - head):]
 

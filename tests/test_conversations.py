@@ -1,10 +1,11 @@
 """What is trained is what was sampled and what is judged: random conversations in eight kinds of tokenizers."""
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -130,6 +131,7 @@ def test_reading_drawn_ids_undoes_writing_them(kind, prompt, completion, ended):
 @pytest.mark.parametrize("kind", KINDS)
 @FEW
 @given(prompt=prompts(), limit=st.integers(1, 60))
+@example(prompt=[turn("user", "b")], limit=4)  # a letter of <bos>
 def test_a_prompt_that_is_cut_keeps_head_and_end(kind, prompt, limit):
     tokenizer = KINDS[kind]()
     assume(kind != "gemma" or isinstance(prompt, str) or prompt[0]["role"] != "system")
@@ -139,6 +141,18 @@ def test_a_prompt_that_is_cut_keeps_head_and_end(kind, prompt, limit):
     assert ids[-1] == whole[-1] and (cut or ids == whole)
     if limit > 3 and tokenizer.bos_token_id in whole[:1]:
         assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("word", ["b", "user", "start", "m", "assistant"])
+def test_a_word_of_the_template_is_no_sign_of_where_the_talk_begins(kind, word):
+    """The header that is kept is that of the same talk in other words."""
+    tokenizer = KINDS[kind]()
+    whole, other = (C.encode_prompt([turn("user", said)], tokenizer, 10_000)[0] for said in (word, "Zz"))
+    header = os.path.commonprefix([tokenizer.decode(whole), tokenizer.decode(other)]).rstrip()
+    for limit in range(len(tokenizer.encode(header, add_special_tokens=False)) + 2, len(whole)):
+        cut, _ = C.encode_prompt([turn("user", word)], tokenizer, limit)
+        assert tokenizer.decode(cut).startswith(header), limit
 
 
 @FEW

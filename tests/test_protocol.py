@@ -100,9 +100,12 @@ def test_plans_are_read_back_and_counted():
         seeds = [r.labels["seed"] for r in finals if r.labels["method"] in group]
         assert seeds == sorted(seeds)
     last = max(i for i, r in enumerate(finals) if r.labels["method"] == "lire")
-    waiting = protocol.trial_plan("dialogue", EVIDENCE, 8, lambda c: None if c == finals[last].config else find(c))
-    methods = {r.labels["method"] for r in waiting}
-    assert "lire" in methods and not methods & {*protocol.PROTOCOL["methods"]["few"]}, "they wait for the claims' methods"
+    later = [r.config for r in whole["matched_dialogue"] if r.labels["method"] not in (*named, "start")]
+    waiting = protocol.trial_plan("dialogue", EVIDENCE, 8,
+                                  lambda c: None if c == finals[last].config or c in later[1:] else find(c))
+    methods = [r.labels["method"] for r in waiting]
+    assert "lire" in methods and methods.count("sft") == 1, "they wait for the claims' methods, but for what is there"
+    assert set(methods) == {"start", "sft", *named}
     assert protocol.family_plan({n: v for n, v in EVIDENCE.items() if n != "family"}, 8, find) == []
     other = protocol.family_plan(EVIDENCE, 8, find)
     assert {r.config["source"]["policy"] for r in other if r.labels["stage"] == "final"} == {"gemma3"}

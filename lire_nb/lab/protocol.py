@@ -226,16 +226,18 @@ def trial_plan(
     find: Find,  # the result of a configuration, or None
 ) -> list[Run]:
     """The start, the search and the methods on one task: first what most claims are about, which the pilot may raise,
-    then the others with as many seeds, then those with fewer; a group waits until the one before it is done."""
+    then the others with as many seeds, then those with fewer. A group waits until the one before it is done, but for
+    what is there of it already, from a pilot of all."""
     asked = scale.get("trial", {}).get("methods") or sum((PROTOCOL["methods"][k] for k in ("many", "few")), [])
     runs = [_labeled(task, trial(scale, task, "start", s), stage="final", method="start", seed=s)
             for s in range(seeds_of(task, "start", seeds))]
     named, many = PROTOCOL["seeds"]["raised"], PROTOCOL["methods"]["many"]
+    waits = False
     for group in (named, [m for m in many if m not in named], PROTOCOL["methods"]["few"]):
         part = _searched_and_final(task, [m for m in asked if m in group], scale, seeds, find)
-        runs += part
-        if any(find(run.config) is None for run in part):
-            break
+        there = [run for run in part if find(run.config) is not None]
+        runs += there if waits else part
+        waits |= len(there) < len(part)
     return runs
 
 
