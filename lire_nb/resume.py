@@ -29,7 +29,7 @@ from .base.files import _is_main, write_json
 from .base.ranks import on_main, together, watch_launcher
 from .identity import differences, is_ours, named_identity, plain_value
 from .launch import check_checkpoint, launched_as, say_precision, trained_weights
-from .models import digest, file_hash, quiet_transformers
+from .models import digest, file_hash, quiet_transformers, unwrap
 from .rivals import LOSSES
 
 # %% ../nbs/38_resume.ipynb #e94406ce
@@ -121,14 +121,36 @@ _DECIDE = [  # of the Trainer's own settings
 _FREE = {"candidates_at_once", "logps_impl", "max_completion_length", "max_prompt_length", "on_mute_lists",
          "reference_cache", "save_minutes"}
 
+# %% ../nbs/38_resume.ipynb #re0d08
+# of an adapter's configuration: names, and how its first weights were made
+_NAMES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
+          "task_type"}
+
+
+def _beside_weights(model) -> dict:
+    "What of a model decides a training and is not among the weights of a checkpoint."
+    known = getattr(model, "config", None)
+    known = known.to_dict() if hasattr(known, "to_dict") else {}
+    found = {"dropout": {name: value for name, value in sorted(known.items()) if "dropout" in name}}
+    if adapters := getattr(model, "peft_config", None):
+        first = lambda name: name in _NAMES or name.startswith("init_") or name.endswith("_config")  # noqa: E731
+        found["adapters"] = {name: {k: plain_value(v) for k, v in one.to_dict().items() if not first(k)}
+                             for name, one in adapters.items()}
+        below = [(name, p.detach().flatten()) for name, p in model.named_parameters() if not p.requires_grad]
+        found["base"] = digest([[name, len(p), p[:: len(p) // 64 + 1].float().tolist()] for name, p in below])
+    return found
+
 # %% ../nbs/38_resume.ipynb #re0d04
 def decided(
     args: TrainingArguments,
     lists=None,  # a data set of tokens and rewards; of anything else nothing is said
+    model=None,  # that is trained
 ) -> dict:  # JSON
-    "What decides the steps of a training: settings, lists, the mean of the reference log-probs if there are any."
+    """What decides the steps of a training: settings, lists, the mean of the reference log-probs if there are any, and
+    what of the model is in no checkpoint."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - _FREE
-    found = {"settings": settings_identity({name: getattr(args, name) for name in [*sorted(own), *_DECIDE]})}
+    found = {"settings": settings_identity({name: getattr(args, name) for name in [*sorted(own), *_DECIDE]}),
+             "model": _beside_weights(unwrap(model))}
     if isinstance(names := getattr(lists, "column_names", None), list):
         told, total, count = [], 0.0, 0
         for part in lists.with_format(None).iter(1000):
@@ -152,7 +174,8 @@ def check_decided(
         return
     there, now = dict(there), dict(now)
     means = [found.pop("reference", None) for found in (there, now)]
-    differ = differences(there.pop("settings"), now.pop("settings")) or ("other lists" if there != now else "")
+    differ = differences(*({name: found.pop(name, None) for name in ("settings", "model")} for found in (there, now)))
+    differ = differ or ("other lists" if there != now else "")
     if not differ and None not in means and not np.isclose(*means, rtol=1e-3):
         differ = f"the reference log-probs have a mean of {means[0]:.4g} there, {means[1]:.4g} now"
     require(not differ, f"another training would go on from here ({differ})", file=folder,
@@ -194,7 +217,7 @@ class WholeTrainer(Trainer):
                     field="resume_from_checkpoint", remedy="start without it")
         asked = str(asked) if asked else None
         if asked or self.args.save_strategy != "no":  # before the first step: a loss may keep what it sees
-            self.decided = decided(self.args, self.train_dataset)
+            self.decided = decided(self.args, self.train_dataset, self.model)
         manifest, known = asked and read_manifest(asked), asked == str(self.known_whole)
         for name, what in (changed_files(asked, manifest) if manifest and not known else {}).items():
             raise LireError(f"{name} is {what}", file=asked, field="resume_from_checkpoint",

@@ -418,6 +418,44 @@ def test_a_loss_of_ones_own_goes_on_with_its_code_alone(place, tmp_path, begun):
         trainer(place / "start", tmp_path / "other", **settings, loss_type=own(2.0)).train(resume_from_checkpoint=there)
 
 
+ADAPTERS = {
+    "its scale": (dict(lora_alpha=32), "lora_alpha: 8 there, 32 now"),
+    "its dropout": (dict(lora_dropout=0.1), "lora_dropout: 0.0 there, 0.1 now"),
+    "its way of scaling": (dict(use_rslora=True), "use_rslora: false there, true now"),
+}
+
+
+def test_an_adapter_goes_on_as_it_is_on_its_base_alone(place, tmp_path):
+    """A checkpoint of an adapter holds its weights alone: what they are multiplied with and added to is not in it."""
+    from peft import LoraConfig
+
+    def one(folder, start="start", resume=None, **changed):
+        config = LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0,
+                               **changed})
+        found = trainer(place / start, tmp_path / folder, peft_config=config, **STEPS)
+        found.train(resume_from_checkpoint=resume and str(resume))
+        return flat(found.model)
+
+    whole, there = one("whole"), tmp_path / "whole" / "checkpoint-1"
+    assert torch.equal(one("again", resume=there), whole)
+    for name, (changed, said) in ADAPTERS.items():
+        with pytest.raises(LireError, match="another training would go on from here") as e:
+            one(name, resume=there, **changed)
+        assert said in str(e.value)
+    moved = load_policy(place / "start")[0]
+    with torch.no_grad():
+        moved.get_input_embeddings().weight.mul_(1.01)
+    moved.save_pretrained(tmp_path / "moved")
+    load_policy(place / "start")[1].save_pretrained(tmp_path / "moved")
+    with pytest.raises(LireError, match="base: "):
+        one("other", tmp_path / "moved", resume=there)
+
+
+def test_another_dropout_is_another_training(place, begun, tmp_path):
+    with pytest.raises(LireError, match="dropout"):
+        goes_on(place, begun, tmp_path, start="start-dropout")
+
+
 def test_a_checkpoint_of_an_older_version_still_goes_on(place, begun, tmp_path):
     shutil.copytree(begun / "lire" / "checkpoint-1", tmp_path / "old" / "checkpoint-1")
     path = tmp_path / "old" / "checkpoint-1" / "manifest.json"
