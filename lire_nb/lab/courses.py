@@ -289,7 +289,7 @@ def _pilot_claims(runs: pd.DataFrame, starts: dict[int, Start]) -> list[dict]:
 
 # %% ../../nbs/57_courses.ipynb #co042
 def pilot_power(
-    runs: pd.DataFrame,  # of a table of the protocol
+    runs: pd.DataFrame,  # of a table of the protocol; of later seeds nothing is read
     starts: dict[int, Start],
 ) -> pd.DataFrame:  # a row per claim among the methods that have a pilot
     """What the protocol's seeds can decide, by the spread that its pilot measured, in standard deviations of the
