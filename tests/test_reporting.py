@@ -376,7 +376,7 @@ def test_claims_of_the_protocol_replace_those_of_the_same_task_alone(monkeypatch
     from types import SimpleNamespace
 
     rows = lambda *tables: SimpleNamespace(rows={t: {"table": t} for t in tables})  # noqa: E731
-    results_of, before = claims.rows_in, claims.claims_now(results.Results(ROOT / "data" / "results"))
+    results_of = claims.rows_in
     monkeypatch.setattr(claims.Claim, "quantities", lambda claim, store: ["one"] if whole else [])
     whole, claims.rows_in = True, lambda store: store
     try:
@@ -388,7 +388,7 @@ def test_claims_of_the_protocol_replace_those_of_the_same_task_alone(monkeypatch
         claims.rows_in = results_of
     tables = lambda found: {c.table for c in found}  # noqa: E731
     assert "dialogue" in tables(films) and "matched_sentiment" in tables(films) and "sentiment" not in tables(films)
-    assert [c for c in films if c.table == "dialogue"] == [c for c in before if c.table == "dialogue"] != []
+    assert [c for c in films if c.table == "dialogue"] == [c for c in claims.CLAIMS if c.table == "dialogue"] != []
     assert "self_enhancement" not in tables(rounds) and "ablations" in tables(rounds)
     assert "sentiment" in tables(early) and "matched_sentiment" not in tables(early), "before all seeds of one are run"
 
