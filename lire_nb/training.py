@@ -57,7 +57,8 @@ from lire_nb.shared_prompt import (
     at_hand, AtHand, for_a_while, _lay_packed, _lay_padded, ListCollator, predicted_lengths, tokenize_list, with_tables,
 )
 from lire_nb.temperature import (
-    check_ids, learns_from_differences, lost_updates, mute_lists, needs_difference, one_hot_line, spread_out, why_mute,
+    check_ids, learns_from_differences, lost_updates, mute_lists, needs_difference, one_hot_line, say_if_still,
+    spread_out, why_mute,
 )
 
 # %% ../nbs/18_training.ipynb #93c6b358
@@ -412,7 +413,7 @@ class GuardedTrainer(ExactTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._bad, self._step_ids, self._grad_norm = [], [], None
+        self._bad, self._step_ids, self._grad_norm, self._still = [], [], None, False
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -423,8 +424,8 @@ class GuardedTrainer(ExactTrainer):
         norm, self._grad_norm = self._grad_norm, None
         if norm is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        # in fp16 the scaler deals with infinite gradients
-        scaled = getattr(self.accelerator, "scaler", None) is not None
+        self._still = self._still or say_if_still(self, norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # in fp16 it deals with infinite gradients
         return [bool(self._bad), not scaled and not torch.isfinite(torch.as_tensor(norm)).item()]
 
     def _note_bad(self, what: str, ids: list[str], good: torch.Tensor) -> None:
@@ -445,8 +446,7 @@ class GuardedTrainer(ExactTrainer):
         self._bad, what = [], found[0][0]
         ids = dict.fromkeys(i for kind, i in found if kind == what)
         raise LireError("not finite", field=f"{what} {', '.join(map(repr, ids))}", allowed="a finite number",
-                        remedy="look at this list's texts and rewards; lower the learning rate if it happens late in "
-                               "a run")
+                        remedy="look at this list's texts and rewards; if late in a run, lower the learning rate")
 
 # %% ../nbs/18_training.ipynb #0c84f6b2
 # long: the Trainer's hooks, each a few lines
@@ -928,8 +928,7 @@ look_logger = logger.getChild("look")  # where nobody listens to it, nobody look
 def first_look(trainer: LIRETrainer) -> None:
     "Before step 1, one line for what would make the training learn nothing."
     lost, kind = lost_updates(trainer.model, trainer.args.learning_rate)
-    # DeepSpeed keeps its own float32 weights
-    if lost > 0.25 and not trainer.is_deepspeed_enabled and trainer.is_world_process_zero():
+    if lost > 0.25 and not trainer.is_deepspeed_enabled and trainer.is_world_process_zero():  # it keeps float32
         logger.warning("weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
                        "load float32 weights and set bf16=True, which computes in bfloat16",
                        kind, trainer.args.learning_rate, 100 * lost)
@@ -939,6 +938,7 @@ def first_look(trainer: LIRETrainer) -> None:
         rows = _first_logps(trainer)
         if trainer.is_world_process_zero() and (line := one_hot_line(rows, settings["temperature"])):
             look_logger.warning(line)
+            trainer._still = True  # the gradient is told with it
 
 # %% ../nbs/18_training.ipynb #99fa727e
 def _first_logps(trainer: LIRETrainer) -> list[list[float]]:

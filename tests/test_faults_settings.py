@@ -387,6 +387,21 @@ def test_36_the_look_changes_nothing(place, tmp_path, monkeypatch):
     assert torch.equal(flat(looked.model), flat(blind.model))
 
 
+@pytest.mark.parametrize("settings", [
+    dict(temperature=1e10), dict(temperature=1e10, max_grad_norm=0.0, optim="adamw_torch"),
+    dict(loss_type="dpo", beta=1e-11), dict(temperature=20.0, adam_epsilon=1.0)])
+def test_36_a_gradient_that_the_epsilon_swallows_is_said_once(place, tmp_path, caplog, settings):
+    own = dict(max_steps=3, learning_rate=1e-3, warmup_steps=0)
+    still = trainer(place / "start", tmp_path / "still", **{**own, **settings})
+    before = flat(still.model).clone()
+    said = [line for line in warnings_of(caplog, still.train) if "epsilon" in line]
+    assert len(said) == 1 and "look at temperature" in said[0]
+    assert (flat(still.model) - before).abs().mean() < 3e-3 * 0.1  # three steps would move it by 3e-3 at most
+    live = trainer(place / "start", tmp_path / "live", **own, temperature=20.0)
+    assert not [line for line in warnings_of(caplog, live.train) if "epsilon" in line]
+    assert (flat(live.model) - before).abs().mean() > 1e-3
+
+
 def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
     settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, temperature=0.01,
                     per_device_train_batch_size=2)

@@ -272,15 +272,16 @@ def draw_courses(
     cap: float | None = None,  # nats, drawn as a line: nothing beyond is compared
 ) -> None:
     "The mean gain of every system at each distance that all its seeds reach, with its band; dots are judged points."
+    from lire_nb.decisions import LEAST_SEEDS
     from lire_nb.frontiers import common_distance, gain_at_distance
 
-    colors, most = colors_of(courses), max(len(seeds) for seeds in courses.values())
+    colors = colors_of(courses)
     for n, (name, seeds) in enumerate(courses.items()):
         style = ("-", "--", ":", "-.")[sum(colors[m] == colors[name] for m in list(courses)[:n]) % 4]
         far = common_distance(seeds.values(), np.inf)
         places = np.linspace(0, far**0.5, 40) ** 2
         found = [bar_of(np.array([gain_at_distance(own, min(x, far)).gain for own in seeds.values()])) for x in places]
-        few = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if len(seeds) < most else ""
+        few = f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if len(seeds) < LEAST_SEEDS else ""
         axes.plot(places, [v.value for v in found], color=colors[name], ls=style, lw=1.6, label=in_figure(name + few))
         axes.fill_between(places, [v.low for v in found], [v.high for v in found], color=colors[name], alpha=0.12, lw=0)
         axes.plot(*zip(*((kl, np.mean(gains)) for own in seeds.values() for kl, gains in own)), ".", ms=3,
