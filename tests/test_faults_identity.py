@@ -461,6 +461,15 @@ def test_25_evaluate_with_one_prompt_fails_before_it_samples_and_claims_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.txt"]
 
 
+def test_25_a_prompt_that_counts_twice_under_two_ids_is_said(tmp_path, start, caplog):
+    options = dict(settings=SamplingSettings(max_new_tokens=2), num_samples=1, progress=False)
+    for prompts, said in ((PROMPTS, 0), ([*PROMPTS, {**PROMPTS[0], "id": "another"}], 1)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            evaluate_systems(tmp_path / str(said), {"start": start}, prompts, {"l": short}, **options)
+        assert sum("1 of 4 prompts repeat another one" in r.getMessage() for r in caplog.records) == said
+
+
 def test_25_a_run_that_failed_before_its_first_result_does_not_block_the_corrected_command(tmp_path, capfd, start):
     def broken(prompts, completions):
         raise RuntimeError("no")
