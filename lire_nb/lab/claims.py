@@ -315,19 +315,19 @@ def _transfers(task: str, judged: str, results: Results) -> list[Quantity]:
 
 # %% ../../nbs/44_claims.ipynb #f1085cb3
 _PAPER = {"dialogue": "paper", "summarization": "paper", "sentiment": "ours"}
-_RIVALS = (*(("paper", o) for o in ("dpo", "rrhf", "pro")), *(("reviewers", o) for o in ("plackett_luce_dpo", "slic")))
+_RIVALS = {"dpo": "paper", "rrhf": "paper", "pro": "paper", "plackett_luce_dpo": "reviewers", "slic": "reviewers"}
+_whose = lambda task, o: _PAPER[task] if _RIVALS.get(o, "ours") == "paper" else _RIVALS.get(o, "ours")  # noqa: E731
 
 CLAIMS: list[Claim] = [
     *(Claim(f"LIRE improves on the start, {task}", said, task, partial(_over_start, task), task)
       for task, said in _PAPER.items()),
-    *(Claim(f"LIRE beats {NAMES[o]}, {task}", said if said == "reviewers" else _PAPER[task], task,
-            partial(_against, task, o), task) for task in _PAPER for said, o in _RIVALS),
+    *(Claim(f"LIRE beats {NAMES[o]}, {task}", _whose(task, o), task, partial(_against, task, o), task)
+      for task in _PAPER for o in _RIVALS),
     *(Claim(f"LIRE stays as near to the start as DPO, {task}", "reviewers", task, partial(_as_near, task), task)
       for task in ("dialogue", "sentiment")),
     Claim("Lists gain by the written texts in them, dialogue", "authors' code", "dialogue", _written_texts, "dialogue"),
-    Claim("LIRE gains with M, at equal prompts", "paper", "candidates", partial(_more_candidates, "prompts")),
-    Claim("LIRE gains with M, at equal completions", "reviewers", "candidates",
-          partial(_more_candidates, "completions")),
+    *(Claim(f"LIRE gains with M, at equal {of}", said, "candidates", partial(_more_candidates, of))
+      for said, of in (("paper", "prompts"), ("reviewers", "completions"))),
     *(Claim(f"{NAMES[o]} is weak for small M", "paper", "candidates", partial(_weak_when_small, o))
       for o in ("pro", "rrhf")),
     Claim("LIRE gains with T up to 20", "ours", "ablations", partial(_temperature, False)),
@@ -368,8 +368,9 @@ def matched_claims() -> list[Claim]:
                      tuple((name, PROTOCOL["rule"][name]) for name in ("margin", "level")))
 
     name = lambda m: NAMES.get(m, m.replace("_", "-"))  # noqa: E731
-    return [*(claim(f"{name(f['method'])} gains more than {name(o)} at equal distance, {task}", f["said_by"],
-                    f"matched_{task}", "at_distance", f["method"], o, family=f"{f['name']}, {task}")
+    return [*(claim(f"{name(f['method'])} gains more than {name(o)} at equal distance, {task}",
+                    _whose(task, o) if f["said_by"] == "paper" else f["said_by"], f"matched_{task}", "at_distance",
+                    f["method"], o, family=f"{f['name']}, {task}")
               for task in _PAPER for f in PROTOCOL["families"] for o in f["opponents"]),
             *(claim(t["name"], "ours", t["table"], "along", t["along"], t.get("from", 0), t.get("upto", np.inf))
               for t in PROTOCOL["trends"]),
@@ -385,9 +386,8 @@ def claims_now(
 
     store = rows_in(results)
     stored = {row["table"] for row in store.rows.values()}
-    new = [c for c in matched_claims() if c.table in stored]
-    tables = {c.table for c in new if c.quantities(store)}
-    new = [c for c in new if c.table in tables]
+    tables = {c.table for c in matched_claims() if c.table in stored and c.quantities(store)}
+    new = [c for c in matched_claims() if c.table in tables]
     answered = {"self_enhancement" if t == "matched_rounds" else t.removeprefix("matched_") for t in tables
                 if t.startswith("matched_")}
     return [c for c in [*new, *(c for c in CLAIMS if c.table not in answered)] if page in (None, _page(c))]
