@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit, stdtrit
 
-from .base.errors import require
+from .base.errors import LireError, require
 from .statistics import Interval, wilson_interval
 
 # %% ../nbs/87_frontiers.ipynb #fr007
@@ -60,11 +60,12 @@ def _checked_points(points) -> tuple[np.ndarray, np.ndarray]:  # (K,) distances,
         kls, gains = (np.array(column, float) for column in zip(*points, strict=True))
     except (ValueError, TypeError):
         kls = gains = np.array([math.nan])
-    require(len(kls) >= 3 and kls.ndim == 1 and gains.ndim in (1, 2) and np.isfinite(kls).all()
-            and np.isfinite(gains).all(), "not a course", field="points", value=str(points)[:80],
-            allowed="three or more pairs of a finite distance and a finite gain, or one gain per prompt",
-            remedy="judge the policy at three points of its training at least")
-    return kls, gains
+    if (len(kls) >= 3 and kls.ndim == 1 and gains.ndim in (1, 2) and np.isfinite(kls).all()
+            and np.isfinite(gains).all()):
+        return kls, gains
+    raise LireError("not a course", field="points", value=str(points)[:80],  # slow to write: only when it is needed
+                    allowed="three or more pairs of a finite distance and a finite gain, or one gain per prompt",
+                    remedy="judge the policy at three points of its training at least")
 
 # %% ../nbs/87_frontiers.ipynb #fr014
 def common_distance(

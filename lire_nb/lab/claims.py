@@ -386,7 +386,7 @@ def claims_now(
 
     store = rows_in(results)
     stored = {row["table"] for row in store.rows.values()}
-    tables = {c.table for c in matched_claims() if c.table in stored and c.quantities(store)}
+    tables = {t for t in stored if any(c.quantities(store) for c in matched_claims() if c.table == t)}
     new = [c for c in matched_claims() if c.table in tables]
     answered = {"self_enhancement" if t == "matched_rounds" else t.removeprefix("matched_") for t in tables
                 if t.startswith("matched_")}
