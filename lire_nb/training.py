@@ -57,8 +57,8 @@ from lire_nb.shared_prompt import (
     at_hand, AtHand, for_a_while, _lay_packed, _lay_padded, ListCollator, predicted_lengths, tokenize_list, with_tables,
 )
 from lire_nb.temperature import (
-    check_ids, learns_from_differences, lost_updates, mute_lists, needs_difference, one_hot_line, say_if_still,
-    spread_out, why_mute,
+    check_ids, learns_from_differences, mute_lists, needs_difference, one_hot_line, rounding_line, say_if_still,
+    spread_out, WeightsMoved, why_mute,
 )
 
 # %% ../nbs/18_training.ipynb #93c6b358
@@ -414,6 +414,7 @@ class GuardedTrainer(ExactTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._bad, self._step_ids, self._grad_norm, self._still = [], [], None, False
+        self.add_callback(WeightsMoved(self))
 
     def _get_grad_norm(self, model, grad_norm=None):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -927,11 +928,9 @@ look_logger = logger.getChild("look")  # where nobody listens to it, nobody look
 
 def first_look(trainer: LIRETrainer) -> None:
     "Before step 1, one line for what would make the training learn nothing."
-    lost, kind = lost_updates(trainer.model, trainer.args.learning_rate)
-    if lost > 0.25 and not trainer.is_deepspeed_enabled and trainer.is_world_process_zero():  # it keeps float32
-        logger.warning("weights in %s: at learning rate %g the updates of about %.0f %% of them round to nothing; "
-                       "load float32 weights and set bf16=True, which computes in bfloat16",
-                       kind, trainer.args.learning_rate, 100 * lost)
+    line = None if trainer.is_deepspeed_enabled else rounding_line(trainer.model, trainer.args.learning_rate)
+    if line and trainer.is_world_process_zero():  # DeepSpeed keeps float32
+        logger.warning(line)
     settings = trainer.args.loss_settings()
     fixed = isinstance(settings.get("temperature"), (int, float)) and look_logger.isEnabledFor(logging.WARNING)
     if fixed and not str(settings.get("score")).endswith("ratio") and trainer.train_dataset is not None:

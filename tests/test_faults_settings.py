@@ -402,6 +402,27 @@ def test_36_a_gradient_that_the_epsilon_swallows_is_said_once(place, tmp_path, c
     assert (flat(live.model) - before).abs().mean() > 1e-3
 
 
+@pytest.mark.parametrize("settings", [
+    dict(temperature=1e10, optim="sgd"), dict(loss_type="slic", loss_kwargs={"margin": 0.0}),
+    dict(temperature=20.0, learning_rate=1e-12), dict(temperature=1e10, optim="sgd", max_steps=2)])
+def test_36_weights_that_have_not_moved_are_said_once(place, tmp_path, caplog, settings):
+    own = dict(max_steps=12, learning_rate=1e-3, warmup_steps=0, num_train_epochs=20)
+    lists = [dict(record, rewards=[1.0, 0.0, 0.5]) for record in far_apart()]  # the shortest is likeliest, and best
+    still = trainer(place / "start", tmp_path / "still", lists, **{**own, **settings})
+    before = flat(still.model).clone()
+    said = [line for line in warnings_of(caplog, still.train) if "left the weights where they were" in line]
+    assert len(said) == 1 and said[0].startswith(f"{min(10, settings.get('max_steps', 12))} steps")
+    assert (flat(still.model) - before).norm() < 1e-6 * before.norm()
+    live = trainer(place / "start", tmp_path / "live", lists, **own, temperature=20.0)
+    assert not [line for line in warnings_of(caplog, live.train) if "left the weights" in line]
+
+
+def test_36_a_rate_that_float32_rounds_away_is_said_before_the_first_step(place, tmp_path, caplog):
+    tiny = trainer(place / "start", tmp_path, max_steps=1, learning_rate=1e-12, warmup_steps=0, temperature=20.0)
+    said = [line for line in warnings_of(caplog, tiny.train) if "round to nothing" in line]
+    assert len(said) == 1 and "float32" in said[0] and "raise learning_rate" in said[0]
+
+
 def test_36_a_run_that_goes_on_does_not_look_again(place, tmp_path, caplog):
     settings = dict(num_train_epochs=2, save_strategy="steps", save_steps=2, temperature=0.01,
                     per_device_train_batch_size=2)
