@@ -731,10 +731,11 @@ def list_table(
     Raises `ListError` for no list."""
     rows = []
     for record in _validated(_plain_rows(lists)):
-        known = Counter(reward for reward in record["rewards"] if reward is not None)
+        scored = [reward for reward in record["rewards"] if reward is not None]
+        known = Counter(trained_rewards(scored))
         prompt, completions = _lengths(record, tokenizer)
-        rows.append({"candidates": len(completions), "scored": known.total(),
-                     "reward_min": min(known, default=math.nan), "reward_max": max(known, default=math.nan),
+        rows.append({"candidates": len(completions), "scored": len(scored),
+                     "reward_min": min(scored, default=math.nan), "reward_max": max(scored, default=math.nan),
                      "tied": sum(count for count in known.values() if count > 1), "signal": len(known) > 1,
                      "empty": sum(not text.strip() for text in record["completions"]),
                      "prompt_length": prompt, "completion_lengths": completions})

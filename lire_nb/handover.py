@@ -477,7 +477,7 @@ class Engine:
     def serve(
         self,
         policy: str | Path | Policy,
-        prompts: list,  # of the run; the first few are the probe
+        prompts: list,  # of the run; some are the probe
         settings: SamplingSettings = SamplingSettings(),
         *,
         last: str | Path | Policy | None = None,  # the policy that the servers had before, to be told from

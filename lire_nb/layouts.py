@@ -306,7 +306,7 @@ def _talk(before: list[dict], answer: Any, name: str) -> tuple[list[dict], str]:
 # %% ../nbs/32_layouts.ipynb #153dff20
 _MORE = ("input", "context")  # what Alpaca and Dolly put beside an instruction
 _PARTS = {*_SYSTEM, "history", *_MORE, "prompt", "instruction", "question", "query"}  # what belongs to a prompt
-_PARTS |= {"tools", "image", "images", "video", "videos", "audio", "audios"}  # and cannot be read into one
+_PARTS |= {"tools", "image", "images", "video", "videos", "audio", "audios"}  # not read into one; a list of tools is
 _TEXT_PARTS = {"title", "passage", "document", "article", "post", "background"}  # the same, where they are texts
 
 # %% ../nbs/32_layouts.ipynb #4598e00b

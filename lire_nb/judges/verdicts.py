@@ -473,14 +473,14 @@ class VerdictReport:
     quarantined_rows: int = 0
     blank_lines: int = 0
     not_judged: int = 0  # good rows without a preference
-    missing: dict = field(default_factory=dict)  # system -> prompts of `ids` that have no row
+    missing: dict = field(default_factory=dict)  # system -> prompts of `ids` that have no good row
     reasons: Counter = field(default_factory=Counter)  # of the quarantined rows
     quarantine: str | None = None  # the file with the bad rows, if there were any
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.good_rows} verdicts from {self.rows} rows"
         counts = {"blank lines": self.blank_lines, "not judged": self.not_judged,
-                  **{f"{system} without a row": n for system, n in self.missing.items()}}
+                  **{f"{system} without a good row": n for system, n in self.missing.items()}}
         text += "".join(f"; {name}: {count}" for name, count in counts.items() if count)
         return text + (f"; quarantined rows: {self.quarantined_rows} "
                        f"({'; '.join(f'{r}: {n}' for r, n in self.reasons.items())})" if self.reasons else "")
@@ -638,7 +638,7 @@ def _only_one(same: list, refuse: Callable) -> dict | None:
 
 # %% ../../nbs/50_verdicts.ipynb #616260d4
 def _missing(verdicts: list[dict], known: set | None) -> dict[str, int]:
-    "For each system the prompts that have no row."
+    "For each system the prompts that have no good row."
     seen = {}
     for v in verdicts:
         seen.setdefault(v["system"], set()).add(v["id"])
