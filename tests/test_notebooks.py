@@ -59,6 +59,16 @@ LONG = ("18_training", "19_enhancement", "42_runner", "14_sampling", "40_experim
         "15_rewards", "17_logprobs", "34_tasks", "36_identity", "00_whole_way", "60_cli", "35_models", "10_losses")
 
 
+# writes what the cells before it have shown, of the notebook that another thread is running
+WITNESS = """import json, sys
+for frame in sys._current_frames().values():
+    while frame is not None and frame.f_code.co_name != "run_all":
+        frame = frame.f_back
+    if frame is not None:
+        shown = {c.id: c.outputs for c in frame.f_locals["nb"].cells if c.cell_type == "code" and "outputs" in c}
+        open(%r, "w").write(json.dumps(shown, default=str))"""
+
+
 @pytest.mark.parametrize("name", [*LONG, *(name for name in EXPECTED if name not in (*LONG, *DRAWN))])
 def test_notebook_runs(name, tmp_path):
     """nbdev_test, forked from a process that has imported the libraries, runs the notebook, and a cell added at its end
@@ -70,12 +80,24 @@ def test_notebook_runs(name, tmp_path):
     notebook = json.loads((nbs / f"{name}.ipynb").read_text(encoding="utf-8"))
     witness = tmp_path / "reached"
     notebook["cells"].append({"cell_type": "code", "id": "witness", "metadata": {}, "execution_count": None,
-                              "outputs": [],
-                              "source": f"from pathlib import Path as _P\n_P({str(witness)!r}).write_text('end')"})
+                              "outputs": [], "source": WITNESS % str(witness)})
     (nbs / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     done = warm.run(BIN / "nbdev_test", "--path", f"nbs/{name}.ipynb", "--n_workers", "0", cwd=tmp_path, env=ENV)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert witness.exists(), "nbdev_test reported success without running the notebook to its end"
+    now = {id: lines(outputs) for id, outputs in json.loads(witness.read_text()).items()}
+    stale = {c["id"]: other for c in cells(name) if c["id"] in now and (other := lines(c["outputs"]) ^ now[c["id"]])}
+    assert not stale, f"nbs/{name}.ipynb: a stored output has other words than its cell writes: run it again: {stale}"
+
+
+def lines(outputs: list[dict]) -> set[str]:
+    """What a cell has said, without its numbers: lines printed, sentences and values shown. Warnings come where another
+    run hears them too; tables are cut as the shell likes."""
+    said = [o.get("text") or next((o["data"][k] for k in ("text/markdown", "text/plain") if k in o.get("data", {})), "")
+            for o in outputs if o.get("name") != "stderr" and "text/html" not in o.get("data", {})]
+    text = "\n".join("".join(one) for one in said)
+    masked = re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", re.sub(r"\b([0-9a-f]{7,}|tmp\w{8})\b", "#", text))
+    return {line.strip() for line in masked.splitlines() if line.strip()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
