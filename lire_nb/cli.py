@@ -240,8 +240,8 @@ def train_command(args) -> None:
     more |= {"sharded": True} if args.sharded_loading else {}
     held_out = {"eval_lists": _hash(args.eval_lists, reading)} if args.eval_lists else {}
     if args.eval_lists:
-        require(args.eval_lists != args.lists, "are the lists of the training", field="--eval-lists",
-                value=args.eval_lists, allowed="other lists", remedy="keep some lists aside in a file of their own")
+        require(os.path.realpath(args.eval_lists) != os.path.realpath(args.lists), "are the lists of the training",
+                field="--eval-lists", value=args.eval_lists, allowed="other lists", remedy="keep some in a file apart")
         options["eval_dataset"] = load_lists(args.eval_lists, **reading)
         settings = {"eval_strategy": "epoch", "eval_on_start": True, **settings}
     if args.patience is not None:

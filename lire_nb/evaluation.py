@@ -45,6 +45,7 @@ from lire_nb.preferences import (
     _check_same_prompts, has_kl, length_controlled_win_rate, preferences, _same_number, _scores, share_interval,
     system_difference, win_rate,
 )
+from .records import make_record
 from .rewards import Reward, score_lists
 from .sampling import sample_lists, SamplingSettings
 from lire_nb.shared_prompt import (
@@ -70,6 +71,7 @@ def judge_policy(
 ) -> list[dict]:  # id, prompt, completions, finish_reasons, scores {judge: [...]}, sampling, log-probs
     "Sample, score and measure a policy on prompts it was not trained on; the log-probs of `logprobs.sampled_logps`."
     prompts = checked_prompts(prompts)
+    _try_judges(judges, prompts)
     policy, start = _loaded_pair(policy, start)
     lists = list(sample_lists(sampler or policy, prompts, num_samples, settings=settings, seed=seed,
                               max_prompt_length=max_prompt_length, progress=progress))
@@ -87,6 +89,13 @@ def judge_policy(
     return rows
 
 # %% ../nbs/22_evaluation.ipynb #4b5272ce
+def _try_judges(judges: dict[str, Reward], prompts: list[dict]) -> None:
+    "A judge that is a function of somebody's own is asked about one text before hundreds are drawn."
+    for judge in judges.values():
+        if inspect.isfunction(judge) and prompts:
+            score_lists([make_record(prompts[0]["prompt"], ["."], id=prompts[0]["id"])], judge)
+
+
 def _token_kls(policy, start, lists, settings: SamplingSettings, max_prompt_length: int,
                same_tokenizer: bool) -> list[list[float] | None]:
     "The mean exact KL of a token, for every candidate; an empty text has none to measure."

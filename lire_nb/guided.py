@@ -20,6 +20,7 @@ import torch
 from .base.errors import public_address, require
 from .base.files import _batches
 from .conversations import end_tokens, tokenizer_fingerprint, warn_text_prompts
+from .models import evaluating
 from .records import lists_dataset
 from .rewards import _ask, _blame, _finite, Reward, reward_name, RewardError, score_lists
 from lire_nb.sampling import (
@@ -209,9 +210,9 @@ def _score_prefixes(guide: Reward, searches: list[Search], drawn: list[list[Pref
 @torch.no_grad()
 def _run_searches(draw: _Draw, searches: list[Search], guide: Reward, progress: bool) -> None:
     "Every search to its end, in batches of rows."
-    draw.sampler.model.eval()
     order = sorted(searches, key=lambda s: (len(s.prompt_ids), s.prompt_ids))
-    with progress_bar(progress, total=len(searches), desc="guided sampling", unit="answer") as bar:
+    told = {"total": len(searches), "desc": "guided sampling", "unit": "answer"}
+    with evaluating(draw.sampler.model), progress_bar(progress, **told) as bar:
         for live in _batches(order, max(1, draw.sampler.batch_size // draw.width)):
             while live:
                 drawn = _continuations(draw, live)

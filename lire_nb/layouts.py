@@ -305,9 +305,10 @@ def _talk(before: list[dict], answer: Any, name: str) -> tuple[list[dict], str]:
 
 # %% ../nbs/32_layouts.ipynb #153dff20
 _MORE = ("input", "context")  # what Alpaca and Dolly put beside an instruction
-_PARTS = {*_SYSTEM, "history", *_MORE, "prompt", "instruction", "question", "query"}  # what belongs to a prompt
-_PARTS |= {"tools", "image", "images", "video", "videos", "audio", "audios"}  # not read into one; a list of tools is
-_TEXT_PARTS = {"title", "passage", "document", "article", "post", "background"}  # the same, where they are texts
+# what belongs to a prompt; from "choices" on it is not read into one, except a list of tools
+_PARTS = {*_SYSTEM, *_MORE, *("history prompt instruction question query choices options chat_history developer "
+          "system_instruction functions evidence tools image images video videos audio audios").split()}
+_TEXT_PARTS = {"title", "passage", "document", "article", "post", "background", "source_text", "code"}  # being texts
 
 # %% ../nbs/32_layouts.ipynb #4598e00b
 def _is_empty(value: Any) -> bool:
@@ -379,17 +380,17 @@ def _check_parts(row: dict, used: set) -> None:
     for name in (name for name in row if name in _PARTS | _TEXT_PARTS and name not in used):
         value, text = row[name], isinstance(row[name], str)
         if (name in _TEXT_PARTS and not text or _is_empty(value if name in _MORE else _as_list(value))
-                or text and _is_known(name, value, _texts(row, used))):
+                or _is_known(name, value if text else _as_list(value), _texts(row, used))):
             continue
         raise ListError("belongs to the prompt and would be lost", field=name, value=value,
                         allowed="one prompt column, with instruction + input, system and history beside it",
-                        remedy='say what the prompt is: mapping={"prompt": ["instruction", "input"], …}, or drop the '
-                               'column')
+                        remedy='say what it is: mapping={"prompt": ["instruction", "input"], …}, or drop the column')
 
 # %% ../nbs/32_layouts.ipynb #b99ce1bb
-def _is_known(name: str, value: str, texts: list[str]) -> bool:
+def _is_known(name: str, value: Any, texts: list[str]) -> bool:
     """Does the prompt that was read contain this one? A column "prompt" may also be its rendered form."""
-    return any(value.strip() in text or (name == "prompt" and text.strip() in value) for text in texts)
+    known = lambda v: any(v.strip() in t or (name == "prompt" and t.strip() in v) for t in texts)  # noqa: E731
+    return all(isinstance(v, str) and known(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def _texts(row: dict, names: Iterable[str]) -> list[str]:

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'MODEL_ASSETS', 'DTYPES', 'ATTENTIONS', 'BASE_NOTE', 'Policy', 'ModelError', 'resolve_model', 'cache_dir',
            'file_hash', 'digest', 'load_tokenizer', 'load_policy', 'quiet_transformers', 'weights_fingerprint',
            'check_first_weights', 'check_base', 'import_peft', 'load_reward_backbone', 'default_device', 'in_float32',
-           'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content', 'model_fingerprint', 'unwrap',
-           'causal_lm', 'text_config', 'check_trainable', 'check_apart', 'context_of', 'common_context']
+           'evaluating', 'has_bf16', 'compute_dtype', 'loading', 'loaded_as', 'config_content', 'model_fingerprint',
+           'unwrap', 'causal_lm', 'text_config', 'check_trainable', 'check_apart', 'context_of', 'common_context']
 
 # %% ../nbs/35_models.ipynb #c0006481
 import hashlib
@@ -473,6 +473,18 @@ def in_float32(
         _EXACT.reset(token)
 
 # %% ../nbs/35_models.ipynb #637d6de6
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    "A block without dropout; every module is in its own mode again at the end."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def has_bf16(device: torch.device | str | None = None) -> bool:
     "Whether bfloat16 matrix products are fast on this device, and wanted."
     if _EXACT.get():

@@ -20,7 +20,7 @@ import torch
 from .base.errors import LireError, ListError, public_address, require
 from .base.files import _batches
 from .conversations import encode_prompt, end_tokens, tokenizer_fingerprint, turn_ids
-from .models import context_of
+from .models import context_of, evaluating
 from lire_nb.records import (
     _check_alternating, candidate_turns, lists_dataset, make_record, prompt_id, source_name, turn_messages, turns_text,
 )
@@ -273,16 +273,17 @@ def _next_answers(sampler, conversations: list[list[dict]], rows, numbers: list[
 @torch.no_grad()
 def _draw(sampler: LocalSampler, prompts, encoded, numbers, settings, seed: int) -> list[list[Completion]]:
     "As `LocalSampler.sample`, from ids and with the numbers of the candidates given."
-    sampler.model.eval()
     if sampler.share_prompt is None:
         sampler._find_route()
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i], numbers[i]))
     found, ends, count = [None] * len(prompts), end_tokens(sampler.tokenizer, sampler.model), len(numbers[0])
-    for chunk in _batches(order, max(1, sampler.batch_size // count)):
-        asked = ([part[i] for i in chunk] for part in (prompts, encoded, numbers))
-        rows = iter(sampler._rows(*asked, settings, seed, ends))
-        for i in chunk:
-            found[i] = [_completion(prompts[i], next(rows), sampler.tokenizer, settings, ends) for _ in range(count)]
+    with evaluating(sampler.model):
+        for chunk in _batches(order, max(1, sampler.batch_size // count)):
+            asked = ([part[i] for i in chunk] for part in (prompts, encoded, numbers))
+            rows = iter(sampler._rows(*asked, settings, seed, ends))
+            for i in chunk:
+                found[i] = [_completion(prompts[i], next(rows), sampler.tokenizer, settings, ends)
+                            for _ in range(count)]
     return found
 
 # %% ../nbs/83_multi_turn.ipynb #59b531c2

@@ -10,13 +10,14 @@ __all__ = ['COMMANDS', 'PROMPTS', 'LISTS', 'READING', 'POLICY', 'REWARD', 'CANDI
 
 # %% ../nbs/65_options.ipynb #opt00004
 import argparse
+import json
 import re
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .base.errors import did_you_mean, in_terminal, LireError, needed, public_address, require
-from .base.files import _is_main, one_writer
+from .base.files import _is_main, one_writer, write_json
 from .base.ranks import drop_kept, kept_rows, on_main, sharing
 from .conversations import MAX_PROMPT_LENGTH
 from .lists import checked_prompts, is_hub_id, load_prompts, prompt_row_of, row_of
@@ -286,6 +287,28 @@ def _loaded() -> dict:
     models = sys.modules.get("lire_nb.models")
     return models.loaded_as() if models else {}
 
+# %% ../nbs/65_options.ipynb #clm00000
+def _result_hash(path: Path) -> str:
+    "Of a file, or of the weights in a folder: other things may be put beside them."
+    from lire_nb.models import digest, file_hash
+
+    return file_hash(path) if path.is_file() else digest({p.name: file_hash(p) for p in path.glob("*.safetensors")})
+
+
+def _note_result(path: Path, name: str) -> None:
+    "Write what came out beside it."
+    claimed = json.loads(path.with_name(name).read_text(encoding="utf-8"))
+    about = {**claimed.get("about", {}), "result": _result_hash(path)}
+    write_json(path.with_name(name), {**claimed, "about": about})
+
+
+def _check_result(path: Path, name: str) -> None:
+    "Raise `LireError` where an output is not what was written; an older version did not say."
+    known = json.loads(path.with_name(name).read_text(encoding="utf-8")).get("about", {}).get("result")
+    require(known in (None, _result_hash(path)), "is no longer what this command wrote: damaged, or changed by hand",
+            field="--out", value=str(path), allowed="what it wrote, or a new name",
+            remedy=f"put it back, delete it to make it again, or move it away together with {name}")
+
 # %% ../nbs/65_options.ipynb #bfc5e259
 @contextmanager
 def _claim(out: str, journal: Path | None = None, about: dict | None = None, keeps: bool = False, **config):
@@ -306,6 +329,7 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, kee
                      # of an attempt that left no output nothing counts
                      made=[path.name, *([journal.name] if journal else [])], about=about)
         if path.exists():
+            _check_result(path, name)
             _say(f"{out} is there already, made with the same settings")
             if keeps:
                 drop_kept(rows)
@@ -316,6 +340,8 @@ def _claim(out: str, journal: Path | None = None, about: dict | None = None, kee
         try:
             with kept_rows(rows, made_from | {"versions": library_versions()}) if keeps and todo else nullcontext():
                 yield todo
+            if todo and _is_main() and path.exists():
+                _note_result(path, name)
         except BaseException:
             left = (path, Path(f"{out}.partial"), Path(f"{out}.parts"), journal or path)
             if _is_main() and not any(p.exists() for p in left):

@@ -10,6 +10,7 @@ __all__ = ['RIDGE', 'preferences', 'share_interval', 'win_rate', 'has_kl', 'win_
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -17,7 +18,7 @@ from scipy.special import expit
 
 from .base.errors import LireError, needed, require
 from lire_nb.statistics import (
-    bootstrap_interval, FEW, Interval, paired_difference, _standard_error, wilson_interval,
+    _alike, beyond_rounding, bootstrap_interval, FEW, Interval, paired_difference, _standard_error, wilson_interval,
 )
 
 # %% ../nbs/21_preferences.ipynb #36269037
@@ -33,7 +34,7 @@ def preferences(
             require(len(scores) and all(s is not None and math.isfinite(s) for s in scores), "no score to compare",
                     field=f"{side}, prompt {i}", value=list(scores), allowed="one finite score or more",
                     remedy="score this prompt's samples again, or leave the prompt out of both")
-    return [float(np.mean((np.sign(np.subtract.outer(np.asarray(a, float), np.asarray(b, float))) + 1) / 2))
+    return [float(np.mean((np.sign(beyond_rounding(np.asarray(a, float)[:, None], np.asarray(b, float))) + 1) / 2))
             for a, b in zip(new, old)]
 
 # %% ../nbs/21_preferences.ipynb #1fe51bec
@@ -52,7 +53,7 @@ def share_interval(
     """Mean of values between 0 and 1: as `bootstrap_interval`, but Wilson's below 20 prompts and where all values are
     equal."""
     found = bootstrap_interval(values, **options)
-    if len(values) >= FEW and np.ptp(values) > 0:
+    if len(values) >= FEW and not _alike(np.asarray(values, float)):
         return found
     return wilson_interval(found.value, len(values), options.get("confidence", 0.95))
 
@@ -86,9 +87,14 @@ def _checked_preferences(preferences) -> np.ndarray:
 def _check_same_prompts(rows: dict[str, list[dict]]) -> None:
     first = next(iter(rows))
     ids = [r["id"] for r in rows[first]]
+    same = {"allowed": f"the {len(ids)} prompts of {first!r}", "remedy": "evaluate all systems on the same prompts"}
     for system, own in rows.items():
         require([r["id"] for r in own] == ids, "not the same prompts in the same order", field=f"rows of {system!r}",
-                allowed=f"the {len(ids)} prompts of {first!r}", remedy="evaluate all systems on the same prompts")
+                **same)
+        other = [r["id"] for r, one in zip(own, rows[first])  # a file of other prompts may count its ids alike
+                 if "prompt" in r and "prompt" in one and r["prompt"] != one["prompt"]]
+        require(not other, f"{len(other)} prompts are not the same in both", field=f"rows of {system!r}",
+                value=", ".join(map(repr, other[:3])), **same)
 
 # %% ../nbs/21_preferences.ipynb #eca4c5bd
 def has_kl(
@@ -146,7 +152,7 @@ def system_difference(
 ) -> Interval:
     "Mean reward of one system minus that of another, paired over prompts."
     _check_same_prompts({old: rows[old], new: rows[new]})
-    return paired_difference(*([float(np.mean(s)) for s in _scores(rows[name], judge)] for name in (new, old)),
+    return paired_difference(*([fmean(s) for s in _scores(rows[name], judge)] for name in (new, old)),
                              **options)
 
 # %% ../nbs/21_preferences.ipynb #3aacec81

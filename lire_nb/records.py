@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FIELDS', 'ROLES', 'BLURRED', 'uses_tools', 'split_tools', 'known_ending', 'ending', 'turns_text',
-           'turn_messages', 'candidate_turns', 'read_as_answers', 'validate_record', 'prompt_id', 'make_record',
-           'as_chat', 'lists_dataset', 'candidate_columns', 'select_candidates', 'best_and_worst',
+           'turn_messages', 'candidate_turns', 'read_as_answers', 'call_reward', 'validate_record', 'prompt_id',
+           'make_record', 'as_chat', 'lists_dataset', 'candidate_columns', 'select_candidates', 'best_and_worst',
            'keep_best_and_worst', 'trained_rewards', 'is_blurred', 'differing_lists', 'source_name', 'demonstrated',
            'own_candidates', 'merge_candidates', 'merge_lists']
 
 # %% ../nbs/12_records.ipynb #3c2dda29
 import hashlib
+import inspect
 import itertools
 import logging
 import math
 import numbers
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import datasets
@@ -269,6 +271,30 @@ def read_as_answers(record: dict) -> list[tuple[str | list[dict], str]]:
     prompt = record["prompt"]
     return [(prompt, text) if talk is None else (prompt + turn_messages(talk[:-1]), talk[-1]["content"])
             for text, talk in zip(record["completions"], candidate_turns(record))]
+
+# %% ../nbs/12_records.ipynb #ask12002
+_ANSWERS = {"completions", "completion", "responses", "response", "answers", "outputs"}
+
+
+def call_reward(
+    reward: Callable,  # (prompts, completions) → scores; by name where it has these names
+    prompts: list,
+    completions: list[str],
+):  # what it returned
+    "Ask a reward. Raises `LireError` for one that takes the answers first, and not by name."
+    own, texts = [deepcopy(prompt) for prompt in prompts], list(completions)
+    try:
+        named = [p for p in inspect.signature(reward).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    except (TypeError, ValueError):  # written in C
+        return reward(own, texts)
+    names = [p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {p.name for p in named if p.kind is not p.VAR_POSITIONAL}
+    if "completions" in keywords and ("prompts" in keywords or named[-1].kind is inspect.Parameter.VAR_KEYWORD):
+        return reward(prompts=own, completions=texts)
+    require(len(names) < 2 or names[0] not in _ANSWERS, "takes the answers first",
+            field=f"reward {getattr(reward, '__name__', type(reward).__name__)!r}", value=", ".join(names),
+            allowed="prompts, completions; in another order by just these names", remedy="name its parameters so")
+    return reward(own, texts)
 
 # %% ../nbs/12_records.ipynb #bf1404c7
 _AGENT_AND_USER = {"allowed": "turns of assistant, user, assistant, …, the first and the last by the assistant",

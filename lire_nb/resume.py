@@ -115,7 +115,7 @@ def settings_identity(
 _DECIDE = [  # of the Trainer's own settings
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args", "seed", "data_seed",
-    "train_sampling_strategy", "neftune_noise_alpha",
+    "train_sampling_strategy", "neftune_noise_alpha", "dataloader_drop_last",
 ]
 # of a descendant's: where and how it is computed, and what the hash of the lists sees
 _FREE = {"candidates_at_once", "logps_impl", "max_completion_length", "max_prompt_length", "on_mute_lists",
@@ -177,6 +177,8 @@ def check_decided(
     if there is None:
         return
     there, now = dict(there), dict(now)
+    said = there.get("settings") or {}  # an older version noted fewer of the Trainer's
+    now["settings"] = {k: v for k, v in now["settings"].items() if k in said or k not in _DECIDE}
     known = [np.array(found.pop("reference", []), dtype=float) for found in (there, now)]
     differ = differences(*({name: found.pop(name, None) for name in ("settings", "model")} for found in (there, now)))
     differ = differ or ("other lists" if there != now else "")
@@ -319,6 +321,18 @@ class _Watch(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._at_epoch_end = True
 
+# %% ../nbs/38_resume.ipynb #re0d09
+def _tell_length(checkpoint: Path, steps: int, schedule: str) -> None:
+    "Warn where a training goes on for another number of steps, by which its learning rate falls."
+    try:
+        before = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+    except (OSError, ValueError, KeyError):
+        return
+    if before != steps and "constant" not in schedule.lower() and "plateau" not in schedule.lower():
+        logger.warning("the steps up to here were of a training of %d steps, and this one has %d: from here on the "
+                       "learning rate is that of the longer or shorter schedule; what comes out is neither training",
+                       before, steps)
+
 # %% ../nbs/38_resume.ipynb #eff04311
 # long: the state that the Trainer forgets, kept and put back
 class ExactTrainer(WholeTrainer):
@@ -341,6 +355,8 @@ class ExactTrainer(WholeTrainer):
             self._total_loss_scalar, self._globalstep_last_logged = pending["total"], pending["last_logged"]
             for name, values in pending["seen"].items():
                 self._seen["train"][name] = [torch.tensor(values, device=self.args.device)]
+        if self._resumed and self.is_world_process_zero():
+            _tell_length(Path(self._resumed), self.state.max_steps, str(self.args.lr_scheduler_type))
 
     def _save_pending(self, folder: Path) -> None:
         "What was seen since the last log."

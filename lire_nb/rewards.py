@@ -38,7 +38,7 @@ from .identity import plain_address, tokenizer_identity
 from lire_nb.models import (
     context_of, default_device, has_bf16, load_reward_backbone, model_fingerprint, ModelError, quiet_transformers,
 )
-from .records import differing_lists, lists_dataset, read_as_answers
+from .records import call_reward, differing_lists, lists_dataset, read_as_answers
 from .servers import check_address, Journal, NoAnswer, progress_bar, run_requests, TryLater
 from .tasks import text_hash
 
@@ -90,7 +90,7 @@ def _ask(reward: Reward, todo: list[tuple[dict, int]]) -> list:
     field = f"reward {reward_name(reward)!r}"
     try:
         read = {id(r): read_as_answers(r) for r, _ in todo}
-        found = reward(*map(list, zip(*(read[id(r)][j] for r, j in todo)))) if todo else []
+        found = call_reward(reward, *zip(*(read[id(r)][j] for r, j in todo))) if todo else []
         if isinstance(found, (str, bytes, dict, set, frozenset)):  # whose letters and keys would pass for scores
             raise TypeError(f"a {type(found).__name__} has no score for each completion in turn")
         return _one_each(list(found), len(todo), field)

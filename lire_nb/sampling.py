@@ -39,7 +39,7 @@ from lire_nb.conversations import (
     tokenizer_fingerprint, warn_text_prompts,
 )
 from .lists import checked_prompts, prompt_facts
-from .models import causal_lm, compute_dtype, context_of, load_policy, text_config
+from .models import causal_lm, compute_dtype, context_of, evaluating, load_policy, text_config
 from lire_nb.records import (
     as_chat, known_ending, lists_dataset, make_record, prompt_id, source_name, split_tools, uses_tools,
 )
@@ -473,7 +473,10 @@ class LocalSampler:
         "M completions for every prompt, in the order given, without dropout."
         encoded = self._encode(prompts)
         _check_room(self.model, encoded, map(prompt_id, prompts), settings.max_new_tokens)
-        self.model.eval()
+        with evaluating(self.model):
+            return self._drawn(prompts, encoded, num_candidates, settings, seed)
+
+    def _drawn(self, prompts, encoded, num_candidates, settings, seed) -> list[list[Completion]]:
         if self.share_prompt is None:
             self._find_route()
         numbers = candidate_numbers(map(tuple, encoded), num_candidates)

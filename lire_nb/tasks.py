@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PROMPT_LENGTHS', 'HH_TRANCHES', 'SUMMARY_REQUEST', 'SUMMARY_PLAIN', 'ASSETS', 'REVIEW_HEADER', 'TASKS',
-           'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'prompt_keys', 'split_lists', 'Asset',
-           'asset_path', 'asset_files', 'load_task']
+           'Task', 'text_hash', 'split_of', 'prompt_text', 'same_text', 'prompt_keys', 'tell_trained_on', 'split_lists',
+           'Asset', 'asset_path', 'asset_files', 'load_task']
 
 # %% ../nbs/34_tasks.ipynb #ba1258c7
 import csv
@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 
 from .base.errors import data_path, LireError, moved, require
-from .base.files import json_digest, _sorted_json
+from .base.files import json_digest, _plain_rows, _sorted_json
 from .layouts import spaced, unspaced
 from .lists import load_lists, prompt_facts
 from .records import as_chat, lists_dataset, make_record, prompt_id
@@ -121,6 +121,26 @@ def prompt_keys(
         return {json_digest(same_text(prompt)), json_digest(prompt)}
     except (TypeError, KeyError):  # of a record that was changed by hand
         return {json_digest(prompt)}
+
+# %% ../nbs/34_tasks.ipynb #held3401
+def tell_trained_on(
+    lists,  # that are trained on: records, or None
+    held_out,  # records, a dict of such, or None
+) -> int:  # prompts of `held_out` that are trained on as well
+    "Warn where what is held out is not: the same prompt but for case, punctuation and spacing."
+    sets = [one for one in (held_out.values() if isinstance(held_out, dict) else [held_out]) if one is not None]
+    asked = set().union(*map(_prompts_alone, sets))
+    if shared := len(asked & _prompts_alone(lists)) if asked and lists is not None else 0:
+        logger.warning("%d of the %d prompts that are held out are trained on as well: on these a loss falls whether "
+                       "or not anything was learned; keep some prompts aside", shared, len(asked))
+    return shared
+
+
+def _prompts_alone(lists) -> set[str]:
+    "Without case, punctuation and spacing; none of lists that are token ids already."
+    if isinstance(lists, datasets.Dataset):
+        lists = _plain_rows(lists.select_columns(["prompt"])) if "prompt" in lists.column_names else ()
+    return {same_text(r["prompt"]) for r in lists}
 
 # %% ../nbs/34_tasks.ipynb #907fbb89
 def split_lists(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MUTE', 'LARGEST', 'ROUND', 'MOST', 'logger', 'STILL', 'UNMOVED', 'AFTER', 'why_mute', 'mute_lists',
            'needs_difference', 'learns_from_differences', 'check_ids', 'largest_weights', 'temperature_for',
-           'one_hot_line', 'spread_out', 'suggest_temperature', 'lost_updates', 'rounding_line', 'step_left',
-           'say_if_still', 'weights_moved', 'WeightsMoved']
+           'one_hot_line', 'spread_out', 'suggest_temperature', 'lost_updates', 'say_rounding', 'rounding_line',
+           'step_left', 'say_if_still', 'weights_moved', 'WeightsMoved']
 
 # %% ../nbs/24_temperature.ipynb #b8a36934
 import logging
@@ -191,6 +191,13 @@ def lost_updates(
         kinds[str(p.dtype).removeprefix("torch.")] += p.numel() * _rounded_away(p, step, sample)
     lost = kinds.total()
     return (lost / sum(p.numel() for p in trained), kinds.most_common(1)[0][0]) if lost else (0.0, None)
+
+
+def say_rounding(trainer) -> None:
+    "Warn, before the first step, of updates that would round to nothing; DeepSpeed keeps float32 beside the weights."
+    if trainer.is_world_process_zero() and not trainer.is_deepspeed_enabled:
+        if line := rounding_line(trainer.model, trainer.args.learning_rate):
+            logger.warning(line)
 
 
 def rounding_line(model: torch.nn.Module, rate: float) -> str | None:

@@ -56,8 +56,9 @@ from lire_nb.settings import (
 from lire_nb.shared_prompt import (
     at_hand, AtHand, for_a_while, _lay_packed, _lay_padded, ListCollator, predicted_lengths, tokenize_list, with_tables,
 )
+from .tasks import tell_trained_on
 from lire_nb.temperature import (
-    check_ids, learns_from_differences, mute_lists, needs_difference, one_hot_line, rounding_line, say_if_still,
+    check_ids, learns_from_differences, mute_lists, needs_difference, one_hot_line, say_if_still, say_rounding,
     spread_out, WeightsMoved, why_mute,
 )
 
@@ -541,6 +542,7 @@ class LIRETrainer(ListTrainer):
         self.loss = check_call(args, ref_model, eval_dataset, kwargs)
         train_dataset, eval_dataset = as_lists(train_dataset), as_lists(eval_dataset, "eval_dataset")
         check_teaching(train_dataset, args)
+        tell_trained_on(train_dataset, eval_dataset)
         if isinstance(model, (str, os.PathLike)):
             model, tokenizer = load_policy(model)
             processing_class = processing_class or tokenizer
@@ -928,9 +930,7 @@ look_logger = logger.getChild("look")  # where nobody listens to it, nobody look
 
 def first_look(trainer: LIRETrainer) -> None:
     "Before step 1, one line for what would make the training learn nothing."
-    line = None if trainer.is_deepspeed_enabled else rounding_line(trainer.model, trainer.args.learning_rate)
-    if line and trainer.is_world_process_zero():  # DeepSpeed keeps float32
-        logger.warning(line)
+    say_rounding(trainer)
     settings = trainer.args.loss_settings()
     fixed = isinstance(settings.get("temperature"), (int, float)) and look_logger.isEnabledFor(logging.WARNING)
     if fixed and not str(settings.get("score")).endswith("ratio") and trainer.train_dataset is not None:

@@ -23,7 +23,7 @@ from .base.files import _plain_rows, write_json
 from .identity import reward_identity
 from .losses import transform_rewards
 from lire_nb.records import (
-    _validated, candidate_columns, differing_lists, lists_dataset, prompt_id, read_as_answers,
+    _validated, call_reward, candidate_columns, differing_lists, lists_dataset, prompt_id, read_as_answers,
 )
 from .rewards import Reward, reward_name, RewardError, RewardModel, train_reward_model
 
@@ -91,7 +91,7 @@ class RewardEnsemble:
 
     def _asked(self, reward: Reward, prompts: list, completions: list[str]) -> np.ndarray:
         "One member's scores, checked."
-        found = reward(prompts, completions)
+        found = call_reward(reward, prompts, completions)
         found = list(found) if isinstance(found, Iterable) else found
         scores = _finite(found, (len(completions),))
         require(scores is not None, "not one finite number for each text", error=RewardError,

@@ -64,8 +64,8 @@ def test_the_house_keeps_its_measures():
     """What the redraw reached, so that nobody has to reach it again."""
     found = house.summary(ROOT)
     assert found["median"] <= 12 and found["largest module"] <= 1000 and found["wide"] == 0
-    # 2,720 with the pilot's power and what each judge says; the trainer alone has 980
-    assert found["loaded for a table"] <= 2750, "drawing a table loads the trainer again"
+    # 2,763 with the pilot's power, what each judge says and what intervals refuse; the trainer alone has 980
+    assert found["loaded for a table"] <= 2780, "drawing a table loads the trainer again"
     assert found["verb past a third"] == 0, [p.stem for p in PAGES if house.notebook(p)["verb at"] > 1 / 3]
 
 

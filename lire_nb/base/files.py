@@ -586,7 +586,8 @@ def _rows_of(path: Path, read: Callable, remedy: str = "check the path") -> Iter
 def read_rows(source: str | os.PathLike | Iterable[dict]) -> Iterator[Row]:
     """Every row of a file or of rows in memory, bad ones as `ListError`.
 
-    source: .jsonl, .ndjson, .json or .csv, each also .gz, .parquet; a `datasets.Dataset`, a pandas table or an iterable of dicts.
+    source: .jsonl, .ndjson, .json or .csv, each also .gz, .parquet; a `datasets.Dataset`,
+    a pandas table or an iterable of dicts.
     """
     if not isinstance(source, (str, os.PathLike)):
         yield from (Row(num, None, row) for num, row in enumerate(_plain_rows(source), 1))

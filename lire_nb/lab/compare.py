@@ -784,8 +784,8 @@ def told_parts(found: Found, room: Room) -> list[str]:
               + " The judge that searched (on other prompts) decides." * (question.points > 1 and not judge["fails"])]
     if found.verdicts:
         lines += ["The texts: where the judge's mean score (its own points) rises most, in the middle and least, to "
-                  f"{found.labels[leader_of(found.verdicts)]}. End: after the last step, however far that is."
-                  " Each row of the table is read at its own distance; the first line compares two losses at one that both reach."]
+                  f"{found.labels[leader_of(found.verdicts)]}. End: after the last step, however far that is. "
+                  "Rows of the table are read at their own distance, losses compared at one that both reach."]
     return [*lines, *room.look["lines"]]
 
 # %% ../../nbs/61_compare.ipynb #b60a78de

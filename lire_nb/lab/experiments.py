@@ -33,7 +33,9 @@ from .plans import config_key, HOMES, TAKEN, _made_by, read_experiment
 from ..lists import load_lists, save_lists
 from ..logprobs import dataset_logps
 from ..models import compute_dtype, in_float32, load_policy, load_tokenizer, Policy, quiet_transformers
-from ..records import best_and_worst, candidate_columns, make_record, merge_candidates, select_candidates
+from lire_nb.records import (
+    best_and_worst, call_reward, candidate_columns, make_record, merge_candidates, select_candidates,
+)
 from lire_nb.rewards import (
     load_scalar_head_model, longer_wins, pair_accuracy, RewardModel, score_lists, train_reward_model, VaderReward,
 )
@@ -418,7 +420,7 @@ def _answer_scores(lists: list[dict], reward) -> list[list[float]]:  # per list 
     opening = [len(r["prompt"]) for r in lists for _ in r["completions"]]
     asked = [(n, talk[:i], talk[i]["content"]) for n, (talk, start) in enumerate(zip(talks, opening))
              for i in range(start, len(talk)) if talk[i]["role"] == "assistant"]
-    scores = reward([prompt for _, prompt, _ in asked], [text for *_, text in asked])
+    scores = call_reward(reward, [prompt for _, prompt, _ in asked], [text for *_, text in asked])
     means = [[] for _ in talks]
     for (n, *_), score in zip(asked, scores):
         means[n].append(score)
