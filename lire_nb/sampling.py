@@ -560,6 +560,9 @@ def sample_lists(
         sampler.check(asked, settings, ids)
     if tokenizer is not None:
         warn_text_prompts(records, tokenizer)
+    if num_candidates > 1 and settings.temperature == 0:
+        logger.warning("temperature 0 always takes the likeliest token: the %d candidates of a prompt are one text",
+                       num_candidates)
     draw = lambda: sampler.sample(asked, num_candidates, settings, seed)  # noqa: E731
     sampled = draw() if isinstance(sampler, LocalSampler) else on_main(draw)  # a server is asked by one process
     _tell_failed(ids, sampled)

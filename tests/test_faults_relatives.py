@@ -169,6 +169,16 @@ def test_sampling_leaves_the_mode_of_a_model(start):
     assert model.training and model.model.layers[1].training and not model.model.layers[0].training
 
 
+def test_candidates_that_can_only_be_one_text_are_told(start, caplog):
+    for count, temperature, told in ((3, 0.0, True), (1, 0.0, False), (3, 1.0, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            lists = sample_lists(str(start), ["Question 0 is"], count, progress=False,
+                                 settings=SamplingSettings(max_new_tokens=2, temperature=temperature))
+        assert any("are one text" in line for line in caplog.messages) == told
+        assert not told or len(set(lists[0]["completions"])) == 1
+
+
 def test_statistics_of_what_says_nothing():
     assert np.isnan(crossed_interval(np.array([[1.0], [2.0], [3.0]]))[1:3]).all()
     with pytest.raises(LireError, match="finite"):
