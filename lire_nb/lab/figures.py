@@ -478,7 +478,7 @@ def plot_claims(
     "A forest plot: a row for every claim that has rows; fewer than five seeds are dots."
     found = {claim: measured for claim, measured in found.items() if measured.quantities} or found
     width, letters = (4.7, 29) if slim else (8.6, 62)
-    labels = [textwrap.fill(in_figure(claim), letters) for claim in found]
+    labels = [textwrap.fill(in_figure(claim, 120), letters) for claim in found]
     heights = np.array([0.12 + 0.14 * len(label.splitlines()) for label in labels])  # inches
     places = heights.cumsum() - heights / 2
     deciding = {claim: [q for q in m.quantities if q.decides][:1] for claim, m in found.items()}
