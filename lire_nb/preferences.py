@@ -10,7 +10,6 @@ __all__ = ['RIDGE', 'preferences', 'share_interval', 'win_rate', 'has_kl', 'win_
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -152,7 +151,7 @@ def system_difference(
 ) -> Interval:
     "Mean reward of one system minus that of another, paired over prompts."
     _check_same_prompts({old: rows[old], new: rows[new]})
-    return paired_difference(*([fmean(s) for s in _scores(rows[name], judge)] for name in (new, old)),
+    return paired_difference(*([math.fsum(s) / len(s) for s in _scores(rows[name], judge)] for name in (new, old)),
                              **options)
 
 # %% ../nbs/21_preferences.ipynb #3aacec81

@@ -328,7 +328,7 @@ def _tell_length(checkpoint: Path, steps: int, schedule: str) -> None:
         before = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
     except (OSError, ValueError, KeyError):
         return
-    if before != steps and "constant" not in schedule.lower() and "plateau" not in schedule.lower():
+    if before != steps and not any(name in schedule.lower() for name in ("constant", "plateau", "inverse_sqrt")):
         logger.warning("the steps up to here were of a training of %d steps, and this one has %d: from here on the "
                        "learning rate is that of the longer or shorter schedule; what comes out is neither training",
                        before, steps)

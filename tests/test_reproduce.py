@@ -536,8 +536,9 @@ print(json.dumps([first, loaded(), sorted({"torch", "transformers", "datasets"} 
     assert {name.removeprefix("lire_nb.") for name in imported} == rooms and heavy == []
     late = {"base.files", "preferences", "decisions", "frontiers", "lab.protocol", "lab.courses", "lab.texts"}
     assert rooms <= {name.removeprefix("lire_nb.") for name in drawn} <= rooms | late
-    assert sum(Path(path).read_text(encoding="utf-8").count("\n") for path in imported.values()) <= 2100
-    # 2,000 until `read_records` learned to walk back through the records of a policy's ancestors, some 80 lines
+    assert sum(Path(path).read_text(encoding="utf-8").count("\n") for path in imported.values()) <= 2140
+    # 2,000 until `read_records` learned to walk back through the records of a policy's ancestors, some 80 lines; 2,100
+    # until intervals refused what they cannot be made from, and differences what float32 cannot tell apart, some 30
 
 
 def test_a_figure_is_drawn_from_rows_alone():
